@@ -1,0 +1,29 @@
+"""The papers' networks as data: specs, their layer graphs, and their counts; no framework needed.
+
+Example:
+    >>> spec = create("keffnet_b0", ktype="D6_16ch", classes=10, input_shape=(32, 32, 3),
+    ...               skip_stride_cnt=3)
+    >>> count(spec)
+    Counts(trainable=639702, total=685334, macs=81153588)
+"""
+
+from __future__ import annotations
+
+from kconv.models.builder import GraphBuilder
+from kconv.models.counting import Counts, count
+from kconv.models.efficientnet import EfficientNet, KEffNet
+from kconv.models.graph import Graph, Layer
+from kconv.models.spec import Spec, create, list_models
+
+__all__ = [
+    "Counts",
+    "EfficientNet",
+    "Graph",
+    "GraphBuilder",
+    "KEffNet",
+    "Layer",
+    "Spec",
+    "count",
+    "create",
+    "list_models",
+]

@@ -1,0 +1,246 @@
+"""EfficientNet B0-B7, and kEffNet: the same network with grouped pointwise convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from typing import ClassVar, Literal, NamedTuple
+
+from kconv.models.builder import GraphBuilder
+from kconv.models.graph import ActivationName, Graph
+from kconv.models.options import Elementwise, Factor, Integer, KTypePaths, Rate
+from kconv.models.spec import Spec, register
+
+__all__ = ["EfficientNet", "KEffNet"]
+
+
+class Stage(NamedTuple):
+    """One row of EfficientNet's table: blocks of the same kernel size and width."""
+
+    kernel_size: int
+    repeats: int
+    filters: int
+    expand_ratio: int
+    strides: int
+
+
+STAGES = (
+    Stage(kernel_size=3, repeats=1, filters=16, expand_ratio=1, strides=1),
+    Stage(kernel_size=3, repeats=2, filters=24, expand_ratio=6, strides=2),
+    Stage(kernel_size=5, repeats=2, filters=40, expand_ratio=6, strides=2),
+    Stage(kernel_size=3, repeats=3, filters=80, expand_ratio=6, strides=2),
+    Stage(kernel_size=5, repeats=3, filters=112, expand_ratio=6, strides=1),
+    Stage(kernel_size=5, repeats=4, filters=192, expand_ratio=6, strides=2),
+    Stage(kernel_size=3, repeats=1, filters=320, expand_ratio=6, strides=1),
+)
+
+Role = Literal["expand", "se_reduce", "se_expand", "project", "top"]
+Pointwise = Callable[[str, Role, str, int], str]
+"""Adds what stands for a pointwise convolution: (name's prefix, role, input, filters) -> output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientNet(Spec):
+    """EfficientNet (Tan and Le, 2019).
+
+    Attributes:
+        width: factor on all filters, which are rounded to multiples of 8.
+        depth: factor on the repeats of each stage, rounded up.
+        once: whether each stage has a single block.
+        skip_stride_cnt: for small images: from 0 on the stem has stride 1, and so have the
+            first so many stages.
+        dropout: rate before the classifier.
+        drop_connect: rate at which residual branches are dropped, growing from 0 over the depth.
+        activation: of all convolutions but the last of a block.
+    """
+
+    prefix: ClassVar[str] = ""
+
+    width: Factor = 1.0
+    depth: Factor = 1.0
+    once: bool = False
+    skip_stride_cnt: Integer = -1
+    dropout: Rate = 0.2
+    drop_connect: Rate = 0.2
+    activation: Elementwise = "swish"
+
+    def graph(self) -> Graph:
+        """The network's layers."""
+        g = GraphBuilder(self.name, self.input_shape)
+        x = g.zero_pad(f"{self.prefix}stem_conv_pad", g.input, 3)
+        x = g.conv(
+            f"{self.prefix}stem_conv",
+            x,
+            self._filters(32),
+            kernel_size=3,
+            strides=1 if self.skip_stride_cnt >= 0 else 2,
+            padding="valid",
+            initializer="conv_normal",
+        )
+        x = g.batch_norm(f"{self.prefix}stem_bn", x)
+        x = g.activation(f"{self.prefix}stem_activation", x, self.activation)
+        x = self._body(g, x)
+        if self.pooling:
+            x = g.global_pool(f"{self.prefix}{self.pooling}_pool", x, self.pooling)
+        if self.include_top:
+            if self.dropout:
+                x = g.dropout(f"{self.prefix}top_dropout", x, self.dropout)
+            x = g.dense(f"{self.prefix}probs", x, self.classes, initializer="dense_uniform")
+        return g.build(x)
+
+    def _body(self, g: GraphBuilder, x: str) -> str:
+        """All between the stem and the pooling."""
+        pointwise = partial(self._plain, g)
+        x = self._stages(g, x, "", pointwise)
+        return pointwise("", "top", x, self._filters(1280))
+
+    def _stages(self, g: GraphBuilder, x: str, path: str, pointwise: Pointwise) -> str:
+        """All blocks; drop-connect grows with their number, measured by the unscaled network's."""
+        unscaled = sum(1 if self.once else stage.repeats for stage in STAGES)
+        number = 0
+        for index, stage in enumerate(STAGES):
+            strides = 1 if index < self.skip_stride_cnt else stage.strides
+            for repeat in range(1 if self.once else ceil(self.depth * stage.repeats)):
+                prefix = f"{self.prefix}block{index + 1}{chr(ord('a') + repeat)}_{path}"
+                drop_rate = self.drop_connect * number / unscaled
+                x = self._block(g, x, prefix, stage, strides, drop_rate, pointwise)
+                strides = 1
+                number += 1
+        return x
+
+    def _block(
+        self,
+        g: GraphBuilder,
+        x: str,
+        prefix: str,
+        stage: Stage,
+        strides: int,
+        drop_rate: float,
+        pointwise: Pointwise,
+    ) -> str:
+        """Mobile inverted bottleneck with squeeze and excite."""
+        source, filters_in = x, g.channels(x)
+        filters = filters_in * stage.expand_ratio
+        if stage.expand_ratio != 1:
+            x = pointwise(prefix, "expand", x, filters)
+        if strides > 1:
+            x = g.zero_pad(f"{prefix}dwconv_pad", x, stage.kernel_size)
+        x = g.depthwise_conv(
+            f"{prefix}dwconv",
+            x,
+            stage.kernel_size,
+            strides,
+            padding="valid" if strides > 1 else "same",
+            initializer="conv_normal",
+        )
+        x = g.batch_norm(f"{prefix}bn", x)
+        x = g.activation(f"{prefix}activation", x, self.activation)
+
+        gate = g.global_pool(f"{prefix}se_squeeze", x)
+        gate = g.reshape(f"{prefix}se_reshape", gate)
+        gate = pointwise(prefix, "se_reduce", gate, max(1, filters_in // 4))
+        gate = pointwise(prefix, "se_expand", gate, filters)
+        x = g.multiply(f"{prefix}se_excite", x, gate)
+
+        x = pointwise(prefix, "project", x, self._filters(stage.filters))
+        if strides == 1 and g.channels(x) == filters_in:
+            if drop_rate > 0:
+                x = g.dropout(f"{prefix}drop", x, drop_rate, per_sample=True)
+            x = g.add(f"{prefix}add", [x, source])
+        return x
+
+    def _plain(self, g: GraphBuilder, prefix: str, role: Role, x: str, filters: int) -> str:
+        """An ordinary pointwise convolution."""
+        if role in ("se_reduce", "se_expand"):
+            return g.conv(
+                f"{prefix}{role}",
+                x,
+                filters,
+                use_bias=True,
+                initializer="conv_normal",
+                activation="sigmoid" if role == "se_expand" else self.activation,
+            )
+        x = g.conv(f"{prefix}{role}_conv", x, filters, initializer="conv_normal")
+        x = g.batch_norm(f"{prefix}{role}_bn", x)
+        if role == "project":
+            return x
+        return g.activation(f"{prefix}{role}_activation", x, self.activation)
+
+    def _filters(self, filters: int) -> int:
+        """Filters times ``width``, to the nearest multiple of 8 that is not below 90 % of it."""
+        wanted = filters * self.width
+        rounded = max(8, int(wanted + 4) // 8 * 8)
+        return rounded + 8 if rounded < 0.9 * wanted else rounded
+
+
+@dataclass(frozen=True, kw_only=True)
+class KEffNet(EfficientNet):
+    """kEffNet: EfficientNet with grouped pointwise convolutions (section 4 of both papers).
+
+    Attributes:
+        ktype: the kType of all pointwise convolutions. Several make parallel paths after the
+            stem, joined before the last convolution, which follows the first kType.
+        concat_paths: whether parallel paths are concatenated, or else added.
+    """
+
+    prefix: ClassVar[str] = "k_"
+
+    ktype: KTypePaths = "D6_16ch"
+    concat_paths: bool = True
+
+    def _body(self, g: GraphBuilder, x: str) -> str:
+        ktypes = (self.ktype,) if isinstance(self.ktype, str | int) else self.ktype
+        grouped = [partial(self._grouped, g, ktype) for ktype in ktypes]
+        paths = [self._stages(g, x, f"_{i}", pointwise) for i, pointwise in enumerate(grouped)]
+        if len(paths) > 1:
+            join = g.concat if self.concat_paths else g.add
+            paths = [join(None, paths)]
+        return grouped[0](self.prefix, "top", paths[0], self._filters(1280))
+
+    def _grouped(
+        self,
+        g: GraphBuilder,
+        ktype: str | int,
+        prefix: str,
+        role: Role,
+        x: str,
+        filters: int,
+    ) -> str:
+        """A pointwise convolution's replacement."""
+        squeeze_excite = role in ("se_reduce", "se_expand")
+        activations: dict[Role, ActivationName] = {
+            "expand": self.activation,
+            "se_reduce": self.activation,
+            "se_expand": "sigmoid",
+        }
+        return g.pointwise(
+            f"{prefix}{role}_conv" if role in ("project", "top") else f"{prefix}{role}",
+            x,
+            filters,
+            ktype,
+            activation=activations.get(role),
+            batch_norm=not squeeze_excite,
+            use_bias=squeeze_excite,
+        )
+
+
+register("efficientnet_b0", EfficientNet, width=1.0, depth=1.0, dropout=0.2)
+register("efficientnet_b1", EfficientNet, width=1.0, depth=1.1, dropout=0.2)
+register("efficientnet_b2", EfficientNet, width=1.1, depth=1.2, dropout=0.3)
+register("efficientnet_b3", EfficientNet, width=1.2, depth=1.4, dropout=0.3)
+register("efficientnet_b4", EfficientNet, width=1.4, depth=1.8, dropout=0.4)
+register("efficientnet_b5", EfficientNet, width=1.6, depth=2.2, dropout=0.4)
+register("efficientnet_b6", EfficientNet, width=1.8, depth=2.6, dropout=0.5)
+register("efficientnet_b7", EfficientNet, width=2.0, depth=3.1, dropout=0.5)
+
+register("keffnet_s", KEffNet, width=1.0, depth=1.0, dropout=0.2, once=True)
+register("keffnet_b0", KEffNet, width=1.0, depth=1.0, dropout=0.2)
+register("keffnet_b1", KEffNet, width=1.0, depth=1.1, dropout=0.2)
+register("keffnet_b2", KEffNet, width=1.1, depth=1.2, dropout=0.3)
+register("keffnet_b3", KEffNet, width=1.2, depth=1.4, dropout=0.3)
+register("keffnet_b4", KEffNet, width=1.4, depth=1.8, dropout=0.4)
+register("keffnet_b5", KEffNet, width=1.6, depth=2.2, dropout=0.4)
+register("keffnet_b6", KEffNet, width=1.8, depth=2.6, dropout=0.5)
+register("keffnet_b7", KEffNet, width=2.0, depth=3.1, dropout=0.5)

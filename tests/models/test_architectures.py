@@ -1,0 +1,147 @@
+"""Every layer of every network against the original's layer lists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kconv.models import count, create
+from kconv.models import graph as ir
+
+ARCHITECTURES = Path(__file__).parents[1] / "data" / "architectures"
+NETWORKS = {
+    "EfficientNetB0_224": ("efficientnet_b0", {}),
+    "kEffNetB0_D6_16ch_224": ("keffnet_b0", {"ktype": "D6_16ch"}),
+    "kEffNetB0_D6v3_16ch_32_skip3": (
+        "keffnet_b0",
+        {"ktype": 32, "skip_stride_cnt": 3, "input_shape": (32, 32, 3)},
+    ),
+}
+INITIALIZERS = {
+    "glorot_uniform": {"GlorotUniform": {}},
+    "conv_normal": {
+        "VarianceScaling": {"scale": 2.0, "mode": "fan_out", "distribution": "truncated_normal"}
+    },
+    "dense_uniform": {
+        "VarianceScaling": {"scale": 1 / 3, "mode": "fan_out", "distribution": "uniform"}
+    },
+}
+ACTIVATIONS = {"hard_sigmoid": "HardSigmoid", "hard_swish": "HardSwish"}
+
+
+def keras_layers(graph):
+    """A graph as the original's layer list: name -> (type, inputs, shape, weights, settings)."""
+    renamed = {"input": "input_1"}
+    layers = {}
+    for layer in graph.layers:
+        inputs = [renamed.get(name, name) for name in layer.inputs]
+        fused = inputs and layer.name == f"{layer.inputs[0]}_activation"
+        if fused:  # The original has it inside the convolution.
+            assert isinstance(layer, ir.Activation)
+            layers[inputs[0]]["activation"] = layer.kind
+            renamed[layer.name] = inputs[0]
+            continue
+        layers[renamed.get(layer.name, layer.name)] = {
+            "inputs": inputs,
+            "output_shape": list(layer.shape),
+            "weights": {name: list(shape) for name, shape in layer.weights().items()},
+            **settings(layer),
+        }
+    return layers
+
+
+def settings(layer):
+    """Type and settings of a layer in the words of the original's layer list."""
+    match layer:
+        case ir.Input():
+            return {"type": "InputLayer"}
+        case ir.ZeroPad():
+            return {"type": "ZeroPadding2D", "padding": [list(side) for side in layer.padding]}
+        case ir.Conv():
+            return {
+                "type": "Conv2D",
+                "filters": layer.filters,
+                "kernel_size": list(layer.kernel_size),
+                "strides": list(layer.strides),
+                "padding": layer.padding,
+                "groups": layer.groups,
+                "use_bias": layer.use_bias,
+                "activation": "linear",
+                "kernel_initializer": INITIALIZERS[layer.initializer],
+            }
+        case ir.DepthwiseConv():
+            return {
+                "type": "DepthwiseConv2D",
+                "kernel_size": [layer.kernel_size] * 2,
+                "strides": [layer.strides] * 2,
+                "padding": layer.padding,
+                "depth_multiplier": layer.depth_multiplier,
+                "groups": 1,
+                "use_bias": layer.use_bias,
+                "activation": "linear",
+                "depthwise_initializer": INITIALIZERS[layer.initializer],
+            }
+        case ir.BatchNorm():
+            return {
+                "type": "BatchNormalization",
+                "epsilon": layer.epsilon,
+                "momentum": layer.momentum,
+                "scale": layer.scale,
+                "center": True,
+                "axis": [3],
+            }
+        case ir.Activation():
+            return {"type": "Activation", "activation": ACTIVATIONS.get(layer.kind, layer.kind)}
+        case ir.Interleave():
+            return {"type": "InterleaveChannels", "step_size": layer.step}
+        case ir.CopyChannels():
+            return {
+                "type": "CopyChannels",
+                "channel_start": layer.start,
+                "channel_count": layer.count,
+            }
+        case ir.Concat():
+            return {"type": "Concatenate", "axis": 3}
+        case ir.Add() | ir.Multiply() | ir.Flatten():
+            return {"type": type(layer).__name__}
+        case ir.Pool():
+            return {
+                "type": {"max": "MaxPooling2D", "avg": "AveragePooling2D"}[layer.kind],
+                "pool_size": [layer.pool_size] * 2,
+                "strides": [layer.strides] * 2,
+                "padding": layer.padding,
+            }
+        case ir.GlobalPool():
+            return {"type": "GlobalAveragePooling2D", "keepdims": layer.keepdims}
+        case ir.Reshape():
+            return {"type": "Reshape", "target_shape": list(layer.shape)}
+        case ir.Dropout():
+            noise = {"noise_shape": [None, 1, 1, 1]} if layer.per_sample else {}
+            return {"type": "Dropout", "rate": layer.rate, **noise}
+        case ir.Dense():
+            return {
+                "type": "Dense",
+                "units": layer.units,
+                "use_bias": True,
+                "activation": layer.activation,
+                "kernel_initializer": INITIALIZERS[layer.initializer],
+            }
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_layer_is_the_originals(name):
+    original = json.loads((ARCHITECTURES / f"{name}.json").read_text())
+    model, options = NETWORKS[name]
+    graph = create(model, **{"classes": 10, **options}).graph()
+    expected = {layer.pop("name"): layer for layer in original["layers"]}
+    found = keras_layers(graph)
+    assert sorted(found) == sorted(expected)
+    for layer, properties in expected.items():
+        assert found[layer] == properties, layer
+    assert graph.output == graph.layers[-1].name
+
+    counts = count(graph)
+    assert counts.trainable == original["trainable_params"]
+    assert counts.total == original["total_params"]
