@@ -1,0 +1,47 @@
+"""Fast CPU kernels for the layers of parameter-efficient CNNs, on NumPy arrays.
+
+Importing kconv imports NumPy alone. The layers for each framework are in :mod:`kconv.torch`,
+:mod:`kconv.keras` and :mod:`kconv.jax`, the rules of the technique in :mod:`kconv.ktypes`, the
+architectures in :mod:`kconv.models`.
+
+Example:
+    >>> import numpy as np
+    >>> import kconv
+    >>> x = np.ones((32, 144, 28, 28), np.float32)
+    >>> weight = np.ones((24, 18), np.float32)
+    >>> kconv.pointwise_conv(x, weight, groups=8, interleave=3).shape
+    (32, 24, 28, 28)
+"""
+
+from kconv._kconv import (
+    build_info,
+    deinterleave,
+    depthwise_conv,
+    depthwise_conv_grad_input,
+    depthwise_conv_grad_weight,
+    get_num_threads,
+    interleave,
+    pointwise_conv,
+    pointwise_conv_grad_bias,
+    pointwise_conv_grad_input,
+    pointwise_conv_grad_weight,
+    set_num_threads,
+)
+
+__version__: str = build_info()["version"]
+
+__all__ = [
+    "__version__",
+    "build_info",
+    "deinterleave",
+    "depthwise_conv",
+    "depthwise_conv_grad_input",
+    "depthwise_conv_grad_weight",
+    "get_num_threads",
+    "interleave",
+    "pointwise_conv",
+    "pointwise_conv_grad_bias",
+    "pointwise_conv_grad_input",
+    "pointwise_conv_grad_weight",
+    "set_num_threads",
+]

@@ -1,0 +1,170 @@
+//! Numbers only: rows in, rows out, one thread, one instruction set.
+//!
+//! The kernels' common view of an image is a set of *rows*: row `r` holds one channel's pixels, contiguous,
+//! and starts `offsets[r]` values after a base pointer. NCHW memory is such a set as it stands; a tile of NHWC
+//! memory becomes one by transposing it through the cache ([`transpose`]). Pixels are the vector dimension, so
+//! any group size runs at full width, and permuting channels (the interleave) is only another table of offsets.
+
+
+pub mod pointwise;
+pub mod transpose;
+
+use std::ops::{Add, AddAssign};
+
+use crate::isa::Isa;
+
+/// A floating-point type that kernels compute with: its vectors on any instruction set.
+pub trait Element: Copy + Send + Sync + Default + AddAssign + Add<Output = Self> + std::ops::Mul<Output = Self> + std::fmt::Debug + 'static {
+    /// A vector of `Self`.
+    type Vector<I: Isa>: Copy;
+    /// A mask over a vector's first values.
+    type Mask<I: Isa>: Copy;
+    /// One.
+    const ONE: Self;
+
+    /// The nearest value to `value`.
+    fn from_f64(value: f64) -> Self;
+    /// The value itself.
+    fn to_f64(self) -> f64;
+
+    /// A vector of equal values.
+    fn splat<I: Isa>(isa: I, value: Self) -> Self::Vector<I>;
+    /// `a * b + c`, fused where the instruction set has it.
+    fn mul_add<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>, c: Self::Vector<I>) -> Self::Vector<I>;
+    /// `a + b`.
+    fn add_vectors<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> Self::Vector<I>;
+    /// The sum of a vector's values.
+    fn sum<I: Isa>(isa: I, a: Self::Vector<I>) -> Self;
+    /// Selects the first `len` values.
+    fn mask<I: Isa>(isa: I, len: usize) -> Self::Mask<I>;
+
+    /// Loads a vector; no alignment is needed.
+    ///
+    /// # Safety
+    /// All of the vector's values must be readable at `ptr`.
+    unsafe fn load<I: Isa>(isa: I, ptr: *const Self) -> Self::Vector<I>;
+    /// Stores a vector; no alignment is needed.
+    ///
+    /// # Safety
+    /// All of the vector's values must be writable at `ptr`.
+    unsafe fn store<I: Isa>(isa: I, ptr: *mut Self, value: Self::Vector<I>);
+    /// Loads the values that `mask` selects; the others are zero.
+    ///
+    /// # Safety
+    /// The selected values must be readable at `ptr`.
+    unsafe fn load_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *const Self) -> Self::Vector<I>;
+    /// Stores the values that `mask` selects.
+    ///
+    /// # Safety
+    /// The selected values must be writable at `ptr`.
+    unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: Self::Vector<I>);
+    /// Transposes a block of 8 x 8 values.
+    ///
+    /// # Safety
+    /// As for [`Isa::transpose_f32`].
+    unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize);
+    /// `c = alpha * a * b + beta * c` for matrices with strides `(row, column)`: matrixmultiply's GEMM.
+    ///
+    /// # Safety
+    /// The three matrices must be in bounds, and `c` must overlap neither of the others.
+    unsafe fn gemm(
+        size: [usize; 3],
+        a: (*const Self, usize, usize),
+        b: (*const Self, usize, usize),
+        beta: Self,
+        c: (*mut Self, usize, usize),
+    );
+
+    /// How many values a vector holds.
+    #[inline(always)]
+    fn lanes<I: Isa>() -> usize {
+        size_of::<Self::Vector<I>>() / size_of::<Self>()
+    }
+}
+
+macro_rules! element {
+    ($t:ident, $vector:ident, $mask:ident, $len:ident, $splat:ident, $mul_add:ident, $add:ident, $sum:ident,
+     $between:ident, $load_masked:ident, $store_masked:ident, $transpose:ident, $gemm:path) => {
+        impl Element for $t {
+            type Vector<I: Isa> = I::$vector;
+            type Mask<I: Isa> = pulp::MemMask<I::$mask>;
+            const ONE: Self = 1.0;
+
+            fn from_f64(value: f64) -> Self {
+                value as Self
+            }
+            fn to_f64(self) -> f64 {
+                f64::from(self)
+            }
+
+            #[inline(always)]
+            fn splat<I: Isa>(isa: I, value: Self) -> I::$vector {
+                isa.$splat(value)
+            }
+            #[inline(always)]
+            fn mul_add<I: Isa>(isa: I, a: I::$vector, b: I::$vector, c: I::$vector) -> I::$vector {
+                isa.$mul_add(a, b, c)
+            }
+            #[inline(always)]
+            fn add_vectors<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> I::$vector {
+                isa.$add(a, b)
+            }
+            #[inline(always)]
+            fn sum<I: Isa>(isa: I, a: I::$vector) -> Self {
+                isa.$sum(a)
+            }
+            #[inline(always)]
+            fn mask<I: Isa>(isa: I, len: usize) -> Self::Mask<I> {
+                // `new` drops pulp's jump table for masked loads: the plain masked instructions are wanted.
+                pulp::MemMask::new(isa.$between(0, len as $len).mask())
+            }
+            #[inline(always)]
+            unsafe fn load<I: Isa>(_isa: I, ptr: *const Self) -> I::$vector {
+                // SAFETY: the caller's promise; a vector is plain old data.
+                unsafe { ptr.cast::<I::$vector>().read_unaligned() }
+            }
+            #[inline(always)]
+            unsafe fn store<I: Isa>(_isa: I, ptr: *mut Self, value: I::$vector) {
+                // SAFETY: the caller's promise.
+                unsafe { ptr.cast::<I::$vector>().write_unaligned(value) }
+            }
+            #[inline(always)]
+            unsafe fn load_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *const Self) -> I::$vector {
+                // SAFETY: the caller's promise.
+                unsafe { isa.$load_masked(mask, ptr) }
+            }
+            #[inline(always)]
+            unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: I::$vector) {
+                // SAFETY: the caller's promise.
+                unsafe { isa.$store_masked(mask, ptr, value) }
+            }
+            #[inline(always)]
+            unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize) {
+                // SAFETY: the caller's promise.
+                unsafe { isa.$transpose(src, src_stride, dst, dst_stride) }
+            }
+            unsafe fn gemm(
+                [m, k, n]: [usize; 3],
+                a: (*const Self, usize, usize),
+                b: (*const Self, usize, usize),
+                beta: Self,
+                c: (*mut Self, usize, usize),
+            ) {
+                // SAFETY: the caller's promise. Strides fit `isize` because the matrices fit memory.
+                unsafe {
+                    $gemm(
+                        m, k, n, 1.0,
+                        a.0, a.1 as isize, a.2 as isize,
+                        b.0, b.1 as isize, b.2 as isize,
+                        beta,
+                        c.0, c.1 as isize, c.2 as isize,
+                    )
+                }
+            }
+        }
+    };
+}
+element!(f32, f32s, m32s, u32, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s,
+    mask_between_m32s, mask_load_ptr_f32s, mask_store_ptr_f32s, transpose_f32, matrixmultiply::sgemm);
+element!(f64, f64s, m64s, u64, splat_f64s, mul_add_e_f64s, add_f64s, reduce_sum_f64s,
+    mask_between_m64s, mask_load_ptr_f64s, mask_store_ptr_f64s, transpose_f64, matrixmultiply::dgemm);

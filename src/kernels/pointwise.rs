@@ -1,0 +1,429 @@
+//! The grouped pointwise convolution over rows of pixels, and the products of rows that give its weight gradient.
+//!
+//! Both kernels hold a tile of results in registers. [`ConvRows`] keeps `R` output rows x `V` vectors of pixels:
+//!
+//! ```text
+//!              V vectors of pixels
+//!   x row j   [ x0 ][ x1 ]            loaded once, used R times
+//!   y row 0 += w[j][0] * ...          R x V accumulators
+//!   y row 1 += w[j][1] * ...
+//! ```
+//!
+//! [`DotRows`] keeps `A x B` vectors of partial sums, one for each pair of an `A` row and a `B` row. The number of
+//! registers of the instruction set bounds both tiles; inner loops need `V + R` (or `A + B`) loads for `V * R` (`A * B`)
+//! multiply-adds, so from 2 x 2 on the arithmetic is the limit, not the loads.
+
+use super::Element;
+use crate::isa::{Isa, Kernel};
+
+/// The most output rows of one [`ConvRows`] tile.
+pub const MAX_ROWS: usize = 8;
+/// The most `A` rows of one [`DotRows`] tile.
+pub const MAX_DOT_A: usize = 4;
+/// The most `B` rows of one [`DotRows`] tile.
+pub const MAX_DOT_B: usize = 6;
+
+/// What a convolution does to each value that it loads, compiled into the kernel.
+pub trait Prologue<T: Element>: Copy + Sync {
+    /// What one input row needs, held in registers.
+    type Row<I: Isa>: Copy;
+    /// Prepares input row `row` (an index into this call's rows).
+    fn row<I: Isa>(&self, isa: I, row: usize) -> Self::Row<I>;
+    /// Maps values of that row.
+    fn apply<I: Isa>(&self, isa: I, row: Self::Row<I>, value: T::Vector<I>) -> T::Vector<I>;
+}
+
+/// What a convolution does to each sum before it stores it, compiled into the kernel.
+pub trait Epilogue<T: Element>: Copy + Sync {
+    /// The value that the sums of output row `row` (an index into this call's rows) start from.
+    fn start<I: Isa>(&self, isa: I, row: usize) -> T::Vector<I>;
+    /// Maps finished sums of that row.
+    fn finish<I: Isa>(&self, isa: I, row: usize, value: T::Vector<I>) -> T::Vector<I>;
+}
+
+/// Values as they are.
+#[derive(Clone, Copy)]
+pub struct Identity;
+
+impl<T: Element> Prologue<T> for Identity {
+    type Row<I: Isa> = ();
+    #[inline(always)]
+    fn row<I: Isa>(&self, _isa: I, _row: usize) {}
+    #[inline(always)]
+    fn apply<I: Isa>(&self, _isa: I, (): (), value: T::Vector<I>) -> T::Vector<I> {
+        value
+    }
+}
+
+/// Adds a bias where there is one.
+#[derive(Clone, Copy)]
+pub struct AddBias<'a, T>(pub Option<&'a [T]>);
+
+impl<T: Element> Epilogue<T> for AddBias<'_, T> {
+    #[inline(always)]
+    fn start<I: Isa>(&self, isa: I, row: usize) -> T::Vector<I> {
+        T::splat(isa, self.0.map_or(T::default(), |bias| bias[row]))
+    }
+    #[inline(always)]
+    fn finish<I: Isa>(&self, _isa: I, _row: usize, value: T::Vector<I>) -> T::Vector<I> {
+        value
+    }
+}
+
+/// `y[r] = epilogue(sum over j of weights[j][r] * prologue(x[j]))` for `R` output rows over `pixels` pixels.
+pub struct ConvRows<'a, T, P, E> {
+    /// Input row `j` starts at `x + x_offsets[j]`.
+    pub x: *const T,
+    /// One offset for each input row.
+    pub x_offsets: &'a [usize],
+    /// Weights `[input row][output row]`, packed: `x_offsets.len() * y_offsets.len()` values.
+    pub weights: &'a [T],
+    /// Output row `r` starts at `y + y_offsets[r]`.
+    pub y: *mut T,
+    /// One offset for each output row, at most [`MAX_ROWS`].
+    pub y_offsets: &'a [usize],
+    /// Length of a row.
+    pub pixels: usize,
+    /// Applied to what is loaded.
+    pub prologue: P,
+    /// Applied to what is stored.
+    pub epilogue: E,
+}
+
+/// A [`ConvRows`] that may run: see [`ConvRows::promise`].
+pub struct CheckedConvRows<'a, T, P, E>(ConvRows<'a, T, P, E>);
+
+impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
+    /// Turns the description into a kernel.
+    ///
+    /// # Safety
+    /// Until it has run, every input row must be readable and every output row writable over `pixels` values, and
+    /// outputs must overlap neither inputs nor each other.
+    pub unsafe fn promise(self) -> CheckedConvRows<'a, T, P, E> {
+        assert!((1..=MAX_ROWS).contains(&self.y_offsets.len()), "output rows");
+        assert_eq!(self.weights.len(), self.x_offsets.len() * self.y_offsets.len(), "weights");
+        CheckedConvRows(self)
+    }
+
+    /// All pixels, with `R` rows.
+    ///
+    /// # Safety
+    /// As for [`ConvRows::promise`]; `R` must be the number of output rows.
+    #[inline(always)]
+    unsafe fn rows<I: Isa, const R: usize>(&self, isa: I) {
+        // Three registers stay free: one vector of x, one weight, one spare.
+        match ((I::REGISTER_COUNT - 3) / R).min(4) {
+            // SAFETY: the caller's promise.
+            4 => unsafe { self.tiles::<I, R, 4>(isa) },
+            // SAFETY: the caller's promise.
+            3 => unsafe { self.tiles::<I, R, 3>(isa) },
+            // SAFETY: the caller's promise.
+            2 => unsafe { self.tiles::<I, R, 2>(isa) },
+            // SAFETY: the caller's promise.
+            _ => unsafe { self.tiles::<I, R, 1>(isa) },
+        }
+    }
+
+    /// # Safety
+    /// As for [`ConvRows::rows`].
+    #[inline(always)]
+    unsafe fn tiles<I: Isa, const R: usize, const V: usize>(&self, isa: I) {
+        let lanes = T::lanes::<I>();
+        let mut p = 0;
+        // SAFETY: every tile ends at or before `pixels`; the last one masks what lies beyond.
+        unsafe {
+            while p + V * lanes <= self.pixels {
+                self.tile::<I, R, V, false>(isa, p, T::mask(isa, lanes));
+                p += V * lanes;
+            }
+            let rest = self.pixels - p;
+            if rest > 0 {
+                let vectors = rest.div_ceil(lanes);
+                let mask = T::mask(isa, rest - (vectors - 1) * lanes);
+                match vectors {
+                    1 => self.tile::<I, R, 1, true>(isa, p, mask),
+                    2 => self.tile::<I, R, 2, true>(isa, p, mask),
+                    3 => self.tile::<I, R, 3, true>(isa, p, mask),
+                    _ => self.tile::<I, R, 4, true>(isa, p, mask),
+                }
+            }
+        }
+    }
+
+    /// `R` rows x `V` vectors from pixel `p`; with `TAIL` the last vector is masked.
+    ///
+    /// # Safety
+    /// As for [`ConvRows::rows`]; the tile must end inside the row, but for what `mask` leaves out.
+    #[inline(always)]
+    unsafe fn tile<I: Isa, const R: usize, const V: usize, const TAIL: bool>(&self, isa: I, p: usize, mask: T::Mask<I>) {
+        let lanes = T::lanes::<I>();
+        let zero = T::splat(isa, T::default());
+        let mut sums = [[zero; V]; R];
+        for (r, row) in sums.iter_mut().enumerate() {
+            *row = [self.epilogue.start(isa, r); V];
+        }
+        let mut weight = self.weights.as_ptr();
+        for (j, &offset) in self.x_offsets.iter().enumerate() {
+            let row = self.prologue.row(isa, j);
+            let mut x = [zero; V];
+            for (v, x) in x.iter_mut().enumerate() {
+                // SAFETY: inside input row j.
+                let value = unsafe {
+                    let ptr = self.x.add(offset + p + v * lanes);
+                    if TAIL && v == V - 1 { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) }
+                };
+                *x = self.prologue.apply(isa, row, value);
+            }
+            for sums in &mut sums {
+                // SAFETY: the weights hold R values for each input row.
+                let w = T::splat(isa, unsafe { *weight });
+                // SAFETY: at most one past the end.
+                weight = unsafe { weight.add(1) };
+                for (sum, x) in sums.iter_mut().zip(x) {
+                    *sum = T::mul_add(isa, w, x, *sum);
+                }
+            }
+        }
+        for (r, row) in sums.into_iter().enumerate() {
+            for (v, sum) in row.into_iter().enumerate() {
+                let value = self.epilogue.finish(isa, r, sum);
+                // SAFETY: inside output row r; R offsets were asserted.
+                unsafe {
+                    let ptr = self.y.add(*self.y_offsets.get_unchecked(r) + p + v * lanes);
+                    if TAIL && v == V - 1 { T::store_masked(isa, mask, ptr, value) } else { T::store(isa, ptr, value) }
+                }
+            }
+        }
+    }
+}
+
+impl<T: Element, P: Prologue<T>, E: Epilogue<T>> Kernel for CheckedConvRows<'_, T, P, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        // SAFETY: promised to `promise`, which also checked the number of rows.
+        unsafe {
+            match self.0.y_offsets.len() {
+                1 => self.0.rows::<I, 1>(isa),
+                2 => self.0.rows::<I, 2>(isa),
+                3 => self.0.rows::<I, 3>(isa),
+                4 => self.0.rows::<I, 4>(isa),
+                5 => self.0.rows::<I, 5>(isa),
+                6 => self.0.rows::<I, 6>(isa),
+                7 => self.0.rows::<I, 7>(isa),
+                _ => self.0.rows::<I, 8>(isa),
+            }
+        }
+    }
+}
+
+/// Rows of several images: row `i` of image `n` starts at `base + n * image_stride + offsets[i]`.
+#[derive(Clone, Copy)]
+pub struct Rows<'a, T> {
+    /// The first image.
+    pub base: *const T,
+    /// One offset for each row.
+    pub offsets: &'a [usize],
+    /// Distance from one image to the next.
+    pub image_stride: usize,
+}
+
+/// `sums[i][j] += sum over images and pixels of a[i] * b[j]`, as vectors of partial sums.
+pub struct DotRows<'a, T> {
+    /// At most [`MAX_DOT_A`] rows.
+    pub a: Rows<'a, T>,
+    /// At most [`MAX_DOT_B`] rows.
+    pub b: Rows<'a, T>,
+    /// Number of images.
+    pub images: usize,
+    /// Length of a row.
+    pub pixels: usize,
+    /// Slots of one cache line each, of which the first vector is used.
+    pub sums: &'a mut [T],
+    /// The slot of the first pair of rows.
+    pub first_slot: usize,
+    /// Slots from one `a` row to the next.
+    pub slot_stride: usize,
+}
+
+/// Values of one slot of partial sums: a cache line, the widest vector.
+pub const fn slot<T>() -> usize {
+    64 / size_of::<T>()
+}
+
+/// A [`DotRows`] that may run: see [`DotRows::promise`].
+pub struct CheckedDotRows<'a, T>(DotRows<'a, T>);
+
+impl<'a, T: Element> DotRows<'a, T> {
+    /// Turns the description into a kernel.
+    ///
+    /// # Safety
+    /// Until it has run, every row of every image must be readable over `pixels` values.
+    pub unsafe fn promise(self) -> CheckedDotRows<'a, T> {
+        let (a, b) = (self.a.offsets.len(), self.b.offsets.len());
+        assert!((1..=MAX_DOT_A).contains(&a) && (1..=MAX_DOT_B).contains(&b), "rows");
+        assert!(self.sums.len() >= (self.first_slot + (a - 1) * self.slot_stride + b) * slot::<T>(), "sums");
+        CheckedDotRows(self)
+    }
+
+    /// # Safety
+    /// As for [`DotRows::promise`]; `A` and `B` must be the numbers of rows.
+    #[inline(always)]
+    unsafe fn tile<I: Isa, const A: usize, const B: usize>(&mut self, isa: I) {
+        let lanes = T::lanes::<I>();
+        let zero = T::splat(isa, T::default());
+        let (first, stride) = (self.first_slot, self.slot_stride);
+        let slots = self.sums.as_mut_ptr();
+        let mut sums = [[zero; B]; A];
+        for (i, row) in sums.iter_mut().enumerate() {
+            for (j, sum) in row.iter_mut().enumerate() {
+                // SAFETY: the slots were asserted, each at least a vector long.
+                *sum = unsafe { T::load(isa, slots.add((first + i * stride + j) * slot::<T>())) };
+            }
+        }
+        let full = self.pixels / lanes * lanes;
+        let mask = T::mask(isa, self.pixels - full);
+        for n in 0..self.images {
+            // SAFETY: image n exists.
+            let (a, b) = unsafe { (self.a.base.add(n * self.a.image_stride), self.b.base.add(n * self.b.image_stride)) };
+            let mut p = 0;
+            while p < self.pixels {
+                let tail = p == full;
+                let mut bs = [zero; B];
+                for (j, value) in bs.iter_mut().enumerate() {
+                    // SAFETY: inside the row; the tail is masked.
+                    *value = unsafe {
+                        let ptr = b.add(*self.b.offsets.get_unchecked(j) + p);
+                        if tail { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) }
+                    };
+                }
+                for (i, row) in sums.iter_mut().enumerate() {
+                    // SAFETY: inside the row; the tail is masked.
+                    let value = unsafe {
+                        let ptr = a.add(*self.a.offsets.get_unchecked(i) + p);
+                        if tail { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) }
+                    };
+                    for (sum, b) in row.iter_mut().zip(bs) {
+                        *sum = T::mul_add(isa, value, b, *sum);
+                    }
+                }
+                p += lanes;
+            }
+        }
+        for (i, row) in sums.into_iter().enumerate() {
+            for (j, sum) in row.into_iter().enumerate() {
+                // SAFETY: as for the loads above.
+                unsafe { T::store(isa, slots.add((first + i * stride + j) * slot::<T>()), sum) };
+            }
+        }
+    }
+}
+
+impl<T: Element> Kernel for CheckedDotRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        macro_rules! tiles {
+            ($($a:literal: $($b:literal)*;)*) => {
+                match (self.0.a.offsets.len(), self.0.b.offsets.len()) {
+                    // SAFETY: promised to `promise`.
+                    $($(($a, $b) => unsafe { self.0.tile::<I, $a, $b>(isa) },)*)*
+                    _ => unreachable!("checked by promise"),
+                }
+            };
+        }
+        tiles! { 1: 1 2 3 4 5 6; 2: 1 2 3 4 5 6; 3: 1 2 3 4 5 6; 4: 1 2 3 4 5 6; }
+    }
+}
+
+/// Sums each slot's first vector: the end of a series of [`DotRows`].
+pub struct SumSlots<'a, T>(pub &'a [T], pub &'a mut dyn FnMut(usize, T));
+
+impl<T: Element> Kernel for SumSlots<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        for (i, slot) in self.0.chunks_exact(slot::<T>()).enumerate() {
+            // SAFETY: a slot is at least a vector long.
+            let vector = unsafe { T::load(isa, slot.as_ptr()) };
+            (self.1)(i, T::sum(isa, vector));
+        }
+    }
+}
+
+/// The largest tile `B` of [`DotRows`] that the registers of an instruction set hold beside [`MAX_DOT_A`] rows.
+pub struct DotWidth;
+
+impl Kernel for DotWidth {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) -> usize {
+        if I::REGISTER_COUNT >= 32 { MAX_DOT_B } else { 3 }
+    }
+}
+
+/// The most output rows of [`ConvRows`] that leave room for two vectors of pixels.
+pub struct ConvHeight;
+
+impl Kernel for ConvHeight {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) -> usize {
+        if I::REGISTER_COUNT >= 32 { MAX_ROWS } else { 6 }
+    }
+}
+
+/// The sum of the `len` values at a pointer, for a bias gradient.
+pub struct SumRow<'a, T>(pub &'a [T]);
+
+impl<T: Element> Kernel for SumRow<'_, T> {
+    type Output = T;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> T {
+        let lanes = T::lanes::<I>();
+        let zero = T::splat(isa, T::default());
+        let mut sums = [zero; 4];
+        let mut chunks = self.0.chunks_exact(4 * lanes);
+        for chunk in &mut chunks {
+            for (v, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: a chunk holds four vectors.
+                *sum = T::add_vectors(isa, *sum, unsafe { T::load(isa, chunk.as_ptr().add(v * lanes)) });
+            }
+        }
+        for rest in chunks.remainder().chunks(lanes) {
+            // SAFETY: the mask selects the values of `rest`.
+            sums[0] = T::add_vectors(isa, sums[0], unsafe { T::load_masked(isa, T::mask(isa, rest.len()), rest.as_ptr()) });
+        }
+        T::sum(isa, T::add_vectors(isa, T::add_vectors(isa, sums[0], sums[1]), T::add_vectors(isa, sums[2], sums[3])))
+    }
+}
+
+/// The sums of the columns of a matrix whose rows are as long as the second slice: the bias gradient in NHWC.
+pub struct SumColumns<'a, T>(pub &'a [T], pub &'a mut [T]);
+
+impl<T: Element> Kernel for SumColumns<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self(rows, sums) = self;
+        let lanes = T::lanes::<I>();
+        let columns = sums.len();
+        for (i, out) in sums.chunks_mut(lanes).enumerate() {
+            let mask = T::mask(isa, out.len());
+            let mut sum = T::splat(isa, T::default());
+            for row in rows.chunks_exact(columns) {
+                // SAFETY: the mask selects the columns that `out` stands for, which the row holds.
+                sum = T::add_vectors(isa, sum, unsafe { T::load_masked(isa, mask, row.as_ptr().add(i * lanes)) });
+            }
+            // SAFETY: the mask selects the values of `out`.
+            unsafe { T::store_masked(isa, mask, out.as_mut_ptr(), sum) };
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! Fast CPU kernels for the layers of parameter-efficient CNNs: grouped pointwise (1x1)
+//! convolution with interleaved channels, channel interleave and depthwise convolution, each with
+//! its gradients.
+//!
+//! The crate is built in floors, and each floor knows only the ones below it:
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`error`], [`shape`] | what can be wrong with a call; geometry that has been validated once |
+//! | [`isa`], [`pool`], [`scratch`] | the instruction set, the threads and the temporary memory |
+//! | [`kernels`] | numbers only: rows in, rows out, one thread, one instruction set |
+//! | [`ops`] | an operation = geometry + kernels + division of the work over threads |
+//! | `bindings` | NumPy and XLA: conversion and error mapping (feature `python`) |
+#![warn(missing_docs)]
+
+pub mod error;
+pub mod isa;
+pub mod kernels;
+pub mod ops;
+pub mod pool;
+pub mod scratch;
+pub mod shape;
+
+#[cfg(feature = "python")]
+mod bindings;

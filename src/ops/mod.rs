@@ -1,0 +1,35 @@
+//! Operations: geometry + kernels + the division of the work over threads.
+
+
+pub mod depthwise;
+pub mod interleave;
+pub mod pointwise;
+
+use std::mem::MaybeUninit;
+
+/// A pointer that tasks share; each writes its own part.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<T>(*mut T);
+
+// SAFETY: users of `Shared` give every task a part of its own.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// Shares memory that is yet to be written.
+    pub(crate) fn new(memory: &mut [MaybeUninit<T>]) -> Self {
+        Self(memory.as_mut_ptr().cast())
+    }
+
+    /// The pointer (a method, so that closures capture the wrapper and not the bare pointer).
+    pub(crate) fn ptr(self) -> *mut T {
+        self.0
+    }
+}
+
+/// The nanoseconds that one core needs for this many multiply-adds and bytes, roughly: what decides whether threads
+/// are worth their start. 16 multiply-adds and 8 bytes a nanosecond are what one core of a current server does.
+pub(crate) fn estimate(multiply_adds: usize, bytes: usize) -> f64 {
+    multiply_adds as f64 / 16.0 + bytes as f64 / 8.0
+}

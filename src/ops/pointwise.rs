@@ -1,0 +1,533 @@
+//! Grouped pointwise (1x1) convolution with interleaved output, and its gradients.
+//!
+//! Forward and input gradient are the same computation with the roles of the channels exchanged, so one driver,
+//! [`Product`], serves both: it multiplies the rows of each group by a small matrix. An interleave is a table of
+//! places for the output rows (forward) or the input rows (backward) and costs nothing.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use super::{Shared, estimate};
+use crate::isa::Active;
+use crate::kernels::Element;
+use crate::kernels::pointwise::{
+    AddBias, ConvHeight, ConvRows, DotRows, DotWidth, Identity, MAX_DOT_A, Rows, SumColumns, SumRow, SumSlots, slot,
+};
+use crate::kernels::transpose::Transpose;
+use crate::pool::{parallel_for, part, threads_for};
+use crate::scratch;
+use crate::shape::{Images, Order, Pointwise, interleave_places};
+
+/// Pixels of one pass over a group's rows in NCHW where the group needs several tiles of output rows: keeps 32 input
+/// rows of float32 within a 32 KiB L1 cache.
+const PLANE_TILE: usize = 240;
+/// Pixels of a transposed tile in NHWC: a multiple of every kernel's tile (2 or 3 vectors of 8 or 16).
+const PIXEL_TILE: usize = 48;
+/// Channels that are transposed together, at least: whole cache lines are read.
+const CHANNEL_TILE: usize = 64;
+/// Pixels of a pair of transposed tiles in the weight gradient.
+const DOT_TILE: usize = 96;
+/// Bytes of a group's rows over which one tile of the weight gradient runs: they are read once for each tile of
+/// weights, from the L2 cache.
+const DOT_BYTES: usize = 96 << 10;
+/// A group of this many weights or more is multiplied by GEMM: its partial sums (a cache line each) no longer fit the
+/// caches.
+const GEMM_WEIGHTS: usize = 4096;
+/// Work of one part of a weight gradient, at least.
+const PART_NANOSECONDS: f64 = 100_000.0;
+/// Parts of a weight gradient, at most.
+const MAX_PARTS: usize = 64;
+/// Partial weight gradients, at most (values).
+const MAX_PARTIAL: usize = 1 << 22;
+/// Pixels that a bias gradient sums in the element type.
+const BIAS_TILE: usize = 64;
+/// Tasks for each thread: enough to even out threads of different speed.
+const TASKS_PER_THREAD: usize = 4;
+
+/// Output = interleave(grouped pointwise convolution of `x` + `bias`).
+///
+/// * `images`: the input's geometry; `x` holds `(N, C_in)` images in that order, `y` receives `(N, C_out)`.
+/// * `weight`: in the layout that `shape` names; `bias`: `C_out` values.
+pub fn forward<T: Element>(
+    isa: Active,
+    shape: &Pointwise,
+    images: Images,
+    x: &[T],
+    weight: &[T],
+    bias: Option<&[T]>,
+    y: &mut [MaybeUninit<T>],
+) {
+    assert_eq!(images.channels, shape.in_channels);
+    assert_eq!(weight.len(), shape.weights());
+    Product {
+        isa,
+        images,
+        groups: shape.groups,
+        group_in: shape.group_in(),
+        group_out: shape.group_out(),
+        in_places: None,
+        out_places: shape.out_places(),
+    }
+    .run(x, |g, o, i| weight[shape.weight_index(g, o, i)], bias, y);
+}
+
+/// The gradient by the input: `(N, C_in)` from `grad_output (N, C_out)`, the gradient of the interleaved output.
+///
+/// `images` is the geometry of `grad_output`.
+pub fn grad_input<T: Element>(
+    isa: Active,
+    shape: &Pointwise,
+    images: Images,
+    grad_output: &[T],
+    weight: &[T],
+    grad_x: &mut [MaybeUninit<T>],
+) {
+    assert_eq!(images.channels, shape.out_channels);
+    assert_eq!(weight.len(), shape.weights());
+    Product {
+        isa,
+        images,
+        groups: shape.groups,
+        group_in: shape.group_out(),
+        group_out: shape.group_in(),
+        in_places: shape.out_places(),
+        out_places: None,
+    }
+    .run(grad_output, |g, o, i| weight[shape.weight_index(g, i, o)], None, grad_x);
+}
+
+/// Rows of each group times that group's matrix.
+struct Product {
+    isa: Active,
+    /// The input's geometry.
+    images: Images,
+    groups: usize,
+    group_in: usize,
+    group_out: usize,
+    /// Where input channel `c` stands in memory, unless at `c`.
+    in_places: Option<Vec<usize>>,
+    /// Where output channel `c` stands in memory, unless at `c`.
+    out_places: Option<Vec<usize>>,
+}
+
+/// Weights in the order in which the kernels read them: for each group, for each block of output rows,
+/// `[input row][output row]`.
+struct Packed<'a, T> {
+    weights: &'a [T],
+    bias: Option<&'a [T]>,
+    /// Ends of the blocks of output rows of a group.
+    blocks: &'a [Range<usize>],
+    /// Places of all output channels in the rows that the kernel writes.
+    y_offsets: &'a [usize],
+}
+
+impl Product {
+    fn run<T: Element>(
+        &self,
+        x: &[T],
+        weight: impl Fn(usize, usize, usize) -> T,
+        bias: Option<&[T]>,
+        y: &mut [MaybeUninit<T>],
+    ) {
+        let out = self.images.with_channels(self.groups * self.group_out);
+        assert_eq!(x.len(), self.images.len());
+        assert_eq!(y.len(), out.len());
+        assert!(bias.is_none_or(|bias| bias.len() == out.channels));
+        if out.is_empty() {
+            return;
+        }
+        let height = self.isa.run(ConvHeight);
+        let count = self.group_out.div_ceil(height);
+        let blocks: Vec<_> = (0..count).map(|i| part(self.group_out, count, i)).collect();
+        scratch::with(out.channels * self.group_in, |packed: &mut [T]| {
+            let mut next = packed.iter_mut();
+            for (g, block) in (0..self.groups).flat_map(|g| blocks.iter().map(move |block| (g, block))) {
+                for (i, o) in (0..self.group_in).flat_map(|i| block.clone().map(move |o| (i, o))) {
+                    *next.next().expect("as many as weights") = weight(g, o, i);
+                }
+            }
+            let work = images_work::<T>(self.images, out, self.group_in);
+            let threads = threads_for(work);
+            // One pixel an image (squeeze-excite, dense layers) is the same memory in both orders.
+            let y = Shared::new(y);
+            if self.images.order == Order::Nchw && self.images.pixels > 1 {
+                self.planes(threads, x, packed, bias, &blocks, y);
+            } else {
+                self.pixels(threads, x, packed, bias, &blocks, y);
+            }
+        });
+    }
+
+    /// NCHW: the rows are the image's own planes.
+    fn planes<T: Element>(
+        &self,
+        threads: usize,
+        x: &[T],
+        packed: &[T],
+        bias: Option<&[T]>,
+        blocks: &[Range<usize>],
+        y: Shared<T>,
+    ) {
+        let Images { count, pixels, channels: c_in, .. } = self.images;
+        let c_out = self.groups * self.group_out;
+        let offsets = |channels: usize, places: &Option<Vec<usize>>| -> Vec<usize> {
+            (0..channels).map(|c| places.as_ref().map_or(c, |places| places[c]) * pixels).collect()
+        };
+        let x_offsets = offsets(c_in, &self.in_places);
+        let y_offsets = offsets(c_out, &self.out_places);
+        let packed = Packed { weights: packed, bias, blocks, y_offsets: &y_offsets };
+        // Tasks: images, then groups, then pixels, until there are enough.
+        let wanted = if threads == 1 { 1 } else { threads * TASKS_PER_THREAD };
+        let group_parts = wanted.div_ceil(count).min(self.groups);
+        let pixel_parts = wanted.div_ceil(count * group_parts).min(pixels.div_ceil(PLANE_TILE));
+        let tile = if blocks.len() > 1 { PLANE_TILE } else { usize::MAX };
+        parallel_for(threads, count * group_parts * pixel_parts, |task| {
+            let (n, rest) = (task / (group_parts * pixel_parts), task % (group_parts * pixel_parts));
+            let range = part(pixels, pixel_parts, rest % pixel_parts);
+            for g in part(self.groups, group_parts, rest / pixel_parts) {
+                let mut start = range.start;
+                while start < range.end {
+                    let length = tile.min(range.end - start);
+                    // SAFETY: image n and pixels start..start + length exist in x and y; tasks differ in image,
+                    // group or pixels, so no two write the same place.
+                    unsafe {
+                        let x = x.as_ptr().add(n * c_in * pixels + start);
+                        let y = y.ptr().add(n * c_out * pixels + start);
+                        self.group(g, x, &x_offsets[g * self.group_in..][..self.group_in], &packed, y, length);
+                    }
+                    start += length;
+                }
+            }
+        });
+    }
+
+    /// NHWC: tiles of pixels are transposed into rows and back.
+    fn pixels<T: Element>(
+        &self,
+        threads: usize,
+        x: &[T],
+        packed: &[T],
+        bias: Option<&[T]>,
+        blocks: &[Range<usize>],
+        y: Shared<T>,
+    ) {
+        let (c_in, c_out) = (self.images.channels, self.groups * self.group_out);
+        let pixels = self.images.count * self.images.pixels;
+        let tile = PIXEL_TILE.min(pixels.next_multiple_of(8));
+        // With permuted input rows a group's channels are anywhere, so all are transposed at once.
+        let cluster = match self.in_places {
+            Some(_) => self.groups,
+            None => CHANNEL_TILE.div_ceil(self.group_in).min(self.groups),
+        };
+        let x_offsets: Vec<_> =
+            (0..c_in).map(|c| self.in_places.as_ref().map_or(c % (cluster * self.group_in), |places| places[c]) * tile).collect();
+        let y_offsets: Vec<_> = (0..c_out).map(|c| self.out_places.as_ref().map_or(c, |places| places[c]) * tile).collect();
+        let packed = Packed { weights: packed, bias, blocks, y_offsets: &y_offsets };
+        let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(tile)) };
+        parallel_for(threads, parts, |task| {
+            scratch::with((cluster * self.group_in + c_out) * tile, |rows: &mut [T]| {
+                let (x_rows, y_rows) = rows.split_at_mut(cluster * self.group_in * tile);
+                let range = part(pixels, parts, task);
+                for start in range.clone().step_by(tile) {
+                    let length = tile.min(range.end - start);
+                    for first in (0..self.groups).step_by(cluster) {
+                        let groups = first..(first + cluster).min(self.groups);
+                        let channels = groups.len() * self.group_in;
+                        // SAFETY: the source is pixels x channels of x, the destination channels x tile of x_rows.
+                        self.isa.run(unsafe {
+                            let src = x.as_ptr().add(start * c_in + first * self.group_in);
+                            Transpose::new([length, channels], src, c_in, x_rows.as_mut_ptr(), tile)
+                        });
+                        for g in groups {
+                            let x_offsets = &x_offsets[g * self.group_in..][..self.group_in];
+                            // SAFETY: offsets lie inside x_rows and y_rows, each row `tile` values long.
+                            unsafe { self.group(g, x_rows.as_ptr(), x_offsets, &packed, y_rows.as_mut_ptr(), length) };
+                        }
+                    }
+                    // SAFETY: the destination is this task's own pixels of y.
+                    self.isa.run(unsafe {
+                        Transpose::new([c_out, length], y_rows.as_ptr(), tile, y.ptr().add(start * c_out), c_out)
+                    });
+                }
+            });
+        });
+    }
+
+    /// One group over `length` pixels.
+    ///
+    /// # Safety
+    /// `x` and `y` must hold the group's rows at their offsets, `length` values each; rows of `y` are this caller's own.
+    #[inline]
+    unsafe fn group<T: Element>(
+        &self,
+        g: usize,
+        x: *const T,
+        x_offsets: &[usize],
+        packed: &Packed<'_, T>,
+        y: *mut T,
+        length: usize,
+    ) {
+        let weights = &packed.weights[g * self.group_out * self.group_in..][..self.group_out * self.group_in];
+        for block in packed.blocks {
+            let channels = g * self.group_out + block.start..g * self.group_out + block.end;
+            let kernel = ConvRows {
+                x,
+                x_offsets,
+                weights: &weights[block.start * self.group_in..block.end * self.group_in],
+                y,
+                y_offsets: &packed.y_offsets[channels.clone()],
+                pixels: length,
+                prologue: Identity,
+                epilogue: AddBias(packed.bias.map(|bias| &bias[channels])),
+            };
+            // SAFETY: the caller's promise.
+            self.isa.run(unsafe { kernel.promise() });
+        }
+    }
+}
+
+fn images_work<T>(a: Images, b: Images, inner: usize) -> f64 {
+    estimate(b.len() * inner, (a.len() + b.len()) * size_of::<T>())
+}
+
+/// The gradient by the weight, in the layout that `shape` names, from `x (N, C_in)` and `grad_output (N, C_out)`, the
+/// gradient of the interleaved output.
+///
+/// `images` is the geometry of `x`. The result does not depend on the number of threads.
+pub fn grad_weight<T: Element>(
+    isa: Active,
+    shape: &Pointwise,
+    images: Images,
+    x: &[T],
+    grad_output: &[T],
+    grad_weight: &mut [MaybeUninit<T>],
+) {
+    let out = images.with_channels(shape.out_channels);
+    assert_eq!(images.channels, shape.in_channels);
+    assert_eq!(x.len(), images.len());
+    assert_eq!(grad_output.len(), out.len());
+    assert_eq!(grad_weight.len(), shape.weights());
+    let planes = images.order == Order::Nchw && images.pixels > 1;
+    let work = images_work::<T>(images, out, shape.group_in());
+    // The parts depend on the problem alone, so that the sums do too.
+    let most = if planes { images.count } else { (images.count * images.pixels).div_ceil(DOT_TILE) };
+    let parts = ((work / PART_NANOSECONDS) as usize).min(most).min(MAX_PARTIAL / shape.weights()).clamp(1, MAX_PARTS);
+    let group_parts = if parts < MAX_PARTS / 4 { shape.groups.min(MAX_PARTS / 4) } else { 1 };
+    let mut places = shape.out_places().unwrap_or_else(|| (0..shape.out_channels).collect());
+    if planes {
+        places.iter_mut().for_each(|place| *place *= images.pixels);
+    }
+    let grad = WeightGrad { isa, shape, images, places, width: isa.run(DotWidth), x, grad_output };
+    // One set of partial sums for each part, added up in order at the end.
+    let mut partial = vec![T::default(); parts * shape.weights()];
+    let shared = Shared(partial.as_mut_ptr());
+    parallel_for(threads_for(work), parts * group_parts, |task| {
+        let (task, group_task) = (task / group_parts, task % group_parts);
+        // SAFETY: tasks differ in part, and then write to another set of sums, or in groups, and then to other
+        // weights of the same set.
+        let add = |g, o, i, value| unsafe { *shared.ptr().add(task * shape.weights() + shape.weight_index(g, o, i)) += value };
+        let groups = part(shape.groups, group_parts, group_task);
+        if planes {
+            grad.planes(groups, part(images.count, parts, task), add);
+        } else {
+            grad.pixels(groups, part(images.count * images.pixels, parts, task), add);
+        }
+    });
+    for (i, value) in grad_weight.iter_mut().enumerate() {
+        value.write((0..parts).fold(T::default(), |sum, p| sum + partial[p * shape.weights() + i]));
+    }
+}
+
+struct WeightGrad<'a, T> {
+    isa: Active,
+    shape: &'a Pointwise,
+    images: Images,
+    /// Where output channel `c` stands in an image of `grad_output`.
+    places: Vec<usize>,
+    /// The most `B` rows of a tile.
+    width: usize,
+    x: &'a [T],
+    grad_output: &'a [T],
+}
+
+impl<T: Element> WeightGrad<'_, T> {
+    /// NCHW: groups `groups` over images `range`.
+    fn planes(&self, groups: Range<usize>, range: Range<usize>, mut add: impl FnMut(usize, usize, usize, T)) {
+        let (k, m) = (self.shape.group_in(), self.shape.group_out());
+        let Images { pixels, channels: c_in, .. } = self.images;
+        let c_out = self.shape.out_channels;
+        let x_offsets: Vec<_> = (0..k).map(|i| i * pixels).collect();
+        let tile = (DOT_BYTES / ((k + m) * size_of::<T>())).clamp(DOT_TILE, pixels.max(DOT_TILE)).min(pixels);
+        let batch = (DOT_BYTES / ((k + m) * tile * size_of::<T>())).max(1);
+        for g in groups {
+            let places = &self.places[g * m..][..m];
+            if let (true, Some(stride)) = (m * k >= GEMM_WEIGHTS, constant_stride(places)) {
+                scratch::with(m * k, |sums: &mut [T]| {
+                    sums.fill(T::default());
+                    for n in range.clone() {
+                        // SAFETY: the group's rows of image n in grad_output and x; `sums` is m x k.
+                        unsafe {
+                            let a = self.grad_output.as_ptr().add(n * c_out * pixels + places[0]);
+                            let b = self.x.as_ptr().add((n * c_in + g * k) * pixels);
+                            T::gemm([m, pixels, k], (a, stride, 1), (b, 1, pixels), T::ONE, (sums.as_mut_ptr(), k, 1));
+                        }
+                    }
+                    (0..m * k).for_each(|i| add(g, i / k, i % k, sums[i]));
+                });
+                continue;
+            }
+            scratch::with(m * k * slot::<T>(), |slots: &mut [T]| {
+                slots.fill(T::default());
+                for n in range.clone().step_by(batch) {
+                    for start in (0..pixels).step_by(tile) {
+                        // SAFETY: images n.. and pixels start.. exist, `batch` and `tile` cut at their ends.
+                        unsafe {
+                            let a = self.grad_output.as_ptr().add(n * c_out * pixels + start);
+                            let b = self.x.as_ptr().add((n * c_in + g * k) * pixels + start);
+                            let a = Rows { base: a, offsets: places, image_stride: c_out * pixels };
+                            let b = Rows { base: b, offsets: &x_offsets, image_stride: c_in * pixels };
+                            self.products(a, b, batch.min(range.end - n), tile.min(pixels - start), slots);
+                        }
+                    }
+                }
+                self.isa.run(SumSlots(slots, &mut |i, sum| add(g, i / k, i % k, sum)));
+            });
+        }
+    }
+
+    /// NHWC: groups `groups` over pixels `range` of all images.
+    fn pixels(&self, groups: Range<usize>, range: Range<usize>, mut add: impl FnMut(usize, usize, usize, T)) {
+        let (k, m) = (self.shape.group_in(), self.shape.group_out());
+        let (c_in, c_out) = (self.shape.in_channels, self.shape.out_channels);
+        let gemm = m * k >= GEMM_WEIGHTS;
+        let cluster = if gemm { 1 } else { CHANNEL_TILE.div_ceil(k).max(CHANNEL_TILE / 4 / m) };
+        for first in groups.clone().step_by(cluster) {
+            let cluster = first..(first + cluster).min(groups.end);
+            let places = &self.places[cluster.start * m..cluster.end * m];
+            if let (true, Some(stride)) = (gemm, constant_stride(places)) {
+                scratch::with(m * k, |sums: &mut [T]| {
+                    // SAFETY: the group's columns of grad_output and x over the pixels; `sums` is m x k.
+                    unsafe {
+                        let a = self.grad_output.as_ptr().add(range.start * c_out + places[0]);
+                        let b = self.x.as_ptr().add(range.start * c_in + first * k);
+                        let c = (sums.as_mut_ptr(), k, 1);
+                        T::gemm([m, range.len(), k], (a, stride, c_out), (b, c_in, 1), T::default(), c);
+                    }
+                    (0..m * k).for_each(|i| add(first, i / k, i % k, sums[i]));
+                });
+                continue;
+            }
+            // The cluster's output channels may stand anywhere: they become rows in the order of their places, so
+            // that each run of neighbours is one transpose.
+            let mut order: Vec<_> = (0..places.len()).collect();
+            order.sort_unstable_by_key(|&c| places[c]);
+            let mut a_offsets = vec![0; places.len()];
+            order.iter().enumerate().for_each(|(row, &c)| a_offsets[c] = row * DOT_TILE);
+            let b_offsets: Vec<_> = (0..cluster.len() * k).map(|row| row * DOT_TILE).collect();
+            let (rows_a, rows_b) = (places.len(), cluster.len() * k);
+            let size = (rows_a + rows_b) * DOT_TILE + cluster.len() * m * k * slot::<T>();
+            scratch::with(size, |memory: &mut [T]| {
+                let (slots, rows) = memory.split_at_mut(cluster.len() * m * k * slot::<T>());
+                let (a_rows, b_rows) = rows.split_at_mut(rows_a * DOT_TILE);
+                slots.fill(T::default());
+                for start in range.clone().step_by(DOT_TILE) {
+                    let length = DOT_TILE.min(range.end - start);
+                    for run in order.chunk_by(|&a, &b| places[a] + 1 == places[b]) {
+                        // SAFETY: the run's columns of grad_output, to the run's rows of a_rows.
+                        self.isa.run(unsafe {
+                            let src = self.grad_output.as_ptr().add(start * c_out + places[run[0]]);
+                            Transpose::new([length, run.len()], src, c_out, a_rows.as_mut_ptr().add(a_offsets[run[0]]), DOT_TILE)
+                        });
+                    }
+                    // SAFETY: the cluster's columns of x, to b_rows.
+                    self.isa.run(unsafe {
+                        let src = self.x.as_ptr().add(start * c_in + cluster.start * k);
+                        Transpose::new([length, rows_b], src, c_in, b_rows.as_mut_ptr(), DOT_TILE)
+                    });
+                    for i in 0..cluster.len() {
+                        let a = Rows { base: a_rows.as_ptr(), offsets: &a_offsets[i * m..][..m], image_stride: 0 };
+                        let b = Rows { base: b_rows.as_ptr(), offsets: &b_offsets[i * k..][..k], image_stride: 0 };
+                        let slots = &mut slots[i * m * k * slot::<T>()..][..m * k * slot::<T>()];
+                        // SAFETY: the rows hold `length` values each.
+                        unsafe { self.products(a, b, 1, length, slots) };
+                    }
+                }
+                self.isa.run(SumSlots(slots, &mut |i, sum| add(cluster.start + i / (m * k), i / k % m, i % k, sum)));
+            });
+        }
+    }
+
+    /// Adds the products of all `a` rows with all `b` rows to `[a][b]` slots.
+    ///
+    /// # Safety
+    /// The rows of all images must be readable over `pixels` values.
+    unsafe fn products(&self, a: Rows<'_, T>, b: Rows<'_, T>, images: usize, pixels: usize, slots: &mut [T]) {
+        let (m, k) = (a.offsets.len(), b.offsets.len());
+        let (a_tiles, b_tiles) = (m.div_ceil(MAX_DOT_A), k.div_ceil(self.width));
+        for i in (0..a_tiles).map(|i| part(m, a_tiles, i)) {
+            for j in (0..b_tiles).map(|j| part(k, b_tiles, j)) {
+                let kernel = DotRows {
+                    a: Rows { offsets: &a.offsets[i.clone()], ..a },
+                    b: Rows { offsets: &b.offsets[j.clone()], ..b },
+                    images,
+                    pixels,
+                    sums: slots,
+                    first_slot: i.start * k + j.start,
+                    slot_stride: k,
+                };
+                // SAFETY: the caller's promise.
+                self.isa.run(unsafe { kernel.promise() });
+            }
+        }
+    }
+}
+
+/// The distance between neighbours where it is the same for all (1 for a single place).
+fn constant_stride(places: &[usize]) -> Option<usize> {
+    let stride = if places.len() > 1 { places[1].checked_sub(places[0])? } else { 1 };
+    places.windows(2).all(|pair| pair[0] + stride == pair[1]).then_some(stride)
+}
+
+/// The gradient by the bias: the sums over images and pixels of `grad_output (N, C_out)`, whose channels are
+/// interleaved by `interleave`.
+pub fn grad_bias<T: Element>(
+    isa: Active,
+    interleave: usize,
+    images: Images,
+    grad_output: &[T],
+    grad_bias: &mut [MaybeUninit<T>],
+) {
+    assert_eq!(grad_output.len(), images.len());
+    assert_eq!(grad_bias.len(), images.channels);
+    let Images { count, pixels, channels, .. } = images;
+    let places = interleave_places(channels, interleave);
+    let threads = threads_for(estimate(0, size_of_val(grad_output)));
+    let shared = Shared::new(grad_bias);
+    // SAFETY: each channel is written by one task.
+    let write = |c: usize, sum: f64| unsafe { shared.ptr().add(c).write(T::from_f64(sum)) };
+    if images.order == Order::Nchw && pixels > 1 {
+        parallel_for(threads, channels, |c| {
+            let plane = |n: usize| &grad_output[(n * channels + places[c]) * pixels..][..pixels];
+            write(c, (0..count).map(|n| isa.run(SumRow(plane(n))).to_f64()).sum());
+        });
+        return;
+    }
+    // NHWC: sums of short columns in the element type, these in float64.
+    let parts = if threads == 1 { 1 } else { MAX_PARTS };
+    let mut partial = vec![0f64; parts * channels];
+    let sums = Shared(partial.as_mut_ptr());
+    parallel_for(threads, parts, |task| {
+        // SAFETY: each task has sums of its own.
+        let sums = unsafe { std::slice::from_raw_parts_mut(sums.ptr().add(task * channels), channels) };
+        let range = part(count * pixels, parts, task);
+        scratch::with(channels, |columns: &mut [T]| {
+            for rows in grad_output[range.start * channels..range.end * channels].chunks(BIAS_TILE * channels) {
+                isa.run(SumColumns(rows, columns));
+                sums.iter_mut().zip(&*columns).for_each(|(sum, value)| *sum += value.to_f64());
+            }
+        });
+    });
+    for c in 0..channels {
+        write(c, (0..parts).map(|p| partial[p * channels + places[c]]).sum());
+    }
+}

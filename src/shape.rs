@@ -1,0 +1,296 @@
+//! Validated geometry: made once at the edge of the crate, trusted below.
+
+use crate::error::{Result, bail};
+
+/// The order of an image's axes in memory, the last one contiguous.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Images, channels, rows, columns: a channel's pixels are contiguous.
+    Nchw,
+    /// Images, rows, columns, channels: a pixel's channels are contiguous.
+    Nhwc,
+}
+
+/// The order of the axes of a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightLayout {
+    /// PyTorch's: (C_out, C_in / groups) for a pointwise, (C, k, k) for a depthwise convolution.
+    Oi,
+    /// Keras's: (C_in / groups, C_out) for a pointwise, (k, k, C) for a depthwise convolution.
+    Io,
+}
+
+/// A batch of images in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Images {
+    /// Number of images.
+    pub count: usize,
+    /// Pixels in an image.
+    pub pixels: usize,
+    /// Channels of a pixel.
+    pub channels: usize,
+    /// The order in memory.
+    pub order: Order,
+}
+
+impl Images {
+    /// How many values there are.
+    pub fn len(&self) -> usize {
+        self.count * self.pixels * self.channels
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The same images with another number of channels.
+    pub fn with_channels(self, channels: usize) -> Self {
+        Self { channels, ..self }
+    }
+}
+
+/// Checks a step; on success it is at least 1.
+pub fn check_step(name: &str, step: i64) -> Result<usize> {
+    match usize::try_from(step) {
+        Ok(step) if step >= 1 => Ok(step),
+        _ => bail!("{name}={step}, expected at least 1"),
+    }
+}
+
+/// Where each channel goes when channels are interleaved by `step`: channel `c` to place `places[c]`.
+///
+/// Interleaving concatenates, over `s = 0..step`, the channels `s, s + step, s + 2 * step, ...`.
+pub fn interleave_places(channels: usize, step: usize) -> Vec<usize> {
+    let mut places = vec![0; channels];
+    for (place, source) in interleave_sources(channels, step).into_iter().enumerate() {
+        places[source] = place;
+    }
+    places
+}
+
+/// Where each channel comes from when channels are interleaved by `step`: the inverse of [`interleave_places`].
+pub fn interleave_sources(channels: usize, step: usize) -> Vec<usize> {
+    (0..step.min(channels)).flat_map(|s| (s..channels).step_by(step)).collect()
+}
+
+/// A grouped pointwise convolution, its output interleaved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pointwise {
+    /// Input channels; a multiple of `groups`.
+    pub in_channels: usize,
+    /// Output channels; a multiple of `groups`.
+    pub out_channels: usize,
+    /// Number of groups, at least 1.
+    pub groups: usize,
+    /// Step by which the output's channels are interleaved after the convolution; 1 is none.
+    pub interleave: usize,
+    /// The layout of the weights.
+    pub weight_layout: WeightLayout,
+}
+
+impl Pointwise {
+    /// Checks that `groups` divides the channels.
+    pub fn new(in_channels: usize, out_channels: usize, groups: i64, interleave: i64, weight_layout: WeightLayout) -> Result<Self> {
+        let interleave = check_step("interleave", interleave)?;
+        if in_channels == 0 || out_channels == 0 {
+            bail!("in_channels={in_channels}, out_channels={out_channels}, expected at least 1 of each");
+        }
+        let groups = match usize::try_from(groups) {
+            Ok(groups) if groups >= 1 => groups,
+            _ => bail!("groups={groups}, expected at least 1"),
+        };
+        for (name, channels) in [("in_channels", in_channels), ("out_channels", out_channels)] {
+            if channels % groups != 0 {
+                bail!("{name}={channels} is not divisible by groups={groups}");
+            }
+        }
+        Ok(Self { in_channels, out_channels, groups, interleave, weight_layout })
+    }
+
+    /// Input channels of a group.
+    pub fn group_in(&self) -> usize {
+        self.in_channels / self.groups
+    }
+
+    /// Output channels of a group.
+    pub fn group_out(&self) -> usize {
+        self.out_channels / self.groups
+    }
+
+    /// How many weights there are.
+    pub fn weights(&self) -> usize {
+        self.out_channels * self.group_in()
+    }
+
+    /// Where the weight of output channel `o` of group `g` for that group's input channel `i` stands.
+    pub fn weight_index(&self, g: usize, o: usize, i: usize) -> usize {
+        let o = g * self.group_out() + o;
+        match self.weight_layout {
+            WeightLayout::Oi => o * self.group_in() + i,
+            WeightLayout::Io => i * self.out_channels + o,
+        }
+    }
+
+    /// Where each output channel is stored; `None` where that is its own place.
+    pub fn out_places(&self) -> Option<Vec<usize>> {
+        // A step of 1 and one of all channels or more leave every channel where it is.
+        (self.interleave > 1 && self.interleave < self.out_channels)
+            .then(|| interleave_places(self.out_channels, self.interleave))
+    }
+}
+
+/// Zero padding of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Padding {
+    /// TensorFlow's: the output has `ceil(size / stride)` pixels, an odd pixel of padding goes to the bottom and right.
+    Same,
+    /// None.
+    Valid,
+    /// `[top, bottom]` and `[left, right]`.
+    Explicit([usize; 2], [usize; 2]),
+}
+
+impl Padding {
+    /// The padding before and after an axis (0: vertical, 1: horizontal) of `size` pixels.
+    fn resolve(self, axis: usize, size: usize, kernel: usize, stride: usize) -> [usize; 2] {
+        match self {
+            Self::Valid => [0, 0],
+            Self::Explicit(vertical, horizontal) => [vertical, horizontal][axis],
+            Self::Same => {
+                let total = (size.div_ceil(stride).saturating_sub(1) * stride + kernel).saturating_sub(size);
+                [total / 2, total - total / 2]
+            }
+        }
+    }
+}
+
+/// One axis of a depthwise convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Axis {
+    /// Input pixels.
+    pub input: usize,
+    /// Output pixels.
+    pub output: usize,
+    /// Zeros before the input.
+    pub before: usize,
+}
+
+/// A depthwise convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Depthwise {
+    /// Number of images.
+    pub count: usize,
+    /// Channels of input and output.
+    pub channels: usize,
+    /// Vertical geometry.
+    pub vertical: Axis,
+    /// Horizontal geometry.
+    pub horizontal: Axis,
+    /// 3, 5 or 7.
+    pub kernel: usize,
+    /// 1 or 2.
+    pub stride: usize,
+    /// The order of the images in memory.
+    pub order: Order,
+    /// The layout of the weights.
+    pub weight_layout: WeightLayout,
+}
+
+impl Depthwise {
+    /// Checks kernel size, stride and that the padded image holds a kernel.
+    pub fn new(
+        [count, channels]: [usize; 2],
+        size: [usize; 2],
+        kernel: usize,
+        stride: i64,
+        padding: Padding,
+        order: Order,
+        weight_layout: WeightLayout,
+    ) -> Result<Self> {
+        if ![3, 5, 7].contains(&kernel) {
+            bail!("kernel_size={kernel}, expected 3, 5 or 7");
+        }
+        let stride = match stride {
+            1 | 2 => stride as usize,
+            _ => bail!("stride={stride}, expected 1 or 2"),
+        };
+        if channels == 0 {
+            bail!("channels=0, expected at least 1");
+        }
+        let axis = |axis: usize, name: &str| {
+            let input = size[axis];
+            let [before, after] = padding.resolve(axis, input, kernel, stride);
+            // Padding a whole kernel or more makes outputs that see no pixel at all: a mistake.
+            if before >= kernel || after >= kernel {
+                bail!("padding={:?} of the {name}, expected less than kernel_size={kernel}", [before, after]);
+            }
+            if input > 0 && input + before + after < kernel {
+                bail!("{name}={input} with padding {:?} is smaller than kernel_size={kernel}", [before, after]);
+            }
+            let output = if input == 0 { 0 } else { (input + before + after - kernel) / stride + 1 };
+            Ok(Axis { input, output, before })
+        };
+        let (vertical, horizontal) = (axis(0, "height")?, axis(1, "width")?);
+        Ok(Self { count, channels, vertical, horizontal, kernel, stride, order, weight_layout })
+    }
+
+    /// How many values the input holds.
+    pub fn input_len(&self) -> usize {
+        self.count * self.channels * self.vertical.input * self.horizontal.input
+    }
+
+    /// How many values the output holds.
+    pub fn output_len(&self) -> usize {
+        self.count * self.channels * self.vertical.output * self.horizontal.output
+    }
+
+    /// How many weights there are.
+    pub fn weights(&self) -> usize {
+        self.channels * self.kernel * self.kernel
+    }
+
+    /// Where the weight of channel `c` at `tap = row * kernel + column` stands.
+    pub fn weight_index(&self, c: usize, tap: usize) -> usize {
+        match self.weight_layout {
+            WeightLayout::Oi => c * self.kernel * self.kernel + tap,
+            WeightLayout::Io => tap * self.channels + c,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interleave_is_a_permutation() {
+        assert_eq!(interleave_sources(7, 3), [0, 3, 6, 1, 4, 2, 5]);
+        for (channels, step) in (0..12).flat_map(|c| (1..15).map(move |s| (c, s))) {
+            let (places, sources) = (interleave_places(channels, step), interleave_sources(channels, step));
+            assert!((0..channels).all(|c| sources[places[c]] == c), "{channels} by {step}");
+        }
+    }
+
+    #[test]
+    fn same_padding_is_tensorflows() {
+        let axis = |size, kernel, stride| {
+            let shape = Depthwise::new([1, 1], [size, size], kernel, stride, Padding::Same, Order::Nchw, WeightLayout::Oi);
+            shape.unwrap().vertical
+        };
+        assert_eq!(axis(8, 3, 2), Axis { input: 8, output: 4, before: 0 });
+        assert_eq!(axis(7, 3, 2), Axis { input: 7, output: 4, before: 1 });
+        assert_eq!(axis(8, 5, 2), Axis { input: 8, output: 4, before: 1 });
+        assert_eq!(axis(5, 5, 1), Axis { input: 5, output: 5, before: 2 });
+        assert_eq!(axis(1, 7, 2), Axis { input: 1, output: 1, before: 3 });
+    }
+
+    #[test]
+    fn errors_carry_the_numbers() {
+        let error = |i, o, g, s| Pointwise::new(i, o, g, s, WeightLayout::Oi).unwrap_err().to_string();
+        assert_eq!(error(30, 8, 4, 1), "in_channels=30 is not divisible by groups=4");
+        assert_eq!(error(8, 6, 4, 1), "out_channels=6 is not divisible by groups=4");
+        assert_eq!(error(8, 8, 0, 1), "groups=0, expected at least 1");
+        assert_eq!(error(8, 8, 1, 0), "interleave=0, expected at least 1");
+    }
+}
