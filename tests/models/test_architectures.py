@@ -12,12 +12,21 @@ from kconv.models import graph as ir
 
 ARCHITECTURES = Path(__file__).parents[1] / "data" / "architectures"
 NETWORKS = {
+    "DenseNetBC_L100_32": ("densenet_bc_l100", {}),
     "EfficientNetB0_224": ("efficientnet_b0", {}),
+    "InceptionV3_224": ("inception_v3", {}),
+    "MobileNet_224": ("mobilenet", {}),
+    "MobileNetV3Large_224": ("mobilenet_v3_large", {}),
+    "kDenseNetBC_L100_D6_12ch_32": ("kdensenet_bc_l100", {"ktype": "D6_12ch"}),
     "kEffNetB0_D6_16ch_224": ("keffnet_b0", {"ktype": "D6_16ch"}),
     "kEffNetB0_D6v3_16ch_32_skip3": (
         "keffnet_b0",
         {"ktype": 32, "skip_stride_cnt": 3, "input_shape": (32, 32, 3)},
     ),
+    "kInceptionV3_D6_32ch_224": ("kinception_v3", {"ktype": "D6_32ch"}),
+    "kMobileNet_D6_32ch_224": ("kmobilenet", {"ktype": "D6_32ch"}),
+    "kMobileNetV3Large_D6_32ch_224": ("kmobilenet_v3_large", {"ktype": "D6_32ch"}),
+    "kMobileNetV3Small_D6_32ch_224": ("kmobilenet_v3_small", {"ktype": "D6_32ch"}),
 }
 INITIALIZERS = {
     "glorot_uniform": {"GlorotUniform": {}},
@@ -130,12 +139,30 @@ def settings(layer):
             }
 
 
+def in_our_words(layer):
+    """A layer of the original's list, with Keras's synonyms of a kind made one."""
+    layer = dict(layer)
+    del layer["name"]
+    weights = layer["weights"].items()  # "/" in a layer's name leaves traces in its weights'.
+    layer["weights"] = {name.rpartition("/")[2]: shape for name, shape in weights}
+    if layer["type"] == "ReLU":
+        kind = "relu6" if layer.pop("max_value", None) == "6.0" else "relu"
+        layer |= {"type": "Activation", "activation": kind}
+    if layer["type"] == "Softmax":
+        assert layer.pop("axis") == -1
+        layer |= {"type": "Activation", "activation": "softmax"}
+    if layer["type"] == "Reshape" and len(layer["target_shape"]) == 1:
+        del layer["target_shape"]
+        layer["type"] = "Flatten"
+    return layer
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_layer_is_the_originals(name):
     original = json.loads((ARCHITECTURES / f"{name}.json").read_text())
     model, options = NETWORKS[name]
     graph = create(model, **{"classes": 10, **options}).graph()
-    expected = {layer.pop("name"): layer for layer in original["layers"]}
+    expected = {layer["name"]: in_our_words(layer) for layer in original["layers"]}
     found = keras_layers(graph)
     assert sorted(found) == sorted(expected)
     for layer, properties in expected.items():

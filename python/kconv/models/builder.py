@@ -389,6 +389,17 @@ class GraphBuilder:
         return slide(height, kernel[0]), slide(width, kernel[1])
 
 
+def round_to_eight(filters: float) -> int:
+    """The nearest multiple of 8 that is at least 8 and not below 90 % of ``filters``.
+
+    Example:
+        >>> round_to_eight(16.4), round_to_eight(11)
+        (16, 16)
+    """
+    rounded = max(8, int(filters + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * filters else rounded
+
+
 _POOLING = {"max": "max", "avg": "average"}
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from math import ceil
 from typing import ClassVar, Literal, NamedTuple
 
-from kconv.models.builder import GraphBuilder
+from kconv.models.builder import GraphBuilder, round_to_eight
 from kconv.models.graph import ActivationName, Graph
 from kconv.models.options import Elementwise, Factor, Integer, KTypePaths, Rate
 from kconv.models.spec import Spec, register
@@ -169,10 +169,7 @@ class EfficientNet(Spec):
         return g.activation(f"{prefix}{role}_activation", x, self.activation)
 
     def _filters(self, filters: int) -> int:
-        """Filters times ``width``, to the nearest multiple of 8 that is not below 90 % of it."""
-        wanted = filters * self.width
-        rounded = max(8, int(wanted + 4) // 8 * 8)
-        return rounded + 8 if rounded < 0.9 * wanted else rounded
+        return round_to_eight(filters * self.width)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,10 @@ def _ktype(name: str, value: Any) -> str:
         raise TypeError(f"{name}={value!r} is neither a kType's name nor its number") from None
 
 
+def _optional_ktype(name: str, value: Any) -> str | None:
+    return None if value is None else _ktype(name, value)
+
+
 def _ktype_paths(name: str, value: Any) -> str | tuple[str, ...]:
     if not isinstance(value, list | tuple):
         return _ktype(name, value)
@@ -86,8 +90,10 @@ Factor = Annotated[float, _factor]
 Rate = Annotated[float, _rate]
 ImageShape = Annotated[Shape, _image_shape]
 Pooling = Annotated[Literal["avg", "max"] | None, _one_of("avg", "max", None)]
+ModelSize = Annotated[Literal["large", "small"], _one_of("large", "small")]
 Elementwise = Annotated[
     ActivationName, _one_of(*(name for name in get_args(ActivationName) if name != "softmax"))
 ]
 KTypeOption = Annotated[str | int, _ktype]
+OptionalKType = Annotated[str | int | None, _optional_ktype]
 KTypePaths = Annotated[str | int | Sequence[str | int], _ktype_paths]
