@@ -421,14 +421,16 @@ def _split_by_folders(path: Path, files: Sequence[str]) -> tuple[list[str], list
             f"{path} has no images; expected {layouts} with {', '.join(IMAGE_SUFFIXES)} files"
         )
     # An archive of the folder "pets" has "pets/" before everything: look below it.
+    parts = (["train"], ["test"])
     while min(map(len, folders.values())) > 1 and len({f[0] for f in folders.values()}) == 1:
-        if next(iter(folders.values()))[0] in ("train", "test"):
+        if next(iter(folders.values()))[:1] in parts:
             break
         folders = {name: folder[1:] for name, folder in folders.items()}
-    depth = 2 if all(f[:1] in (["train"], ["test"]) for f in folders.values()) else 1
+    # By itself "train" may also be a class, beside "bus" and "tram".
+    depth = 2 if any(len(f) > 1 and f[:1] in parts for f in folders.values()) else 1
     by_class: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
     for name, folder in folders.items():
-        if len(folder) != depth or (depth == 1 and folder[0] in by_class):
+        if len(folder) != depth or (depth == 2 and folder[:1] not in parts):
             raise ValueError(f"{path} is mixed up at {name}; expected {layouts}")
         part = folder[0] if depth == 2 else "train"
         by_class[part].setdefault(folder[-1], []).append(name)

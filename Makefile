@@ -1,0 +1,80 @@
+# `make demo` and `make test` set up everything they need. They assume cargo, python3 (3.10 or later)
+# with pip and venv, and a C linker.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export KERAS_BACKEND ?= jax
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Stamps: the package installed in $(VENV), with what the demo needs and with everything.
+DEMO := $(VENV)/.installed-demo
+DEV := $(VENV)/.installed-dev
+SOURCES := pyproject.toml Cargo.toml Cargo.lock $(shell find src -name '*.rs')
+# Without build isolation pip uses the venv's maturin, and a rebuild needs no network.
+INSTALL := $(BIN)/pip install --quiet --no-build-isolation --editable
+
+.DEFAULT_GOAL := help
+
+.PHONY: demo
+demo: $(DEMO) ## Train a kEffNet-B0 on the images in the package; minutes
+	$(BIN)/kconv train
+
+.PHONY: test
+test: $(DEV) ## Build and run all tests: cargo, pytest, doctests
+	cargo test --quiet
+	$(BIN)/python -m pytest
+
+.PHONY: check
+check: lint stubs test ## What continuous integration runs: lint, stubs, test
+
+.PHONY: lint
+lint: $(DEV) ## Check format, style and types
+	cargo fmt --check
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	cargo clippy --quiet --all-targets -- --deny warnings
+	cargo clippy --quiet --all-targets --features python -- --deny warnings
+	$(BIN)/mypy
+
+.PHONY: stubs
+stubs: $(DEV) ## Compare _kconv.pyi with the built module
+	$(BIN)/python -m mypy.stubtest kconv._kconv
+
+.PHONY: fmt
+fmt: $(DEV) ## Format the code
+	cargo fmt
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+.PHONY: bench
+bench: $(DEV) ## Time the kernels beside other libraries
+	$(BIN)/python benches/compare.py
+
+.PHONY: wheel
+wheel: $(DEV) ## Build dist/kconv-*.whl
+	$(BIN)/maturin build --release --out dist
+
+.PHONY: clean
+clean: ## Remove what building and testing made, but not $(VENV) and runs/
+	cargo clean
+	rm -rf dist .mypy_cache .pytest_cache .ruff_cache python/kconv/*.so
+	rm -f $(DEMO) $(DEV)
+	find python tests -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help
+help: ## Show this
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+$(BIN)/maturin:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "kconv needs Python 3.10 or later, not " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet 'maturin>=1.16,<2'
+
+$(DEMO): $(SOURCES) | $(BIN)/maturin
+	$(INSTALL) '.[jax]'
+	@touch $@
+
+$(DEV): $(SOURCES) | $(BIN)/maturin
+	$(INSTALL) '.[all,dev]'
+	@touch $@ $(DEMO)
