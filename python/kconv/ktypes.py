@@ -2,8 +2,8 @@
 
 A *kType* says how the 1x1 convolution of ``c_in`` to ``c_out`` channels is split into groups;
 :func:`plan` turns it into the steps of the block that takes the convolution's place. Version 1
-(``D6``) is section 3 of MENDEL 28(1), 2022; version 2 (``D6v3``) lifts its divisibility
-constraints (Entropy 24(9):1264, 2022).
+(``D6``) is from MENDEL 28(1), 2022; version 2 (``D6v3``) lifts its divisibility constraints
+(Entropy 24(9):1264, 2022).
 
 Example:
     >>> for step in plan("D6_16ch", 144, 24, name="project"):
@@ -245,8 +245,8 @@ class Plan:
 def plan(ktype: KType | str | int, c_in: int, c_out: int, name: str = "") -> Plan:
     """The steps that replace a pointwise convolution of ``c_in`` to ``c_out`` channels.
 
-    The rules are section 3 of MENDEL 28(1), 2022 for ``D6`` and section 3 of Entropy 24(9):1264,
-    2022 for ``D6v3``.
+    The rules are those of MENDEL 28(1), 2022 for ``D6`` and of Entropy 24(9):1264, 2022 for
+    ``D6v3``.
 
     Example:
         >>> [(unit.conv_name, unit.groups) for unit in plan("D6v3_16ch", 40, 24).units]
@@ -359,7 +359,7 @@ def _group_count(c_in: int, c_out: int, channels: int) -> int:
 
 
 def _plan_v1(b: _Builder, ktype: KType, c_in: int, c_out: int, name: str) -> None:
-    """MENDEL 28(1), 2022, section 3: K, interleave, L, and the sum of both.
+    """MENDEL 28(1), 2022: K, interleave, L, and the sum of both.
 
     L reads the interleaved output of K but is added to K's output as it was before.
     """
@@ -385,7 +385,7 @@ def _connect_groups(b: _Builder, ktype: KType, k: str, mixed: str, groups: int, 
 
 
 def _plan_v2(b: _Builder, ktype: KType, c_in: int, c_out: int, name: str) -> None:
-    """Entropy 24(9):1264, 2022, section 3: two grouped convolutions without divisibility rules."""
+    """Entropy 24(9):1264, 2022: two grouped convolutions without divisibility rules."""
     ch = ktype.channels
     if not (c_in > 2 * ch or (c_out > c_in > ch)):
         b.unit(_join(name, "um"), INPUT, c_out)

@@ -87,7 +87,7 @@ class DenseNet(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class KDenseNet(DenseNet):
-    """kDenseNet-BC: grouped pointwise convolutions (section 4 of MENDEL 28(1), 2022).
+    """kDenseNet-BC: grouped pointwise convolutions (MENDEL 28(1), 2022).
 
     Attributes:
         ktype: the kType in the dense blocks.

@@ -174,7 +174,7 @@ class EfficientNet(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class KEffNet(EfficientNet):
-    """kEffNet: EfficientNet with grouped pointwise convolutions (section 4 of both papers).
+    """kEffNet: EfficientNet with grouped pointwise convolutions (MENDEL 28(1), 2022).
 
     Attributes:
         ktype: the kType of all pointwise convolutions. Several make parallel paths after the

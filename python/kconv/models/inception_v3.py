@@ -47,7 +47,7 @@ class InceptionV3(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class KInceptionV3(InceptionV3):
-    """kInception V3: grouped pointwise convolutions (section 4 of MENDEL 28(1), 2022).
+    """kInception V3: grouped pointwise convolutions (MENDEL 28(1), 2022).
 
     Attributes:
         ktype: the kType of the pointwise convolutions, three of which the original leaves alone.

@@ -77,7 +77,7 @@ class MobileNet(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class KMobileNet(MobileNet):
-    """kMobileNet: MobileNet with grouped pointwise convolutions (section 4 of MENDEL 28(1), 2022).
+    """kMobileNet: MobileNet with grouped pointwise convolutions (MENDEL 28(1), 2022).
 
     Attributes:
         ktype: the kType of all pointwise convolutions.

@@ -178,7 +178,7 @@ class MobileNetV3(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class KMobileNetV3(MobileNetV3):
-    """kMobileNet V3: grouped pointwise convolutions (section 4 of MENDEL 28(1), 2022).
+    """kMobileNet V3: grouped pointwise convolutions (MENDEL 28(1), 2022).
 
     Attributes:
         ktype: the kType of all pointwise convolutions but the classifier.
