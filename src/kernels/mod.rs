@@ -6,6 +6,7 @@
 //! any group size runs at full width, and permuting channels (the interleave) is only another table of offsets.
 
 
+pub mod depthwise;
 pub mod pointwise;
 pub mod transpose;
 
@@ -14,7 +15,7 @@ use std::ops::{Add, AddAssign};
 use crate::isa::Isa;
 
 /// A floating-point type that kernels compute with: its vectors on any instruction set.
-pub trait Element: Copy + Send + Sync + Default + AddAssign + Add<Output = Self> + std::ops::Mul<Output = Self> + std::fmt::Debug + 'static {
+pub trait Element: Copy + Send + Sync + Default + AddAssign + Add<Output = Self> + std::fmt::Debug + 'static {
     /// A vector of `Self`.
     type Vector<I: Isa>: Copy;
     /// A mask over a vector's first values.

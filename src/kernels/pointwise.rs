@@ -20,8 +20,10 @@ use crate::isa::{Isa, Kernel};
 pub const MAX_ROWS: usize = 8;
 /// The most `A` rows of one [`DotRows`] tile.
 pub const MAX_DOT_A: usize = 4;
-/// The most `B` rows of one [`DotRows`] tile.
-pub const MAX_DOT_B: usize = 6;
+/// The most `B` rows of one [`DotRows`] tile beside several `A` rows.
+const MAX_DOT_B: usize = 6;
+/// The most `B` rows of one [`DotRows`] tile beside a single `A` row.
+pub const MAX_SINGLE_B: usize = 9;
 
 /// What a convolution does to each value that it loads, compiled into the kernel.
 pub trait Prologue<T: Element>: Copy + Sync {
@@ -90,6 +92,18 @@ pub struct ConvRows<'a, T, P, E> {
     pub epilogue: E,
 }
 
+/// Vectors of pixels beside `rows` output rows: as many as the registers hold, three of them kept for a vector of x, a
+/// weight and a spare.
+const fn tile_vectors(registers: usize, rows: usize) -> usize {
+    let vectors = (registers - 3) / rows;
+    match vectors {
+        // A single row needs eight independent sums to hide the latency of the multiply-adds.
+        8.. if rows == 1 => 8,
+        4.. => 4,
+        _ => vectors,
+    }
+}
+
 /// A [`ConvRows`] that may run: see [`ConvRows::promise`].
 pub struct CheckedConvRows<'a, T, P, E>(ConvRows<'a, T, P, E>);
 
@@ -111,8 +125,10 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
     /// As for [`ConvRows::promise`]; `R` must be the number of output rows.
     #[inline(always)]
     unsafe fn rows<I: Isa, const R: usize>(&self, isa: I) {
-        // Three registers stay free: one vector of x, one weight, one spare.
-        match ((I::REGISTER_COUNT - 3) / R).min(4) {
+        // A constant: only one arm is compiled.
+        match const { tile_vectors(I::REGISTER_COUNT, R) } {
+            // SAFETY: the caller's promise.
+            8 => unsafe { self.tiles::<I, R, 8>(isa) },
             // SAFETY: the caller's promise.
             4 => unsafe { self.tiles::<I, R, 4>(isa) },
             // SAFETY: the caller's promise.
@@ -136,16 +152,23 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
                 self.tile::<I, R, V, false>(isa, p, T::mask(isa, lanes));
                 p += V * lanes;
             }
-            let rest = self.pixels - p;
-            if rest > 0 {
-                let vectors = rest.div_ceil(lanes);
-                let mask = T::mask(isa, rest - (vectors - 1) * lanes);
-                match vectors {
-                    1 => self.tile::<I, R, 1, true>(isa, p, mask),
-                    2 => self.tile::<I, R, 2, true>(isa, p, mask),
-                    3 => self.tile::<I, R, 3, true>(isa, p, mask),
-                    _ => self.tile::<I, R, 4, true>(isa, p, mask),
+            // What is left is less than V vectors, or nothing: up to four of them at a time.
+            while p < self.pixels {
+                let rest = self.pixels - p;
+                let vectors = rest.div_ceil(lanes).min(4);
+                let mask = T::mask(isa, (rest - (vectors - 1) * lanes).min(lanes));
+                if vectors == 1 {
+                    self.tile::<I, R, 1, true>(isa, p, mask);
+                } else if const { V >= 3 } && vectors == 2 {
+                    self.tile::<I, R, 2, true>(isa, p, mask);
+                } else if const { V >= 4 } && vectors == 3 {
+                    self.tile::<I, R, 3, true>(isa, p, mask);
+                } else if const { V >= 4 } {
+                    self.tile::<I, R, 4, true>(isa, p, mask);
+                } else {
+                    self.tile::<I, R, V, true>(isa, p, mask);
                 }
+                p += vectors * lanes;
             }
         }
     }
@@ -233,7 +256,7 @@ pub struct Rows<'a, T> {
 pub struct DotRows<'a, T> {
     /// At most [`MAX_DOT_A`] rows.
     pub a: Rows<'a, T>,
-    /// At most [`MAX_DOT_B`] rows.
+    /// At most [`MAX_SINGLE_B`] rows beside a single `a` row, else at most what [`DotWidth`] says.
     pub b: Rows<'a, T>,
     /// Number of images.
     pub images: usize,
@@ -262,7 +285,7 @@ impl<'a, T: Element> DotRows<'a, T> {
     /// Until it has run, every row of every image must be readable over `pixels` values.
     pub unsafe fn promise(self) -> CheckedDotRows<'a, T> {
         let (a, b) = (self.a.offsets.len(), self.b.offsets.len());
-        assert!((1..=MAX_DOT_A).contains(&a) && (1..=MAX_DOT_B).contains(&b), "rows");
+        assert!((1..=MAX_DOT_A).contains(&a) && (1..=MAX_SINGLE_B).contains(&b), "rows");
         assert!(self.sums.len() >= (self.first_slot + (a - 1) * self.slot_stride + b) * slot::<T>(), "sums");
         CheckedDotRows(self)
     }
@@ -325,16 +348,26 @@ impl<T: Element> Kernel for CheckedDotRows<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
+        let size = (self.0.a.offsets.len(), self.0.b.offsets.len());
+        assert!(size.0 == 1 || size.1 <= DotWidth.run(isa), "rows");
         macro_rules! tiles {
-            ($($a:literal: $($b:literal)*;)*) => {
-                match (self.0.a.offsets.len(), self.0.b.offsets.len()) {
+            ($($a:literal x $($b:literal)*;)*) => {
+                match size {
                     // SAFETY: promised to `promise`.
                     $($(($a, $b) => unsafe { self.0.tile::<I, $a, $b>(isa) },)*)*
-                    _ => unreachable!("checked by promise"),
+                    _ => unreachable!("checked above and by promise"),
                 }
             };
         }
-        tiles! { 1: 1 2 3 4 5 6; 2: 1 2 3 4 5 6; 3: 1 2 3 4 5 6; 4: 1 2 3 4 5 6; }
+        if size.0 == 1 {
+            // A single row: more pairs are needed to hide the latency of the multiply-adds.
+            tiles! { 1 x 1 2 3 4 5 6 7 8 9; }
+        // A constant: only one arm is compiled.
+        } else if const { dot_width(I::REGISTER_COUNT) > 3 } {
+            tiles! { 2 x 1 2 3 4 5 6; 3 x 1 2 3 4 5 6; 4 x 1 2 3 4 5 6; }
+        } else {
+            tiles! { 2 x 1 2 3; 3 x 1 2 3; 4 x 1 2 3; }
+        }
     }
 }
 
@@ -354,6 +387,10 @@ impl<T: Element> Kernel for SumSlots<'_, T> {
     }
 }
 
+const fn dot_width(registers: usize) -> usize {
+    if registers >= 32 { MAX_DOT_B } else { 3 }
+}
+
 /// The largest tile `B` of [`DotRows`] that the registers of an instruction set hold beside [`MAX_DOT_A`] rows.
 pub struct DotWidth;
 
@@ -362,7 +399,7 @@ impl Kernel for DotWidth {
 
     #[inline(always)]
     fn run<I: Isa>(self, _isa: I) -> usize {
-        if I::REGISTER_COUNT >= 32 { MAX_DOT_B } else { 3 }
+        dot_width(I::REGISTER_COUNT)
     }
 }
 

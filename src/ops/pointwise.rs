@@ -11,7 +11,7 @@ use super::{Shared, estimate};
 use crate::isa::Active;
 use crate::kernels::Element;
 use crate::kernels::pointwise::{
-    AddBias, ConvHeight, ConvRows, DotRows, DotWidth, Identity, MAX_DOT_A, Rows, SumColumns, SumRow, SumSlots, slot,
+    AddBias, ConvHeight, ConvRows, DotRows, DotWidth, Identity, MAX_DOT_A, MAX_SINGLE_B, Rows, SumColumns, SumRow, SumSlots, slot,
 };
 use crate::kernels::transpose::Transpose;
 use crate::pool::{parallel_for, part, threads_for};
@@ -344,7 +344,7 @@ struct WeightGrad<'a, T> {
     images: Images,
     /// Where output channel `c` stands in an image of `grad_output`.
     places: Vec<usize>,
-    /// The most `B` rows of a tile.
+    /// The most `B` rows of a tile with several `A` rows.
     width: usize,
     x: &'a [T],
     grad_output: &'a [T],
@@ -463,7 +463,8 @@ impl<T: Element> WeightGrad<'_, T> {
     /// The rows of all images must be readable over `pixels` values.
     unsafe fn products(&self, a: Rows<'_, T>, b: Rows<'_, T>, images: usize, pixels: usize, slots: &mut [T]) {
         let (m, k) = (a.offsets.len(), b.offsets.len());
-        let (a_tiles, b_tiles) = (m.div_ceil(MAX_DOT_A), k.div_ceil(self.width));
+        let width = if m == 1 { MAX_SINGLE_B } else { self.width };
+        let (a_tiles, b_tiles) = (m.div_ceil(MAX_DOT_A), k.div_ceil(width));
         for i in (0..a_tiles).map(|i| part(m, a_tiles, i)) {
             for j in (0..b_tiles).map(|j| part(k, b_tiles, j)) {
                 let kernel = DotRows {
