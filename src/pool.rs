@@ -52,11 +52,8 @@ fn pool(threads: usize) -> Option<&'static rayon::ThreadPool> {
         }
         // The old pool is leaked: after a fork its threads do not exist and dropping it would wait for
         // them; after `set_num_threads` another thread may still be using it.
-        let workers = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("kconv-{i}"))
-            .build()
-            .ok()?;
+        let workers =
+            rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kconv-{i}")).build().ok()?;
         let new = Box::into_raw(Box::new(Pool { generation, threads, workers }));
         if CURRENT.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire).is_err() {
             // SAFETY: lost the race; this pool was never published.

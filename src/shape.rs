@@ -91,7 +91,13 @@ pub struct Pointwise {
 
 impl Pointwise {
     /// Checks that `groups` divides the channels.
-    pub fn new(in_channels: usize, out_channels: usize, groups: i64, interleave: i64, weight_layout: WeightLayout) -> Result<Self> {
+    pub fn new(
+        in_channels: usize,
+        out_channels: usize,
+        groups: i64,
+        interleave: i64,
+        weight_layout: WeightLayout,
+    ) -> Result<Self> {
         let interleave = check_step("interleave", interleave)?;
         if in_channels == 0 || out_channels == 0 {
             bail!("in_channels={in_channels}, out_channels={out_channels}, expected at least 1 of each");
@@ -275,7 +281,8 @@ mod tests {
     #[test]
     fn same_padding_is_tensorflows() {
         let axis = |size, kernel, stride| {
-            let shape = Depthwise::new([1, 1], [size, size], kernel, stride, Padding::Same, Order::Nchw, WeightLayout::Oi);
+            let shape =
+                Depthwise::new([1, 1], [size, size], kernel, stride, Padding::Same, Order::Nchw, WeightLayout::Oi);
             shape.unwrap().vertical
         };
         assert_eq!(axis(8, 3, 2), Axis { input: 8, output: 4, before: 0 });

@@ -172,9 +172,8 @@ impl<'py, T: ArrayElement> Input<'py, T> {
     /// The order of these images in memory: their logical one, unless the memory is contiguous in the other.
     pub fn memory_order(&self, layout: Order) -> Order {
         let other = if layout == Order::Nchw { Order::Nhwc } else { Order::Nchw };
-        let contiguous = |order| {
-            self.strides().is_some_and(|strides| is_contiguous(self.shape(), &strides, &axes(layout, order)))
-        };
+        let contiguous =
+            |order| self.strides().is_some_and(|strides| is_contiguous(self.shape(), &strides, &axes(layout, order)));
         if !contiguous(layout) && contiguous(other) { other } else { layout }
     }
 

@@ -6,7 +6,9 @@ use super::active;
 use super::arrays::{ArrayElement, Dtype, Input, Output, Values, dtype, image_axes, layout, padding, weight_layout};
 use crate::error::{Result, bail};
 use crate::ops;
-use crate::shape::{Depthwise, Order, Padding, Pointwise, WeightLayout, check_step, interleave_places, interleave_sources};
+use crate::shape::{
+    Depthwise, Order, Padding, Pointwise, WeightLayout, check_step, interleave_places, interleave_sources,
+};
 
 type Any<'py> = Bound<'py, PyAny>;
 
@@ -49,7 +51,9 @@ fn with_channels(shape: &[usize], layout: Order, channels: usize) -> [usize; 4] 
 fn weight_shape<'a>(shape: &'a [usize], layout: WeightLayout, axes: usize) -> Option<&'a [usize]> {
     match (axes, layout, shape) {
         (2, _, [_, _]) | (3, _, [_, _, _]) => Some(shape),
-        (2, WeightLayout::Oi, [rest @ .., 1, 1]) | (2, WeightLayout::Io, [1, 1, rest @ ..]) if rest.len() == 2 => Some(rest),
+        (2, WeightLayout::Oi, [rest @ .., 1, 1]) | (2, WeightLayout::Io, [1, 1, rest @ ..]) if rest.len() == 2 => {
+            Some(rest)
+        }
         (3, WeightLayout::Io, [rest @ .., 1]) if rest.len() == 3 => Some(rest),
         _ => None,
     }
@@ -68,7 +72,9 @@ fn pointwise_shape(
         WeightLayout::Oi => "(C_out, C_in/groups) or (C_out, C_in/groups, 1, 1)",
         WeightLayout::Io => "(C_in/groups, C_out) or (1, 1, C_in/groups, C_out)",
     };
-    let Some(&[a, b]) = weight_shape(weight, layout, 2) else { bail!("weight has shape {weight:?}, expected {expected}") };
+    let Some(&[a, b]) = weight_shape(weight, layout, 2) else {
+        bail!("weight has shape {weight:?}, expected {expected}")
+    };
     let (c_out, group_in) = if layout == WeightLayout::Oi { (a, b) } else { (b, a) };
     let c_in = if channels_are_input { channels } else { group_in * usize::try_from(groups).unwrap_or(0) };
     if !channels_are_input && groups >= 1 && c_out != channels {

@@ -199,7 +199,12 @@ impl<'a, T: Element> TapSums<'a, T> {
     /// # Safety
     /// As for [`TapSums::taps`]; the channels must exist, but for what `mask` leaves out.
     #[inline(always)]
-    unsafe fn vectors<I: Isa, const K: usize, const V: usize, const TAIL: bool>(&mut self, isa: I, c: usize, mask: T::Mask<I>) {
+    unsafe fn vectors<I: Isa, const K: usize, const V: usize, const TAIL: bool>(
+        &mut self,
+        isa: I,
+        c: usize,
+        mask: T::Mask<I>,
+    ) {
         let lanes = T::lanes::<I>();
         // SAFETY: the caller's promise, for each pointer below.
         let load = |ptr: *const T| unsafe { if TAIL { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) } };

@@ -5,7 +5,6 @@
 //! memory becomes one by transposing it through the cache ([`transpose`]). Pixels are the vector dimension, so
 //! any group size runs at full width, and permuting channels (the interleave) is only another table of offsets.
 
-
 pub mod depthwise;
 pub mod pointwise;
 pub mod transpose;
@@ -140,7 +139,13 @@ macro_rules! element {
                 unsafe { isa.$store_masked(mask, ptr, value) }
             }
             #[inline(always)]
-            unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize) {
+            unsafe fn transpose<I: Isa>(
+                isa: I,
+                src: *const Self,
+                src_stride: usize,
+                dst: *mut Self,
+                dst_stride: usize,
+            ) {
                 // SAFETY: the caller's promise.
                 unsafe { isa.$transpose(src, src_stride, dst, dst_stride) }
             }
@@ -154,18 +159,53 @@ macro_rules! element {
                 // SAFETY: the caller's promise. Strides fit `isize` because the matrices fit memory.
                 unsafe {
                     $gemm(
-                        m, k, n, 1.0,
-                        a.0, a.1 as isize, a.2 as isize,
-                        b.0, b.1 as isize, b.2 as isize,
+                        m,
+                        k,
+                        n,
+                        1.0,
+                        a.0,
+                        a.1 as isize,
+                        a.2 as isize,
+                        b.0,
+                        b.1 as isize,
+                        b.2 as isize,
                         beta,
-                        c.0, c.1 as isize, c.2 as isize,
+                        c.0,
+                        c.1 as isize,
+                        c.2 as isize,
                     )
                 }
             }
         }
     };
 }
-element!(f32, f32s, m32s, u32, splat_f32s, mul_add_e_f32s, add_f32s, reduce_sum_f32s,
-    mask_between_m32s, mask_load_ptr_f32s, mask_store_ptr_f32s, transpose_f32, matrixmultiply::sgemm);
-element!(f64, f64s, m64s, u64, splat_f64s, mul_add_e_f64s, add_f64s, reduce_sum_f64s,
-    mask_between_m64s, mask_load_ptr_f64s, mask_store_ptr_f64s, transpose_f64, matrixmultiply::dgemm);
+element!(
+    f32,
+    f32s,
+    m32s,
+    u32,
+    splat_f32s,
+    mul_add_e_f32s,
+    add_f32s,
+    reduce_sum_f32s,
+    mask_between_m32s,
+    mask_load_ptr_f32s,
+    mask_store_ptr_f32s,
+    transpose_f32,
+    matrixmultiply::sgemm
+);
+element!(
+    f64,
+    f64s,
+    m64s,
+    u64,
+    splat_f64s,
+    mul_add_e_f64s,
+    add_f64s,
+    reduce_sum_f64s,
+    mask_between_m64s,
+    mask_load_ptr_f64s,
+    mask_store_ptr_f64s,
+    transpose_f64,
+    matrixmultiply::dgemm
+);

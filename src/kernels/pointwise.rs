@@ -178,7 +178,12 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
     /// # Safety
     /// As for [`ConvRows::rows`]; the tile must end inside the row, but for what `mask` leaves out.
     #[inline(always)]
-    unsafe fn tile<I: Isa, const R: usize, const V: usize, const TAIL: bool>(&self, isa: I, p: usize, mask: T::Mask<I>) {
+    unsafe fn tile<I: Isa, const R: usize, const V: usize, const TAIL: bool>(
+        &self,
+        isa: I,
+        p: usize,
+        mask: T::Mask<I>,
+    ) {
         let lanes = T::lanes::<I>();
         let zero = T::splat(isa, T::default());
         let mut sums = [[zero; V]; R];
@@ -309,7 +314,8 @@ impl<'a, T: Element> DotRows<'a, T> {
         let mask = T::mask(isa, self.pixels - full);
         for n in 0..self.images {
             // SAFETY: image n exists.
-            let (a, b) = unsafe { (self.a.base.add(n * self.a.image_stride), self.b.base.add(n * self.b.image_stride)) };
+            let (a, b) =
+                unsafe { (self.a.base.add(n * self.a.image_stride), self.b.base.add(n * self.b.image_stride)) };
             let mut p = 0;
             while p < self.pixels {
                 let tail = p == full;
@@ -435,7 +441,8 @@ impl<T: Element> Kernel for SumRow<'_, T> {
         }
         for rest in chunks.remainder().chunks(lanes) {
             // SAFETY: the mask selects the values of `rest`.
-            sums[0] = T::add_vectors(isa, sums[0], unsafe { T::load_masked(isa, T::mask(isa, rest.len()), rest.as_ptr()) });
+            sums[0] =
+                T::add_vectors(isa, sums[0], unsafe { T::load_masked(isa, T::mask(isa, rest.len()), rest.as_ptr()) });
         }
         T::sum(isa, T::add_vectors(isa, T::add_vectors(isa, sums[0], sums[1]), T::add_vectors(isa, sums[2], sums[3])))
     }

@@ -20,7 +20,13 @@ impl<T: Element> Transpose<T> {
     ///
     /// # Safety
     /// Until it has run, source and destination must be in bounds for the formula above and must not overlap.
-    pub unsafe fn new([rows, cols]: [usize; 2], src: *const T, src_stride: usize, dst: *mut T, dst_stride: usize) -> Self {
+    pub unsafe fn new(
+        [rows, cols]: [usize; 2],
+        src: *const T,
+        src_stride: usize,
+        dst: *mut T,
+        dst_stride: usize,
+    ) -> Self {
         Self { rows, cols, src, src_stride, dst, dst_stride }
     }
 }
@@ -50,7 +56,13 @@ impl<T: Element> Kernel for Transpose<T> {
                 let row = r.min(rows - BLOCK);
                 // SAFETY: row + 8 <= rows and col + 8 <= cols.
                 unsafe {
-                    T::transpose(isa, src.add(row * src_stride + col), src_stride, dst.add(col * dst_stride + row), dst_stride);
+                    T::transpose(
+                        isa,
+                        src.add(row * src_stride + col),
+                        src_stride,
+                        dst.add(col * dst_stride + row),
+                        dst_stride,
+                    );
                 }
                 r += BLOCK;
             }

@@ -9,9 +9,9 @@ use std::ops::Range;
 
 use super::{Shared, estimate};
 use crate::isa::Active;
+use crate::kernels::Element;
 use crate::kernels::depthwise::{MAX_TAPS, TapPixels, TapSums};
 use crate::kernels::pointwise::{AddBias, ConvRows, DotRows, Identity, MAX_SINGLE_B, Rows, SumSlots, slot};
-use crate::kernels::Element;
 use crate::pool::{parallel_for, part, threads_for};
 use crate::scratch;
 use crate::shape::{Axis, Depthwise, Order};
@@ -199,7 +199,10 @@ impl<T: Element> Correlation<'_, T> {
                     taps.clear();
                     for &(tap_y, from_y) in row_taps {
                         taps.extend(column_taps.iter().map(|&(tap_x, from_x)| {
-                            ((from_y * input[1] + from_x) * self.channels, (tap_y * self.kernel + tap_x) * self.channels)
+                            (
+                                (from_y * input[1] + from_x) * self.channels,
+                                (tap_y * self.kernel + tap_x) * self.channels,
+                            )
                         }));
                     }
                     let first = (n * height + y) * width + phase.first + phase.out_step * run.start;
@@ -261,7 +264,8 @@ impl<T: Element> Correlation<'_, T> {
                 let band = band.min(vertical.count - start);
                 for row in 0..step * (band + span_y / step) {
                     let from = (start * step + row) as isize + low_y;
-                    let source = (0 <= from && from < input[0] as isize).then(|| &x[from as usize * input[1]..][..input[1]]);
+                    let source =
+                        (0 <= from && from < input[0] as isize).then(|| &x[from as usize * input[1]..][..input[1]]);
                     let target = &mut padded[row % step * step * size[0]..];
                     split_row(source, low, step, pitch, size[0], row / step * pitch, target);
                 }
@@ -459,7 +463,8 @@ impl<T: Element> WeightGrad<'_, T> {
         let (low_y, span_y) = self.vertical.span();
         let (low_x, span_x) = self.horizontal.span();
         let pitch = output + span_x / stride;
-        let band = (BAND / pitch.max(1) / (stride * stride)).saturating_sub(span_y / stride).clamp(1, out_height.max(1));
+        let band =
+            (BAND / pitch.max(1) / (stride * stride)).saturating_sub(span_y / stride).clamp(1, out_height.max(1));
         let part_len = (band + span_y / stride) * pitch;
         let taps = kernel * kernel;
         let offsets: Vec<_> = (0..taps)
@@ -477,7 +482,8 @@ impl<T: Element> WeightGrad<'_, T> {
                     let band = band.min(out_height - start);
                     for row in 0..stride * (band + span_y / stride) {
                         let from = (start * stride + row) as isize + low_y;
-                        let source = (0 <= from && from < height as isize).then(|| &x[from as usize * input..][..input]);
+                        let source =
+                            (0 <= from && from < height as isize).then(|| &x[from as usize * input..][..input]);
                         let target = &mut padded[row % stride * stride * part_len..];
                         split_row(source, low_x, stride, pitch, part_len, row / stride * pitch, target);
                     }

@@ -1,9 +1,10 @@
 //! Operations: geometry + kernels + the division of the work over threads.
 
-
 pub mod depthwise;
 pub mod interleave;
 pub mod pointwise;
+#[cfg(test)]
+mod tests;
 
 use std::mem::MaybeUninit;
 

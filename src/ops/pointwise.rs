@@ -11,7 +11,8 @@ use super::{Shared, estimate};
 use crate::isa::Active;
 use crate::kernels::Element;
 use crate::kernels::pointwise::{
-    AddBias, ConvHeight, ConvRows, DotRows, DotWidth, Identity, MAX_DOT_A, MAX_SINGLE_B, Rows, SumColumns, SumRow, SumSlots, slot,
+    AddBias, ConvHeight, ConvRows, DotRows, DotWidth, Identity, MAX_DOT_A, MAX_SINGLE_B, Rows, SumColumns, SumRow,
+    SumSlots, slot,
 };
 use crate::kernels::transpose::Transpose;
 use crate::pool::{parallel_for, part, threads_for};
@@ -219,9 +220,11 @@ impl Product {
             Some(_) => self.groups,
             None => CHANNEL_TILE.div_ceil(self.group_in).min(self.groups),
         };
-        let x_offsets: Vec<_> =
-            (0..c_in).map(|c| self.in_places.as_ref().map_or(c % (cluster * self.group_in), |places| places[c]) * tile).collect();
-        let y_offsets: Vec<_> = (0..c_out).map(|c| self.out_places.as_ref().map_or(c, |places| places[c]) * tile).collect();
+        let x_offsets: Vec<_> = (0..c_in)
+            .map(|c| self.in_places.as_ref().map_or(c % (cluster * self.group_in), |places| places[c]) * tile)
+            .collect();
+        let y_offsets: Vec<_> =
+            (0..c_out).map(|c| self.out_places.as_ref().map_or(c, |places| places[c]) * tile).collect();
         let packed = Packed { weights: packed, bias, blocks, y_offsets: &y_offsets };
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(tile)) };
         parallel_for(threads, parts, |task| {
@@ -325,7 +328,9 @@ pub fn grad_weight<T: Element>(
         let (task, group_task) = (task / group_parts, task % group_parts);
         // SAFETY: tasks differ in part, and then write to another set of sums, or in groups, and then to other
         // weights of the same set.
-        let add = |g, o, i, value| unsafe { *shared.ptr().add(task * shape.weights() + shape.weight_index(g, o, i)) += value };
+        let add = |g, o, i, value| unsafe {
+            *shared.ptr().add(task * shape.weights() + shape.weight_index(g, o, i)) += value
+        };
         let groups = part(shape.groups, group_parts, group_task);
         if planes {
             grad.planes(groups, part(images.count, parts, task), add);
@@ -436,7 +441,13 @@ impl<T: Element> WeightGrad<'_, T> {
                         // SAFETY: the run's columns of grad_output, to the run's rows of a_rows.
                         self.isa.run(unsafe {
                             let src = self.grad_output.as_ptr().add(start * c_out + places[run[0]]);
-                            Transpose::new([length, run.len()], src, c_out, a_rows.as_mut_ptr().add(a_offsets[run[0]]), DOT_TILE)
+                            Transpose::new(
+                                [length, run.len()],
+                                src,
+                                c_out,
+                                a_rows.as_mut_ptr().add(a_offsets[run[0]]),
+                                DOT_TILE,
+                            )
                         });
                     }
                     // SAFETY: the cluster's columns of x, to b_rows.

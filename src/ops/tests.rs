@@ -1,0 +1,183 @@
+//! Every operation, element type, order of memory and instruction set against plain float64 loops.
+
+use std::mem::MaybeUninit;
+
+use super::{depthwise, interleave, pointwise};
+use crate::isa::Active;
+use crate::kernels::Element;
+use crate::shape::{Depthwise, Images, Order, Padding, Pointwise, WeightLayout, interleave_places, interleave_sources};
+
+/// Uniform values in -1..1 (xorshift).
+fn random<T: Element>(len: usize, seed: u64) -> Vec<T> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            T::from_f64((state >> 11) as f64 / (1u64 << 52) as f64 - 1.0)
+        })
+        .collect()
+}
+
+/// Runs an operation on an output full of NaN, so that a value it leaves out shows.
+fn run<T: Element>(len: usize, operation: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
+    let mut out = vec![MaybeUninit::new(T::from_f64(f64::NAN)); len];
+    operation(&mut out);
+    // SAFETY: initialised above.
+    out.into_iter().map(|value| unsafe { value.assume_init() }).collect()
+}
+
+fn check<T: Element>(actual: &[T], expected: &[f64], what: &dyn Fn() -> String) {
+    let tolerance = if size_of::<T>() == 4 { 2e-5 } else { 1e-13 };
+    let scale = expected.iter().fold(1f64, |max, value| max.max(value.abs()));
+    assert_eq!(actual.len(), expected.len());
+    for (i, (actual, expected)) in actual.iter().zip(expected).enumerate() {
+        let error = (actual.to_f64() - expected).abs();
+        assert!(error <= tolerance * scale, "{}: value {i} is {actual:?}, expected {expected}", what());
+    }
+}
+
+/// Where channel `c` of pixel `p` of image `n` stands.
+fn place(images: Images, n: usize, p: usize, c: usize) -> usize {
+    match images.order {
+        Order::Nchw => (n * images.channels + c) * images.pixels + p,
+        Order::Nhwc => (n * images.pixels + p) * images.channels + c,
+    }
+}
+
+fn pointwise_case<T: Element>(isa: Active, shape: &Pointwise, images: Images) {
+    let out = images.with_channels(shape.out_channels);
+    let x = random::<T>(images.len(), 1);
+    let weight = random::<T>(shape.weights(), 2);
+    let bias = random::<T>(shape.out_channels, 3);
+    let grad = random::<T>(out.len(), 4);
+    let places = interleave_places(shape.out_channels, shape.interleave);
+    let mut y = vec![0.0; out.len()];
+    let (mut grad_x, mut grad_w) = (vec![0.0; images.len()], vec![0.0; shape.weights()]);
+    let mut grad_b = vec![0.0; shape.out_channels];
+    for (n, p) in (0..images.count).flat_map(|n| (0..images.pixels).map(move |p| (n, p))) {
+        for (g, o) in (0..shape.groups).flat_map(|g| (0..shape.group_out()).map(move |o| (g, o))) {
+            let c_out = g * shape.group_out() + o;
+            let to = place(out, n, p, places[c_out]);
+            y[to] += bias[c_out].to_f64();
+            grad_b[c_out] += grad[to].to_f64();
+            for i in 0..shape.group_in() {
+                let (from, w) = (place(images, n, p, g * shape.group_in() + i), shape.weight_index(g, o, i));
+                y[to] += weight[w].to_f64() * x[from].to_f64();
+                grad_x[from] += weight[w].to_f64() * grad[to].to_f64();
+                grad_w[w] += x[from].to_f64() * grad[to].to_f64();
+            }
+        }
+    }
+    let what = || format!("{} {shape:?} {images:?}", isa.name());
+    let actual = run(out.len(), |out| pointwise::forward(isa, shape, images, &x, &weight, Some(&bias), out));
+    check(&actual, &y, &what);
+    let actual = run(images.len(), |out_x| pointwise::grad_input(isa, shape, out, &grad, &weight, out_x));
+    check(&actual, &grad_x, &what);
+    let actual = run(shape.weights(), |out| pointwise::grad_weight(isa, shape, images, &x, &grad, out));
+    check(&actual, &grad_w, &what);
+    let actual = run(shape.out_channels, |b| pointwise::grad_bias(isa, shape.interleave, out, &grad, b));
+    check(&actual, &grad_b, &what);
+}
+
+#[test]
+fn pointwise_matches_the_reference() {
+    // (images, pixels, in_channels, out_channels, groups, interleave)
+    let shapes = [
+        (0, 5, 4, 4, 2, 2),
+        (2, 0, 4, 4, 2, 2),
+        (1, 1, 1, 1, 1, 1),
+        (3, 1, 10, 15, 5, 3),
+        (2, 49, 18, 27, 3, 9),
+        (1, 47, 9, 8, 1, 1),
+        (1, 97, 16, 17, 1, 5),
+        (3, 20, 30, 14, 2, 7),
+        (1, 12, 72, 70, 1, 1),
+    ];
+    for isa in Active::available() {
+        for (count, pixels, c_in, c_out, groups, step) in shapes {
+            for order in [Order::Nchw, Order::Nhwc] {
+                for layout in [WeightLayout::Oi, WeightLayout::Io] {
+                    let shape = Pointwise::new(c_in, c_out, groups, step, layout).unwrap();
+                    let images = Images { count, pixels, channels: c_in, order };
+                    pointwise_case::<f32>(isa, &shape, images);
+                    pointwise_case::<f64>(isa, &shape, images);
+                }
+            }
+        }
+    }
+}
+
+fn depthwise_case<T: Element>(isa: Active, shape: &Depthwise) {
+    let image = |vertical: usize, horizontal: usize| Images {
+        count: shape.count,
+        pixels: vertical * horizontal,
+        channels: shape.channels,
+        order: shape.order,
+    };
+    let (rows, columns) = (shape.vertical, shape.horizontal);
+    let (input, output) = (image(rows.input, columns.input), image(rows.output, columns.output));
+    let x = random::<T>(shape.input_len(), 1);
+    let weight = random::<T>(shape.weights(), 2);
+    let grad = random::<T>(shape.output_len(), 3);
+    let mut y = vec![0.0; shape.output_len()];
+    let (mut grad_x, mut grad_w) = (vec![0.0; shape.input_len()], vec![0.0; shape.weights()]);
+    for (n, c) in (0..shape.count).flat_map(|n| (0..shape.channels).map(move |c| (n, c))) {
+        for (p, tap) in (0..output.pixels).flat_map(|p| (0..shape.kernel * shape.kernel).map(move |tap| (p, tap))) {
+            let (row, column) = (p / columns.output, p % columns.output);
+            let from_row = (row * shape.stride + tap / shape.kernel).wrapping_sub(rows.before);
+            let from_column = (column * shape.stride + tap % shape.kernel).wrapping_sub(columns.before);
+            if from_row < rows.input && from_column < columns.input {
+                let to = place(output, n, p, c);
+                let from = place(input, n, from_row * columns.input + from_column, c);
+                let w = shape.weight_index(c, tap);
+                y[to] += x[from].to_f64() * weight[w].to_f64();
+                grad_x[from] += grad[to].to_f64() * weight[w].to_f64();
+                grad_w[w] += grad[to].to_f64() * x[from].to_f64();
+            }
+        }
+    }
+    let what = || format!("{} {shape:?}", isa.name());
+    let actual = run(y.len(), |out| depthwise::forward(isa, shape, &x, &weight, None, out));
+    check(&actual, &y, &what);
+    let actual = run(grad_x.len(), |out| depthwise::grad_input(isa, shape, &grad, &weight, out));
+    check(&actual, &grad_x, &what);
+    let actual = run(grad_w.len(), |out| depthwise::grad_weight(isa, shape, &x, &grad, out));
+    check(&actual, &grad_w, &what);
+}
+
+#[test]
+fn depthwise_matches_the_reference() {
+    let paddings = [Padding::Same, Padding::Valid, Padding::Explicit([0, 2], [1, 1])];
+    for isa in Active::available() {
+        for (count, channels, size) in [(0, 3, [7, 7]), (1, 1, [7, 8]), (2, 17, [9, 7]), (1, 33, [8, 19])] {
+            for (kernel, stride) in [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1), (7, 2)] {
+                for order in [Order::Nchw, Order::Nhwc] {
+                    for padding in paddings {
+                        let layout = WeightLayout::Io;
+                        let shape =
+                            Depthwise::new([count, channels], size, kernel, stride, padding, order, layout).unwrap();
+                        depthwise_case::<f32>(isa, &shape);
+                        depthwise_case::<f64>(isa, &shape);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn permuting_back_gives_the_input() {
+    for (order, channels, step) in [(Order::Nchw, 7, 3), (Order::Nhwc, 7, 3), (Order::Nhwc, 24, 4)] {
+        let images = Images { count: 2, pixels: 5, channels, order };
+        let x = random::<f32>(images.len(), 1);
+        let sources = interleave_sources(channels, step);
+        let y = run(x.len(), |out| interleave::permute(&sources, images, &x, out));
+        for (n, p, c) in (0..2).flat_map(|n| (0..5).flat_map(move |p| (0..channels).map(move |c| (n, p, c)))) {
+            assert_eq!(y[place(images, n, p, c)], x[place(images, n, p, sources[c])]);
+        }
+        let places = interleave_places(channels, step);
+        assert_eq!(run(x.len(), |out| interleave::permute(&places, images, &y, out)), x);
+    }
+}
