@@ -1,0 +1,12 @@
+"""kconv for JAX: differentiable convolutions that go through ``jit``, ``grad``, ``vmap`` and so on.
+
+Example:
+    >>> import jax, jax.numpy as jnp, kconv.jax
+    >>> loss = lambda w, x: kconv.jax.pointwise_conv(x, w, groups=2).sum()
+    >>> jax.jit(jax.grad(loss))(jnp.ones((6, 4)), jnp.ones((2, 8, 5, 5))).shape
+    (6, 4)
+"""
+
+from kconv.jax.ops import deinterleave, depthwise_conv, interleave, pointwise_conv
+
+__all__ = ["deinterleave", "depthwise_conv", "interleave", "pointwise_conv"]

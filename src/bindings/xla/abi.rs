@@ -1,0 +1,401 @@
+//! The part of XLA's FFI that a handler needs, written out by hand.
+//!
+//! XLA promises a stable C interface (`xla/ffi/api/c_api.h`), in which every struct starts with its
+//! own size and only grows at its end. These declarations follow version 0.3; the structs that
+//! handlers touch are the same from 0.1 (jaxlib 0.4.31) on. So no C++ and no header of XLA takes
+//! part in the build, and one binary serves every jaxlib.
+
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::mem::{MaybeUninit, offset_of, size_of};
+use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::null_mut;
+use std::slice;
+
+use crate::error::{Result, bail};
+
+/// The newest minor version of major version 0 whose structs are known here.
+const NEWEST_MINOR: c_int = 3;
+/// The minor version of the frameworks that ask for ours without telling theirs.
+const OLDEST_MINOR: c_int = 1;
+
+const EXTENSION_METADATA: c_int = 1;
+const STAGE_EXECUTE: c_int = 3;
+const ATTRIBUTE_ARRAY: c_int = 1;
+const ATTRIBUTE_SCALAR: c_int = 3;
+const ATTRIBUTE_STRING: c_int = 4;
+const TYPE_I64: c_int = 5;
+const ERROR_INVALID_ARGUMENT: c_int = 3;
+const ERROR_INTERNAL: c_int = 13;
+
+#[repr(C)]
+struct Extension {
+    struct_size: usize,
+    kind: c_int,
+    next: *mut Extension,
+}
+
+#[repr(C)]
+struct Version {
+    struct_size: usize,
+    extension: *mut Extension,
+    major: c_int,
+    minor: c_int,
+}
+
+#[repr(C)]
+struct MetadataExtension {
+    base: Extension,
+    metadata: *mut Metadata,
+}
+
+#[repr(C)]
+struct Metadata {
+    struct_size: usize,
+    version: Version,
+    traits: u32,
+    /// Since 0.2.
+    state_type_id: i64,
+}
+
+/// A function table; only its beginning.
+#[repr(C)]
+struct Api {
+    struct_size: usize,
+    extension: *mut Extension,
+    version: Version,
+    internal: *const c_void,
+    create_error: unsafe extern "C" fn(*mut CreateError) -> *mut c_void,
+}
+
+#[repr(C)]
+struct CreateError {
+    struct_size: usize,
+    extension: *mut Extension,
+    message: *const c_char,
+    code: c_int,
+}
+
+#[repr(C)]
+struct ByteSpan {
+    data: *const u8,
+    len: usize,
+}
+
+#[repr(C)]
+struct Scalar {
+    dtype: c_int,
+    value: *const c_void,
+}
+
+#[repr(C)]
+struct Array {
+    dtype: c_int,
+    len: usize,
+    data: *const c_void,
+}
+
+#[repr(C)]
+struct RawBuffer {
+    struct_size: usize,
+    extension: *mut Extension,
+    dtype: c_int,
+    data: *mut c_void,
+    rank: i64,
+    dims: *const i64,
+}
+
+/// The operands or the results of a call; every element is a buffer.
+#[repr(C)]
+struct Buffers {
+    struct_size: usize,
+    extension: *mut Extension,
+    len: i64,
+    kinds: *const c_int,
+    buffers: *const *const RawBuffer,
+}
+
+#[repr(C)]
+struct Attributes {
+    struct_size: usize,
+    extension: *mut Extension,
+    len: i64,
+    kinds: *const c_int,
+    names: *const *const ByteSpan,
+    values: *const *const c_void,
+}
+
+/// A call of a handler.
+#[repr(C)]
+pub struct CallFrame {
+    struct_size: usize,
+    extension: *mut Extension,
+    api: *const Api,
+    context: *mut c_void,
+    stage: c_int,
+    operands: Buffers,
+    results: Buffers,
+    attributes: Attributes,
+}
+
+/// The type of every handler: null means success, anything else is an error that XLA then owns.
+pub type Handler = unsafe extern "C" fn(*mut CallFrame) -> *mut c_void;
+
+/// An element type that XLA knows by a number.
+pub trait XlaType: Copy {
+    /// XLA's `PrimitiveType`.
+    const CODE: c_int;
+}
+impl XlaType for f32 {
+    const CODE: c_int = 11;
+}
+impl XlaType for f64 {
+    const CODE: c_int = 12;
+}
+
+/// What the body of a handler sees: operands, results and attributes of the call in progress.
+pub struct Call<'a>(&'a CallFrame);
+
+/// A dense row-major array that XLA owns.
+#[derive(Clone, Copy)]
+pub struct Buffer<'a>(&'a RawBuffer);
+
+/// The array that a call computes.
+pub struct Output<'a> {
+    buffer: Buffer<'a>,
+}
+
+/// A value that the program's author chose.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Attribute<'a> {
+    /// A number.
+    Integer(i64),
+    /// An array of numbers.
+    Integers(&'a [i64]),
+    /// A string.
+    Text(&'a str),
+}
+
+/// Serves one call from XLA: answers its question for our version, or runs `body`.
+///
+/// Errors and panics of `body` become errors of XLA, which raises them in Python.
+///
+/// # Safety
+/// `frame` must come from XLA's call of a [`Handler`].
+pub unsafe fn serve(frame: *mut CallFrame, body: fn(&Call<'_>, Output<'_>) -> Result<()>) -> *mut c_void {
+    // SAFETY: XLA passes a valid frame that lives until the handler returns.
+    let frame = unsafe { &*frame };
+    // SAFETY: as above; the extensions belong to the frame.
+    if unsafe { answer_metadata(frame) } || frame.stage != STAGE_EXECUTE {
+        return null_mut();
+    }
+    let run = || {
+        let [buffer] = buffers(&frame.results, "results")?;
+        body(&Call(frame), Output { buffer })
+    };
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(())) => null_mut(),
+        Ok(Err(error)) => create_error(frame, ERROR_INVALID_ARGUMENT, &error.to_string()),
+        Err(_) => create_error(frame, ERROR_INTERNAL, "kconv: a kernel panicked"),
+    }
+}
+
+/// Tells XLA which version of the interface the handler speaks; false if it did not ask.
+///
+/// # Safety
+/// The frame's chain of extensions must be valid.
+unsafe fn answer_metadata(frame: &CallFrame) -> bool {
+    let mut extension = frame.extension;
+    while !extension.is_null() {
+        // SAFETY: the caller vouches for every link of the chain.
+        let Extension { kind, next, .. } = unsafe { &*extension };
+        if *kind == EXTENSION_METADATA {
+            // XLA refuses a handler that is newer than itself. Until jaxlib 0.7 it passes no API
+            // here, and speaks the oldest version.
+            // SAFETY: a non-null `api` points to XLA's function table.
+            let minor = unsafe { frame.api.as_ref() }.map_or(OLDEST_MINOR, |api| NEWEST_MINOR.min(api.version.minor));
+            // SAFETY: an extension of this kind is a `MetadataExtension`, whose `metadata` XLA
+            // allocated for us to fill in; the reference ends with this block.
+            let metadata = unsafe { &mut *(*extension.cast::<MetadataExtension>()).metadata };
+            metadata.version = Version {
+                struct_size: offset_of!(Version, minor) + size_of::<c_int>(),
+                extension: null_mut(),
+                major: 0,
+                minor,
+            };
+            metadata.traits = 0;
+            return true;
+        }
+        extension = *next;
+    }
+    false
+}
+
+fn create_error(frame: &CallFrame, code: c_int, message: &str) -> *mut c_void {
+    let message = CString::new(message.replace('\0', " ")).unwrap_or_default();
+    let mut arguments = CreateError {
+        struct_size: offset_of!(CreateError, code) + size_of::<c_int>(),
+        extension: null_mut(),
+        message: message.as_ptr(),
+        code,
+    };
+    // SAFETY: at execution `api` is XLA's function table; XLA copies the message.
+    unsafe { ((*frame.api).create_error)(&mut arguments) }
+}
+
+impl<'a> Call<'a> {
+    /// The operands, of which there must be as many as `N`.
+    pub fn operands<const N: usize>(&self) -> Result<[Buffer<'a>; N]> {
+        buffers(&self.0.operands, "operands")
+    }
+
+    /// The number of operands.
+    pub fn operand_count(&self) -> usize {
+        self.0.operands.len as usize
+    }
+
+    /// The attribute of that name.
+    pub fn attribute(&self, name: &str) -> Result<Attribute<'a>> {
+        let Attributes { len, kinds, names, values, .. } = self.0.attributes;
+        for i in 0..len as usize {
+            // SAFETY: XLA passes `len` kinds, names and values, all valid for the call.
+            let (kind, found, value) = unsafe { (*kinds.add(i), &**names.add(i), *values.add(i)) };
+            // SAFETY: a name's span is valid for the call.
+            if unsafe { found.bytes() } == name.as_bytes() {
+                // SAFETY: `kind` tells the type of what `value` points to.
+                return match unsafe { Attribute::decode(kind, value) } {
+                    Some(attribute) => Ok(attribute),
+                    None => bail!("attribute {name} is neither 64-bit integers nor a string"),
+                };
+            }
+        }
+        bail!("attribute {name} is missing")
+    }
+
+    /// An integer attribute.
+    pub fn integer(&self, name: &str) -> Result<i64> {
+        match self.attribute(name)? {
+            Attribute::Integer(value) => Ok(value),
+            other => bail!("attribute {name}={other:?}, expected an integer"),
+        }
+    }
+
+    /// A string attribute.
+    pub fn text(&self, name: &str) -> Result<&'a str> {
+        match self.attribute(name)? {
+            Attribute::Text(value) => Ok(value),
+            other => bail!("attribute {name}={other:?}, expected a string"),
+        }
+    }
+}
+
+fn buffers<'a, const N: usize>(list: &Buffers, what: &str) -> Result<[Buffer<'a>; N]> {
+    if list.len != N as i64 {
+        bail!("got {} {what}, expected {N}", list.len);
+    }
+    // SAFETY: XLA passes `len` pointers to buffers, all valid for the call.
+    Ok(std::array::from_fn(|i| Buffer(unsafe { &**list.buffers.add(i) })))
+}
+
+impl ByteSpan {
+    /// # Safety
+    /// The span must be valid for `'a`.
+    unsafe fn bytes<'a>(&self) -> &'a [u8] {
+        // SAFETY: the caller's promise.
+        unsafe { values(self.data, self.len) }
+    }
+}
+
+impl<'a> Attribute<'a> {
+    /// # Safety
+    /// `value` must point to what `kind` says, valid for `'a`.
+    unsafe fn decode(kind: c_int, value: *const c_void) -> Option<Self> {
+        match kind {
+            ATTRIBUTE_SCALAR => {
+                // SAFETY: the caller's promise.
+                let scalar = unsafe { &*value.cast::<Scalar>() };
+                // SAFETY: the value has the type that `dtype` says.
+                (scalar.dtype == TYPE_I64).then(|| Self::Integer(unsafe { *scalar.value.cast() }))
+            }
+            ATTRIBUTE_ARRAY => {
+                // SAFETY: the caller's promise.
+                let array = unsafe { &*value.cast::<Array>() };
+                // SAFETY: `len` values of the type that `dtype` says.
+                (array.dtype == TYPE_I64).then(|| Self::Integers(unsafe { values(array.data.cast(), array.len) }))
+            }
+            ATTRIBUTE_STRING => {
+                // SAFETY: the caller's promise.
+                let bytes = unsafe { (*value.cast::<ByteSpan>()).bytes() };
+                std::str::from_utf8(bytes).ok().map(Self::Text)
+            }
+            _ => None,
+        }
+    }
+}
+
+impl<'a> Buffer<'a> {
+    /// XLA's number of the element type.
+    pub fn type_code(&self) -> c_int {
+        self.0.dtype
+    }
+
+    /// The sizes of the axes.
+    pub fn dims<const N: usize>(&self) -> Result<[usize; N]> {
+        if self.0.rank != N as i64 {
+            bail!("expected an array of {N} axes, got {}", self.0.rank);
+        }
+        // SAFETY: XLA passes `rank` sizes, valid for the call.
+        let dims = unsafe { values(self.0.dims, N) };
+        Ok(std::array::from_fn(|i| dims[i] as usize))
+    }
+
+    /// The values of an operand.
+    pub fn read<T: XlaType>(&self) -> Result<&'a [T]> {
+        let len = self.len::<T>()?;
+        // SAFETY: XLA passes as many initialised values of the type that it names.
+        Ok(unsafe { values(self.0.data.cast(), len) })
+    }
+
+    /// The number of values, all of type `T`.
+    fn len<T: XlaType>(&self) -> Result<usize> {
+        if self.0.dtype != T::CODE {
+            bail!("the arrays of a call differ in type (XLA's types {} and {})", self.0.dtype, T::CODE);
+        }
+        // SAFETY: XLA passes `rank` sizes, valid for the call.
+        let dims = unsafe { values(self.0.dims, self.0.rank as usize) };
+        Ok(dims.iter().map(|&size| size as usize).product())
+    }
+}
+
+impl<'a> Output<'a> {
+    /// Its memory, yet to be written.
+    pub fn write<T: XlaType>(self) -> Result<&'a mut [MaybeUninit<T>]> {
+        let len = self.buffer.len::<T>()?;
+        if len == 0 {
+            return Ok(&mut []);
+        }
+        // SAFETY: XLA passes writable memory for as many values, which nothing else touches during
+        // the call; consuming `self`, of which `serve` makes one, keeps the slice unique.
+        Ok(unsafe { slice::from_raw_parts_mut(self.buffer.0.data.cast(), len) })
+    }
+}
+
+impl<'a> Deref for Output<'a> {
+    type Target = Buffer<'a>;
+
+    fn deref(&self) -> &Buffer<'a> {
+        &self.buffer
+    }
+}
+
+/// A slice that C describes; its pointer may be null where it is empty.
+///
+/// # Safety
+/// Unless `len` is 0, as many values must be readable at `data` for `'a`.
+unsafe fn values<'a, T>(data: *const T, len: usize) -> &'a [T] {
+    if len == 0 {
+        return &[];
+    }
+    // SAFETY: the caller's promise.
+    unsafe { slice::from_raw_parts(data, len) }
+}
