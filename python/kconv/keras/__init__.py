@@ -1,0 +1,30 @@
+"""kconv for Keras 3, on its JAX, TensorFlow and PyTorch backends.
+
+Example:
+    >>> import keras, kconv.keras
+    >>> x = keras.Input((32, 32, 64))
+    >>> y = kconv.keras.DepthwiseConv2D(3, padding="same")(x)
+    >>> y = kconv.keras.PointwiseConv2D(48, groups=4, interleave=12)(y)
+    >>> keras.Model(x, y).output_shape
+    (None, 32, 32, 48)
+"""
+
+from kconv.keras.blocks import kPointwiseConv2D
+from kconv.keras.builder import build
+from kconv.keras.layers import (
+    CopyChannels,
+    DepthwiseConv2D,
+    InterleaveChannels,
+    PointwiseConv2D,
+    SumIntoHalfChannels,
+)
+
+__all__ = [
+    "CopyChannels",
+    "DepthwiseConv2D",
+    "InterleaveChannels",
+    "PointwiseConv2D",
+    "SumIntoHalfChannels",
+    "build",
+    "kPointwiseConv2D",
+]

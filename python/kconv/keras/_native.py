@@ -1,0 +1,29 @@
+"""The kernels as functions of the tensors of the Keras backend in use.
+
+``native`` is a module with the functions of :mod:`kconv.jax`: ``pointwise_conv``,
+``depthwise_conv`` and ``interleave``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import keras
+
+_MODULES = {
+    "jax": "kconv.jax",
+    "torch": "kconv.keras._torch",
+    "tensorflow": "kconv.keras._tensorflow",
+}
+
+BACKEND: str = keras.backend.backend()
+if BACKEND not in _MODULES:
+    raise ImportError(f"kconv.keras has no Keras backend {BACKEND!r}; it has {', '.join(_MODULES)}")
+
+native: Any = import_module(_MODULES[BACKEND])
+
+SUPPORTS_JIT = BACKEND != "tensorflow"
+"""Whether the layers can be compiled: TensorFlow's compiler knows nothing of the kernels."""
+
+LAYOUTS = {"channels_last": "NHWC", "channels_first": "NCHW"}

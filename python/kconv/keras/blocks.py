@@ -1,0 +1,101 @@
+"""The papers' replacement of a pointwise convolution, as Keras layers (V1 and V2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from kconv import ktypes
+from kconv.keras.layers import (
+    CopyChannels,
+    InterleaveChannels,
+    PointwiseConv2D,
+    SumIntoHalfChannels,
+)
+
+Tensor = Any
+
+
+def kPointwiseConv2D(  # noqa: N802 - the original's name
+    last_tensor: Tensor,
+    filters: int = 32,
+    channel_axis: int = 3,
+    name: str | None = None,
+    activation: str | Callable[[Tensor], Tensor] | None = None,
+    has_batch_norm: bool = True,
+    has_batch_scale: bool = True,
+    use_bias: bool = True,
+    kType: str | int = 2,  # noqa: N803 - the original's name
+) -> Tensor:
+    """Grouped convolutions in the place of a 1x1 convolution, with far fewer parameters.
+
+    Example:
+        >>> x = keras.Input((32, 32, 144))
+        >>> y = kPointwiseConv2D(x, 24, name="project", activation="swish", use_bias=False)
+        >>> y.shape, keras.Model(x, y).count_params()
+        ((None, 32, 32, 24), 696)
+
+    Args:
+        last_tensor: (N, H, W, C), or (N, C, H, W) with ``channel_axis=1``.
+        filters: channels of the result.
+        channel_axis: 3 or 1.
+        name: what the layers' names begin with; None leaves the naming to Keras.
+        activation: what follows each convolution (and batch norm); None for nothing.
+        has_batch_norm: whether a batch norm follows each convolution.
+        has_batch_scale: whether the batch norms have a gamma.
+        use_bias: whether the convolutions have a bias.
+        kType: which replacement: a name such as "D6_16ch", or the original's number.
+
+    Returns:
+        Like ``last_tensor``, with ``filters`` channels.
+
+    Raises:
+        ValueError: an unknown kType, or sizes below 1.
+    """
+    if channel_axis not in (1, 3):
+        raise ValueError(f"channel_axis={channel_axis} is neither 1 nor 3")
+    data_format = "channels_last" if channel_axis == 3 else "channels_first"
+    plan = ktypes.plan(kType, last_tensor.shape[channel_axis], filters, name or "")
+
+    def named(layer_name: str) -> str | None:
+        return layer_name.replace("/", "_") if name else None
+
+    def unit(step: ktypes.Unit, x: Tensor) -> Tensor:
+        x = PointwiseConv2D(
+            step.channels,
+            groups=step.groups,
+            use_bias=use_bias,
+            data_format=data_format,
+            name=named(step.conv_name),
+        )(x)
+        if has_batch_norm:
+            x = keras.layers.BatchNormalization(
+                axis=channel_axis, scale=has_batch_scale, name=named(step.bn_name)
+            )(x)
+        if activation is not None:
+            x = keras.layers.Activation(activation, name=named(step.activation_name))(x)
+        return x
+
+    results = {ktypes.INPUT: last_tensor}
+    for step in plan:
+        inputs = [results[source] for source in step.inputs]
+        layer_name = None if step.auto else named(step.name)
+        match step:
+            case ktypes.Unit():
+                y = unit(step, *inputs)
+            case ktypes.Interleave():
+                y = InterleaveChannels(step.step, data_format=data_format, name=layer_name)(*inputs)
+            case ktypes.CopyChannels():
+                y = CopyChannels(
+                    step.start, step.channels, data_format=data_format, name=layer_name
+                )(*inputs)
+            case ktypes.FoldHalves():
+                y = SumIntoHalfChannels(data_format=data_format, name=layer_name)(*inputs)
+            case ktypes.Concat():
+                y = keras.layers.Concatenate(axis=channel_axis, name=layer_name)(inputs)
+            case ktypes.Add():
+                y = keras.layers.Add(name=layer_name)(inputs)
+        results[step.name] = y
+    return results[plan.output]

@@ -1,0 +1,200 @@
+"""From a model spec to a Keras model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import keras
+from keras import layers
+
+from kconv import ktypes
+from kconv.keras._initialize import call_new_layer
+from kconv.keras.layers import (
+    CopyChannels,
+    DepthwiseConv2D,
+    InterleaveChannels,
+    PointwiseConv2D,
+    SumIntoHalfChannels,
+)
+from kconv.models import Spec, graph
+
+Kernels = Literal["kconv", "keras"]
+Tensor = Any
+
+
+def build(spec: Spec, kernels: Kernels = "kconv") -> keras.Model:
+    """The Keras model of a spec, ending in a softmax as the original does.
+
+    Layers have the original's names, with "_" in the place of "/". The images' data format is
+    Keras's setting.
+
+    Example:
+        >>> from kconv.models import create
+        >>> model = build(create("keffnet_b0", classes=10, input_shape=(32, 32, 3)))
+        >>> model.output_shape, tuple(model.get_layer("k_stem_conv").kernel.shape)
+        ((None, 10), (3, 3, 3, 32))
+
+    Args:
+        spec: a spec of :mod:`kconv.models`.
+        kernels: "kconv", or "keras" for the same network of Keras's own layers alone; both have
+            the same weights in the same order.
+
+    Returns:
+        A functional model from (N, H, W, channels) to (N, classes), not compiled.
+
+    Raises:
+        ValueError: if ``kernels`` is unknown.
+    """
+    if kernels not in ("kconv", "keras"):
+        raise ValueError(f"kernels={kernels!r}, expected 'kconv' or 'keras'")
+    network = spec.graph()
+    tensors: dict[str, Tensor] = {}
+    for layer in network.layers:
+        inputs = [tensors[source] for source in layer.inputs]
+        tensors[layer.name] = _apply(layer, inputs, kernels == "kconv")
+    source = tensors[network.layers[0].name]
+    return keras.Model(source, tensors[network.output], name=network.name)
+
+
+def _keras_name(layer: graph.Layer) -> str:
+    return layer.name.replace("/", "_")
+
+
+def _channel_axis() -> int:
+    return 3 if keras.config.image_data_format() == "channels_last" else 1
+
+
+def _image_shape(shape: graph.Shape) -> graph.Shape:
+    """(H, W, C) in the order of Keras's setting."""
+    return shape if _channel_axis() == 3 else (shape[-1], *shape[:-1])
+
+
+def _initializer(name: graph.Initializer) -> keras.initializers.Initializer:
+    match name:
+        case "conv_normal":
+            return keras.initializers.VarianceScaling(2.0, "fan_out", "truncated_normal")
+        case "dense_uniform":
+            return keras.initializers.VarianceScaling(1 / 3, "fan_out", "uniform")
+        case "glorot_uniform":
+            return keras.initializers.GlorotUniform()
+
+
+def _apply(layer: graph.Layer, inputs: list[Tensor], kconv: bool) -> Tensor:
+    """The output of the Keras layer that stands for a layer of the graph."""
+    name = _keras_name(layer)
+    match layer:
+        case graph.Input():
+            return keras.Input(_image_shape(layer.shape), name=name)
+        case graph.Interleave() | graph.CopyChannels() | graph.FoldHalves():
+            move = _move_channels if kconv else _move_channels_by_ops
+            return move(layer, inputs[0], name)
+        case graph.Concat():
+            return layers.Concatenate(axis=_channel_axis(), name=name)(inputs)
+        case graph.Add():
+            return layers.Add(name=name)(inputs)
+        case graph.Multiply():
+            return layers.Multiply(name=name)(inputs)
+        case graph.Conv() | graph.DepthwiseConv():
+            return call_new_layer(_convolution(layer, name, kconv), inputs[0])
+        case _:
+            return call_new_layer(_layer(layer, name), inputs[0])
+
+
+def _move_channels(layer: graph.Layer, x: Tensor, name: str) -> Tensor:
+    match layer:
+        case graph.Interleave():
+            return InterleaveChannels(layer.step, name=name)(x)
+        case graph.CopyChannels():
+            return CopyChannels(layer.start, layer.count, name=name)(x)
+        case _:
+            return SumIntoHalfChannels(name=name)(x)
+
+
+def _move_channels_by_ops(layer: graph.Layer, x: Tensor, name: str) -> Tensor:
+    axis = _channel_axis()
+    channels = x.shape[axis]
+
+    def part(start: int, count: int) -> Tensor:
+        return x[(slice(None),) * axis + (slice(start, start + count),)]
+
+    match layer:
+        case graph.Interleave():
+            return keras.ops.take(x, ktypes.interleave_index(channels, layer.step), axis=axis)
+        case graph.CopyChannels():
+            return part(layer.start, layer.count)
+        case _:
+            half = channels // 2
+            return layers.Add(name=name)([part(0, half), part(half, half)])
+
+
+def _convolution(
+    layer: graph.Conv | graph.DepthwiseConv, name: str, kconv: bool
+) -> keras.layers.Layer:
+    if isinstance(layer, graph.DepthwiseConv):
+        depthwise = DepthwiseConv2D if kconv else layers.DepthwiseConv2D
+        return depthwise(
+            layer.kernel_size,
+            strides=layer.strides,
+            padding=layer.padding,
+            depth_multiplier=layer.depth_multiplier,
+            use_bias=layer.use_bias,
+            depthwise_initializer=_initializer(layer.initializer),
+            name=name,
+        )
+    if layer.is_pointwise and kconv:
+        return PointwiseConv2D(
+            layer.filters,
+            groups=layer.groups,
+            use_bias=layer.use_bias,
+            kernel_initializer=_initializer(layer.initializer),
+            name=name,
+        )
+    return layers.Conv2D(
+        layer.filters,
+        layer.kernel_size,
+        strides=layer.strides,
+        padding=layer.padding,
+        groups=layer.groups,
+        use_bias=layer.use_bias,
+        kernel_initializer=_initializer(layer.initializer),
+        name=name,
+    )
+
+
+def _layer(layer: graph.Layer, name: str) -> keras.layers.Layer:
+    """The layers that are Keras's own in any case."""
+    match layer:
+        case graph.ZeroPad():
+            return layers.ZeroPadding2D(layer.padding, name=name)
+        case graph.BatchNorm():
+            return layers.BatchNormalization(
+                axis=_channel_axis(),
+                epsilon=layer.epsilon,
+                momentum=layer.momentum,
+                scale=layer.scale,
+                name=name,
+            )
+        case graph.Activation():
+            return layers.Activation(layer.kind, name=name)
+        case graph.Pool():
+            pool = layers.MaxPooling2D if layer.kind == "max" else layers.AveragePooling2D
+            return pool(layer.pool_size, layer.strides, layer.padding, name=name)
+        case graph.GlobalPool():
+            pools = {"max": layers.GlobalMaxPooling2D, "avg": layers.GlobalAveragePooling2D}
+            return pools[layer.kind](keepdims=layer.keepdims, name=name)
+        case graph.Reshape():
+            return layers.Reshape(_image_shape(layer.shape), name=name)
+        case graph.Flatten():
+            return layers.Flatten(name=name)
+        case graph.Dropout():
+            noise_shape = (None, 1, 1, 1) if layer.per_sample else None
+            return layers.Dropout(layer.rate, noise_shape=noise_shape, name=name)
+        case graph.Dense():
+            return layers.Dense(
+                layer.units,
+                activation=layer.activation,
+                kernel_initializer=_initializer(layer.initializer),
+                name=name,
+            )
+        case _:
+            raise TypeError(f"no Keras layer for {layer}")
