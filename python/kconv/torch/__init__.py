@@ -1,0 +1,29 @@
+"""kconv for PyTorch: functions, layers and networks on its kernels, forward and backward.
+
+Example:
+    >>> import torch
+    >>> layer = PointwiseConv2d(144, 24, groups=8, interleave=3)
+    >>> layer(torch.randn(2, 144, 7, 7)).shape
+    torch.Size([2, 24, 7, 7])
+"""
+
+from __future__ import annotations
+
+from kconv.torch.convert import to_native
+from kconv.torch.layers import DepthwiseConv2d, InterleaveChannels, PointwiseConv2d
+from kconv.torch.network import KPointwiseConv2d, Network, build
+from kconv.torch.ops import deinterleave, depthwise_conv, interleave, pointwise_conv
+
+__all__ = [
+    "DepthwiseConv2d",
+    "InterleaveChannels",
+    "KPointwiseConv2d",
+    "Network",
+    "PointwiseConv2d",
+    "build",
+    "deinterleave",
+    "depthwise_conv",
+    "interleave",
+    "pointwise_conv",
+    "to_native",
+]

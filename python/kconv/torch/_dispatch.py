@@ -1,0 +1,273 @@
+"""How a kernel becomes a PyTorch operator: registration, differentiation, batching, dispatch.
+
+Every kernel of this package is *multilinear* in its tensors (a convolution is linear in its input
+and in its weight), so one class serves all: the derivative by one tensor is another such kernel of
+the others, forward mode is the sum over the tensors, and gradients of gradients close the circle.
+
+In eager mode on plain CPU tensors an operator goes straight to the kernel, through one
+``autograd.Function`` where something is to be differentiated. Everywhere else (``torch.compile``,
+``export``, ``make_fx``, dispatch modes, tracing, autocast, tensor subclasses) it goes through
+``torch.ops.kconv``, which those can see, and pays PyTorch's dispatcher some microseconds more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
+from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
+    enable_single_level_autograd_function,
+)
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
+
+__all__ = ["KernelOp"]
+
+_LIBRARY = torch.library.Library("kconv", "DEF")
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_WIDE = frozenset({torch.float32, torch.float64})
+_NARROW = frozenset({torch.bfloat16, torch.float16})
+
+Derivative = Callable[..., Tensor]
+"""``(grad, *other_tensors, shape, *geometry)`` to the gradient by a tensor of that shape."""
+
+
+class KernelOp:
+    """A multilinear kernel as ``torch.ops.kconv.<name>`` and as a fast call in eager mode.
+
+    Args:
+        schema: name and signature in PyTorch's schema language: the tensors, an optional bias, then
+            the geometry.
+        kernel: computes the result from float32 or float64 CPU tensors.
+        fake: gives an empty result of the right shape and memory order, and checks the shapes.
+        images: for each tensor the kernel is linear in, whether it is an image (N, C, H, W) or a
+            weight (C, ...); a bias is not counted.
+        makes_image: whether the result is an image (or a weight).
+        autocast: whether autocast lowers the operator's precision.
+    """
+
+    derivatives: tuple[Derivative, ...]
+    """By each tensor; set once the operators they call exist."""
+
+    def __init__(
+        self,
+        schema: str,
+        kernel: Callable[..., Tensor],
+        fake: Callable[..., Tensor],
+        *,
+        images: tuple[bool, ...],
+        makes_image: bool = True,
+        autocast: bool = False,
+    ) -> None:
+        self.name = schema[: schema.index("(")]
+        self.kernel = kernel
+        self.images = images
+        self.makes_image = makes_image
+        # A kernel keeps its input's memory order, so compilers must not choose another one for it.
+        tag = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, tag))
+        self.overload = getattr(torch.ops.kconv, self.name).default
+        arguments = self.overload._schema.arguments
+        self._defaults = tuple(argument.default_value for argument in arguments)
+        self.has_bias = any(argument.name == "bias" for argument in arguments)
+        self._leading = len(images) + self.has_bias
+        _LIBRARY.impl(self.name, self._compute, "CPU")
+        _LIBRARY.impl(self.name, self._autograd, "Autograd")
+        self._autocasts = autocast
+        if autocast:
+            _LIBRARY.impl(self.name, self._autocast, "AutocastCPU")
+        qualified = f"kconv::{self.name}"
+        torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+        torch.library.register_vmap(qualified, self.vmap, lib=_LIBRARY)
+
+    def __call__(self, *args: Any) -> Tensor:
+        """Applies the operator by the fastest way that everything watching can follow."""
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        if self._autocasts and torch.is_autocast_enabled("cpu"):
+            return self._autocast(*args)
+        if not self._is_plain(args):
+            return self.overload(*args)
+        return _apply(self, *args) if self._is_differentiated(args) else self._compute(*args)
+
+    def _is_plain(self, args: Sequence[Any]) -> bool:
+        """Whether these are ordinary CPU tensors and nobody is listening to the dispatcher."""
+        for tensor in args[: self._leading]:
+            if tensor is not None and (
+                type(tensor) not in _PLAIN
+                or not tensor.is_cpu
+                or is_legacy_batchedtensor(tensor)  # of autograd.grad(is_grads_batched=True)
+            ):
+                return False
+        return not (
+            _len_torch_dispatch_stack()
+            or peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state()
+        )
+
+    def _is_differentiated(self, args: Sequence[Any]) -> bool:
+        """Whether reverse or forward mode may want derivatives of this call."""
+        if forward_ad._current_level >= 0:
+            return True
+        tensors = args[: self._leading]
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    def _compute(self, *args: Any) -> Tensor:
+        """Runs the kernel; bfloat16 and float16 are computed through float32."""
+        args += self._defaults[len(args) :]
+        tensors = args[: self._leading]
+        dtype = tensors[0].dtype
+        for tensor in tensors[1:]:
+            if tensor is not None and tensor.dtype is not dtype:
+                raise TypeError(
+                    f"{self.name}: all tensors must have one dtype, "
+                    f"got {', '.join(str(t.dtype) for t in tensors if t is not None)}"
+                )
+        if dtype in _WIDE:
+            return self.kernel(*args)
+        if dtype not in _NARROW:
+            raise TypeError(
+                f"{self.name}: dtype must be a floating one of 16 to 64 bits, got {dtype}"
+            )
+        wide = (t if t is None else t.float() for t in tensors)
+        return self.kernel(*wide, *args[len(tensors) :]).to(dtype)
+
+    def _below_autograd(self, *args: Any) -> Tensor:
+        if self._is_plain(args):
+            return self._compute(*args)
+        with _AutoDispatchBelowAutograd():
+            return self.overload(*args)
+
+    def _autograd(self, *args: Any) -> Tensor:
+        """The dispatcher's autograd kernel."""
+        args += self._defaults[len(args) :]
+        if self._is_differentiated(args):
+            with enable_single_level_autograd_function():
+                return _apply(self, *args)
+        return self._below_autograd(*args)
+
+    def _autocast(self, *args: Any) -> Tensor:
+        """The dispatcher's autocast kernel: the dtype that ``conv2d`` would have there."""
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            return self(*(_to_autocast(a, dtype) for a in args))
+
+    def fold_channels(self, size: int, tensors: Sequence[Any], geometry: Sequence[Any]) -> Tensor:
+        """Applies the operator where the channels hold ``size`` independent sets of channels."""
+        return self(*tensors, *geometry)
+
+    def fold_bias(self, bias: Tensor, *geometry: Any) -> Tensor:
+        """Puts the values of a bias, (C,), in the order of the output's channels."""
+        return bias
+
+    def unfold_bias(self, bias: Tensor, *geometry: Any) -> Tensor:
+        """Undoes :meth:`fold_bias`."""
+        return bias
+
+    def vmap(self, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:
+        """The batching rule: the mapped axis joins the batch, or the channels of mapped weights."""
+        args += self._defaults[len(args) :]
+        size: int = info.batch_size
+        tensors, geometry = args[: self._leading], args[self._leading :]
+        dims = (*in_dims, None)[: self._leading]  # a bias that was left out has none
+        images = (*self.images, False)[: self._leading]
+        same_weights = all(image or dim is None for image, dim in zip(images, dims, strict=True))
+        if self.makes_image and same_weights:
+            folded = [
+                _fold(tensor, dim, size, 0) if image else tensor
+                for tensor, dim, image in zip(tensors, dims, images, strict=True)
+            ]
+            return _unfold(self(*folded, *geometry), size, 0)
+        folded = [
+            tensor if tensor is None else _fold(tensor, dim, size, int(image))
+            for tensor, dim, image in zip(tensors, dims, images, strict=True)
+        ]
+        result = self.fold_channels(size, folded, geometry)
+        return _unfold(result, size, int(self.makes_image))
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
+    """Merges the mapped dimension (or ``size`` copies) into ``axis``, as its outer part."""
+    moved = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return moved.movedim(0, axis).flatten(axis, axis + 1)
+
+
+def _unfold(tensor: Tensor, size: int, axis: int) -> tuple[Tensor, int]:
+    """Splits ``axis`` again; returns the tensor and its mapped dimension."""
+    return tensor.unflatten(axis, (size, tensor.shape[axis] // size)), axis
+
+
+def _to_autocast(arg: Any, dtype: torch.dtype) -> Any:
+    eligible = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+    return arg.to(dtype) if eligible else arg
+
+
+class _Apply(_SingleLevelFunction):
+    """Differentiates a :class:`KernelOp`, its first argument.
+
+    The dispatcher has taken torch.func's transforms down to one level by the time it is called, so
+    it is of the class that PyTorch itself uses there (``Function.apply`` would start over).
+    """
+
+    @staticmethod
+    def forward(op: KernelOp, *args: Any) -> Tensor:
+        if peek_interpreter_stack() is None:
+            return op._below_autograd(*args)
+        # A transform of torch.func may differentiate on a level below this one.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            return op._below_autograd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        op, *args = inputs
+        tensors = args[: len(op.images)]
+        ctx.op = op
+        ctx.geometry = tuple(args[op._leading :])
+        ctx.shapes = [t.shape for t in tensors]
+        ctx.output_shape = output.shape
+        ctx.set_materialize_grads(False)
+        # A tensor is kept only for the derivative by another one.
+        needed = ctx.needs_input_grad[1 : 1 + len(op.images)]
+        kept = [t if any(needed[:i] + needed[i + 1 :]) else None for i, t in enumerate(tensors)]
+        ctx.save_for_backward(*kept)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        op: KernelOp = ctx.op
+        _, *needed = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * len(needed)
+        if grad is not None:
+            saved = ctx.saved_tensors
+            for i, derivative in enumerate(op.derivatives):
+                if needed[i]:
+                    others = saved[:i] + saved[i + 1 :]
+                    grads[i] = derivative(grad, *others, ctx.shapes[i], *ctx.geometry)
+            if op.has_bias and needed[len(op.images)]:
+                grads[len(op.images)] = op.unfold_bias(grad.sum((0, 2, 3)), *ctx.geometry)
+        return None, *grads
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Any) -> Tensor | None:
+        op: KernelOp = ctx.op
+        tensors = ctx.saved_tensors
+        no_bias = (None,) * op.has_bias
+        total = None
+        for i, tangent in enumerate(tangents[: len(op.images)]):
+            if tangent is not None:
+                term = op(*tensors[:i], tangent, *tensors[i + 1 :], *no_bias, *ctx.geometry)
+                total = term if total is None else total + term
+        if op.has_bias and tangents[len(op.images)] is not None:
+            term = op.fold_bias(tangents[len(op.images)], *ctx.geometry)
+            term = term[:, None, None].expand(ctx.output_shape)
+            total = term if total is None else total + term
+        return total
+
+
+_apply: Callable[..., Tensor] = _Apply.apply  # type: ignore[attr-defined]

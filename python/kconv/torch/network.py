@@ -1,0 +1,331 @@
+"""Networks from kconv's specs: a PyTorch module for each layer of the graph, under its name."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable
+from functools import reduce
+from math import prod, sqrt
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kconv.ktypes import KType
+from kconv.models import Graph, GraphBuilder, Layer, Spec, graph
+from kconv.models.graph import ActivationName, Initializer
+from kconv.torch.convert import make_native
+from kconv.torch.layers import DepthwiseConv2d, InterleaveChannels, PaddedConv2d, PointwiseConv2d
+
+__all__ = ["KPointwiseConv2d", "Network", "build"]
+
+
+def build(spec: Spec, kernels: Literal["kconv", "torch"] = "kconv") -> Network:
+    """The PyTorch model of a spec; it ends in logits.
+
+    Example:
+        >>> from kconv.models import create
+        >>> model = build(create("keffnet_b0", classes=10, input_shape=(32, 32, 3)))
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+
+    Args:
+        spec: the network (see :func:`kconv.models.create`).
+        kernels: "kconv", or "torch" for the same network of PyTorch's own layers.
+
+    Returns:
+        A module of (N, C, H, W) to (N, classes), or to (N, C', H', W') for a spec without top.
+
+    Raises:
+        ValueError: if ``kernels`` is neither.
+    """
+    if kernels not in ("kconv", "torch"):
+        raise ValueError(f"kernels must be 'kconv' or 'torch', got {kernels!r}")
+    layers = spec.graph()
+    last = layers[layers.output]
+    if isinstance(last, graph.Activation) and last.kind == "softmax":
+        layers = Graph(layers.name, layers.layers[:-1], output=last.inputs[0])
+    network = Network(layers)
+    if kernels == "torch":
+        make_native(network)
+    return network
+
+
+class Network(nn.Module):
+    """A layer graph as a module; its submodules have the names of the layers.
+
+    The softmax of a dense layer is left out.
+
+    Args:
+        graph: the layers.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self._input, self._output = graph.layers[0].name, graph.output
+        paddings = _mergeable_paddings(graph)
+        steps: list[tuple[str, tuple[str, ...]]] = []
+        for layer in graph.layers[1:]:
+            if layer.name not in paddings:
+                padding = paddings.get(layer.inputs[0])
+                self.add_module(layer.name, _module(layer, padding))
+                steps.append((layer.name, padding.inputs if padding else layer.inputs))
+        last_use = {name: step for step, inputs in steps for name in inputs}
+        self._steps = [
+            (step, inputs, tuple(name for name in set(inputs) if last_use[name] == step))
+            for step, inputs in steps
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the output of the last layer."""
+        values = {self._input: x}
+        for name, inputs, finished in self._steps:
+            values[name] = getattr(self, name)(*(values[source] for source in inputs))
+            for source in finished:  # so that inference keeps only what is still to be read
+                del values[source]
+        return values[self._output]
+
+
+class KPointwiseConv2d(Network):
+    """The papers' block in place of a pointwise convolution, batch norm and activation.
+
+    Grouped convolutions, interleaved and added up as the kType says (section 3 of V1, MENDEL 28(1),
+    2022, and of V2, Entropy 24(9):1264, 2022); see :func:`kconv.ktypes.plan`.
+
+    Example:
+        >>> block = KPointwiseConv2d(144, 24, "D6_16ch", activation="swish", use_bias=False)
+        >>> block(torch.randn(2, 144, 7, 5)).shape, sum(p.numel() for p in block.parameters())
+        (torch.Size([2, 24, 7, 5]), 600)
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out.
+        ktype: a kType, its name or its number.
+        activation: after each batch norm: "relu", "relu6", "swish", "sigmoid", "hard_sigmoid",
+            "hard_swish" or "softmax"; None for none.
+        use_bias: whether the convolutions have a bias.
+        has_batch_norm: whether a batch norm follows each convolution.
+        name: the name with which those of the block's layers begin.
+
+    Raises:
+        ValueError: if the kType or the activation is unknown or a channel count is below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        ktype: KType | str | int = "D6_16ch",
+        activation: ActivationName | None = None,
+        use_bias: bool = True,
+        has_batch_norm: bool = True,
+        name: str = "k",
+    ) -> None:
+        if activation is not None and activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"unknown activation {activation!r}; known are {', '.join(_ACTIVATIONS)}"
+            )
+        g = GraphBuilder(name, (None, None, in_channels))
+        output = g.pointwise(
+            name,
+            g.input,
+            out_channels,
+            ktype,
+            activation=activation,
+            batch_norm=has_batch_norm,
+            use_bias=use_bias,
+        )
+        super().__init__(g.build(output))
+
+
+class Call(nn.Module):
+    """A function as a module.
+
+    Args:
+        function: of the input tensors.
+        **options: keyword arguments to it.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], **options: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.options = options
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Calls the function."""
+        return self.function(*inputs, **self.options)
+
+    def extra_repr(self) -> str:
+        """The function and its arguments."""
+        options = (f"{name}={value}" for name, value in self.options.items())
+        return ", ".join([self.function.__name__, *options])
+
+
+class DropConnect(nn.Module):
+    """Drops a sample's whole branch in training, and scales the others up to compensate.
+
+    Args:
+        rate: the share of branches that are dropped.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        if not self.training:
+            return x
+        return x * F.dropout(x.new_ones(len(x), 1, 1, 1), self.rate)
+
+    def extra_repr(self) -> str:
+        """The rate."""
+        return f"{self.rate:.4g}"
+
+
+_ACTIVATIONS: dict[ActivationName, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "swish": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "hard_sigmoid": nn.Hardsigmoid,
+    "hard_swish": nn.Hardswish,
+    "softmax": lambda: nn.Softmax(dim=1),
+}
+
+
+def _module(layer: Layer, padding: graph.ZeroPad | None) -> nn.Module:
+    """The module for a layer, with the zero padding that it takes over."""
+    match layer:
+        case graph.Conv() | graph.DepthwiseConv():
+            return _convolution(layer, padding)
+        case graph.Dense():
+            linear = nn.Linear(layer.in_features, layer.units)
+            _initialise(linear, layer.weights()["kernel"], layer.initializer)
+            return linear
+        case graph.BatchNorm():
+            norm = nn.BatchNorm2d(layer.channels, layer.epsilon, momentum=1 - layer.momentum)
+            if not layer.scale:
+                norm.register_parameter("weight", None)
+            return norm
+        case graph.Activation():
+            return _ACTIVATIONS[layer.kind]()
+        case graph.Interleave():
+            return InterleaveChannels(layer.step)
+        case graph.ZeroPad():
+            (top, bottom), (left, right) = layer.padding
+            return nn.ZeroPad2d((left, right, top, bottom))
+        case graph.Pool():
+            return _pool(layer)
+        case graph.GlobalPool():
+            pool = torch.mean if layer.kind == "avg" else torch.amax
+            return Call(pool, dim=(2, 3), keepdim=layer.keepdims)
+        case graph.CopyChannels():
+            return Call(torch.narrow, dim=1, start=layer.start, length=layer.count)
+        case graph.FoldHalves():
+            return Call(_fold_halves)
+        case graph.Concat():
+            return Call(_concatenate)
+        case graph.Add():
+            return Call(_add)
+        case graph.Multiply():
+            return Call(torch.mul)
+        case graph.Reshape():
+            return nn.Unflatten(1, (layer.channels, 1, 1))
+        case graph.Flatten():
+            return nn.Flatten()
+        case graph.Dropout():
+            return DropConnect(layer.rate) if layer.per_sample else nn.Dropout(layer.rate)
+    raise TypeError(f"layer {layer.name!r}: a {type(layer).__name__} has no PyTorch module")
+
+
+def _convolution(
+    layer: graph.Conv | graph.DepthwiseConv, padding: graph.ZeroPad | None
+) -> nn.Conv2d:
+    same_strided = layer.padding == "same" and layer.strides not in (1, (1, 1))
+    conv: nn.Conv2d
+    match layer:
+        case graph.Conv(is_pointwise=True):
+            conv = PointwiseConv2d(layer.in_channels, layer.filters, layer.groups, layer.use_bias)
+        case graph.DepthwiseConv(depth_multiplier=1) if not same_strided:
+            conv = DepthwiseConv2d(
+                layer.in_channels,
+                layer.channels,
+                layer.kernel_size,
+                layer.strides,
+                padding.padding if padding else layer.padding,
+                bias=layer.use_bias,
+            )
+        case _:
+            conv = (PaddedConv2d if same_strided else nn.Conv2d)(
+                layer.in_channels,
+                layer.channels,
+                layer.kernel_size,
+                layer.strides,
+                0 if same_strided else layer.padding,
+                groups=layer.groups if isinstance(layer, graph.Conv) else layer.in_channels,
+                bias=layer.use_bias,
+            )
+    _initialise(conv, next(iter(layer.weights().values())), layer.initializer)
+    return conv
+
+
+def _initialise(
+    module: nn.Conv2d | nn.Linear, kernel: tuple[int, ...], initializer: Initializer
+) -> None:
+    """Draws a weight as Keras does for its kernel, of shape (..., inputs, outputs)."""
+    pixels = prod(kernel[:-2])
+    fan_in, fan_out = pixels * kernel[-2], pixels * kernel[-1]
+    match initializer:
+        case "glorot_uniform":
+            limit = sqrt(6 / (fan_in + fan_out))
+            nn.init.uniform_(module.weight, -limit, limit)
+        case "dense_uniform":
+            limit = sqrt(1 / fan_out)
+            nn.init.uniform_(module.weight, -limit, limit)
+        case "conv_normal":
+            # 0.8796... is the standard deviation of a normal distribution cut off at 2.
+            std = sqrt(2 / fan_out) / 0.87962566103423978
+            nn.init.trunc_normal_(module.weight, 0, std, -2 * std, 2 * std)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _pool(layer: graph.Pool) -> nn.Module:
+    size, same = layer.pool_size, layer.padding == "same"
+    if same and (layer.strides > 1 or size % 2 == 0):
+        raise ValueError(f"layer {layer.name!r}: 'same' needs stride 1 and an odd size in a pool")
+    padding = size // 2 if same else 0
+    if layer.kind == "max":
+        return nn.MaxPool2d(size, layer.strides, padding)
+    return nn.AvgPool2d(size, layer.strides, padding, count_include_pad=False)
+
+
+def _mergeable_paddings(layers: Graph) -> dict[str, graph.ZeroPad]:
+    """The paddings that only a depthwise convolution reads, which pads for itself."""
+    readers = Counter(name for layer in layers.layers for name in layer.inputs)
+    pads = {layer.name: layer for layer in layers.layers if isinstance(layer, graph.ZeroPad)}
+    return {
+        layer.inputs[0]: pads[layer.inputs[0]]
+        for layer in layers.layers
+        if isinstance(layer, graph.DepthwiseConv)
+        and layer.padding == "valid"
+        and layer.depth_multiplier == 1
+        and layer.inputs[0] in pads
+        and readers[layer.inputs[0]] == 1
+    }
+
+
+def _add(*inputs: Tensor) -> Tensor:
+    return reduce(operator.add, inputs)
+
+
+def _concatenate(*inputs: Tensor) -> Tensor:
+    return torch.cat(inputs, dim=1)
+
+
+def _fold_halves(x: Tensor) -> Tensor:
+    half = x.shape[1] // 2
+    return x[:, :half] + x[:, half : 2 * half]

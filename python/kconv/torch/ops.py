@@ -1,0 +1,472 @@
+"""kconv's kernels as PyTorch functions, differentiable any number of times.
+
+Images are (N, C, H, W) tensors, contiguous or channels_last; results keep the input's memory
+format. The operators behind the functions are registered as ``torch.ops.kconv.*``, so that
+``torch.compile``, ``torch.export``, autocast and the transforms of ``torch.func`` know them. They
+run on CPU tensors; on any other device the functions use PyTorch's own convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kconv import _kconv
+from kconv.torch._dispatch import KernelOp
+
+__all__ = ["Padding", "deinterleave", "depthwise_conv", "interleave", "pointwise_conv"]
+
+Padding = int | Literal["same", "valid"] | tuple[tuple[int, int], tuple[int, int]]
+"""Pixels at each border, TensorFlow's "same", none ("valid"), or ((top, bottom), (left, right))."""
+
+
+def pointwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int = 1, interleave: int = 1
+) -> Tensor:
+    """Grouped 1x1 convolution whose output channels may be interleaved in the same pass.
+
+    Example:
+        >>> x, weight = torch.randn(2, 32, 7, 5), torch.randn(24, 8, 1, 1)
+        >>> pointwise_conv(x, weight, groups=4, interleave=6).shape
+        torch.Size([2, 24, 7, 5])
+
+    Args:
+        x: (N, C_in, H, W), or (C_in, H, W).
+        weight: (C_out, C_in / groups, 1, 1), or (C_out, C_in / groups).
+        bias: (C_out,).
+        groups: divides C_in and C_out.
+        interleave: the step by which the output is interleaved after the convolution (1: not).
+
+    Returns:
+        (N, C_out, H, W), or (C_out, H, W).
+
+    Raises:
+        TypeError: if the tensors' dtypes differ or are not floating.
+        ValueError: if the shapes do not fit.
+    """
+    if x.dim() != 4:
+        return pointwise_conv(_batch_of_one(x), weight, bias, groups=groups, interleave=interleave)[
+            0
+        ]
+    if weight.dim() == 2:
+        weight = weight[:, :, None, None]
+    if x.is_cpu and weight.is_cpu:
+        return _pointwise(x, weight, bias, groups, interleave)
+    y = F.conv2d(x, weight, bias, groups=groups)
+    return y if interleave == 1 else y[:, interleave_order(y.shape[1], interleave, y.device)]
+
+
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "same",
+) -> Tensor:
+    """Depthwise convolution: every channel with its own k x k kernel.
+
+    Example:
+        >>> x, weight = torch.randn(2, 6, 9, 9), torch.randn(6, 1, 3, 3)
+        >>> depthwise_conv(x, weight, stride=2).shape
+        torch.Size([2, 6, 5, 5])
+
+    Args:
+        x: (N, C, H, W), or (C, H, W).
+        weight: (C, 1, k, k), or (C, k, k).
+        bias: (C,).
+        stride: 1 or 2.
+        padding: see :data:`Padding`; "same" at stride 2 is asymmetric, as TensorFlow's.
+
+    Returns:
+        (N, C, H_out, W_out), or (C, H_out, W_out).
+
+    Raises:
+        TypeError: if the tensors' dtypes differ or are not floating.
+        ValueError: if the shapes do not fit or the padding is unknown.
+    """
+    if x.dim() != 4:
+        return depthwise_conv(_batch_of_one(x), weight, bias, stride=stride, padding=padding)[0]
+    if weight.dim() == 3:
+        weight = weight[:, None]
+    top, bottom, left, right = borders(padding, x.shape[2:], weight.shape[2:], stride)
+    if x.is_cpu and weight.is_cpu:
+        return _depthwise(x, weight, bias, stride, (top, bottom, left, right))
+    if (top, left) == (bottom, right):
+        return F.conv2d(x, weight, bias, stride, (top, left), groups=x.shape[1])
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, groups=x.shape[1])
+
+
+def interleave(x: Tensor, step: int) -> Tensor:
+    """Takes every ``step``-th channel, from each of the first ``step`` ones in turn.
+
+    The output's channels are 0, step, 2 step, ..., 1, 1 + step, ... (section 3 of V1,
+    MENDEL 28(1), 2022). It is a permutation for every number of channels.
+
+    Example:
+        >>> interleave(torch.arange(6.0).reshape(1, 6, 1, 1), 2).flatten()
+        tensor([0., 2., 4., 1., 3., 5.])
+
+    Args:
+        x: (N, C, H, W), or (C, H, W).
+        step: at least 1; 1 is the identity.
+
+    Returns:
+        A tensor of x's shape.
+
+    Raises:
+        ValueError: if the step is below 1.
+    """
+    return _permute(x, step, _interleave)
+
+
+def deinterleave(x: Tensor, step: int) -> Tensor:
+    """Undoes :func:`interleave`.
+
+    Example:
+        >>> deinterleave(torch.tensor([0.0, 2, 4, 1, 3, 5]).reshape(1, 6, 1, 1), 2).flatten()
+        tensor([0., 1., 2., 3., 4., 5.])
+
+    Args:
+        x: (N, C, H, W), or (C, H, W).
+        step: at least 1; 1 is the identity.
+
+    Returns:
+        A tensor of x's shape.
+
+    Raises:
+        ValueError: if the step is below 1.
+    """
+    return _permute(x, step, _deinterleave)
+
+
+def _permute(x: Tensor, step: int, op: KernelOp) -> Tensor:
+    if x.dim() != 4:
+        return _permute(_batch_of_one(x), step, op)[0]
+    if x.is_cpu:
+        return op(x, step)
+    order = interleave_order(x.shape[1], step, x.device)
+    return x[:, order if op is _interleave else order.argsort()]
+
+
+def interleave_order(channels: int, step: int, device: torch.device | None = None) -> Tensor:
+    """(channels,): the channel that each one of the interleaved tensor comes from."""
+    if step < 1:
+        raise ValueError(f"step must be at least 1, got {step}")
+    index = torch.arange(channels, device=device)
+    return torch.cat([index[start::step] for start in range(min(step, channels))])
+
+
+def _batch_of_one(x: Tensor) -> Tensor:
+    if x.dim() != 3:
+        raise ValueError(f"x must be (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
+    return x[None]
+
+
+def borders(
+    padding: Padding, size: Sequence[int], kernel: Sequence[int], stride: int
+) -> tuple[int, int, int, int]:
+    """The padded pixels (top, bottom, left, right)."""
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
+    match padding:
+        case "valid":
+            return 0, 0, 0, 0
+        case int():
+            return padding, padding, padding, padding
+        case "same":
+            if torch._C._get_tracing_state():  # of torch.jit, where sizes are tensors
+                size, kernel = [int(n) for n in size], [int(k) for k in kernel]
+            height, width = (_same(n, k, stride) for n, k in zip(size, kernel, strict=True))
+            return height // 2, height - height // 2, width // 2, width - width // 2
+        case ((top, bottom), (left, right)):
+            return top, bottom, left, right
+    raise ValueError(
+        f"padding must be an integer, 'same', 'valid' or ((top, bottom), (left, right)), "
+        f"got {padding!r}"
+    )
+
+
+def _same(size: int, kernel: int, stride: int) -> int:
+    """The pixels that TensorFlow's "same" adds, for ceil(size / stride) outputs."""
+    if stride == 1:
+        return kernel - 1
+    return max((-(-size // stride) - 1) * stride + kernel - size, 0)
+
+
+# The kernels behind the operators: tensors in, tensors out, without autograd.
+
+
+def _image(x: Tensor) -> Any:
+    """A NumPy view of an image; one that is dense in neither memory format is copied."""
+    return x.contiguous(memory_format=_memory_format(x)).numpy(force=True)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """An image's memory format, or the one it resembles."""
+    last = not x.is_contiguous() and x.stride(1) == 1
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _array(x: Tensor | None) -> Any:
+    """A NumPy view of a weight or a bias."""
+    return None if x is None else x.contiguous().numpy(force=True)
+
+
+def _pointwise_kernel(
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, interleave: int
+) -> Tensor:
+    y = _kconv.pointwise_conv(
+        _image(x), _array(weight), _array(bias), groups=groups, interleave=interleave
+    )
+    return torch.from_numpy(y)
+
+
+def _pointwise_grad_input_kernel(
+    grad: Tensor, weight: Tensor, groups: int, interleave: int
+) -> Tensor:
+    dx = _kconv.pointwise_conv_grad_input(
+        _image(grad), _array(weight), groups=groups, interleave=interleave
+    )
+    return torch.from_numpy(dx)
+
+
+def _pointwise_grad_weight_kernel(x: Tensor, grad: Tensor, groups: int, interleave: int) -> Tensor:
+    dw = _kconv.pointwise_conv_grad_weight(
+        _image(x), _image(grad), groups=groups, interleave=interleave
+    )
+    return torch.from_numpy(dw)[:, :, None, None]
+
+
+def _depthwise_kernel(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int]
+) -> Tensor:
+    y = _kconv.depthwise_conv(
+        _image(x), _array(weight), _array(bias), stride=stride, padding=_pairs(padding)
+    )
+    return torch.from_numpy(y)
+
+
+def _depthwise_grad_input_kernel(
+    grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: int, padding: Sequence[int]
+) -> Tensor:
+    height, width = input_size
+    dx = _kconv.depthwise_conv_grad_input(
+        _image(grad), _array(weight), (height, width), stride=stride, padding=_pairs(padding)
+    )
+    return torch.from_numpy(dx)
+
+
+def _depthwise_grad_weight_kernel(
+    x: Tensor, grad: Tensor, kernel_size: int, stride: int, padding: Sequence[int]
+) -> Tensor:
+    dw = _kconv.depthwise_conv_grad_weight(
+        _image(x), _image(grad), kernel_size, stride=stride, padding=_pairs(padding)
+    )
+    return torch.from_numpy(dw)[:, None]
+
+
+def _pairs(padding: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    top, bottom, left, right = padding
+    return (top, bottom), (left, right)
+
+
+def _interleave_kernel(x: Tensor, step: int) -> Tensor:
+    return torch.from_numpy(_kconv.interleave(_image(x), step))
+
+
+def _deinterleave_kernel(x: Tensor, step: int) -> Tensor:
+    return torch.from_numpy(_kconv.deinterleave(_image(x), step))
+
+
+# Their shapes, for tensors without data.
+
+
+def _empty_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An image in x's memory format."""
+    shape = (x.shape[0], channels, height, width)
+    format_ = _memory_format(x)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format_)
+
+
+def _pointwise_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1, interleave: int = 1
+) -> Tensor:
+    torch._check_value(
+        x.dim() == 4 and x.shape[1] == weight.shape[1] * groups,
+        lambda: f"x must have {weight.shape[1] * groups} channels, got shape {tuple(x.shape)}",
+    )
+    return _empty_like(x, weight.shape[0], x.shape[2], x.shape[3])
+
+
+def _pointwise_grad_input_fake(
+    grad: Tensor, weight: Tensor, groups: int = 1, interleave: int = 1
+) -> Tensor:
+    return _empty_like(grad, weight.shape[1] * groups, grad.shape[2], grad.shape[3])
+
+
+def _pointwise_grad_weight_fake(
+    x: Tensor, grad: Tensor, groups: int = 1, interleave: int = 1
+) -> Tensor:
+    return x.new_empty((grad.shape[1], x.shape[1] // groups, 1, 1))
+
+
+def _depthwise_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int]
+) -> Tensor:
+    torch._check_value(
+        x.dim() == 4 and x.shape[1] == weight.shape[0],
+        lambda: f"x must have {weight.shape[0]} channels, got shape {tuple(x.shape)}",
+    )
+    top, bottom, left, right = padding
+    height = (x.shape[2] + top + bottom - weight.shape[2]) // stride + 1
+    width = (x.shape[3] + left + right - weight.shape[3]) // stride + 1
+    return _empty_like(x, x.shape[1], height, width)
+
+
+def _depthwise_grad_input_fake(
+    grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: int, padding: Sequence[int]
+) -> Tensor:
+    return _empty_like(grad, grad.shape[1], *input_size)
+
+
+def _depthwise_grad_weight_fake(
+    x: Tensor, grad: Tensor, kernel_size: int, stride: int, padding: Sequence[int]
+) -> Tensor:
+    return x.new_empty((x.shape[1], 1, kernel_size, kernel_size))
+
+
+def _permutation_fake(x: Tensor, step: int) -> Tensor:
+    return _empty_like(x, *x.shape[1:])
+
+
+# The operators.
+
+
+class _PointwiseOp(KernelOp):
+    """A pointwise kernel: its groups hold the sets of channels that vmap folds together.
+
+    ``interleaved`` says which argument is in the interleaved order (None: the result).
+    """
+
+    interleaved: int | None = None
+
+    def fold_channels(self, size: int, tensors: Sequence[Any], geometry: Sequence[Any]) -> Tensor:
+        groups, step = geometry
+        tensors = list(tensors)
+        if self.interleaved is not None:
+            i = self.interleaved
+            tensors[i] = _permute_sets(_deinterleave, tensors[i], step, size)
+        result = self(*tensors, groups * size, 1)
+        if self.interleaved is None:
+            return _permute_sets(_interleave, result, step, size)
+        return result
+
+    def fold_bias(self, bias: Tensor, groups: int, interleave: int) -> Tensor:
+        return (
+            bias if interleave == 1 else bias[interleave_order(len(bias), interleave, bias.device)]
+        )
+
+    def unfold_bias(self, bias: Tensor, groups: int, interleave: int) -> Tensor:
+        return deinterleave(bias[:, None, None], interleave)[:, 0, 0]
+
+
+def _permute_sets(op: KernelOp, x: Tensor, step: int, size: int) -> Tensor:
+    """Permutes each of the ``size`` sets of channels that x, (N, size * C, H, W), holds."""
+    if step == 1:
+        return x
+    n, channels, height, width = x.shape
+    return op(x.reshape(n * size, channels // size, height, width), step).reshape(x.shape)
+
+
+_POINTWISE = "int groups=1, int interleave=1) -> Tensor"
+_pointwise = _PointwiseOp(
+    "pointwise_conv(Tensor x, Tensor weight, Tensor? bias=None, " + _POINTWISE,
+    _pointwise_kernel,
+    _pointwise_fake,
+    images=(True, False),
+    autocast=True,
+)
+_pointwise_grad_input = _PointwiseOp(
+    "pointwise_conv_grad_input(Tensor grad, Tensor weight, " + _POINTWISE,
+    _pointwise_grad_input_kernel,
+    _pointwise_grad_input_fake,
+    images=(True, False),
+)
+_pointwise_grad_input.interleaved = 0
+_pointwise_grad_weight = _PointwiseOp(
+    "pointwise_conv_grad_weight(Tensor x, Tensor grad, " + _POINTWISE,
+    _pointwise_grad_weight_kernel,
+    _pointwise_grad_weight_fake,
+    images=(True, True),
+    makes_image=False,
+)
+_pointwise_grad_weight.interleaved = 1
+
+# The sum of y * grad, y the convolution of x with weight, is linear in x, weight and grad; each of
+# the three operators is its derivative by one of them, so the other two are theirs.
+_pointwise.derivatives = (
+    lambda grad, weight, shape, *geometry: _pointwise_grad_input(grad, weight, *geometry),
+    lambda grad, x, shape, *geometry: _pointwise_grad_weight(x, grad, *geometry),
+)
+_pointwise_grad_input.derivatives = (
+    lambda x, weight, shape, *geometry: _pointwise(x, weight, None, *geometry),
+    lambda x, grad, shape, *geometry: _pointwise_grad_weight(x, grad, *geometry),
+)
+_pointwise_grad_weight.derivatives = (
+    lambda weight, grad, shape, *geometry: _pointwise_grad_input(grad, weight, *geometry),
+    lambda weight, x, shape, *geometry: _pointwise(x, weight, None, *geometry),
+)
+
+_DEPTHWISE = "int stride, SymInt[] padding) -> Tensor"
+_depthwise = KernelOp(
+    "depthwise_conv(Tensor x, Tensor weight, Tensor? bias, " + _DEPTHWISE,
+    _depthwise_kernel,
+    _depthwise_fake,
+    images=(True, False),
+    autocast=True,
+)
+_depthwise_grad_input = KernelOp(
+    "depthwise_conv_grad_input(Tensor grad, Tensor weight, SymInt[] input_size, " + _DEPTHWISE,
+    _depthwise_grad_input_kernel,
+    _depthwise_grad_input_fake,
+    images=(True, False),
+)
+_depthwise_grad_weight = KernelOp(
+    "depthwise_conv_grad_weight(Tensor x, Tensor grad, int kernel_size, " + _DEPTHWISE,
+    _depthwise_grad_weight_kernel,
+    _depthwise_grad_weight_fake,
+    images=(True, True),
+    makes_image=False,
+)
+_depthwise.derivatives = (
+    lambda grad, w, shape, *how: _depthwise_grad_input(grad, w, shape[2:], *how),
+    lambda grad, x, shape, *how: _depthwise_grad_weight(x, grad, shape[2], *how),
+)
+_depthwise_grad_input.derivatives = (
+    lambda x, w, shape, size, *how: _depthwise(x, w, None, *how),
+    lambda x, grad, shape, size, *how: _depthwise_grad_weight(x, grad, shape[2], *how),
+)
+_depthwise_grad_weight.derivatives = (
+    lambda w, grad, shape, size, *how: _depthwise_grad_input(grad, w, shape[2:], *how),
+    lambda w, x, shape, size, *how: _depthwise(x, w, None, *how),
+)
+
+_interleave = KernelOp(
+    "interleave(Tensor x, int step) -> Tensor",
+    _interleave_kernel,
+    _permutation_fake,
+    images=(True,),
+)
+_deinterleave = KernelOp(
+    "deinterleave(Tensor x, int step) -> Tensor",
+    _deinterleave_kernel,
+    _permutation_fake,
+    images=(True,),
+)
+_interleave.derivatives = (lambda grad, shape, step: _deinterleave(grad, step),)
+_deinterleave.derivatives = (lambda grad, shape, step: _interleave(grad, step),)
