@@ -13,6 +13,11 @@ use crate::error::{Result, bail};
 
 /// A set of vector instructions: pulp's vectors plus the few operations that pulp lacks.
 pub trait Isa: pulp::Simd {
+    /// Asks for the cache line at `ptr`, which need not be readable; nothing where there is no such instruction.
+    #[inline(always)]
+    fn prefetch<T>(self, ptr: *const T) {
+        let _ = ptr;
+    }
     /// Transposes a block of 8 x 8 values.
     ///
     /// # Safety
@@ -129,6 +134,11 @@ mod x86 {
     macro_rules! avx_transposes {
         ($isa:ty) => {
             impl Isa for $isa {
+                #[inline(always)]
+                fn prefetch<T>(self, ptr: *const T) {
+                    // SAFETY: a hint that never faults.
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr.cast()) }
+                }
                 #[inline(always)]
                 unsafe fn transpose_f32(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
                     // SAFETY: the token proves AVX; the rest is the caller's promise.

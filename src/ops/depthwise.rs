@@ -37,6 +37,9 @@ struct Phase {
     input: usize,
 }
 
+/// Taps along an axis, each with the input pixel that an output pixel sees through it.
+type Seen = Vec<(usize, usize)>;
+
 impl Phase {
     /// The convolution along an axis.
     fn forward(axis: Axis, kernel: usize, stride: usize) -> Vec<Self> {
@@ -66,7 +69,7 @@ impl Phase {
 
     /// Maximal runs of output pixels that see the same taps, with these taps and the input pixel that the first pixel
     /// of the run sees through each.
-    fn runs(&self) -> Vec<(Range<usize>, Vec<(usize, usize)>)> {
+    fn runs(&self) -> Vec<(Range<usize>, Seen)> {
         let seen = |t: usize| -> Vec<bool> { self.taps.iter().map(|&(_, offset)| self.sees(t, offset)).collect() };
         let pixels: Vec<_> = (0..self.count).collect();
         pixels
@@ -178,7 +181,7 @@ impl<T: Element> Correlation<'_, T> {
         let column_runs: Vec<_> =
             self.horizontal.iter().flat_map(|phase| phase.runs().into_iter().map(move |run| (phase, run))).collect();
         // Rows of the output, each with the vertical taps that it sees.
-        let mut rows: Vec<(usize, Vec<(usize, usize)>)> = Vec::with_capacity(height);
+        let mut rows: Vec<(usize, Seen)> = Vec::with_capacity(height);
         for phase in &self.vertical {
             for (run, taps) in phase.runs() {
                 for t in run.clone() {
@@ -473,7 +476,7 @@ impl<T: Element> WeightGrad<'_, T> {
                 (y % stride * stride + x % stride) * part_len + y / stride * pitch + x / stride
             })
             .collect();
-        scratch::with(stride * stride * part_len + taps * slot::<T>(), |memory: &mut [T]| {
+        scratch::with((stride * stride * part_len).max(taps) + taps * slot::<T>(), |memory: &mut [T]| {
             let (slots, padded) = memory.split_at_mut(taps * slot::<T>());
             slots.fill(T::default());
             for n in 0..count {
@@ -507,7 +510,9 @@ impl<T: Element> WeightGrad<'_, T> {
                     }
                 }
             }
-            self.isa.run(SumSlots(slots, &mut |tap, sum| write(tap, sum)));
+            let sums = &mut padded[..taps];
+            self.isa.run(SumSlots(slots, sums));
+            sums.iter().enumerate().for_each(|(tap, &sum)| write(tap, sum));
         });
     }
 }

@@ -19,18 +19,20 @@ use crate::pool::{parallel_for, part, threads_for};
 use crate::scratch;
 use crate::shape::{Images, Order, Pointwise, interleave_places};
 
-/// Pixels of one pass over a group's rows in NCHW where the group needs several tiles of output rows: keeps 32 input
-/// rows of float32 within a 32 KiB L1 cache.
-const PLANE_TILE: usize = 240;
-/// Pixels of a transposed tile in NHWC: a multiple of every kernel's tile (2 or 3 vectors of 8 or 16).
-const PIXEL_TILE: usize = 48;
+/// Values of a group's input rows that one pass in NCHW covers where the group needs several tiles of output rows, which
+/// read them again: they stay in the L2 cache.
+const PLANE_TILE: usize = 64 << 10;
+/// Pixels of a task in NCHW, at least.
+const PLANE_PART: usize = 256;
+/// Pixels of a transposed tile in NHWC: two vectors of 16 (of 16, 32, 48 and 96 the fastest by 10 %).
+const PIXEL_TILE: usize = 32;
 /// Channels that are transposed together, at least: whole cache lines are read.
 const CHANNEL_TILE: usize = 64;
 /// Pixels of a pair of transposed tiles in the weight gradient.
 const DOT_TILE: usize = 96;
 /// Bytes of a group's rows over which one tile of the weight gradient runs: they are read once for each tile of
-/// weights, from the L2 cache.
-const DOT_BYTES: usize = 96 << 10;
+/// weights, from the L2 cache (32 KiB: half as fast again; 1 MiB: as fast).
+const DOT_BYTES: usize = 512 << 10;
 /// A group of this many weights or more is multiplied by GEMM: its partial sums (a cache line each) no longer fit the
 /// caches.
 const GEMM_WEIGHTS: usize = 4096;
@@ -38,8 +40,8 @@ const GEMM_WEIGHTS: usize = 4096;
 const PART_NANOSECONDS: f64 = 100_000.0;
 /// Parts of a weight gradient, at most.
 const MAX_PARTS: usize = 64;
-/// Partial weight gradients, at most (values).
-const MAX_PARTIAL: usize = 1 << 22;
+/// What starting and ending one partial sum costs beside the work itself is a fiftieth of this.
+const NANOSECONDS_PER_SUM: f64 = 100.0;
 /// Pixels that a bias gradient sums in the element type.
 const BIAS_TILE: usize = 64;
 /// Tasks for each thread: enough to even out threads of different speed.
@@ -180,8 +182,8 @@ impl Product {
         // Tasks: images, then groups, then pixels, until there are enough.
         let wanted = if threads == 1 { 1 } else { threads * TASKS_PER_THREAD };
         let group_parts = wanted.div_ceil(count).min(self.groups);
-        let pixel_parts = wanted.div_ceil(count * group_parts).min(pixels.div_ceil(PLANE_TILE));
-        let tile = if blocks.len() > 1 { PLANE_TILE } else { usize::MAX };
+        let pixel_parts = wanted.div_ceil(count * group_parts).min(pixels.div_ceil(PLANE_PART));
+        let tile = if blocks.len() > 1 { (PLANE_TILE / self.group_in).max(PLANE_PART) } else { usize::MAX };
         parallel_for(threads, count * group_parts * pixel_parts, |task| {
             let (n, rest) = (task / (group_parts * pixel_parts), task % (group_parts * pixel_parts));
             let range = part(pixels, pixel_parts, rest % pixel_parts);
@@ -239,7 +241,7 @@ impl Product {
                         // SAFETY: the source is pixels x channels of x, the destination channels x tile of x_rows.
                         self.isa.run(unsafe {
                             let src = x.as_ptr().add(start * c_in + first * self.group_in);
-                            Transpose::new([length, channels], src, c_in, x_rows.as_mut_ptr(), tile)
+                            Transpose::gather([length, channels], src, c_in, x_rows.as_mut_ptr(), tile)
                         });
                         for g in groups {
                             let x_offsets = &x_offsets[g * self.group_in..][..self.group_in];
@@ -249,7 +251,7 @@ impl Product {
                     }
                     // SAFETY: the destination is this task's own pixels of y.
                     self.isa.run(unsafe {
-                        Transpose::new([c_out, length], y_rows.as_ptr(), tile, y.ptr().add(start * c_out), c_out)
+                        Transpose::scatter([c_out, length], y_rows.as_ptr(), tile, y.ptr().add(start * c_out), c_out)
                     });
                 }
             });
@@ -311,35 +313,39 @@ pub fn grad_weight<T: Element>(
     assert_eq!(grad_output.len(), out.len());
     assert_eq!(grad_weight.len(), shape.weights());
     let planes = images.order == Order::Nchw && images.pixels > 1;
-    let work = images_work::<T>(images, out, shape.group_in());
-    // The parts depend on the problem alone, so that the sums do too.
+    let (k, m) = (shape.group_in(), shape.group_out());
+    let work = images_work::<T>(images, out, k);
+    let threads = threads_for(work);
+    // The parts depend on the problem alone, so that the sums do too; the division into groups does not change them.
     let most = if planes { images.count } else { (images.count * images.pixels).div_ceil(DOT_TILE) };
-    let parts = ((work / PART_NANOSECONDS) as usize).min(most).min(MAX_PARTIAL / shape.weights()).clamp(1, MAX_PARTS);
-    let group_parts = if parts < MAX_PARTS / 4 { shape.groups.min(MAX_PARTS / 4) } else { 1 };
+    let worth = PART_NANOSECONDS.max(NANOSECONDS_PER_SUM * shape.weights() as f64);
+    let parts = ((work / worth) as usize).min(most).clamp(1, MAX_PARTS);
+    let cluster = if planes || m * k >= GEMM_WEIGHTS { 1 } else { CHANNEL_TILE.div_ceil(k).max(CHANNEL_TILE / 4 / m) };
+    let wanted = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).div_ceil(parts) };
+    let group_parts = wanted.min(shape.groups.div_ceil(cluster));
     let mut places = shape.out_places().unwrap_or_else(|| (0..shape.out_channels).collect());
     if planes {
         places.iter_mut().for_each(|place| *place *= images.pixels);
     }
-    let grad = WeightGrad { isa, shape, images, places, width: isa.run(DotWidth), x, grad_output };
-    // One set of partial sums for each part, added up in order at the end.
+    let grad = WeightGrad { isa, shape, images, places, cluster, width: isa.run(DotWidth), x, grad_output };
+    // One set of partial sums `[group][output channel][input channel]` for each part, added up in order at the end.
     let mut partial = vec![T::default(); parts * shape.weights()];
     let shared = Shared(partial.as_mut_ptr());
-    parallel_for(threads_for(work), parts * group_parts, |task| {
+    parallel_for(threads, parts * group_parts, |task| {
         let (task, group_task) = (task / group_parts, task % group_parts);
-        // SAFETY: tasks differ in part, and then write to another set of sums, or in groups, and then to other
-        // weights of the same set.
-        let add = |g, o, i, value| unsafe {
-            *shared.ptr().add(task * shape.weights() + shape.weight_index(g, o, i)) += value
-        };
         let groups = part(shape.groups, group_parts, group_task);
+        let (first, len) = (task * shape.weights() + groups.start * m * k, groups.len() * m * k);
+        // SAFETY: tasks differ in part or in groups: no two share sums.
+        let sums = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(first), len) };
         if planes {
-            grad.planes(groups, part(images.count, parts, task), add);
+            grad.planes(groups, part(images.count, parts, task), sums);
         } else {
-            grad.pixels(groups, part(images.count * images.pixels, parts, task), add);
+            grad.pixels(groups, part(images.count * images.pixels, parts, task), sums);
         }
     });
-    for (i, value) in grad_weight.iter_mut().enumerate() {
-        value.write((0..parts).fold(T::default(), |sum, p| sum + partial[p * shape.weights() + i]));
+    for (i, g, o) in (0..shape.groups).flat_map(|g| (0..m * k).map(move |i| (i, g, i / k))) {
+        let sum = (0..parts).fold(T::default(), |sum, p| sum + partial[p * shape.weights() + g * m * k + i]);
+        grad_weight[shape.weight_index(g, o, i % k)].write(sum);
     }
 }
 
@@ -349,6 +355,8 @@ struct WeightGrad<'a, T> {
     images: Images,
     /// Where output channel `c` stands in an image of `grad_output`.
     places: Vec<usize>,
+    /// Groups whose pixels are transposed together in NHWC.
+    cluster: usize,
     /// The most `B` rows of a tile with several `A` rows.
     width: usize,
     x: &'a [T],
@@ -356,29 +364,25 @@ struct WeightGrad<'a, T> {
 }
 
 impl<T: Element> WeightGrad<'_, T> {
-    /// NCHW: groups `groups` over images `range`.
-    fn planes(&self, groups: Range<usize>, range: Range<usize>, mut add: impl FnMut(usize, usize, usize, T)) {
+    /// NCHW: adds images `range` to the sums of `groups`.
+    fn planes(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T]) {
         let (k, m) = (self.shape.group_in(), self.shape.group_out());
         let Images { pixels, channels: c_in, .. } = self.images;
         let c_out = self.shape.out_channels;
         let x_offsets: Vec<_> = (0..k).map(|i| i * pixels).collect();
         let tile = (DOT_BYTES / ((k + m) * size_of::<T>())).clamp(DOT_TILE, pixels.max(DOT_TILE)).min(pixels);
         let batch = (DOT_BYTES / ((k + m) * tile * size_of::<T>())).max(1);
-        for g in groups {
+        for (g, sums) in groups.zip(sums.chunks_exact_mut(m * k)) {
             let places = &self.places[g * m..][..m];
             if let (true, Some(stride)) = (m * k >= GEMM_WEIGHTS, constant_stride(places)) {
-                scratch::with(m * k, |sums: &mut [T]| {
-                    sums.fill(T::default());
-                    for n in range.clone() {
-                        // SAFETY: the group's rows of image n in grad_output and x; `sums` is m x k.
-                        unsafe {
-                            let a = self.grad_output.as_ptr().add(n * c_out * pixels + places[0]);
-                            let b = self.x.as_ptr().add((n * c_in + g * k) * pixels);
-                            T::gemm([m, pixels, k], (a, stride, 1), (b, 1, pixels), T::ONE, (sums.as_mut_ptr(), k, 1));
-                        }
+                for n in range.clone() {
+                    // SAFETY: the group's rows of image n in grad_output and x; `sums` is m x k.
+                    unsafe {
+                        let a = self.grad_output.as_ptr().add(n * c_out * pixels + places[0]);
+                        let b = self.x.as_ptr().add((n * c_in + g * k) * pixels);
+                        T::gemm([m, pixels, k], (a, stride, 1), (b, 1, pixels), T::ONE, (sums.as_mut_ptr(), k, 1));
                     }
-                    (0..m * k).for_each(|i| add(g, i / k, i % k, sums[i]));
-                });
+                }
                 continue;
             }
             scratch::with(m * k * slot::<T>(), |slots: &mut [T]| {
@@ -395,31 +399,25 @@ impl<T: Element> WeightGrad<'_, T> {
                         }
                     }
                 }
-                self.isa.run(SumSlots(slots, &mut |i, sum| add(g, i / k, i % k, sum)));
+                self.isa.run(SumSlots(slots, sums));
             });
         }
     }
 
-    /// NHWC: groups `groups` over pixels `range` of all images.
-    fn pixels(&self, groups: Range<usize>, range: Range<usize>, mut add: impl FnMut(usize, usize, usize, T)) {
+    /// NHWC: adds pixels `range` of all images to the sums of `groups`.
+    fn pixels(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T]) {
         let (k, m) = (self.shape.group_in(), self.shape.group_out());
         let (c_in, c_out) = (self.shape.in_channels, self.shape.out_channels);
-        let gemm = m * k >= GEMM_WEIGHTS;
-        let cluster = if gemm { 1 } else { CHANNEL_TILE.div_ceil(k).max(CHANNEL_TILE / 4 / m) };
-        for first in groups.clone().step_by(cluster) {
-            let cluster = first..(first + cluster).min(groups.end);
+        for (first, sums) in groups.clone().step_by(self.cluster).zip(sums.chunks_mut(self.cluster * m * k)) {
+            let cluster = first..(first + self.cluster).min(groups.end);
             let places = &self.places[cluster.start * m..cluster.end * m];
-            if let (true, Some(stride)) = (gemm, constant_stride(places)) {
-                scratch::with(m * k, |sums: &mut [T]| {
-                    // SAFETY: the group's columns of grad_output and x over the pixels; `sums` is m x k.
-                    unsafe {
-                        let a = self.grad_output.as_ptr().add(range.start * c_out + places[0]);
-                        let b = self.x.as_ptr().add(range.start * c_in + first * k);
-                        let c = (sums.as_mut_ptr(), k, 1);
-                        T::gemm([m, range.len(), k], (a, stride, c_out), (b, c_in, 1), T::default(), c);
-                    }
-                    (0..m * k).for_each(|i| add(first, i / k, i % k, sums[i]));
-                });
+            if let (true, Some(stride)) = (m * k >= GEMM_WEIGHTS, constant_stride(places)) {
+                // SAFETY: the group's columns of grad_output and x over the pixels; `sums` is m x k.
+                unsafe {
+                    let a = self.grad_output.as_ptr().add(range.start * c_out + places[0]);
+                    let b = self.x.as_ptr().add(range.start * c_in + first * k);
+                    T::gemm([m, range.len(), k], (a, stride, c_out), (b, c_in, 1), T::ONE, (sums.as_mut_ptr(), k, 1));
+                }
                 continue;
             }
             // The cluster's output channels may stand anywhere: they become rows in the order of their places, so
@@ -441,7 +439,7 @@ impl<T: Element> WeightGrad<'_, T> {
                         // SAFETY: the run's columns of grad_output, to the run's rows of a_rows.
                         self.isa.run(unsafe {
                             let src = self.grad_output.as_ptr().add(start * c_out + places[run[0]]);
-                            Transpose::new(
+                            Transpose::gather(
                                 [length, run.len()],
                                 src,
                                 c_out,
@@ -453,7 +451,7 @@ impl<T: Element> WeightGrad<'_, T> {
                     // SAFETY: the cluster's columns of x, to b_rows.
                     self.isa.run(unsafe {
                         let src = self.x.as_ptr().add(start * c_in + cluster.start * k);
-                        Transpose::new([length, rows_b], src, c_in, b_rows.as_mut_ptr(), DOT_TILE)
+                        Transpose::gather([length, rows_b], src, c_in, b_rows.as_mut_ptr(), DOT_TILE)
                     });
                     for i in 0..cluster.len() {
                         let a = Rows { base: a_rows.as_ptr(), offsets: &a_offsets[i * m..][..m], image_stride: 0 };
@@ -463,7 +461,7 @@ impl<T: Element> WeightGrad<'_, T> {
                         unsafe { self.products(a, b, 1, length, slots) };
                     }
                 }
-                self.isa.run(SumSlots(slots, &mut |i, sum| add(cluster.start + i / (m * k), i / k % m, i % k, sum)));
+                self.isa.run(SumSlots(slots, sums));
             });
         }
     }
