@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 
 use crate::error::Error;
 use crate::isa::{self, Active};
+use crate::kernels::probe::Multiply;
 use crate::pool;
 
 impl From<Error> for PyErr {
@@ -75,6 +76,34 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
     Ok(info)
 }
 
+/// Measures how many float32 operations a second all threads can do on registers alone.
+///
+/// Returns:
+///     GFLOP/s; a multiply-add counts as two. Takes about a tenth of a second.
+///
+/// Example:
+///     >>> kconv._kconv.fma_peak() > 0
+///     True
+#[pyfunction]
+fn fma_peak(py: Python<'_>) -> PyResult<f64> {
+    const ROUNDS: usize = 2_000_000;
+    let isa = active()?;
+    Ok(py.detach(|| {
+        let threads = pool::num_threads();
+        let run = || {
+            let start = std::time::Instant::now();
+            let operations = std::sync::Mutex::new(0.0);
+            pool::parallel_for(threads, threads, |_| {
+                *operations.lock().expect("no panic") += isa.run(Multiply { rounds: ROUNDS });
+            });
+            *operations.lock().expect("no panic") / start.elapsed().as_nanos() as f64
+        };
+        // The first run wakes the threads; the best of the others counts.
+        run();
+        (0..3).map(|_| run()).fold(0.0, f64::max)
+    }))
+}
+
 /// kconv's kernels.
 #[pymodule]
 fn _kconv(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -84,6 +113,7 @@ fn _kconv(module: &Bound<'_, PyModule>) -> PyResult<()> {
         wrap_pyfunction!(set_num_threads, module)?,
         wrap_pyfunction!(get_num_threads, module)?,
         wrap_pyfunction!(build_info, module)?,
+        wrap_pyfunction!(fma_peak, module)?,
         wrap_pyfunction!(xla::xla_handlers, module)?,
     ] {
         module.add_function(function)?;

@@ -7,6 +7,7 @@
 
 pub mod depthwise;
 pub mod pointwise;
+pub mod probe;
 pub mod transpose;
 
 use std::ops::{Add, AddAssign};
