@@ -156,32 +156,28 @@ impl<'py, T: ArrayElement> Input<'py, T> {
     /// Strides in values, or `None` where they are no multiple of a value or the memory is not aligned.
     fn strides(&self) -> Option<Vec<isize>> {
         let size = size_of::<T>() as isize;
-        let aligned = self.array.data() as usize % align_of::<T>() == 0;
+        let aligned = (self.array.data() as usize).is_multiple_of(align_of::<T>());
         let strides = self.array.strides();
         (aligned && strides.iter().all(|stride| stride % size == 0)).then(|| strides.iter().map(|s| s / size).collect())
     }
 
-    /// Checks that this is a batch of images.
-    pub fn check_rank(&self, rank: usize, what: &str) -> Result<()> {
-        if self.shape().len() != rank {
-            bail!("{} has shape {:?}, expected {what}", self.name, self.shape());
-        }
-        Ok(())
-    }
-
     /// The order of these images in memory: their logical one, unless the memory is contiguous in the other.
-    pub fn memory_order(&self, layout: Order) -> Order {
+    fn memory_order(&self, layout: Order) -> Order {
         let other = if layout == Order::Nchw { Order::Nhwc } else { Order::Nchw };
         let contiguous =
             |order| self.strides().is_some_and(|strides| is_contiguous(self.shape(), &strides, &axes(layout, order)));
         if !contiguous(layout) && contiguous(other) { other } else { layout }
     }
 
-    /// The geometry of these images where they lie in memory in `order`.
-    pub fn images(&self, layout: Order, order: Order) -> Result<Images> {
-        self.check_rank(4, if layout == Order::Nchw { "(N, C, H, W)" } else { "(N, H, W, C)" })?;
-        let [height, width, channels] = image_axes(self.shape(), layout);
-        Ok(Images { count: self.shape()[0], pixels: height * width, channels, order })
+    /// The geometry of these images, in the order in which they lie in memory.
+    pub fn images(&self, layout: Order) -> Result<Images> {
+        let shape = self.shape();
+        if shape.len() != 4 {
+            let expected = if layout == Order::Nchw { "(N, C, H, W)" } else { "(N, H, W, C)" };
+            bail!("{} has shape {shape:?}, expected {expected}", self.name);
+        }
+        let [height, width, channels] = image_axes(shape, layout);
+        Ok(Images { count: shape[0], pixels: height * width, channels, order: self.memory_order(layout) })
     }
 
     /// The images in `order`; a copy where they do not lie so.
@@ -297,7 +293,7 @@ impl<'py, T: ArrayElement> Output<'py, T> {
         if out.shape() != shape {
             return Err(Error::new(format!("out has shape {:?}, expected {shape:?}", out.shape())).into());
         }
-        if !out.array.try_readwrite().is_ok() {
+        if out.array.try_readwrite().is_err() {
             return Err(PyValueError::new_err("out is not writable, expected a writable array"));
         }
         let direct = out.strides().is_some_and(|strides| is_contiguous(shape, &strides, &axes));
@@ -319,8 +315,7 @@ impl<'py, T: ArrayElement> Output<'py, T> {
         if let Some(values) = self.detour {
             let shape: Vec<_> = self.axes.iter().map(|&axis| self.array.shape()[axis]).collect();
             let source = ndarray::ArrayD::from_shape_vec(shape, values).expect("as many values as the shape has");
-            let target = self.array.try_readwrite().map_err(|error| PyValueError::new_err(error.to_string()))?;
-            let mut target = target;
+            let mut target = self.array.try_readwrite().map_err(|error| PyValueError::new_err(error.to_string()))?;
             target.as_array_mut().permuted_axes(self.axes).assign(&source);
         }
         Ok(self.array.into_any())

@@ -7,7 +7,7 @@ use super::arrays::{ArrayElement, Dtype, Input, Output, Values, dtype, image_axe
 use crate::error::{Result, bail};
 use crate::ops;
 use crate::shape::{
-    Depthwise, Order, Padding, Pointwise, WeightLayout, check_step, interleave_places, interleave_sources,
+    Depthwise, Images, Order, Padding, Pointwise, WeightLayout, check_step, interleave_places, interleave_sources,
 };
 
 type Any<'py> = Bound<'py, PyAny>;
@@ -47,14 +47,20 @@ fn with_channels(shape: &[usize], layout: Order, channels: usize) -> [usize; 4] 
     }
 }
 
-/// The two axes of a pointwise weight, or the three of a depthwise one in its layout, without axes of length 1.
-fn weight_shape<'a>(shape: &'a [usize], layout: WeightLayout, axes: usize) -> Option<&'a [usize]> {
-    match (axes, layout, shape) {
-        (2, _, [_, _]) | (3, _, [_, _, _]) => Some(shape),
-        (2, WeightLayout::Oi, [rest @ .., 1, 1]) | (2, WeightLayout::Io, [1, 1, rest @ ..]) if rest.len() == 2 => {
-            Some(rest)
-        }
-        (3, WeightLayout::Io, [rest @ .., 1]) if rest.len() == 3 => Some(rest),
+/// Output channels and a group's input channels of a pointwise weight.
+fn pointwise_axes(weight: &[usize], layout: WeightLayout) -> Option<(usize, usize)> {
+    match (layout, weight) {
+        (WeightLayout::Oi, &[o, i] | &[o, i, 1, 1]) => Some((o, i)),
+        (WeightLayout::Io, &[i, o] | &[1, 1, i, o]) => Some((o, i)),
+        _ => None,
+    }
+}
+
+/// Channels and the two sizes of the kernel of a depthwise weight.
+fn depthwise_axes(weight: &[usize], layout: WeightLayout) -> Option<(usize, [usize; 2])> {
+    match (layout, weight) {
+        (WeightLayout::Oi, &[c, a, b] | &[c, 1, a, b]) => Some((c, [a, b])),
+        (WeightLayout::Io, &[a, b, c] | &[a, b, c, 1]) => Some((c, [a, b])),
         _ => None,
     }
 }
@@ -72,10 +78,9 @@ fn pointwise_shape(
         WeightLayout::Oi => "(C_out, C_in/groups) or (C_out, C_in/groups, 1, 1)",
         WeightLayout::Io => "(C_in/groups, C_out) or (1, 1, C_in/groups, C_out)",
     };
-    let Some(&[a, b]) = weight_shape(weight, layout, 2) else {
+    let Some((c_out, group_in)) = pointwise_axes(weight, layout) else {
         bail!("weight has shape {weight:?}, expected {expected}")
     };
-    let (c_out, group_in) = if layout == WeightLayout::Oi { (a, b) } else { (b, a) };
     let c_in = if channels_are_input { channels } else { group_in * usize::try_from(groups).unwrap_or(0) };
     if !channels_are_input && groups >= 1 && c_out != channels {
         bail!("grad_output has {channels} channels, expected {c_out} as weight {weight:?} has");
@@ -157,8 +162,7 @@ fn pointwise_forward<'py, T: ArrayElement>(
     let (x, weight) = (Input::<T>::new("x", x)?, Input::<T>::new("weight", weight)?);
     let bias = bias.map(|bias| Input::<T>::new("bias", bias)).transpose()?;
     let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
-    let images = x.images(layout, Order::Nchw)?;
-    let images = crate::shape::Images { order: x.memory_order(layout), ..images };
+    let images = x.images(layout)?;
     let shape = pointwise_shape(weight.shape(), images.channels, true, groups, interleave, weight_layout)?;
     let bias_values = bias_values(bias.as_ref(), shape.out_channels)?;
     let mut inputs = vec![&x, &weight];
@@ -228,8 +232,7 @@ fn pointwise_grad_input<'py, T: ArrayElement>(
 ) -> PyResult<Any<'py>> {
     let (gy, weight) = (Input::<T>::new("grad_output", grad_output)?, Input::<T>::new("weight", weight)?);
     let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
-    let images = gy.images(layout, Order::Nchw)?;
-    let images = crate::shape::Images { order: gy.memory_order(layout), ..images };
+    let images = gy.images(layout)?;
     let shape = pointwise_shape(weight.shape(), images.channels, false, groups, interleave, weight_layout)?;
     let x_shape = with_channels(gy.shape(), layout, shape.in_channels);
     let mut gx = Output::images(py, x_shape, layout, images.order, out, &[&gy, &weight])?;
@@ -291,9 +294,8 @@ fn pointwise_grad_weight<'py, T: ArrayElement>(
 ) -> PyResult<Any<'py>> {
     let (x, gy) = (Input::<T>::new("x", x)?, Input::<T>::new("grad_output", grad_output)?);
     let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
-    let images = x.images(layout, Order::Nchw)?;
-    let images = crate::shape::Images { order: x.memory_order(layout), ..images };
-    let c_out = gy.images(layout, Order::Nchw)?.channels;
+    let images = x.images(layout)?;
+    let c_out = gy.images(layout)?.channels;
     check_images(&x, &gy, layout)?;
     let shape = Pointwise::new(images.channels, c_out, groups, interleave, weight_layout)?;
     let w_shape = match weight_layout {
@@ -356,8 +358,7 @@ fn grad_bias<'py, T: ArrayElement>(
 ) -> PyResult<Any<'py>> {
     let gy = Input::<T>::new("grad_output", grad_output)?;
     let (layout, step) = (layout(layout_name)?, check_step("interleave", interleave)?);
-    let images = gy.images(layout, Order::Nchw)?;
-    let images = crate::shape::Images { order: gy.memory_order(layout), ..images };
+    let images = gy.images(layout)?;
     let mut gb = Output::array(py, &[images.channels], None, &[&gy])?;
     let (gy, mut memory) = (gy.image_values(layout, images.order), gb.memory());
     let isa = active()?;
@@ -439,8 +440,7 @@ fn permute<'py, T: ArrayElement>(
 ) -> PyResult<Any<'py>> {
     let x = Input::<T>::new("x", x)?;
     let (layout, step) = (layout(layout_name)?, check_step("step", step)?);
-    let images = x.images(layout, Order::Nchw)?;
-    let images = crate::shape::Images { order: x.memory_order(layout), ..images };
+    let images = x.images(layout)?;
     let shape = with_channels(x.shape(), layout, images.channels);
     let mut y = Output::images(py, shape, layout, images.order, out, &[&x])?;
     let (x, mut memory) = (x.image_values(layout, images.order), y.memory());
@@ -466,23 +466,15 @@ fn depthwise_shape(
 
 /// The kernel size of a depthwise weight for so many channels.
 fn depthwise_kernel(weight: &[usize], channels: usize, layout: WeightLayout) -> Result<usize> {
-    let (shape, expected) = match layout {
-        // (C, 1, k, k) is (C, k, k).
-        WeightLayout::Oi => {
-            let squeezed = match weight {
-                &[c, 1, a, b] => Some([c, a, b]),
-                &[c, a, b] => Some([c, a, b]),
-                _ => None,
+    match depthwise_axes(weight, layout) {
+        Some((c, [a, b])) if c == channels && a == b => Ok(a),
+        _ => {
+            let expected = match layout {
+                WeightLayout::Oi => "(C, k, k) or (C, 1, k, k)",
+                WeightLayout::Io => "(k, k, C) or (k, k, C, 1)",
             };
-            (squeezed, "(C, k, k) or (C, 1, k, k)")
+            bail!("weight has shape {weight:?}, expected {expected} with C={channels}")
         }
-        WeightLayout::Io => {
-            (weight_shape(weight, layout, 3).map(|shape| [shape[2], shape[0], shape[1]]), "(k, k, C) or (k, k, C, 1)")
-        }
-    };
-    match shape {
-        Some([c, a, b]) if c == channels && a == b => Ok(a),
-        _ => bail!("weight has shape {weight:?}, expected {expected} with C={channels}"),
     }
 }
 
@@ -570,8 +562,7 @@ fn depthwise_forward<'py, T: ArrayElement>(
     let (x, weight) = (Input::<T>::new("x", x)?, Input::<T>::new("weight", weight)?);
     let bias = bias.map(|bias| Input::<T>::new("bias", bias)).transpose()?;
     let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
-    let channels = x.images(layout, Order::Nchw)?.channels;
-    let order = x.memory_order(layout);
+    let Images { channels, order, .. } = x.images(layout)?;
     let kernel = depthwise_kernel(weight.shape(), channels, weight_layout)?;
     let shape = depthwise_shape(x.shape(), layout, order, kernel, stride, padding, weight_layout)?;
     let bias_values = bias_values(bias.as_ref(), channels)?;
@@ -646,8 +637,8 @@ fn depthwise_grad_input<'py, T: ArrayElement>(
 ) -> PyResult<Any<'py>> {
     let (gy, weight) = (Input::<T>::new("grad_output", grad_output)?, Input::<T>::new("weight", weight)?);
     let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
-    let images = gy.images(layout, Order::Nchw)?;
-    let order = gy.memory_order(layout);
+    let images = gy.images(layout)?;
+    let order = images.order;
     let kernel = depthwise_kernel(weight.shape(), images.channels, weight_layout)?;
     let x_shape = match layout {
         Order::Nchw => [images.count, images.channels, height, width],
@@ -721,8 +712,7 @@ fn depthwise_grad_weight<'py, T: ArrayElement>(
 ) -> PyResult<Any<'py>> {
     let (x, gy) = (Input::<T>::new("x", x)?, Input::<T>::new("grad_output", grad_output)?);
     let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
-    x.images(layout, Order::Nchw)?;
-    let order = x.memory_order(layout);
+    let order = x.images(layout)?.order;
     let shape = depthwise_shape(x.shape(), layout, order, kernel, stride, padding, weight_layout)?;
     check_depthwise_output(gy.shape(), &shape, layout)?;
     let w_shape = match weight_layout {
