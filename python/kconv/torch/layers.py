@@ -70,14 +70,11 @@ class PointwiseConv2d(nn.Conv2d):
         return ", ".join(parts)
 
     def to_native(self) -> nn.Conv2d:
-        """The same layer as an ``nn.Conv2d``; interleaving becomes the order of its filters."""
-        native = _empty_conv(self, 1)
-        if self.interleave > 1:
-            order = ops.interleave_order(self.out_channels, self.interleave, self.weight.device)
-            with torch.no_grad():
-                native.weight = nn.Parameter(self.weight[order], self.weight.requires_grad)
-                if self.bias is not None:
-                    native.bias = nn.Parameter(self.bias[order], self.bias.requires_grad)
+        """The same layer as an ``nn.Conv2d``."""
+        if self.interleave == 1:
+            return _own_conv(self, 1)
+        native = _own_conv(self, 1, InterleavedConv2d)
+        native.interleave = self.interleave
         return native
 
 
@@ -153,10 +150,28 @@ class DepthwiseConv2d(nn.Conv2d):
         """The same layer as an ``nn.Conv2d``."""
         padding = self.padding
         if isinstance(padding, str) or not isinstance(padding[0], tuple):
-            return _empty_conv(self, self.kernel_size, stride=self.stride, padding=padding)
-        native = _empty_conv(self, self.kernel_size, PaddedConv2d, stride=self.stride)
+            return _own_conv(self, self.kernel_size, stride=self.stride, padding=padding)
+        native = _own_conv(self, self.kernel_size, PaddedConv2d, stride=self.stride)
         native.borders = padding
         return native
+
+
+class InterleavedConv2d(nn.Conv2d):
+    """``nn.Conv2d`` whose output channels are interleaved, by PyTorch's own indexing.
+
+    Attributes:
+        interleave: the step.
+    """
+
+    interleave = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H_out, W_out)."""
+        return ops.interleave_by_index(super().forward(x), self.interleave)
+
+    def extra_repr(self) -> str:
+        """As the base class's, and the step."""
+        return f"{super().extra_repr()}, interleave={self.interleave}"
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -215,8 +230,7 @@ class InterleaveChannels(nn.Module):
 
 class _IndexedInterleave(InterleaveChannels):
     def forward(self, x: Tensor) -> Tensor:
-        order = ops.interleave_order(x.shape[-3], self.step, x.device)
-        return x.index_select(-3, order)
+        return ops.interleave_by_index(x, self.step)
 
 
 def pointwise_obstacle(conv: nn.Conv2d) -> str | None:
@@ -255,9 +269,9 @@ def _borders(padding: Any) -> ops.Padding:
     return (vertical, vertical), (horizontal, horizontal)
 
 
-def _empty_conv(
-    layer: nn.Conv2d, kernel_size: Any, cls: type[nn.Conv2d] = nn.Conv2d, **options: Any
-) -> nn.Conv2d:
+def _own_conv(
+    layer: nn.Conv2d, kernel_size: Any, cls: type[Any] = nn.Conv2d, **options: Any
+) -> Any:
     """A convolution of PyTorch's with a layer's parameters."""
     native = cls(
         layer.in_channels,

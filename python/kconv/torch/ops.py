@@ -56,8 +56,7 @@ def pointwise_conv(
         weight = weight[:, :, None, None]
     if x.is_cpu and weight.is_cpu:
         return _pointwise(x, weight, bias, groups, interleave)
-    y = F.conv2d(x, weight, bias, groups=groups)
-    return y if interleave == 1 else y[:, interleave_order(y.shape[1], interleave, y.device)]
+    return interleave_by_index(F.conv2d(x, weight, bias, groups=groups), interleave)
 
 
 def depthwise_conv(
@@ -149,11 +148,16 @@ def _permute(x: Tensor, step: int, op: KernelOp) -> Tensor:
         return _permute(_batch_of_one(x), step, op)[0]
     if x.is_cpu:
         return op(x, step)
-    order = interleave_order(x.shape[1], step, x.device)
-    return x[:, order if op is _interleave else order.argsort()]
+    order = _order(x.shape[1], step, x.device)
+    return x.index_select(1, order if op is _interleave else order.argsort())
 
 
-def interleave_order(channels: int, step: int, device: torch.device | None = None) -> Tensor:
+def interleave_by_index(x: Tensor, step: int) -> Tensor:
+    """:func:`interleave` by PyTorch's own indexing, on any device."""
+    return x if step == 1 else x.index_select(-3, _order(x.shape[-3], step, x.device))
+
+
+def _order(channels: int, step: int, device: torch.device) -> Tensor:
     """(channels,): the channel that each one of the interleaved tensor comes from."""
     if step < 1:
         raise ValueError(f"step must be at least 1, got {step}")
@@ -368,7 +372,7 @@ class _PointwiseOp(KernelOp):
 
     def fold_bias(self, bias: Tensor, groups: int, interleave: int) -> Tensor:
         return (
-            bias if interleave == 1 else bias[interleave_order(len(bias), interleave, bias.device)]
+            bias if interleave == 1 else bias[_order(len(bias), interleave, bias.device)]
         )
 
     def unfold_bias(self, bias: Tensor, groups: int, interleave: int) -> Tensor:
