@@ -1,8 +1,8 @@
 """Fast CPU kernels for the layers of parameter-efficient CNNs, on NumPy arrays.
 
-Importing kconv imports NumPy alone. The layers for each framework are in :mod:`kconv.torch`,
-:mod:`kconv.keras` and :mod:`kconv.jax`, the rules of the technique in :mod:`kconv.ktypes`, the
-architectures in :mod:`kconv.models`.
+Importing kconv imports NumPy alone; submodules are imported when first used. The layers for each
+framework are in :mod:`kconv.torch`, :mod:`kconv.keras` and :mod:`kconv.jax`, the rules of the
+technique in :mod:`kconv.ktypes`, the architectures in :mod:`kconv.models`.
 
 Example:
     >>> import numpy as np
@@ -12,6 +12,9 @@ Example:
     >>> kconv.pointwise_conv(x, weight, groups=8, interleave=3).shape
     (32, 24, 28, 28)
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from kconv._kconv import (
     build_info,
@@ -28,6 +31,9 @@ from kconv._kconv import (
     set_num_threads,
 )
 
+if TYPE_CHECKING:
+    from kconv.weights import load_weights, save_weights
+
 __version__: str = build_info()["version"]
 
 __all__ = [
@@ -39,9 +45,25 @@ __all__ = [
     "depthwise_conv_grad_weight",
     "get_num_threads",
     "interleave",
+    "load_weights",
     "pointwise_conv",
     "pointwise_conv_grad_bias",
     "pointwise_conv_grad_input",
     "pointwise_conv_grad_weight",
+    "save_weights",
     "set_num_threads",
 ]
+
+_SUBMODULES = {"cai", "datasets", "jax", "keras", "ktypes", "models", "torch", "training"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load_weights", "save_weights"):
+        return getattr(import_module("kconv.weights"), name)
+    if name in _SUBMODULES:
+        return import_module(f"kconv.{name}")
+    raise AttributeError(f"module 'kconv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -37,9 +37,7 @@ def pointwise_conv(
 ) -> Array:
     c_out, group_in = weight.shape
     w = weight.astype(np.float64).reshape(groups, c_out // groups, group_in)
-    y = np.einsum("goi,ngip->ngop", w, _grouped(x, groups)).reshape(
-        x.shape[0], c_out, *x.shape[2:]
-    )
+    y = np.einsum("goi,ngip->ngop", w, _grouped(x, groups)).reshape(x.shape[0], c_out, *x.shape[2:])
     if bias is not None:
         y += bias.astype(np.float64)[:, None, None]
     return y[:, interleaved(c_out, interleave)]
@@ -116,7 +114,9 @@ def depthwise_conv_grads(
 
 def assert_close(actual: Array, expected: Array, what: str = "") -> None:
     """Fails unless shapes match and errors stay below the tolerance of the dtype."""
-    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {actual.shape}, expected {expected.shape}"
+    )
     if actual.size:
         scale = max(1.0, float(np.abs(expected).max()))
         error = float(np.abs(actual - expected).max())

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (a table: one case a line)
 """Bad input: one clear error that names the value and what was expected, and no panic."""
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import kconv
 from . import reference
 from .test_pointwise import channels_last, nan_like, nhwc
 
-# (N, C, H, W): nothing, one pixel, narrower than a kernel, odd, wider than a band of a plane, vectors of channels and one more.
+# (N, C, H, W): nothing, one pixel, narrower than a kernel, odd, wider than a band of a plane,
+# vectors of channels and one more.
 SHAPES = [
     (0, 4, 5, 5),
     (2, 4, 0, 5),

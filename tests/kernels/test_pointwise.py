@@ -9,8 +9,9 @@ import kconv
 
 from . import reference
 
-# (N, C_in, C_out, groups, H, W): nothing, one pixel, around the edges of the register tiles (8 rows, vectors of 4, 8, 16),
-# of the transposed tiles (48 and 96 pixels), odd groups, one image, many channels.
+# (N, C_in, C_out, groups, H, W): nothing, one pixel, around the edges of the register tiles (8
+# rows, vectors of 4, 8, 16) and of the transposed tiles (32 and 96 pixels), odd groups, one image,
+# many channels.
 SHAPES = [
     (0, 8, 8, 2, 3, 3),
     (2, 8, 8, 2, 0, 3),
@@ -24,7 +25,8 @@ SHAPES = [
     (1, 18, 27, 3, 4, 4),
     (2, 17, 7, 1, 1, 17),
     (1, 5, 35, 5, 7, 7),
-    (1, 9, 8, 1, 1, 47),
+    (1, 9, 8, 1, 1, 31),
+    (1, 9, 8, 1, 1, 33),
     (1, 8, 9, 1, 1, 48),
     (1, 16, 17, 1, 7, 7),
     (2, 30, 7, 1, 5, 19),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import multiprocessing
 import os
 import subprocess
@@ -21,7 +22,7 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif("KCONV_ISA" in os.environ, reason="runs the other tests itself")
 @pytest.mark.parametrize("isa", kconv.build_info()["isas"][1:])
 def test_other_instruction_sets(isa: str) -> None:
-    """Every parity test again with each instruction set that this machine has beside the default."""
+    """Every parity test again with each instruction set beside the default one."""
     check = "import kconv, sys; sys.exit(kconv.build_info()['isa'] != sys.argv[1])"
     env = {**os.environ, "KCONV_ISA": isa}
     assert subprocess.run([sys.executable, "-c", check, isa], env=env).returncode == 0
@@ -48,6 +49,14 @@ def test_import_loads_no_framework() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_submodules_are_imported_when_used() -> None:
+    code = "import kconv; print(kconv.models.count(kconv.models.create('keffnet_b0')).total)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) > 0
+    with pytest.raises(AttributeError, match="no attribute 'layers'"):
+        _ = kconv.layers
 
 
 def test_thread_settings() -> None:
@@ -109,7 +118,7 @@ def test_calls_from_many_threads() -> None:
     assert not failures
 
 
-@pytest.mark.parametrize("name", [name for name in kconv.__all__ if not name.startswith("_")])
+@pytest.mark.parametrize("name", [n for n in kconv.__all__ if inspect.isbuiltin(getattr(kconv, n))])
 def test_native_docstrings(name: str) -> None:
     """The examples in the native functions' docstrings run, and every function has one."""
     function = getattr(kconv, name)
