@@ -1,4 +1,4 @@
-"""The oracle: every kernel as plain float64 NumPy on (N, C, H, W) arrays, independent of the Rust code."""
+"""The oracle: each kernel as float64 NumPy on (N, C, H, W) arrays, independent of the Rust."""
 
 from __future__ import annotations
 

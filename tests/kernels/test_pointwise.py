@@ -1,4 +1,4 @@
-"""Pointwise convolution and interleave against the float64 oracle: sizes, groups, orders of memory."""
+"""Pointwise convolution and interleave against the oracle: sizes, groups, orders of memory."""
 
 from __future__ import annotations
 
