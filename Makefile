@@ -49,7 +49,7 @@ fmt: $(DEV) ## Format the code
 
 .PHONY: bench
 bench: $(DEV) ## Time the kernels beside other libraries
-	$(BIN)/python benches/compare.py
+	for what in pointwise interleave depthwise memory; do $(BIN)/python benches/compare.py $$what || exit; done
 
 .PHONY: wheel
 wheel: $(DEV) ## Build dist/kconv-*.whl

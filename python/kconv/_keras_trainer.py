@@ -1,0 +1,94 @@
+"""The Keras side of ``kconv train``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+import kconv.keras
+from kconv.datasets import Labels
+from kconv.models import Spec
+
+
+class _InTrainingMode(keras.Model):
+    """A model that runs another as training does, so that predicting moves its statistics."""
+
+    def __init__(self, model: keras.Model) -> None:
+        super().__init__()
+        self.model = model
+        self.built = True  # else Keras builds it by running it, one operation at a time
+
+    def call(self, images: Any) -> Any:
+        return self.model(images, training=True)
+
+
+class KerasTrainer:
+    """A model of ``kconv.keras``; see :class:`kconv.training.Trainer`."""
+
+    best_name = "best.keras"
+
+    def __init__(self, spec: Spec, seed: int) -> None:
+        keras.config.set_image_data_format("channels_last")  # as the images come
+        keras.utils.set_random_seed(seed)
+        self.model = kconv.keras.build(spec)
+        self.model.compile(
+            optimizer=keras.optimizers.RMSprop(rho=0.9, epsilon=1e-7),
+            loss="sparse_categorical_crossentropy",
+            metrics=["accuracy"],
+        )
+        self.model.optimizer.build(self.model.trainable_variables)
+        self.in_training_mode = _InTrainingMode(self.model)
+
+    def train_step(
+        self, images: NDArray[np.float32], labels: Labels, learning_rate: float
+    ) -> tuple[float, float]:
+        self.model.optimizer.learning_rate = learning_rate
+        logs = self.model.train_on_batch(images, labels, return_dict=True)
+        return float(logs["loss"]), float(logs["accuracy"])
+
+    def predict(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.model.predict_on_batch(images)
+
+    def recalibrate(self, batches: Iterable[NDArray[np.float32]]) -> None:
+        norms = [layer for layer in self.model.layers if hasattr(layer, "moving_mean")]
+        for norm in norms:
+            norm.moving_mean.assign(np.zeros(norm.moving_mean.shape))
+            norm.moving_variance.assign(np.zeros(norm.moving_variance.shape))
+        count = 0
+        for images in batches:
+            self.in_training_mode.predict_on_batch(images)
+            count += 1
+        # A moving average that started from zero lacks the share momentum^count.
+        for norm in norms:
+            share = 1 - norm.momentum**count
+            norm.moving_mean.assign(norm.moving_mean / share)
+            norm.moving_variance.assign(norm.moving_variance / share)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        return {
+            name: keras.ops.convert_to_numpy(variable)
+            for name, variable in self._variables().items()
+        }
+
+    def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        for name, variable in self._variables().items():
+            variable.assign(state[name])
+
+    def save_model(self, path: Path) -> None:
+        self.model.save(path)
+
+    def load_model(self, path: Path) -> None:
+        self.model.load_weights(path)
+
+    def _variables(self) -> dict[str, keras.Variable]:
+        # Numbered by their order: a seed generator's own name counts up from model to model.
+        return {
+            f"{part}/{number:04d}/{variable.name}": variable
+            for part, owner in (("model", self.model), ("optimizer", self.model.optimizer))
+            for number, variable in enumerate(owner.variables)
+        }

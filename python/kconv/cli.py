@@ -1,0 +1,204 @@
+"""The command ``kconv``: train a network, list the networks, describe the installation."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import kconv
+from kconv import datasets, models, training
+
+KERAS_BACKENDS = ("jax", "torch", "tensorflow")
+"""Named like their packages, the ones to prefer first."""
+TABLE_KTYPES = ("D6_16ch", "D6_32ch", "D6v3_16ch", "D6v3_32ch")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: What follows the command's name; by default the process's own arguments.
+
+    Returns:
+        The exit status: 0, 2 for bad input, 130 when interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    for backend in KERAS_BACKENDS:
+        if importlib.util.find_spec(backend):
+            os.environ.setdefault("KERAS_BACKEND", backend)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `kconv models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ImportError as error:
+        hint = "install a framework with it: pip install 'kconv[jax]' (or [torch], [tensorflow])"
+        return _fail(f"{error}; {hint}")
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(str(error))
+
+
+def _fail(message: str) -> int:
+    print(f"kconv: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, without the usage."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="kconv", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands.add_parser("train", help="train a network on images"))
+    table = commands.add_parser("models", help="parameters and multiply-accumulates of the models")
+    table.set_defaults(run=_models)
+    info = commands.add_parser("info", help="version, instruction set, threads, frameworks")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    """Options are named after the fields of Config, whose defaults hold for those not given."""
+    default = training.Config()
+    parser.description = (
+        "Train a network on images, keep its best state by validation loss, test it, and write "
+        "a report. Ctrl-C loses the running epoch only: --resume goes on after the last whole one."
+    )
+    parser.set_defaults(run=_train)
+
+    def add(name: str, meaning: str, **keywords: Any) -> None:
+        field = name.removeprefix("--").replace("-", "_")
+        value = getattr(default, field, None)
+        shown = "" if value in (None, {}) else f" (default: {value})"
+        parser.add_argument(name, default=argparse.SUPPRESS, help=meaning + shown, **keywords)
+
+    add("--model", "a model of `kconv models`", metavar="NAME")
+    add("--ktype", "kind of pointwise convolution, such as D6_16ch or D6v3_32ch", metavar="NAME")
+    add("--skip-strides", "strides skipped for small images (default: 3)", type=int, metavar="N")
+    add(
+        "--model-option",
+        "another option of the model, such as width=0.5; may be repeated",
+        action="append",
+        metavar="NAME=VALUE",
+    )
+    known = ", ".join(datasets.names())
+    add("--dataset", f"{known}, or a folder or tar file of images", metavar="NAME|PATH")
+    add("--data-dir", "folder with the data set's original files, else downloaded", metavar="DIR")
+    add(
+        "--train-images",
+        "use so many training images, balanced over classes",
+        type=int,
+        metavar="N",
+    )
+    add("--test-images", "test on so many images, likewise", type=int, metavar="N")
+    add("--image-size", "resize images to this height and width", type=int, metavar="N")
+    add("--epochs", "passes over the training images", type=int, metavar="N")
+    add("--batch-size", "images in a step", type=int, metavar="N")
+    add("--lr-schedule", "learning rate over the epochs", choices=training.SCHEDULES)
+    add("--lr", "learning rate that the schedule starts from", type=float, metavar="RATE")
+    add("--augment", "augment the training images", action=argparse.BooleanOptionalAction)
+    add(
+        "--recalibrate-bn",
+        "estimate moving statistics anew before each evaluation "
+        f"(default: in runs below {training.SHORT_RUN_STEPS:,} steps)",
+        action=argparse.BooleanOptionalAction,
+    )
+    add("--seed", "fixes all chance", type=int, metavar="N")
+    add("--framework", "what to train with", choices=training.FRAMEWORKS)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--output", type=Path, metavar="DIR", help="the run's folder (default: a new one in runs/)"
+    )
+    where.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with the run in this folder"
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    fields = {field.name for field in dataclasses.fields(training.Config)}
+    given = {name: value for name, value in vars(options).items() if name in fields}
+    for name in ("dataset", "data_dir"):  # a run may be resumed from elsewhere
+        if name in given and given[name] not in datasets.names() and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())
+    if "model_option" in options:
+        given["model_options"] = dict(map(_model_option, options.model_option))
+    if options.resume:
+        config = dataclasses.replace(training.load_config(options.resume), **given)
+        output = options.resume
+    else:
+        config = training.Config(**given)
+        output = options.output or _new_run(config)
+        if (output / "last.npz").exists():
+            raise ValueError(f"{output} holds a run: continue it with --resume {output}")
+    try:
+        training.train(config, output, resume=bool(options.resume))
+    except KeyboardInterrupt:
+        if not (output / "last.npz").exists():
+            raise
+        print(f"\ninterrupted; go on with: kconv train --resume {output}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _model_option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ValueError(f"--model-option {text!r} is not of the form NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a bare word is text
+
+
+def _new_run(config: training.Config) -> Path:
+    """The first free folder: runs/keffnet_b0-fashion_mnist_mini-1, -2, ..."""
+    stem = f"{config.model}-{Path(config.dataset).name.split('.')[0]}"
+    number = 1
+    while (path := Path("runs", f"{stem}-{number}")).exists():
+        number += 1
+    return path
+
+
+def _models(options: argparse.Namespace) -> int:
+    print("10 classes, 224x224 images\n")
+    print(f"{'model':16} {'kType':10} {'parameters':>12} {'multiply-accumulates':>21}")
+    for name in (f"keffnet_b{size}" for size in range(8)):
+        for ktype in TABLE_KTYPES:
+            counts = models.count(models.create(name, ktype=ktype, classes=10))
+            print(f"{name:16} {ktype:10} {counts.trainable:12,} {counts.macs:21,}")
+    others = [name for name in models.list_models() if not name.startswith("keffnet_b")]
+    print("\nothers:", ", ".join(others))
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    lines = {key.replace("_", " "): str(value) for key, value in kconv.build_info().items()}
+    lines["python"] = sys.version.split()[0]
+    for package in ("numpy", "torch", "jax", "tensorflow", "keras"):
+        lines[package] = _version(package)
+    lines["keras backend"] = os.environ.get("KERAS_BACKEND", "none installed")
+    for key, value in lines.items():
+        print(f"{key:16} {value}")
+    return 0
+
+
+def _version(module: str) -> str:
+    """The installed version, under whichever name its package has (tensorflow-cpu)."""
+    if importlib.util.find_spec(module) is None:
+        return "not installed"
+    packages = importlib.metadata.packages_distributions().get(module, [module])
+    return importlib.metadata.version(packages[0])

@@ -1,0 +1,537 @@
+"""Training from the command line: one loop, the same for every framework.
+
+A run lives in a folder: ``last.npz`` (everything needed to go on, written after each epoch),
+``best.keras`` or ``best.pt`` (the model of the lowest validation loss), ``history.csv``,
+``curves.png`` and ``report.txt``. Every file is replaced as a whole or not at all.
+
+Example:
+    >>> [round(learning_rate("cyclic25", epoch), 5) for epoch in (0, 6, 7, 24, 25)]
+    [0.001, 0.004, 0.004, 0.00025, 0.001]
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kconv import augment, datasets, models
+from kconv.datasets import Dataset, Images, Labels
+
+FRAMEWORKS = ("keras", "torch")
+SCHEDULES = ("cyclic25", "constant")
+VALIDATION_SHARE = 0.1
+SHORT_RUN_STEPS = 2000
+"""Below so many steps, moving statistics of momentum 0.99 lag too far behind the weights."""
+RECALIBRATION_IMAGES = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to train, on what, and how. The defaults make a good short run.
+
+    Attributes:
+        model: A name of ``kconv.models.list_models()``.
+        ktype: Its kind of pointwise convolution; None is the model's own default.
+        skip_strides: How many strides to skip for small images; None is 3 where the model has them.
+        model_options: Further fields of the model's spec.
+        dataset: A name of ``kconv.datasets.names()``, or a folder or tar file of images.
+        data_dir: Where the data set's original files are; None downloads them.
+        train_images: Use only so many training images, as many of each class.
+        test_images: Use only so many test images, likewise.
+        image_size: Height and width that images are resized to.
+        epochs: Passes over the training images.
+        batch_size: Images in a step.
+        lr_schedule: One of ``SCHEDULES``.
+        lr: The learning rate that the schedule starts from.
+        augment: Whether to augment as the papers do (see :mod:`kconv.augment`).
+        recalibrate_bn: Whether to estimate the moving statistics of batch norms anew before each
+            evaluation; None does so for runs of fewer than ``SHORT_RUN_STEPS`` steps.
+        seed: Fixes the initial weights, the order of the images, and all chance.
+        framework: One of ``FRAMEWORKS``.
+    """
+
+    model: str = "keffnet_b0"
+    ktype: str | None = None
+    skip_strides: int | None = None
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    dataset: str = "fashion_mnist_mini"
+    data_dir: str | None = None
+    train_images: int | None = None
+    test_images: int | None = None
+    image_size: int = 32
+    epochs: int = 2
+    batch_size: int = 64
+    lr_schedule: str = "cyclic25"
+    lr: float = 0.001
+    augment: bool = False
+    recalibrate_bn: bool | None = None
+    seed: int = 0
+    framework: str = "keras"
+
+    def __post_init__(self) -> None:
+        """Check the values that nothing else checks.
+
+        Raises:
+            ValueError: One of them makes no sense.
+        """
+        for option in ("epochs", "batch_size", "image_size"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"{option}={getattr(self, option)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr} must be above 0")
+        for option, known in (("framework", FRAMEWORKS), ("lr_schedule", SCHEDULES)):
+            if getattr(self, option) not in known:
+                raise ValueError(
+                    f"unknown {option} {getattr(self, option)!r}: known are {', '.join(known)}"
+                )
+
+    def spec(self, data: Dataset) -> models.Spec:
+        """The model for this data set's images and classes."""
+        options = dict(
+            self.model_options, input_shape=data.image_shape, classes=len(data.class_names)
+        )
+        if self.ktype is not None:
+            options["ktype"] = self.ktype
+        if self.skip_strides is not None:
+            options["skip_stride_cnt"] = self.skip_strides
+        spec = models.create(self.model, **options)
+        has_strides = "skip_stride_cnt" in {field.name for field in dataclasses.fields(spec)}
+        if has_strides and "skip_stride_cnt" not in options:
+            spec = models.create(self.model, **options, skip_stride_cnt=3)
+        return spec
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to; losses are mean cross-entropies."""
+
+    epoch: int
+    learning_rate: float
+    loss: float
+    accuracy: float
+    val_loss: float
+    val_accuracy: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to."""
+
+    history: list[Epoch]
+    test_accuracy: float
+    report: str
+    best_model: Path
+
+
+class Trainer(Protocol):
+    """A model and its optimizer in some framework; images come as (N, H, W, C) float32."""
+
+    best_name: str
+    """File name of the saved model."""
+
+    def train_step(
+        self, images: NDArray[np.float32], labels: Labels, learning_rate: float
+    ) -> tuple[float, float]:
+        """One step of RMSprop; returns the batch's loss and accuracy before it."""
+
+    def predict(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Class probabilities, (N, classes), in inference mode."""
+
+    def recalibrate(self, batches: Iterable[NDArray[np.float32]]) -> None:
+        """Estimate the moving statistics of all batch norms from these batches alone."""
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Everything that training changes: weights, statistics, optimizer, random state."""
+
+    def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what :meth:`state` returned."""
+
+    def save_model(self, path: Path) -> None:
+        """Write the model in the framework's own format."""
+
+    def load_model(self, path: Path) -> None:
+        """Read the weights of :meth:`save_model`'s file."""
+
+
+def show(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def train(
+    config: Config,
+    output: Path,
+    *,
+    resume: bool = False,
+    log: Callable[[str], None] = show,
+) -> Result:
+    """Train a model, keep its best state, and evaluate that on the test images.
+
+    Args:
+        config: What to do. With ``resume``, its model and data must be the run's own.
+        output: The run's folder, made if need be.
+        resume: Whether to go on from ``output/last.npz``.
+        log: Takes the lines to show.
+
+    Returns:
+        The :class:`Result`.
+
+    Raises:
+        ValueError: An option or the data make no sense, or the checkpoint is another model's.
+        OSError: A file cannot be read or written.
+    """
+    checkpoint = _checkpoint_of(output / "last.npz", config) if resume else None
+    data = datasets.load(
+        config.dataset,
+        image_size=config.image_size,
+        train_images=config.train_images,
+        test_images=config.test_images,
+        data_dir=config.data_dir,
+    )
+    spec = config.spec(data)
+    shuffled = np.random.default_rng(config.seed).permutation(len(data.x_train))
+    held_out, training = np.split(shuffled, [round(VALIDATION_SHARE * len(shuffled))])
+    steps = len(training) // config.batch_size
+    if not steps or not len(held_out):
+        raise ValueError(
+            f"batch_size={config.batch_size}: {data.name} has {len(data.x_train)} training images, "
+            f"of which {len(held_out)} are held out for validation"
+        )
+    recalibrate = config.recalibrate_bn
+    if recalibrate is None:
+        recalibrate = config.epochs * steps < SHORT_RUN_STEPS
+
+    _make_folder(output)
+    trainer = _make_trainer(config, spec)
+    history: list[Epoch] = []
+    if checkpoint:
+        history = _restore(trainer, *checkpoint)
+    else:
+        _save_checkpoint(output / "last.npz", config, trainer, history)
+    counts = models.count(spec)
+    log(f"model        {spec.name}: {counts.trainable:,} trainable parameters")
+    log(
+        f"data         {data.name}: {len(training):,} training, {len(held_out):,} validation and "
+        f"{len(data.x_test):,} test images {data.image_shape}, {len(data.class_names)} classes"
+    )
+    if recalibrate:
+        log(
+            "batch norm   moving statistics are estimated anew before each evaluation "
+            "(--no-recalibrate-bn turns this off)"
+        )
+    best_model = output / trainer.best_name
+    best_loss = min((epoch.val_loss for epoch in history), default=np.inf)
+    for epoch in range(len(history), config.epochs):
+        rate = learning_rate(config.lr_schedule, epoch, config.lr)
+        order = np.random.default_rng([config.seed, epoch]).permutation(training)
+        loss, accuracy, speed = _train_epoch(config, trainer, data, order, rate, epoch)
+        if recalibrate:
+            sample = order[:RECALIBRATION_IMAGES]
+            trainer.recalibrate(
+                augment.scale(data.x_train[part]) for part in _full_batches(sample, config)
+            )
+        val_loss, val_accuracy, _ = evaluate(
+            trainer, data.x_train[held_out], data.y_train[held_out], config.batch_size
+        )
+        history.append(Epoch(epoch + 1, rate, loss, accuracy, val_loss, val_accuracy, speed))
+        if val_loss < best_loss or not best_model.exists():
+            best_loss = val_loss
+            with replacing(best_model) as temporary:
+                trainer.save_model(temporary)
+        _write_history(output / "history.csv", history)
+        _save_checkpoint(output / "last.npz", config, trainer, history)
+        log(
+            f"epoch {epoch + 1:3d}/{config.epochs}  loss {loss:.4f}  accuracy {accuracy:.4f}  "
+            f"val_loss {val_loss:.4f}  val_accuracy {val_accuracy:.4f}  {speed:.1f} images/s"
+        )
+    return _finish(config, output, trainer, data, history, log)
+
+
+def learning_rate(schedule: str, epoch: int, start: float = 0.001) -> float:
+    """The learning rate of an epoch, counted from 0.
+
+    ``cyclic25`` is the papers': every 25 epochs, 7 of warm-up to 4 times the start, then decay.
+
+    Args:
+        schedule: One of ``SCHEDULES``.
+        epoch: From 0 on.
+        start: The rate of epoch 0.
+
+    Returns:
+        The rate.
+    """
+    if schedule == "constant":
+        return start
+    epoch %= 25
+    return start * (1 + 0.5 * epoch) if epoch < 7 else start * 4 * 0.85 ** (epoch - 7)
+
+
+def evaluate(
+    trainer: Trainer, images: Images, labels: Labels, batch_size: int
+) -> tuple[float, float, Labels]:
+    """Mean cross-entropy, accuracy and predicted labels of a trainer's model."""
+    predictions = []
+    for start in range(0, len(images), batch_size):
+        batch = augment.scale(images[start : start + batch_size])
+        # Always the same batch size: another one would be compiled anew.
+        filled = np.resize(batch, (batch_size, *batch.shape[1:]))
+        predictions.append(trainer.predict(filled)[: len(batch)])
+    probabilities = np.concatenate(predictions)
+    of_truth = probabilities[np.arange(len(labels)), labels]
+    found = probabilities.argmax(axis=1)
+    loss = float(-np.log(np.maximum(of_truth, 1e-7)).mean())
+    return loss, float((found == labels).mean()), found
+
+
+def classification_report(labels: Labels, found: Labels, class_names: Iterable[str]) -> str:
+    """Precision, recall and F1 of every class, as a table.
+
+    Example:
+        >>> truth, found = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
+        >>> print(classification_report(truth, found, ["cat", "dog"]))
+        class    precision  recall      F1  images
+        cat         1.0000  0.5000  0.6667       2
+        dog         0.6667  1.0000  0.8000       2
+        mean        0.8333  0.7500  0.7333       4
+
+    Args:
+        labels: (N,) what the images are.
+        found: (N,) what the model takes them for.
+        class_names: One name for each label.
+
+    Returns:
+        The table, ending without a newline.
+    """
+    names = list(class_names)
+    confusion = np.zeros((len(names), len(names)))
+    np.add.at(confusion, (labels, found), 1)
+    right = np.diag(confusion)
+    images, claimed = confusion.sum(axis=1), confusion.sum(axis=0)
+    precision = right / np.maximum(claimed, 1)
+    recall = right / np.maximum(images, 1)
+    f1 = 2 * right / np.maximum(images + claimed, 1)
+    table = np.stack([precision, recall, f1], axis=1)
+    width = max(map(len, [*names, "class"])) + 3
+    lines = [f"{'class':{width}} precision  recall      F1  images"]
+    for name, row, count in zip(
+        [*names, "mean"],
+        [*table, table.mean(axis=0)],
+        [*images, images.sum()],
+        strict=True,
+    ):
+        lines.append(f"{name:{width}} {row[0]:9.4f}  {row[1]:.4f}  {row[2]:.4f}  {int(count):6d}")
+    return "\n".join(lines)
+
+
+def load_config(run: Path) -> Config:
+    """The configuration of the run in a folder.
+
+    Args:
+        run: The folder.
+
+    Returns:
+        Its :class:`Config`.
+
+    Raises:
+        ValueError: There is no run, or its checkpoint is damaged.
+    """
+    return Config(**_read_checkpoint(run / "last.npz")[0]["config"])
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file to write, which takes the path's place once it is written whole.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     target = Path(folder) / "a.txt"
+        ...     with replacing(target) as temporary:
+        ...         _ = temporary.write_text("whole")
+        ...     target.read_text()
+        'whole'
+
+    Args:
+        path: The file to make or replace.
+
+    Yields:
+        The temporary file's path; it has the same suffix.
+
+    Raises:
+        OSError: It could not be written; the old file is still there.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())  # else a crash may leave the new name with no contents
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # h5py and torch report a full disk as RuntimeError
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def _make_trainer(config: Config, spec: models.Spec) -> Trainer:
+    if config.framework == "torch":
+        from kconv._torch_trainer import TorchTrainer
+
+        return TorchTrainer(spec, config.seed)
+    from kconv._keras_trainer import KerasTrainer
+
+    return KerasTrainer(spec, config.seed)
+
+
+def _full_batches(indices: NDArray[np.intp], config: Config) -> Iterator[NDArray[np.intp]]:
+    for start in range(0, len(indices) - config.batch_size + 1, config.batch_size):
+        yield indices[start : start + config.batch_size]
+
+
+def _train_epoch(
+    config: Config,
+    trainer: Trainer,
+    data: Dataset,
+    order: NDArray[np.intp],
+    rate: float,
+    epoch: int,
+) -> tuple[float, float, float]:
+    """Mean loss, mean accuracy, and images/s without the first step, which may compile."""
+    from tqdm import tqdm
+
+    rng = np.random.default_rng([config.seed, epoch, 1])
+    batches = list(_full_batches(order, config))
+    sums = np.zeros(2)
+    begin = first_done = time.perf_counter()
+    with tqdm(
+        total=len(batches) * config.batch_size,
+        desc=f"epoch {epoch + 1}/{config.epochs}",
+        unit=" images",
+        leave=False,
+        disable=None,  # only on a terminal
+    ) as bar:
+        for step, batch in enumerate(batches, start=1):
+            images = data.x_train[batch]
+            if config.augment:
+                images = augment.augment(images, rng)
+            sums += trainer.train_step(augment.scale(images), data.y_train[batch], rate)
+            if step == 1:
+                first_done = time.perf_counter()
+            bar.set_postfix_str(f"loss {sums[0] / step:.4f}, accuracy {sums[1] / step:.4f}", False)
+            bar.update(config.batch_size)
+    if len(batches) == 1:
+        first_done, timed = begin, 1
+    else:
+        timed = len(batches) - 1
+    loss, accuracy = (sums / len(batches)).tolist()
+    return loss, accuracy, timed * config.batch_size / (time.perf_counter() - first_done)
+
+
+def _finish(
+    config: Config,
+    output: Path,
+    trainer: Trainer,
+    data: Dataset,
+    history: list[Epoch],
+    log: Callable[[str], None],
+) -> Result:
+    from kconv import plots
+
+    best_model = output / trainer.best_name
+    trainer.load_model(best_model)
+    _, accuracy, found = evaluate(trainer, data.x_test, data.y_test, config.batch_size)
+    table = classification_report(data.y_test, found, data.class_names)
+    with replacing(output / "report.txt") as temporary:
+        temporary.write_text(f"test accuracy {accuracy:.4f}\n\n{table}\n")
+    with replacing(output / "curves.png") as temporary:
+        plots.training_curves([dataclasses.asdict(epoch) for epoch in history], temporary)
+    log(f"\n{table}\n")
+    log(f"test accuracy      {accuracy:.4f} ({len(found):,} images)")
+    log(f"best model         {best_model}")
+    log(f"per-class report   {output / 'report.txt'}")
+    log(f"training curves    {output / 'curves.png'}")
+    log(f"history            {output / 'history.csv'}")
+    return Result(history, accuracy, table, best_model)
+
+
+def _write_history(path: Path, history: list[Epoch]) -> None:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Epoch)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(epoch) for epoch in history)
+
+
+# The checkpoint: an .npz file without pickles: the trainer's arrays, and "meta", a JSON text.
+
+
+def _save_checkpoint(path: Path, config: Config, trainer: Trainer, history: list[Epoch]) -> None:
+    meta = {
+        "config": dataclasses.asdict(config),
+        "history": [dataclasses.asdict(epoch) for epoch in history],
+    }
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, meta=np.array(json.dumps(meta)), **trainer.state())
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no run to resume: it has no {path.name}")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            state = dict(arrays)
+        return json.loads(str(state.pop("meta"))), state
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a checkpoint, or is damaged: {error}") from None
+
+
+def _checkpoint_of(path: Path, config: Config) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Read a run's checkpoint, and see that the run is this one."""
+    meta, state = _read_checkpoint(path)
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    for option, value in meta["config"].items():
+        if option != "epochs" and value != wanted[option]:
+            raise ValueError(
+                f"{path} is of a run with {option}={value!r}, which cannot go on with "
+                f"{option}={wanted[option]!r}"
+            )
+    return meta, state
+
+
+def _restore(
+    trainer: Trainer, meta: Mapping[str, Any], state: Mapping[str, NDArray[Any]]
+) -> list[Epoch]:
+    """Put a checkpoint's state into the trainer; return the epochs behind it."""
+    expected = {name: array.shape for name, array in trainer.state().items()}
+    found = {name: array.shape for name, array in state.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"the checkpoint is of another model: its {name} has shape {found.get(name)}, "
+                f"expected {expected.get(name)}"
+            )
+    trainer.load_state(state)
+    return [Epoch(**epoch) for epoch in meta["history"]]

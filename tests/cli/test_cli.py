@@ -1,0 +1,156 @@
+"""The command line: tables, errors in one line with status 2, Ctrl-C, and a whole run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kconv import cli, models
+
+TINY = [
+    *("--model", "kdensenet_bc_l100", "--model-option", "blocks=1", "--ktype", "D6_4ch"),
+    *("--image-size", "8", "--train-images", "40", "--test-images", "20", "--batch-size", "12"),
+]
+
+
+def kconv(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "kconv", *arguments]
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that the command fails with."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as error:  # argparse's own errors
+        status = error.code
+    output = capsys.readouterr()
+    assert status == 2
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+def test_models_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[3:-2]]
+    table = {(name, ktype): (parameters, macs) for name, ktype, parameters, macs in rows}
+    assert len(table) == 8 * 4
+    assert table["keffnet_b0", "D6_16ch"] == ("639,702", "123,613,524")
+    assert "efficientnet_b0" in lines[-1]
+    spec = models.create("keffnet_b7", ktype="D6v3_32ch", classes=10)
+    assert table["keffnet_b7", "D6v3_32ch"][0] == f"{models.count(spec).trainable:,}"
+
+
+def test_info_names_versions_and_threads() -> None:
+    done = subprocess.run(kconv("info"), capture_output=True, text=True, check=True)
+    values = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert values["version"] == importlib.metadata.version("kconv")
+    assert int(values["threads"]) >= 1
+    assert values["numpy"] != "not installed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["train", "--model", "resnet"], "unknown model 'resnet'; known are"),
+        (["train", "--ktype", "D7"], "'D7'"),
+        (["train", "--dataset", "nope"], "unknown data set 'nope': known are fashion_mnist_mini"),
+        (["train", "--framework", "theano"], "invalid choice: 'theano'"),
+        (["train", "--lr-schedule", "cosine"], "invalid choice: 'cosine'"),
+        (["train", "--epochs", "0"], "epochs=0 must be at least 1"),
+        (["train", "--epochs", "many"], "invalid int value: 'many'"),
+        (["train", "--batch-size", "6001"], "batch_size=6001: fashion_mnist_mini has 6000"),
+        (["train", "--train-images", "0"], "train_images=0 must be at least 1"),
+        (["train", "--model-option", "width"], "'width' is not of the form NAME=VALUE"),
+        (["train", "--model-option", "depht=2"], "keffnet_b0 has no option 'depht'"),
+        (["train", "--model", "efficientnet_b0", "--ktype", "D6_16ch"], "no option 'ktype'"),
+        (["train", "--resume", "missing"], "missing holds no run to resume"),
+        (["train", "--resume", "a", "--output", "b"], "not allowed with argument"),
+        (["train", "--output", "/dev/null/run"], "cannot make the folder /dev/null/run"),
+    ],
+)
+def test_bad_input_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_run_is_not_overwritten(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "last.npz").write_text("precious")
+    assert "--resume" in error_of(capsys, "train", "--output", str(tmp_path))
+    assert (tmp_path / "last.npz").read_text() == "precious"
+
+
+def test_missing_framework_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "keras", None)
+    monkeypatch.delitem(sys.modules, "kconv._keras_trainer", raising=False)
+    monkeypatch.delitem(sys.modules, "kconv.keras", raising=False)
+    message = error_of(capsys, "train", *TINY, "--output", str(tmp_path / "run"))
+    assert "pip install 'kconv[jax]'" in message
+
+
+def test_backend_is_a_default_only() -> None:
+    script = "import os, sys; from kconv import cli; cli.main(['info'])"
+    for given, expected in ({}, "jax"), ({"KERAS_BACKEND": "torch"}, "torch"):
+        clean = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=clean | given, capture_output=True, text=True
+        )
+        assert re.search(rf"keras backend +{expected}\n", done.stdout), done.stderr
+
+
+def test_train_and_go_on_after_ctrl_c(tmp_path: Path) -> None:
+    """Interrupted in the second of very many epochs, resumed from another folder to the third."""
+    start = kconv("train", *TINY, "--framework", "torch", "--epochs", "100000")
+    with subprocess.Popen(
+        start,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        for line in process.stdout:
+            if line.startswith("epoch   2/"):
+                process.send_signal(signal.SIGINT)
+                break
+        process.stdout.read()
+        errors = process.stderr.read()
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == (
+        "interrupted; go on with: kconv train --resume runs/kdensenet_bc_l100-fashion_mnist_mini-1"
+    )
+    run = tmp_path / "runs/kdensenet_bc_l100-fashion_mnist_mini-1"
+    epochs = len((run / "history.csv").read_text().splitlines()) - 1
+    assert epochs >= 2
+
+    go_on = kconv("train", "--resume", str(run), "--epochs", str(epochs + 1))
+    done = subprocess.run(go_on, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"test accuracy +0\.\d{4} \(20 images\)", done.stdout)
+    assert len((run / "history.csv").read_text().splitlines()) == epochs + 2
+    assert {"best.pt", "curves.png", "report.txt"} <= {path.name for path in run.iterdir()}
+
+    other = kconv("train", "--resume", str(run), "--batch-size", "6")
+    done = subprocess.run(other, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is of a run with batch_size=12, which cannot go on with batch_size=6" in done.stderr

@@ -1,0 +1,325 @@
+"""The training loop: the same in both frameworks, exactly resumable, safe against interruption."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kconv import datasets, training
+from kconv.training import Config, learning_rate
+
+TINY = Config(
+    model="kdensenet_bc_l100",
+    model_options={"blocks": 1, "growth_rate": 4, "bottleneck": 8, "dropout": 0.1},
+    ktype="D6_4ch",
+    train_images=40,
+    test_images=20,
+    image_size=8,
+    batch_size=12,
+    lr=0.003,
+)
+both = pytest.mark.parametrize("framework", training.FRAMEWORKS)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module", params=training.FRAMEWORKS)
+def finished(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, Path, training.Result]:
+    """A whole run of two epochs."""
+    config = dataclasses.replace(TINY, framework=request.param)
+    output = tmp_path_factory.mktemp("run") / "new" / "folder"
+    return config, output, training.train(config, output, log=quiet)
+
+
+# The parts
+
+
+def test_cyclic_schedule_is_the_papers() -> None:
+    rates = [learning_rate("cyclic25", epoch) for epoch in range(50)]
+    expected = [0.001 * (1 + 0.5 * e) if e < 7 else 0.004 * 0.85 ** (e - 7) for e in range(25)]
+    assert rates == pytest.approx(expected * 2, rel=1e-12)
+    assert learning_rate("cyclic25", 1, 0.01) == pytest.approx(0.015)
+    assert learning_rate("constant", 30, 0.01) == 0.01
+
+
+def test_report_counts_as_by_hand() -> None:
+    labels, found = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 1])
+    rows = training.classification_report(labels, found, ["a", "b", "c"]).splitlines()
+    values = {row.split()[0]: [float(v) for v in row.split()[1:]] for row in rows[1:]}
+    assert values["a"] == pytest.approx([1, 2 / 3, 0.8, 3], abs=1e-4)
+    assert values["b"] == pytest.approx([1 / 3, 1 / 2, 0.4, 2], abs=1e-4)
+    assert values["c"] == [0, 0, 0, 1]  # never found rightly: no division by zero
+    assert values["mean"] == pytest.approx([4 / 9, 7 / 18, 0.4, 6], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", -1),
+        ("image_size", 0),
+        ("seed", -1),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("framework", "theano"),
+        ("lr_schedule", "cosine"),
+    ],
+)
+def test_config_names_the_bad_value(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{option}.*{value}"):
+        Config(**{option: value})
+
+
+def test_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"batch_size=64.*has 40 training images"):
+        training.train(dataclasses.replace(TINY, batch_size=64), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_option_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
+    config = Config(model="efficientnet_b0", ktype="D6_16ch", train_images=40)
+    with pytest.raises(TypeError, match="efficientnet_b0 has no option 'ktype'"):
+        training.train(config, tmp_path)
+
+
+# The optimizer and the batch norms
+
+
+def test_torch_rmsprop_is_keras_rmsprop() -> None:
+    import keras
+    import torch
+
+    from kconv._torch_trainer import RMSprop
+
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal(5).astype(np.float32)
+    ours = torch.nn.Parameter(torch.tensor(start))
+    ours_optimizer = RMSprop([ours], lr=0.01)
+    theirs = keras.Variable(start)
+    theirs_optimizer = keras.optimizers.RMSprop(0.01, rho=0.9, epsilon=1e-7)
+    for _ in range(10):
+        # Gradients near the root of epsilon, where its place matters.
+        gradient = (rng.standard_normal(5) * 10.0 ** rng.integers(-5, 0, 5)).astype(np.float32)
+        ours.grad = torch.tensor(gradient)
+        ours_optimizer.step()
+        theirs_optimizer.apply([keras.ops.convert_to_tensor(gradient)], [theirs])
+    expected = keras.ops.convert_to_numpy(theirs)
+    np.testing.assert_allclose(ours.detach().numpy(), expected, rtol=1e-5)
+
+
+@both
+def test_recalibration_forgets_and_averages(framework: str) -> None:
+    config = dataclasses.replace(TINY, framework=framework)
+    data = datasets.load("fashion_mnist_mini", image_size=8, test_images=20)
+    trainer = training._make_trainer(config, config.spec(data))
+    rng = np.random.default_rng(0)
+    batches = rng.standard_normal((3, 16, 8, 8, 1)).astype(np.float32)
+
+    def statistics() -> dict[str, np.ndarray]:
+        endings = ("running_mean", "running_var", "moving_mean", "moving_variance")
+        return {k: v for k, v in trainer.state().items() if k.endswith(endings)}
+
+    single = []
+    for batch in batches:
+        trainer.recalibrate([batch])
+        single.append(statistics())
+    trainer.recalibrate(batches)
+    together = statistics()
+    # Only the first batch norm: what reaches the others passes random dropout.
+    for name in list(together)[:2]:
+        mean = np.mean([s[name] for s in single], axis=0)
+        scale = np.abs(mean).max()
+        np.testing.assert_allclose(together[name], mean, atol=0.02 * scale, rtol=0.02)
+        assert scale > 1e-3
+
+
+# Whole runs
+
+
+def test_run_writes_everything(finished: tuple[Config, Path, training.Result]) -> None:
+    config, output, result = finished
+    best = {"keras": "best.keras", "torch": "best.pt"}[config.framework]
+    names = {"last.npz", best, "history.csv", "curves.png", "report.txt"}
+    assert {path.name for path in output.iterdir()} == names
+    assert result.best_model == output / best
+    with (output / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [1, 2]
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx([0.003, 0.0045])
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+    assert [dataclasses.asdict(e) for e in result.history] == [
+        {key: float(value) for key, value in row.items()} for row in rows
+    ]
+    assert (output / "report.txt").read_text().startswith("test accuracy 0.")
+    assert "Ankle boot" in result.report
+    assert Image.open(output / "curves.png").size == (1200, 480)
+
+
+def test_best_model_gives_the_reported_accuracy(
+    finished: tuple[Config, Path, training.Result],
+) -> None:
+    config, output, result = finished
+    data = datasets.load("fashion_mnist_mini", image_size=8, test_images=20)
+    images = training.augment.scale(data.x_test)
+    if config.framework == "keras":
+        import keras
+
+        model = keras.models.load_model(output / "best.keras")
+        found = model.predict(images, verbose=0)
+    else:
+        import torch
+
+        import kconv.torch
+
+        network = kconv.torch.build(config.spec(data))
+        network.load_state_dict(torch.load(output / "best.pt", weights_only=True))
+        with torch.no_grad():
+            found = network.eval()(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+    accuracy = (found.argmax(1) == data.y_test).mean()
+    assert accuracy == pytest.approx(result.test_accuracy)
+
+
+def test_resumed_run_equals_uninterrupted(
+    finished: tuple[Config, Path, training.Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, output, result = finished
+    batches_done = []
+    scale = training.augment.scale
+
+    def interrupting(images: np.ndarray) -> np.ndarray:
+        batches_done.append(len(images))
+        history = training._read_checkpoint(tmp_path / "last.npz")[0]["history"]
+        if len(history) == 1 and len(batches_done) % 2:
+            raise KeyboardInterrupt
+        return scale(images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.augment, "scale", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(config, tmp_path, log=quiet)
+    resumed = training.train(training.load_config(tmp_path), tmp_path, resume=True, log=quiet)
+
+    for ours, theirs in zip(resumed.history, result.history, strict=True):
+        assert dataclasses.replace(ours, images_per_second=0) == dataclasses.replace(
+            theirs, images_per_second=0
+        )
+    with np.load(tmp_path / "last.npz") as ours, np.load(output / "last.npz") as theirs:
+        assert ours.files == theirs.files
+        for name in set(ours.files) - {"meta"}:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert resumed.test_accuracy == result.test_accuracy
+
+
+def test_finished_run_can_be_extended(
+    finished: tuple[Config, Path, training.Result], tmp_path: Path
+) -> None:
+    config, output, result = finished
+    (tmp_path / "last.npz").write_bytes((output / "last.npz").read_bytes())
+    longer = dataclasses.replace(config, epochs=3)
+    extended = training.train(longer, tmp_path, resume=True, log=quiet)
+    assert extended.history[:2] == result.history
+    assert len(extended.history) == 3
+
+
+@both
+def test_augmented_run_with_constant_rate(framework: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        TINY,
+        framework=framework,
+        augment=True,
+        lr_schedule="constant",
+        epochs=1,
+        recalibrate_bn=False,
+    )
+    lines: list[str] = []
+    result = training.train(config, tmp_path, log=lines.append)
+    assert np.isfinite(result.history[0].loss)
+    assert not any("moving statistics" in line for line in lines)
+
+
+# What goes wrong
+
+
+def test_checkpoint_of_another_model_is_refused(
+    finished: tuple[Config, Path, training.Result], tmp_path: Path
+) -> None:
+    config, output, _ = finished
+    other = dataclasses.replace(config, model="keffnet_b0")
+    with pytest.raises(ValueError, match="model='kdensenet_bc_l100', which cannot go on with"):
+        training.train(other, output, resume=True, log=quiet)
+
+    with np.load(output / "last.npz") as arrays:
+        state = dict(arrays)
+    meta = json.loads(str(state["meta"]))
+    meta["config"]["model_options"]["growth_rate"] = 8
+    state["meta"] = np.array(json.dumps(meta))
+    np.savez(tmp_path / "last.npz", **state)
+    with pytest.raises(ValueError, match=r"the checkpoint is of another model: its .* has shape"):
+        training.train(training.load_config(tmp_path), tmp_path, resume=True, log=quiet)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"text"])
+def test_damaged_checkpoint_is_refused(
+    finished: tuple[Config, Path, training.Result],
+    tmp_path: Path,
+    damage: Callable[[bytes], bytes],
+) -> None:
+    whole = (finished[1] / "last.npz").read_bytes()
+    (tmp_path / "last.npz").write_bytes(damage(whole))
+    with pytest.raises(ValueError, match=r"last\.npz is not a checkpoint, or is damaged"):
+        training.load_config(tmp_path)
+
+
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no run to resume: it has no last\.npz"):
+        training.load_config(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("h5")])
+def test_failed_write_leaves_the_old_file(tmp_path: Path, error: Exception) -> None:
+    target = tmp_path / "best.pt"
+    target.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise error
+
+    with (
+        pytest.raises(OSError, match=r"cannot write .*best\.pt"),
+        training.replacing(target) as new,
+    ):
+        fail(new)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@both
+def test_full_disk_is_one_error_and_keeps_the_files(framework: str, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk."""
+    import resource
+
+    config = dataclasses.replace(TINY, framework=framework, epochs=1)
+    training.train(config, tmp_path, log=quiet)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*(best|last)\."):
+            training.train(dataclasses.replace(config, epochs=2), tmp_path, resume=True, log=quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
