@@ -106,7 +106,8 @@ def _differentiable(
 
         return forward(x, weight, *bias), gradient
 
-    return convolve(x, weight) if bias is None else convolve(x, weight, bias)
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return convolve(*map(tf.convert_to_tensor, tensors))  # reads variables
 
 
 def _call(function: Callable[..., np.ndarray], shape: Any, *args: Any, **keywords: Any) -> Tensor:
