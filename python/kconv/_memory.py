@@ -23,5 +23,5 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     # One heap, grown in place and never trimmed, in the place of a mapping for each large block.
-    settings = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
-    return all([mallopt(name, value) for name, value in settings.items()])
+    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
+    return all(mallopt(name, value) for name, value in settings)
