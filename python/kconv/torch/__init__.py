@@ -9,8 +9,9 @@ Example:
 
 from __future__ import annotations
 
-from kconv.torch.convert import to_native
+from kconv.torch.convert import accelerate, compress, restore
 from kconv.torch.layers import DepthwiseConv2d, InterleaveChannels, PointwiseConv2d
+from kconv.torch.native import to_native
 from kconv.torch.network import KPointwiseConv2d, Network, build
 from kconv.torch.ops import deinterleave, depthwise_conv, interleave, pointwise_conv
 
@@ -20,10 +21,13 @@ __all__ = [
     "KPointwiseConv2d",
     "Network",
     "PointwiseConv2d",
+    "accelerate",
     "build",
+    "compress",
     "deinterleave",
     "depthwise_conv",
     "interleave",
     "pointwise_conv",
+    "restore",
     "to_native",
 ]

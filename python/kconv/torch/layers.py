@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ class PointwiseConv2d(nn.Conv2d):
     It is an ``nn.Conv2d`` of kernel size 1: same parameters, initial values and state_dict.
 
     Example:
+        >>> import torch
         >>> layer = PointwiseConv2d(32, 24, groups=4, interleave=6)
         >>> layer(torch.randn(2, 32, 7, 5)).shape
         torch.Size([2, 24, 7, 5])
@@ -85,6 +85,7 @@ class DepthwiseConv2d(nn.Conv2d):
     state_dict. Beyond its paddings it takes asymmetric ones.
 
     Example:
+        >>> import torch
         >>> layer = DepthwiseConv2d(6, 6, kernel_size=3, stride=2, padding=1)
         >>> layer(torch.randn(2, 6, 9, 9)).shape
         torch.Size([2, 6, 5, 5])
@@ -92,7 +93,7 @@ class DepthwiseConv2d(nn.Conv2d):
     Args:
         in_channels: C.
         out_channels: C.
-        kernel_size: k.
+        kernel_size: k: 3, 5 or 7.
         stride: 1 or 2.
         padding: pixels at each border, (vertical, horizontal) or ((top, bottom), (left, right));
             "valid" for none, "same" for as many outputs as inputs at stride 1.
@@ -199,6 +200,7 @@ class InterleaveChannels(nn.Module):
     """Takes every ``step``-th channel, from each of the first ``step`` ones in turn.
 
     Example:
+        >>> import torch
         >>> InterleaveChannels(2)(torch.arange(6.0).reshape(1, 6, 1, 1)).flatten()
         tensor([0., 2., 4., 1., 3., 5.])
 
@@ -251,8 +253,8 @@ def depthwise_obstacle(conv: nn.Conv2d) -> str | None:
         return (
             f"{channels} to {conv.out_channels} channels in {conv.groups} groups is not depthwise"
         )
-    if conv.kernel_size[0] != conv.kernel_size[1]:
-        return f"kernel_size={conv.kernel_size} is not square"
+    if conv.kernel_size not in ((3, 3), (5, 5), (7, 7)):
+        return f"kernel_size={conv.kernel_size} is not 3, 5 or 7"
     if conv.stride not in ((1, 1), (2, 2)):
         return f"stride={conv.stride} is neither 1 nor 2"
     if conv.dilation != (1, 1):

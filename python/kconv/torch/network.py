@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kconv.ktypes import KType
 from kconv.models import Graph, GraphBuilder, Layer, Spec, graph
 from kconv.models.graph import ActivationName, Initializer
-from kconv.torch.convert import make_native
 from kconv.torch.layers import DepthwiseConv2d, InterleaveChannels, PaddedConv2d, PointwiseConv2d
+from kconv.torch.native import make_native
 
 __all__ = ["KPointwiseConv2d", "Network", "build"]
 
@@ -249,7 +249,7 @@ def _convolution(
     match layer:
         case graph.Conv(is_pointwise=True):
             conv = PointwiseConv2d(layer.in_channels, layer.filters, layer.groups, layer.use_bias)
-        case graph.DepthwiseConv(depth_multiplier=1) if not same_strided:
+        case graph.DepthwiseConv(depth_multiplier=1, kernel_size=3 | 5 | 7) if not same_strided:
             conv = DepthwiseConv2d(
                 layer.in_channels,
                 layer.channels,
@@ -313,6 +313,7 @@ def _mergeable_paddings(layers: Graph) -> dict[str, graph.ZeroPad]:
         if isinstance(layer, graph.DepthwiseConv)
         and layer.padding == "valid"
         and layer.depth_multiplier == 1
+        and layer.kernel_size in (3, 5, 7)
         and layer.inputs[0] in pads
         and readers[layer.inputs[0]] == 1
     }

@@ -76,7 +76,7 @@ def depthwise_conv(
 
     Args:
         x: (N, C, H, W), or (C, H, W).
-        weight: (C, 1, k, k), or (C, k, k).
+        weight: (C, 1, k, k), or (C, k, k), with k 3, 5 or 7.
         bias: (C,).
         stride: 1 or 2.
         padding: see :data:`Padding`; "same" at stride 2 is asymmetric, as TensorFlow's.
@@ -371,9 +371,7 @@ class _PointwiseOp(KernelOp):
         return result
 
     def fold_bias(self, bias: Tensor, groups: int, interleave: int) -> Tensor:
-        return (
-            bias if interleave == 1 else bias[_order(len(bias), interleave, bias.device)]
-        )
+        return bias if interleave == 1 else bias[_order(len(bias), interleave, bias.device)]
 
     def unfold_bias(self, bias: Tensor, groups: int, interleave: int) -> Tensor:
         return deinterleave(bias[:, None, None], interleave)[:, 0, 0]

@@ -1,0 +1,108 @@
+"""Other processes: forked workers, spawned ones, and data-parallel training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from kconv.torch import DepthwiseConv2d, PointwiseConv2d, pointwise_conv
+
+
+def big_convolution():
+    """Large enough for the thread pool."""
+    torch.manual_seed(0)
+    return pointwise_conv(torch.randn(8, 32, 64, 64), torch.randn(32, 8, 1, 1), groups=4)
+
+
+class Convolved(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return big_convolution()[index]
+
+
+def test_forked_workers_after_the_pool_has_started():
+    expected = big_convolution()
+    loader = DataLoader(Convolved(), 1, num_workers=2, multiprocessing_context="fork", timeout=60)
+    for index, image in enumerate(loader):
+        torch.testing.assert_close(image[0], expected[index])
+
+
+HOGWILD = """
+import torch
+import torch.multiprocessing as mp
+from kconv.torch import PointwiseConv2d
+
+
+def train(layer):
+    layer(torch.ones(2, 4, 8, 8)).sum().backward()
+    with torch.no_grad():
+        layer.weight -= layer.weight.grad
+
+
+if __name__ == "__main__":
+    layer = PointwiseConv2d(4, 6).share_memory()
+    before = layer.weight.detach().clone()
+    process = mp.get_context("spawn").Process(target=train, args=(layer,))
+    process.start()
+    process.join()
+    torch.testing.assert_close(before - layer.weight, torch.full_like(before, 128.0))
+    print(process.exitcode)
+"""
+
+
+def test_training_by_a_spawned_process_through_shared_memory(tmp_path):
+    script = tmp_path / "hogwild.py"
+    script.write_text(HOGWILD)
+    command = [sys.executable, str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.stdout == "0\n", result.stderr
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        PointwiseConv2d(3, 12, interleave=4, bias=False),
+        nn.BatchNorm2d(12),
+        nn.SiLU(),
+        DepthwiseConv2d(12, 12, 3, padding=1),
+        PointwiseConv2d(12, 6, groups=3),
+    ).eval()  # batch norm frozen, as it sees its own process's images only
+
+
+def images():
+    return torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(2))
+
+
+def data_parallel(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    model = nn.parallel.DistributedDataParallel(network())
+    model(images()[rank::2]).square().mean().backward()
+    if rank == 0:
+        torch.save([p.grad for p in model.parameters()], f"{folder}/gradients.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
+def test_distributed_data_parallel(tmp_path):
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=data_parallel, args=(r, tmp_path)) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    model = network()
+    model(images()).square().mean().backward()
+    gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
