@@ -3,6 +3,23 @@ from typing import Literal, TypedDict, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "build_info",
+    "deinterleave",
+    "depthwise_conv",
+    "depthwise_conv_grad_input",
+    "depthwise_conv_grad_weight",
+    "fma_peak",
+    "get_num_threads",
+    "interleave",
+    "pointwise_conv",
+    "pointwise_conv_grad_bias",
+    "pointwise_conv_grad_input",
+    "pointwise_conv_grad_weight",
+    "set_num_threads",
+    "xla_handlers",
+]
+
 _Float = TypeVar("_Float", np.float32, np.float64)
 _Layout = Literal["NCHW", "NHWC"]
 _WeightLayout = Literal["OI", "IO"]
