@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
 export KERAS_BACKEND ?= jax
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -72,9 +73,11 @@ $(BIN)/maturin:
 	$(BIN)/pip install --quiet 'maturin>=1.16,<2'
 
 $(DEMO): $(SOURCES) | $(BIN)/maturin
+	@echo "Building kconv and installing it with Keras and JAX: minutes, the first time."
 	$(INSTALL) '.[jax]'
 	@touch $@
 
 $(DEV): $(SOURCES) | $(BIN)/maturin
+	@echo "Building kconv and installing it with all frameworks: many minutes, the first time."
 	$(INSTALL) '.[all,dev]'
 	@touch $@ $(DEMO)

@@ -186,7 +186,12 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    lines = {key.replace("_", " "): str(value) for key, value in kconv.build_info().items()}
+    build = kconv.build_info()
+    lines = {
+        "version": kconv.__version__,
+        "instruction set": f"{build['isa']} (of {', '.join(build['isas'])})",
+        "threads": str(build["threads"]),
+    }
     lines["python"] = sys.version.split()[0]
     for package in ("numpy", "torch", "jax", "tensorflow", "keras"):
         lines[package] = _version(package)

@@ -50,7 +50,7 @@ def test_models_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_names_versions_and_threads() -> None:
     done = subprocess.run(kconv("info"), capture_output=True, text=True, check=True)
-    values = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    values = dict(re.split(" {2,}", line, maxsplit=1) for line in done.stdout.splitlines())
     assert values["version"] == importlib.metadata.version("kconv")
     assert int(values["threads"]) >= 1
     assert values["numpy"] != "not installed"
