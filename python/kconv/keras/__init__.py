@@ -11,6 +11,7 @@ Example:
 
 from kconv.keras.blocks import kPointwiseConv2D
 from kconv.keras.builder import build
+from kconv.keras.convert import accelerate, to_native
 from kconv.keras.layers import (
     CopyChannels,
     DepthwiseConv2D,
@@ -25,6 +26,8 @@ __all__ = [
     "InterleaveChannels",
     "PointwiseConv2D",
     "SumIntoHalfChannels",
+    "accelerate",
     "build",
     "kPointwiseConv2D",
+    "to_native",
 ]

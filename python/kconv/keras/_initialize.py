@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 
-def call_new_layer(layer: keras.layers.Layer, inputs: Any) -> Any:
+def call_new_layer(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
     """Call a layer for the first time, which makes its weights."""
     generator = np.random.default_rng(random.getrandbits(64))
     initializers = {
@@ -26,7 +26,7 @@ def call_new_layer(layer: keras.layers.Layer, inputs: Any) -> Any:
     }
     for name, initializer in initializers.items():
         setattr(layer, name, partial(_draw, initializer, generator))
-    outputs = layer(inputs)
+    outputs = layer(*args, **kwargs)
     for name, initializer in initializers.items():  # which the layer's configuration names
         setattr(layer, name, initializer)
     return outputs

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import keras
 from keras import layers
 
-from kconv import ktypes
 from kconv.keras._initialize import call_new_layer
+from kconv.keras.convert import to_native
 from kconv.keras.layers import (
     CopyChannels,
     DepthwiseConv2D,
@@ -51,9 +51,10 @@ def build(spec: Spec, kernels: Kernels = "kconv") -> keras.Model:
     tensors: dict[str, Tensor] = {}
     for layer in network.layers:
         inputs = [tensors[source] for source in layer.inputs]
-        tensors[layer.name] = _apply(layer, inputs, kernels == "kconv")
+        tensors[layer.name] = _apply(layer, inputs)
     source = tensors[network.layers[0].name]
-    return keras.Model(source, tensors[network.output], name=network.name)
+    model = keras.Model(source, tensors[network.output], name=network.name)
+    return model if kernels == "kconv" else to_native(model)
 
 
 def _keras_name(layer: graph.Layer) -> str:
@@ -79,15 +80,12 @@ def _initializer(name: graph.Initializer) -> keras.initializers.Initializer:
             return keras.initializers.GlorotUniform()
 
 
-def _apply(layer: graph.Layer, inputs: list[Tensor], kconv: bool) -> Tensor:
+def _apply(layer: graph.Layer, inputs: list[Tensor]) -> Tensor:
     """The output of the Keras layer that stands for a layer of the graph."""
     name = _keras_name(layer)
     match layer:
         case graph.Input():
             return keras.Input(_image_shape(layer.shape), name=name)
-        case graph.Interleave() | graph.CopyChannels() | graph.FoldHalves():
-            move = _move_channels if kconv else _move_channels_by_ops
-            return move(layer, inputs[0], name)
         case graph.Concat():
             return layers.Concatenate(axis=_channel_axis(), name=name)(inputs)
         case graph.Add():
@@ -95,44 +93,14 @@ def _apply(layer: graph.Layer, inputs: list[Tensor], kconv: bool) -> Tensor:
         case graph.Multiply():
             return layers.Multiply(name=name)(inputs)
         case graph.Conv() | graph.DepthwiseConv():
-            return call_new_layer(_convolution(layer, name, kconv), inputs[0])
+            return call_new_layer(_convolution(layer, name), inputs[0])
         case _:
             return call_new_layer(_layer(layer, name), inputs[0])
 
 
-def _move_channels(layer: graph.Layer, x: Tensor, name: str) -> Tensor:
-    match layer:
-        case graph.Interleave():
-            return InterleaveChannels(layer.step, name=name)(x)
-        case graph.CopyChannels():
-            return CopyChannels(layer.start, layer.count, name=name)(x)
-        case _:
-            return SumIntoHalfChannels(name=name)(x)
-
-
-def _move_channels_by_ops(layer: graph.Layer, x: Tensor, name: str) -> Tensor:
-    axis = _channel_axis()
-    channels = x.shape[axis]
-
-    def part(start: int, count: int) -> Tensor:
-        return x[(slice(None),) * axis + (slice(start, start + count),)]
-
-    match layer:
-        case graph.Interleave():
-            return keras.ops.take(x, ktypes.interleave_index(channels, layer.step), axis=axis)
-        case graph.CopyChannels():
-            return part(layer.start, layer.count)
-        case _:
-            half = channels // 2
-            return layers.Add(name=name)([part(0, half), part(half, half)])
-
-
-def _convolution(
-    layer: graph.Conv | graph.DepthwiseConv, name: str, kconv: bool
-) -> keras.layers.Layer:
+def _convolution(layer: graph.Conv | graph.DepthwiseConv, name: str) -> keras.layers.Layer:
     if isinstance(layer, graph.DepthwiseConv):
-        depthwise = DepthwiseConv2D if kconv else layers.DepthwiseConv2D
-        return depthwise(
+        return DepthwiseConv2D(
             layer.kernel_size,
             strides=layer.strides,
             padding=layer.padding,
@@ -141,7 +109,7 @@ def _convolution(
             depthwise_initializer=_initializer(layer.initializer),
             name=name,
         )
-    if layer.is_pointwise and kconv:
+    if layer.is_pointwise:
         return PointwiseConv2D(
             layer.filters,
             groups=layer.groups,
@@ -162,8 +130,13 @@ def _convolution(
 
 
 def _layer(layer: graph.Layer, name: str) -> keras.layers.Layer:
-    """The layers that are Keras's own in any case."""
     match layer:
+        case graph.Interleave():
+            return InterleaveChannels(layer.step, name=name)
+        case graph.CopyChannels():
+            return CopyChannels(layer.start, layer.count, name=name)
+        case graph.FoldHalves():
+            return SumIntoHalfChannels(name=name)
         case graph.ZeroPad():
             return layers.ZeroPadding2D(layer.padding, name=name)
         case graph.BatchNorm():
