@@ -47,7 +47,7 @@ from kconv.training import replacing
 __all__ = ["load_weights", "save_weights"]
 
 Array = NDArray[Any]
-Path_ = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 _TORCH_NAMES = {
     "kernel": "weight",
@@ -74,7 +74,7 @@ _ACTIVATIONS = {
 }
 
 
-def load_weights(model: Any, path: Path_) -> None:
+def load_weights(model: Any, path: StrPath) -> None:
     """Fill a model with the weights of a file; on any error the model stays as it is.
 
     Example:
@@ -100,7 +100,7 @@ def load_weights(model: Any, path: Path_) -> None:
     target.assign(weights)
 
 
-def save_weights(model: Any, path: Path_) -> None:
+def save_weights(model: Any, path: StrPath) -> None:
     """Write a model's weights as safetensors, in PyTorch's names and layouts.
 
     The file appears whole or not at all. bfloat16 weights are written as float32.

@@ -41,6 +41,12 @@ def test_experimental_ktypes_are_named(convolution, number: int) -> None:
         convolution(keras.Input((8, 8, 32)), kType=number)
 
 
+@pytest.mark.parametrize("number", [7, 8, 9])
+def test_experimental_convolutions(number: int) -> None:
+    with pytest.raises(NotImplementedError, match=f"kType {number} of the original"):
+        getattr(layers, f"kConv2DType{number}")(keras.Input((8, 8, 32)))
+
+
 def test_small_layers() -> None:
     x = channels(4)
     np.testing.assert_array_equal(run(layers.Negate(), x), -x)

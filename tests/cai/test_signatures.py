@@ -16,7 +16,7 @@ DESCRIPTION = Path(__file__).parents[1] / "data" / "cai_api.md"
 # What the original has beyond its models, layers and described tools.
 LEFT_OUT = {
     "layers": """BinaryConvLayers BinaryPointwiseConvLayers BinaryCompressionLayer
-        BinaryCompression kConv2DType7 kConv2DType8 kConv2DType9""",
+        BinaryCompression""",
     "efficientnet": """correct_pad block kblock kblockLastName AddkEfficientNetPath
         AddkEfficientNetParallelBlocks AddkEfficientNetOtherBlocks preprocess_input""",
     "mobilenet": "_conv_block _depthwise_conv_block kconv_block kdepthwise_conv_block",

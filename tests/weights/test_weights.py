@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -256,6 +258,53 @@ def test_automatic_names_match_by_order(framework: str, first: int, tmp_path: Pa
     model = BUILD[framework](spec)
     load_weights(model, tmp_path / "m.hdf5")
     assert_same_weights(model, source, tmp_path)
+
+
+ARCHITECTURES = {
+    "DenseNetBC_L100_32": create("densenet_bc_l100"),
+    "EfficientNetB0_224": create("efficientnet_b0"),
+    "InceptionV3_224": create("inception_v3"),
+    "MobileNet_224": create("mobilenet"),
+    "MobileNetV3Large_224": create("mobilenet_v3_large"),
+    "kDenseNetBC_L100_D6_12ch_32": create("kdensenet_bc_l100", ktype="D6_12ch"),
+    "kEffNetB0_D6v3_16ch_32_skip3": create("keffnet_b0", ktype="D6v3_16ch", skip_stride_cnt=3),
+    "kInceptionV3_D6_32ch_224": create("kinception_v3", ktype="D6_32ch"),
+    "kMobileNetV3Large_D6_32ch_224": create("kmobilenet_v3_large", ktype="D6_32ch"),
+    "kMobileNetV3Small_D6_32ch_224": create("kmobilenet_v3_small", ktype="D6_32ch"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_names_of_every_network(name: str, tmp_path: Path) -> None:
+    """A file with the original's names, shapes and activations loads."""
+    source = Path(__file__).parents[1] / "data" / "architectures" / f"{name}.json"
+    layers = json.loads(source.read_text("utf-8"))["layers"]
+
+    def shifted(layer: str) -> str:
+        """Automatic names as they are in a session that has made other models before."""
+        found = re.fullmatch(r"(conv2d|batch_normalization|activation|re_lu)(?:_(\d+))?", layer)
+        return f"{found[1]}_{int(found[2] or 0) + 7}" if found else layer
+
+    config = {"config": {"layers": []}}
+    with h5py.File(tmp_path / "model.hdf5", "w") as file:
+        root = file.create_group("model_weights")
+        root.attrs["layer_names"] = np.array([shifted(layer["name"]) for layer in layers], "S")
+        for layer in layers:
+            own = shifted(layer["name"])
+            weights = layer["weights"]
+            for weight, shape in weights.items():
+                root.create_dataset(f"{own}/{own}/{weight}:0", shape, "f4", fillvalue=0.5)
+            texts = [f"{own}/{weight}:0" for weight in weights]
+            root.require_group(own).attrs["weight_names"] = np.array(texts, "S")
+            settings = {"max_value": float(layer["max_value"]) if "max_value" in layer else None}
+            config["config"]["layers"].append(
+                {"class_name": layer["type"], "config": {**layer, **settings, "name": own}}
+            )
+        file.attrs["model_config"] = json.dumps(config)
+    classes = layers[-1]["output_shape"][-1]
+    model = kconv.torch.network.build(dataclasses.replace(ARCHITECTURES[name], classes=classes))
+    load_weights(model, tmp_path / "model.hdf5")
+    assert all((parameter == 0.5).all() for parameter in model.parameters())
 
 
 def keras2_config(spec, **kinds: str) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 from keras import ops
@@ -77,8 +77,12 @@ def check_ktype(kType: Any) -> Any:
     """
     for number in kType if isinstance(kType, list | tuple) else [kType]:
         if number in LEFT_OUT:
-            raise NotImplementedError(f"kType {number} of the original is not in kconv")
+            raise _left_out(number)
     return kType
+
+
+def _left_out(number: int) -> NotImplementedError:
+    return NotImplementedError(f"kType {number} of the original is not in kconv")
 
 
 @_serializable
@@ -597,6 +601,74 @@ def kConv2DType6(
         stride_size,
         padding,
     )
+
+
+def kConv2DType7(
+    last_tensor: Tensor,
+    filters: int = 32,
+    channel_axis: int = 3,
+    name: str | None = None,
+    activation: Activation = None,
+    has_batch_norm: bool = True,
+    has_batch_scale: bool = True,
+    use_bias: bool = True,
+    bin_conv_count: int = 4,
+    kernel_size: int = 1,
+    stride_size: int = 1,
+    padding: str = "same",
+) -> NoReturn:
+    """Not in kconv.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise _left_out(7)
+
+
+def kConv2DType8(
+    last_tensor: Tensor,
+    filters: int = 32,
+    channel_axis: int = 3,
+    name: str | None = None,
+    activation: Activation = None,
+    has_batch_norm: bool = True,
+    has_batch_scale: bool = True,
+    use_bias: bool = True,
+    min_channels_per_group: int = 16,
+    kernel_size: int = 1,
+    stride_size: int = 1,
+    padding: str = "same",
+    always_intergroup: bool = False,
+) -> NoReturn:
+    """Not in kconv.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise _left_out(8)
+
+
+def kConv2DType9(
+    last_tensor: Tensor,
+    filters: int = 32,
+    channel_axis: int = 3,
+    name: str | None = None,
+    activation: Activation = None,
+    has_batch_norm: bool = True,
+    has_batch_scale: bool = True,
+    use_bias: bool = True,
+    min_channels_per_group: int = 16,
+    kernel_size: int = 1,
+    stride_size: int = 1,
+    padding: str = "same",
+    always_intergroup: bool = False,
+) -> NoReturn:
+    """Not in kconv.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise _left_out(9)
 
 
 def kConv2DType10(
