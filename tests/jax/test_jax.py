@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.test_util import check_grads
 
 import kconv.jax
@@ -297,3 +299,42 @@ print("fallback works")
 def test_fallback_to_callbacks_with_one_warning():
     run = subprocess.run([sys.executable, "-c", FALLBACK], capture_output=True, text=True)
     assert run.stdout == "fallback works\n", run.stderr
+
+
+def test_export_with_any_batch_size():
+    x, weight = random(3, 4, 4, 8, dtype=np.float32), random(6, 4, dtype=np.float32)
+
+    def convolve(x, weight):
+        return kconv.jax.pointwise_conv(x, weight, groups=2, interleave=3, layout="NHWC")
+
+    (n,) = export.symbolic_shape("n")
+    allowed = export.DisabledSafetyCheck.custom_call("kconv_pointwise_conv")
+    shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in ((n, 4, 4, 8), (6, 4))]
+    program = export.export(jax.jit(convolve), disabled_checks=[allowed])(*shapes)
+    again = export.deserialize(program.serialize())
+    np.testing.assert_array_equal(again.call(x, weight), convolve(x, weight))
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np, kconv.jax
+from jax.sharding import Mesh, PartitionSpec as P
+x, w, b = (jnp.asarray(np.random.default_rng(0).normal(size=s), np.float32)
+           for s in ((4, 5, 5, 8), (6, 4), (6,)))
+def loss(x, w, b):
+    y = kconv.jax.pointwise_conv(x, w, b, groups=2, interleave=3, layout="NHWC")
+    return (y ** 2).sum()
+mesh = Mesh(np.array(jax.devices()), ("data",))
+sharded = jax.shard_map(
+    lambda *a: jax.lax.psum(loss(*a), "data"), mesh=mesh,
+    in_specs=(P("data"), P(), P()), out_specs=P(), check_vma=False)
+ours = jax.jit(jax.grad(sharded, (0, 1, 2)))(x, w, b)
+for a, e in zip(ours, jax.grad(loss, (0, 1, 2))(x, w, b)):
+    np.testing.assert_allclose(a, e, rtol=1e-4)
+print(len(jax.devices()), "devices")
+"""
+
+
+def test_shard_map_over_two_devices():
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    run = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, env=env)
+    assert run.stdout == "2 devices\n", run.stderr

@@ -5,6 +5,9 @@ Example:
     >>> loss = lambda w, x: kconv.jax.pointwise_conv(x, w, groups=2).sum()
     >>> jax.jit(jax.grad(loss))(jnp.ones((6, 4)), jnp.ones((2, 8, 5, 5))).shape
     (6, 4)
+
+Inside ``jax.shard_map`` pass ``check_vma=False``. For ``jax.export`` allow the custom calls
+``kconv_*``; the batch size may be symbolic.
 """
 
 from kconv.jax.ops import deinterleave, depthwise_conv, interleave, pointwise_conv
