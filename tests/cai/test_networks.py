@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -226,11 +228,59 @@ def test_load_the_published_checkpoint() -> None:
     assert isinstance(model.get_layer("conv1_relu"), keras.layers.ReLU)
 
 
+def test_load_an_originals_own_layers(tmp_path) -> None:
+    """A Keras 2 configuration: "/" in names, functions by name, layers of the original."""
+
+    def layer(kind: str, name: str, *inputs: str, **config) -> dict:
+        nodes = [[[source, 0, 0, {}] for source in inputs]] if inputs else []
+        return {
+            "class_name": kind,
+            "name": name,
+            "config": {"name": name, "dtype": "float32", **config},
+            "inbound_nodes": nodes,
+        }
+
+    convolution = {
+        "filters": 4,
+        "kernel_size": [1, 1],
+        "strides": [1, 1],
+        "padding": "same",
+        "dilation_rate": [1, 1],
+        "groups": 2,
+        "activation": "linear",
+        "use_bias": False,
+        "kernel_initializer": {"class_name": "GlorotUniform", "config": {"seed": None}},
+        "kernel_regularizer": {"class_name": "L2", "config": {"l2": 0.5}},
+    }
+    layers = [
+        layer("InputLayer", "input_1", batch_input_shape=[None, 8, 8, 4], sparse=False),
+        layer("Conv2D", "a/b", "input_1", **convolution),
+        layer("Activation", "act/x", "a/b", activation="HardSwish"),
+        layer("CopyChannels", "copy_channels", "act/x", channel_start=1, channel_count=2),
+        layer("Concatenate", "concatenate_3", "act/x", "copy_channels", axis=3),
+    ]
+    config = {"name": "m", "layers": layers, "input_layers": [["input_1", 0, 0]]}
+    config["output_layers"] = [["concatenate_3", 0, 0]]
+    with h5py.File(tmp_path / "m.hdf5", "w") as file:
+        file.attrs["keras_version"] = "2.6.0"
+        file.attrs["model_config"] = json.dumps({"class_name": "Functional", "config": config})
+        weights = file.create_group("model_weights")
+        weights.attrs["layer_names"] = np.array(["a/b"], "S")
+        weights["a/b/a/b/kernel:0"] = np.ones((1, 1, 2, 4), np.float32)
+        weights["a/b"].attrs["weight_names"] = np.array(["a/b/kernel:0"], "S")
+    model = cai.models.load_kereas_model(tmp_path / "m.hdf5")
+    found = keras.ops.convert_to_numpy(model(np.full((1, 8, 8, 4), 0.5, np.float32)))
+    np.testing.assert_allclose(found, np.full((1, 8, 8, 6), 4 / 6), rtol=1e-5)
+    assert float(model.losses[0]) == 4
+
+
 def test_load_keras_file_and_wrong_ones(tmp_path) -> None:
     model = cai.densenet.ksimple_densenet((8, 8, 3), 1, has_interleave_at_transition=True)
     model.save(tmp_path / "m.keras")
-    again = cai.models.load_kereas_model(tmp_path / "m.keras")
-    np.testing.assert_equal(again.get_weights(), model.get_weights())
+    model.save(tmp_path / "m.h5")
+    for file in ("m.keras", "m.h5"):
+        again = cai.models.load_kereas_model(tmp_path / file)
+        np.testing.assert_equal(again.get_weights(), model.get_weights())
     (tmp_path / "text.hdf5").write_text("not a model")
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'text.hdf5'} holds no model")):
         cai.models.load_kereas_model(tmp_path / "text.hdf5")

@@ -57,8 +57,11 @@ def load_kereas_model(filename: str | os.PathLike[str]) -> keras.Model:
     try:
         with h5py.File(filename, "r") as file:
             config = json.loads(file.attrs["model_config"])
+            version = str(file.attrs.get("keras_version", "2"))
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{filename} holds no model of Keras: {error}") from None
+    if not version.startswith("2"):
+        return keras.models.load_model(filename, custom_objects=GetClasses(), compile=False)
     with keras.saving.custom_object_scope(GetClasses()):
         model = keras.Model.from_config(_keras3(config["config"]))
     load_weights(model, filename)
