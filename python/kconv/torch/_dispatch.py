@@ -93,7 +93,9 @@ class KernelOp:
             return self._autocast(*args)
         if not self._is_plain(args):
             return self.overload(*args)
-        return _apply(self, *args) if self._is_differentiated(args) else self._compute(*args)
+        if self._is_differentiated(args):
+            return _apply(self, self._compute, *args)
+        return self._compute(*args)
 
     def _is_plain(self, args: Sequence[Any]) -> bool:
         """Whether these are ordinary CPU tensors and nobody is listening to the dispatcher."""
@@ -137,19 +139,26 @@ class KernelOp:
         wide = (t if t is None else t.float() for t in tensors)
         return self.kernel(*wide, *args[len(tensors) :]).to(dtype)
 
+    def _autograd(self, *args: Any) -> Tensor:
+        """The dispatcher's autograd kernel."""
+        args += self._defaults[len(args) :]
+        if not self._is_differentiated(args):
+            return self._below_autograd(*args)
+        with enable_single_level_autograd_function():
+            return _apply(self, self._with_grad_below, *args)
+
     def _below_autograd(self, *args: Any) -> Tensor:
         if self._is_plain(args):
             return self._compute(*args)
         with _AutoDispatchBelowAutograd():
             return self.overload(*args)
 
-    def _autograd(self, *args: Any) -> Tensor:
-        """The dispatcher's autograd kernel."""
-        args += self._defaults[len(args) :]
-        if self._is_differentiated(args):
-            with enable_single_level_autograd_function():
-                return _apply(self, *args)
-        return self._below_autograd(*args)
+    def _with_grad_below(self, *args: Any) -> Tensor:
+        """For torch.func, whose transforms may differentiate on a level below this one."""
+        if peek_interpreter_stack() is None:
+            return self._below_autograd(*args)
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            return self._below_autograd(*args)
 
     def _autocast(self, *args: Any) -> Tensor:
         """The dispatcher's autocast kernel: the dtype that ``conv2d`` would have there."""
@@ -208,40 +217,36 @@ def _to_autocast(arg: Any, dtype: torch.dtype) -> Any:
 
 
 class _Apply(_SingleLevelFunction):
-    """Differentiates a :class:`KernelOp`, its first argument.
+    """Differentiates a :class:`KernelOp`, its first argument; the second computes the result.
 
     The dispatcher has taken torch.func's transforms down to one level by the time it is called, so
     it is of the class that PyTorch itself uses there (``Function.apply`` would start over).
     """
 
     @staticmethod
-    def forward(op: KernelOp, *args: Any) -> Tensor:
-        if peek_interpreter_stack() is None:
-            return op._below_autograd(*args)
-        # A transform of torch.func may differentiate on a level below this one.
-        with torch.enable_grad(), _set_fwd_grad_enabled(True):
-            return op._below_autograd(*args)
+    def forward(op: KernelOp, compute: Callable[..., Tensor], *args: Any) -> Tensor:
+        return compute(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        op, *args = inputs
-        tensors = args[: len(op.images)]
+        op: KernelOp = inputs[0]
+        tensors = inputs[2 : 2 + len(op.images)]
         ctx.op = op
-        ctx.geometry = tuple(args[op._leading :])
-        ctx.shapes = [t.shape for t in tensors]
+        ctx.geometry = inputs[2 + op._leading :]
+        ctx.shapes = [tensor.shape for tensor in tensors]
         ctx.output_shape = output.shape
         ctx.set_materialize_grads(False)
-        # A tensor is kept only for the derivative by another one.
-        needed = ctx.needs_input_grad[1 : 1 + len(op.images)]
-        kept = [t if any(needed[:i] + needed[i + 1 :]) else None for i, t in enumerate(tensors)]
-        ctx.save_for_backward(*kept)
+        if len(tensors) == 2:  # each is kept for the derivative by the other one only
+            first, second = tensors
+            _, _, by_first, by_second, *_ = ctx.needs_input_grad
+            ctx.save_for_backward(first if by_second else None, second if by_first else None)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         op: KernelOp = ctx.op
-        _, *needed = ctx.needs_input_grad
+        _, _, *needed = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * len(needed)
         if grad is not None:
             saved = ctx.saved_tensors
@@ -251,10 +256,10 @@ class _Apply(_SingleLevelFunction):
                     grads[i] = derivative(grad, *others, ctx.shapes[i], *ctx.geometry)
             if op.has_bias and needed[len(op.images)]:
                 grads[len(op.images)] = op.unfold_bias(grad.sum((0, 2, 3)), *ctx.geometry)
-        return None, *grads
+        return None, None, *grads
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Any) -> Tensor | None:
+    def jvp(ctx: Any, _op: None, _compute: None, *tangents: Any) -> Tensor | None:
         op: KernelOp = ctx.op
         tensors = ctx.saved_tensors
         no_bias = (None,) * op.has_bias
