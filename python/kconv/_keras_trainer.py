@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ class KerasTrainer:
 
     def __init__(self, spec: Spec, seed: int) -> None:
         keras.config.set_image_data_format("channels_last")  # as the images come
-        keras.utils.set_random_seed(seed)
+        # Keras draws all its seeds from here; keras.utils.set_random_seed would import TensorFlow,
+        # where it is installed, only to seed it too.
+        random.seed(seed)
         self.model = kconv.keras.build(spec)
         self.model.compile(
             optimizer=keras.optimizers.RMSprop(rho=0.9, epsilon=1e-7),

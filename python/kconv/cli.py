@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import kconv
 from kconv import datasets, models, training
+from kconv._memory import keep_freed_memory
 
 KERAS_BACKENDS = ("jax", "torch", "tensorflow")
 """Named like their packages, the ones to prefer first."""
@@ -144,6 +145,7 @@ def _train(options: argparse.Namespace) -> int:
         output = options.output or _new_run(config)
         if (output / "last.npz").exists():
             raise ValueError(f"{output} holds a run: continue it with --resume {output}")
+    keep_freed_memory()
     try:
         training.train(config, output, resume=bool(options.resume))
     except KeyboardInterrupt:

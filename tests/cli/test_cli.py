@@ -20,6 +20,12 @@ TINY = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def usual_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command does for its own process would last for all further tests."""
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: True)
+
+
 def kconv(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "kconv", *arguments]
 
