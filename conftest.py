@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
+
+# TensorFlow and PyTorch's compiler each bring an LLVM; the process aborts if TensorFlow's, which
+# Keras imports whatever its backend, is there first.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 # Most of the time of tests under JAX goes into compiling the same programs again and again.

@@ -15,11 +15,9 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kconv import augment, datasets, models
+from kconv._files import replacing
 from kconv.datasets import Dataset, Images, Labels
 
 FRAMEWORKS = ("keras", "torch")
@@ -352,40 +351,6 @@ def load_config(run: Path) -> Config:
         ValueError: There is no run, or its checkpoint is damaged.
     """
     return Config(**_read_checkpoint(run / "last.npz")[0]["config"])
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file to write, which takes the path's place once it is written whole.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     target = Path(folder) / "a.txt"
-        ...     with replacing(target) as temporary:
-        ...         _ = temporary.write_text("whole")
-        ...     target.read_text()
-        'whole'
-
-    Args:
-        path: The file to make or replace.
-
-    Yields:
-        The temporary file's path; it has the same suffix.
-
-    Raises:
-        OSError: It could not be written; the old file is still there.
-    """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())  # else a crash may leave the new name with no contents
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # h5py and torch report a full disk as RuntimeError
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _make_folder(path: Path) -> None:

@@ -42,7 +42,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kconv.training import replacing
+from kconv._files import replacing
 
 __all__ = ["load_weights", "save_weights"]
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from kconv import datasets, training
+from kconv._files import replacing
 from kconv.training import Config, learning_rate
 
 TINY = Config(
@@ -300,7 +301,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, error: Exception) -> N
 
     with (
         pytest.raises(OSError, match=r"cannot write .*best\.pt"),
-        training.replacing(target) as new,
+        replacing(target) as new,
     ):
         fail(new)
     assert target.read_text() == "old"
