@@ -1,4 +1,4 @@
-"""The command ``kconv``: train a network, list the networks, describe the installation."""
+"""The command ``kconv``: train a network, list networks and the papers' tables, and more."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import ast
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,6 @@ from kconv._memory import keep_freed_memory
 
 KERAS_BACKENDS = ("jax", "torch", "tensorflow")
 """Named like their packages, the ones to prefer first."""
-TABLE_KTYPES = ("D6_16ch", "D6_32ch", "D6v3_16ch", "D6v3_32ch")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,8 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kconv", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="train a network on images"))
-    table = commands.add_parser("models", help="parameters and multiply-accumulates of the models")
-    table.set_defaults(run=_models)
+    known = commands.add_parser("models", help="parameters and multiply-accumulates of the models")
+    known.set_defaults(run=_models)
+    table = commands.add_parser("table", help="the papers' tables, with the sizes computed here")
+    table.set_defaults(run=_table)
     info = commands.add_parser("info", help="version, instruction set, threads, frameworks")
     info.set_defaults(run=_info)
     return parser
@@ -176,15 +178,57 @@ def _new_run(config: training.Config) -> Path:
 
 
 def _models(options: argparse.Namespace) -> int:
+    rows = models.table()
     print("10 classes, 224x224 images\n")
-    print(f"{'model':16} {'kType':10} {'parameters':>12} {'multiply-accumulates':>21}")
-    for name in (f"keffnet_b{size}" for size in range(8)):
-        for ktype in TABLE_KTYPES:
-            counts = models.count(models.create(name, ktype=ktype, classes=10))
-            print(f"{name:16} {ktype:10} {counts.trainable:12,} {counts.macs:21,}")
-    others = [name for name in models.list_models() if not name.startswith("keffnet_b")]
+    _print_table(
+        ("model", "kType", "parameters", "multiply-accumulates"),
+        [(row.model, row.ktype, f"{row.trainable:,}", f"{row.macs:,}") for row in rows],
+    )
+    others = [name for name in models.list_models() if name not in {row.model for row in rows}]
     print("\nothers:", ", ".join(others))
     return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    titles = {"V1": "MENDEL 28(1), 2022", "V2": "Entropy 24(9):1264, 2022"}
+    runs = itertools.groupby(
+        models.paper_table(), lambda row: (row.paper, row.dataset, row.classes, row.epochs)
+    )
+    totals: list[str] = []
+    for (paper, dataset, classes, epochs), rows in runs:
+        print(f"{titles[paper]}: {dataset}, {classes} classes, {epochs} epochs\n")
+        lines = []
+        for row in rows:
+            if row.published_is_total:
+                totals.append(f"{row.published_parameters:,}")
+            lines.append(
+                (
+                    row.model,
+                    row.ktype,
+                    row.input,
+                    f"{row.counts.trainable:,}" + "*" * row.published_is_total,
+                    f"{row.saving:.0%}",
+                    f"{row.counts.macs:,}",
+                    f"{row.published_accuracy:.2%}",
+                )
+            )
+        quantities = ("parameters", "saved", "multiply-accumulates", "published accuracy")
+        _print_table(("model", "kType", "images", *quantities), lines)
+        print()
+    print(f"* The paper counts the statistics of batch norms, too: {', '.join(totals)}.")
+    return 0
+
+
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns as wide as they need to be, those of numbers flush right."""
+    table = [header, *rows]
+    columns = []
+    for column in zip(*table, strict=True):
+        width = max(map(len, column))
+        number = set(column[-1]) <= set("0123456789,.%*")
+        columns.append([f"{cell:>{width}}" if number else f"{cell:<{width}}" for cell in column])
+    for line in zip(*columns, strict=True):
+        print("  ".join(line).rstrip())
 
 
 def _info(options: argparse.Namespace) -> int:

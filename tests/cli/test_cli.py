@@ -54,6 +54,20 @@ def test_models_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert table["keffnet_b7", "D6v3_32ch"][0] == f"{models.count(spec).trainable:,}"
 
 
+def test_table_prints_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["table"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line[:7] in ("MENDEL ", "Entropy") for line in lines) == 7
+    rows = [tuple(re.split(" {2,}", line)) for line in lines if line.endswith("%")]
+    assert len(rows) == len(models.paper_table())
+    assert rows[0] == ("EfficientNet-B0", "224x224", "4,020,358", "0%", "384,547,552", "93.52%")
+    assert ("kEffNet-B0", "D6_16ch", "224x224", "639,702", "84%", "123,613,524", "92.24%") in rows
+    marked = [row[:4] for row in rows if row[3].endswith("*")]
+    assert marked[0] == ("kEffNet-B0", "D6v3_2ch", "224x224", "309,432*")
+    assert len(marked) == 3
+    assert "355,064, 397,888, 487,416" in lines[-1]
+
+
 def test_info_names_versions_and_threads() -> None:
     done = subprocess.run(kconv("info"), capture_output=True, text=True, check=True)
     values = dict(re.split(" {2,}", line, maxsplit=1) for line in done.stdout.splitlines())
