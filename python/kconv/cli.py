@@ -91,7 +91,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
     add("--model", "a model of `kconv models`", metavar="NAME")
     add("--ktype", "kind of pointwise convolution, such as D6_16ch or D6v3_32ch", metavar="NAME")
-    add("--skip-strides", "strides skipped for small images (default: 3)", type=int, metavar="N")
+    add("--skip-strides", "strides skipped, by default 3 up to 64x64", type=int, metavar="N")
     add(
         "--model-option",
         "another option of the model, such as width=0.5; may be repeated",
@@ -99,8 +99,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
     )
     known = ", ".join(datasets.names())
-    add("--dataset", f"{known}, or a folder or tar file of images", metavar="NAME|PATH")
-    add("--data-dir", "folder with the data set's original files, else downloaded", metavar="DIR")
+    add("--dataset", f"{known}, or a folder or archive of images", metavar="NAME|PATH")
+    add(
+        "--data-dir",
+        "folder with the data set's original files or archives (default: Keras downloads "
+        "fashion_mnist, mnist, cifar10 and cifar100)",
+        metavar="DIR",
+    )
     add(
         "--train-images",
         "use so many training images, balanced over classes",
@@ -108,7 +113,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="N",
     )
     add("--test-images", "test on so many images, likewise", type=int, metavar="N")
-    add("--image-size", "resize images to this height and width", type=int, metavar="N")
+    add(
+        "--image-size",
+        "resize images to this height and width (default: 224 for the last four of these, else 32)",
+        type=int,
+        metavar="N",
+    )
+    add("--interpolation", "how to resize them", choices=datasets.INTERPOLATIONS)
     add("--epochs", "passes over the training images", type=int, metavar="N")
     add("--batch-size", "images in a step", type=int, metavar="N")
     add("--lr-schedule", "learning rate over the epochs", choices=training.SCHEDULES)

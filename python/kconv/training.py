@@ -35,6 +35,8 @@ VALIDATION_SHARE = 0.1
 SHORT_RUN_STEPS = 2000
 """Below so many steps, moving statistics of momentum 0.99 lag too far behind the weights."""
 RECALIBRATION_IMAGES = 2048
+SMALL_IMAGE = 64
+"""Images of no more pixels a side keep the first strides' pixels, as the papers' 32x32 do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +46,16 @@ class Config:
     Attributes:
         model: A name of ``kconv.models.list_models()``.
         ktype: Its kind of pointwise convolution; None is the model's own default.
-        skip_strides: How many strides to skip for small images; None is 3 where the model has them.
+        skip_strides: How many strides to skip for small images; None is 3, if the model has them
+            and the images have at most ``SMALL_IMAGE`` pixels a side.
         model_options: Further fields of the model's spec.
-        dataset: A name of ``kconv.datasets.names()``, or a folder or tar file of images.
-        data_dir: Where the data set's original files are; None downloads them.
+        dataset: A name of ``kconv.datasets.names()``, or a folder or archive of images.
+        data_dir: Where the data set's original files are; None downloads them, of some.
         train_images: Use only so many training images, as many of each class.
         test_images: Use only so many test images, likewise.
-        image_size: Height and width that images are resized to.
+        image_size: Height and width that images are resized to; None is 224 for
+            ``kconv.datasets.PHOTOGRAPHS`` and 32 for others.
+        interpolation: One of ``kconv.datasets.INTERPOLATIONS``.
         epochs: Passes over the training images.
         batch_size: Images in a step.
         lr_schedule: One of ``SCHEDULES``.
@@ -70,7 +75,8 @@ class Config:
     data_dir: str | None = None
     train_images: int | None = None
     test_images: int | None = None
-    image_size: int = 32
+    image_size: int | None = None
+    interpolation: str = "bilinear"
     epochs: int = 2
     batch_size: int = 64
     lr_schedule: str = "cyclic25"
@@ -87,8 +93,9 @@ class Config:
             ValueError: One of them makes no sense.
         """
         for option in ("epochs", "batch_size", "image_size"):
-            if getattr(self, option) < 1:
-                raise ValueError(f"{option}={getattr(self, option)} must be at least 1")
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ValueError(f"{option}={value} must be at least 1")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative")
         if not self.lr > 0:
@@ -110,7 +117,8 @@ class Config:
             options["skip_stride_cnt"] = self.skip_strides
         spec = models.create(self.model, **options)
         has_strides = "skip_stride_cnt" in {field.name for field in dataclasses.fields(spec)}
-        if has_strides and "skip_stride_cnt" not in options:
+        small = max(data.image_shape[:2]) <= SMALL_IMAGE
+        if has_strides and small and "skip_stride_cnt" not in options:
             spec = models.create(self.model, **options, skip_stride_cnt=3)
         return spec
 
@@ -198,7 +206,8 @@ def train(
     checkpoint = _checkpoint_of(output / "last.npz", config) if resume else None
     data = datasets.load(
         config.dataset,
-        image_size=config.image_size,
+        image_size=config.image_size or (None if config.dataset in datasets.PHOTOGRAPHS else 32),
+        interpolation=config.interpolation,
         train_images=config.train_images,
         test_images=config.test_images,
         data_dir=config.data_dir,

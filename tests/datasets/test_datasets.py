@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import kconv
 from kconv import datasets
 
 Files = dict[str, bytes]
@@ -71,7 +72,7 @@ def test_embedded_subset_is_balanced_and_small() -> None:
     assert np.bincount(data.y_train).tolist() == [600] * 10
     assert np.bincount(data.y_test).tolist() == [100] * 10
     assert len(data.class_names) == 10
-    folder = Path(datasets.__file__).parent / "data/fashion_mnist_mini"
+    folder = Path(kconv.__file__).parent / "data/fashion_mnist_mini"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 4_000_000
     assert "MIT License" in (folder / "LICENSE").read_text()
 

@@ -83,6 +83,15 @@ def test_config_names_the_bad_value(option: str, value: Any) -> None:
         Config(**{option: value})
 
 
+@pytest.mark.parametrize(("size", "skipped"), [(32, 3), (64, 3), (65, -1), (224, -1)])
+def test_strides_are_skipped_for_small_images(size: int, skipped: int) -> None:
+    images, labels = np.zeros((1, size, 8, 3), np.uint8), np.zeros(1, np.int64)
+    data = datasets.Dataset("zeros", ("a", "b"), images, labels, images, labels)
+    assert Config().spec(data).skip_stride_cnt == skipped
+    assert Config(skip_strides=1).spec(data).skip_stride_cnt == 1
+    assert Config(model="mobilenet").spec(data).input_shape == (size, 8, 3)
+
+
 def test_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size=64.*has 40 training images"):
         training.train(dataclasses.replace(TINY, batch_size=64), tmp_path / "run")
