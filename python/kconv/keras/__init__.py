@@ -11,7 +11,7 @@ Example:
 
 from kconv.keras.blocks import kPointwiseConv2D
 from kconv.keras.builder import build
-from kconv.keras.convert import accelerate, to_native
+from kconv.keras.convert import accelerate, compress, to_native
 from kconv.keras.layers import (
     CopyChannels,
     DepthwiseConv2D,
@@ -28,6 +28,7 @@ __all__ = [
     "SumIntoHalfChannels",
     "accelerate",
     "build",
+    "compress",
     "kPointwiseConv2D",
     "to_native",
 ]

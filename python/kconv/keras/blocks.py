@@ -78,7 +78,30 @@ def kPointwiseConv2D(  # noqa: N802 - the original's name
             x = keras.layers.Activation(activation, name=named(step.activation_name))(x)
         return x
 
-    results = {ktypes.INPUT: last_tensor}
+    return apply_plan(plan, last_tensor, unit, data_format, named)
+
+
+def apply_plan(
+    plan: ktypes.Plan,
+    x: Tensor,
+    unit: Callable[[ktypes.Unit, Tensor], Tensor],
+    data_format: str,
+    named: Callable[[str], str | None],
+) -> Tensor:
+    """The output of a block.
+
+    Args:
+        plan: the block.
+        x: (N, H, W, C), or (N, C, H, W).
+        unit: applies one of the block's convolutions, with what follows it.
+        data_format: "channels_last" or "channels_first".
+        named: from a step's name to a layer's.
+
+    Returns:
+        Like ``x``, with the channels of the block's last step.
+    """
+    channel_axis = 3 if data_format == "channels_last" else 1
+    results = {ktypes.INPUT: x}
     for step in plan:
         inputs = [results[source] for source in step.inputs]
         layer_name = None if step.auto else named(step.name)
