@@ -7,7 +7,7 @@ Example:
     (6, 4)
 
 Inside ``jax.shard_map`` pass ``check_vma=False``. For ``jax.export`` allow the custom calls
-``kconv_*``; the batch size may be symbolic.
+``kconv_*``; the batch size may be symbolic. Layers for Flax are in :mod:`kconv.jax.nnx`.
 """
 
 from kconv.jax.ops import deinterleave, depthwise_conv, interleave, pointwise_conv
