@@ -128,13 +128,13 @@ class DepthwiseConv(nnx.Conv):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Convolve; see the class for the shapes."""
         x, kernel, bias = _promoted(self, inputs)
-        padding: Any = self.padding
+        padding: Any = self.padding.lower() if isinstance(self.padding, str) else self.padding
         y = ops.depthwise_conv(
             x.reshape(-1, *x.shape[-3:]),
             kernel[:, :, 0],
             bias,
             stride=self.strides,
-            padding=padding.lower() if isinstance(padding, str) else padding,
+            padding=padding,
             layout="NHWC",
             weight_layout="IO",
         )
