@@ -283,9 +283,35 @@ def _clone(
 
 
 def _interleave(x: Tensor, step: int, axis: int) -> Tensor:
-    if step < 2:
+    channels = x.shape[axis]
+    if not 1 < step < channels:
         return x
-    return keras.ops.take(x, ktypes.interleave_index(x.shape[axis], step), axis=axis)
+    if None in x.shape[1:]:  # a reshape leaves one size open, which is the batch's
+        return keras.ops.take(x, ktypes.interleave_index(channels, step), axis=axis)
+    # Else by transposing a table, which exports everywhere: its rows are of ``step``
+    # channels, and the columns are taken one by one. Where the last row is not full, the columns
+    # that it lengthens are a table of their own.
+    rows, rest = divmod(channels, step)
+    tables = [_split(_channels(x, 0, rows * step, axis), rows, axis)]
+    if rest:
+        last_row = _split(_channels(x, rows * step, rest, axis), 1, axis)
+        longer = _channels(tables[0], 0, rest, axis + 1)
+        others = _channels(tables[0], rest, step - rest, axis + 1)
+        tables = [keras.ops.concatenate([longer, last_row], axis), others]
+    columns = [_merge(keras.ops.swapaxes(table, axis, axis + 1), axis) for table in tables]
+    return keras.ops.concatenate(columns, axis) if rest else columns[0]
+
+
+def _split(x: Tensor, rows: int, axis: int) -> Tensor:
+    """Axis of rows * columns values to (rows, columns)."""
+    before, after = x.shape[1:axis], x.shape[axis + 1 :]
+    return keras.ops.reshape(x, (-1, *before, rows, x.shape[axis] // rows, *after))
+
+
+def _merge(x: Tensor, axis: int) -> Tensor:
+    """Undoes :func:`_split`."""
+    before, after = x.shape[1:axis], x.shape[axis + 2 :]
+    return keras.ops.reshape(x, (-1, *before, x.shape[axis] * x.shape[axis + 1], *after))
 
 
 def _channels(x: Tensor, start: int, count: int, axis: int) -> Tensor:
