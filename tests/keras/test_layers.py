@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -29,34 +31,35 @@ def images(n, h, w, c, data_format):
     return x if data_format == "channels_last" else np.moveaxis(x, 3, 1)
 
 
-def models(ours, keras_layer, x):
+def models(ours, keras_layer, options, x):
     """A model of each layer, with the same weights."""
-    pair = [keras.Sequential([keras.Input(x.shape[1:]), layer]) for layer in (ours, keras_layer)]
+    theirs = [keras_layer(**options)]
+    if BACKEND == "tensorflow" and options.get("data_format") == "channels_first":
+        # TensorFlow's own convolutions know no NCHW on a CPU.
+        inner = keras_layer(**{**options, "data_format": "channels_last"})
+        theirs = [keras.layers.Permute((2, 3, 1)), inner, keras.layers.Permute((3, 1, 2))]
+    stacks = [ours(**options)], theirs
+    pair = [keras.Sequential([keras.Input(x.shape[1:]), *layers]) for layers in stacks]
     pair[1].set_weights([random(*w.shape) for w in pair[1].get_weights()])
     pair[0].set_weights(pair[1].get_weights())
     return pair
 
 
 def assert_same(gradients, ours, theirs, x):
-    """Outputs and gradients of both models; TensorFlow's own convolutions know no NCHW."""
+    """Outputs and gradients of both models."""
     for actual, expected in zip(gradients(ours, x, None), gradients(theirs, x, None), strict=True):
         for a, e in zip(actual, expected, strict=True):
             np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4 * max(1, np.abs(e).max()))
 
 
-def skip_without_nchw(data_format):
-    if BACKEND == "tensorflow" and data_format == "channels_first":
-        pytest.skip("TensorFlow's own convolutions have no channels_first on a CPU")
-
-
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize(("c_in", "filters", "groups"), [(12, 8, 4), (9, 5, 1)])
 def test_pointwise_is_conv2d(c_in, filters, groups, data_format, gradients):
-    skip_without_nchw(data_format)
-    shared = {"groups": groups, "data_format": data_format, "activation": "tanh"}
+    options = {"filters": filters, "groups": groups, "data_format": data_format}
+    options["activation"] = "tanh"
     x = images(2, 5, 3, c_in, data_format)
-    ours = PointwiseConv2D(filters, **shared)
-    assert_same(gradients, *models(ours, keras.layers.Conv2D(filters, 1, **shared), x), x)
+    theirs = partial(keras.layers.Conv2D, kernel_size=1)
+    assert_same(gradients, *models(PointwiseConv2D, theirs, options, x), x)
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
@@ -65,11 +68,11 @@ def test_pointwise_is_conv2d(c_in, filters, groups, data_format, gradients):
     ("kernel", "strides", "padding"), [(3, 1, "same"), (5, 2, "same"), (3, 2, "valid")]
 )
 def test_depthwise_is_depthwise_conv2d(kernel, strides, padding, size, data_format, gradients):
-    skip_without_nchw(data_format)
-    shared = {"strides": strides, "padding": padding, "data_format": data_format}
+    options = {"kernel_size": kernel, "strides": strides, "padding": padding}
+    options["data_format"] = data_format
     x = images(2, *size, 6, data_format)
-    theirs = keras.layers.DepthwiseConv2D(kernel, **shared)
-    assert_same(gradients, *models(DepthwiseConv2D(kernel, **shared), theirs, x), x)
+    layers = DepthwiseConv2D, keras.layers.DepthwiseConv2D
+    assert_same(gradients, *models(*layers, options, x), x)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +81,7 @@ def test_depthwise_is_depthwise_conv2d(kernel, strides, padding, size, data_form
 def test_depthwise_does_all_that_keras_does(options):
     arguments = {"kernel_size": 3, "activation": "relu", **options}
     x = random(1, 8, 8, 4)
-    ours, theirs = models(
-        DepthwiseConv2D(**arguments), keras.layers.DepthwiseConv2D(**arguments), x
-    )
+    ours, theirs = models(DepthwiseConv2D, keras.layers.DepthwiseConv2D, arguments, x)
     np.testing.assert_allclose(ours.predict(x, verbose=0), theirs.predict(x, verbose=0), rtol=1e-5)
 
 
@@ -158,10 +159,20 @@ def small_model(size=(8, 8)):
     return keras.Model(x, keras.layers.Dense(3, activation="softmax")(y))
 
 
-@pytest.mark.parametrize("compilation", [{}, {"jit_compile": False}, {"run_eagerly": True}])
+def tiny_model():
+    layers = [PointwiseConv2D(12, interleave=4), DepthwiseConv2D(3, padding="same")]
+    layers += [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3, activation="softmax")]
+    return keras.Sequential([keras.Input((8, 8, 8)), *layers])
+
+
+@pytest.mark.filterwarnings("ignore:Model doesn't support `jit_compile=True`")  # TensorFlow
+@pytest.mark.parametrize(
+    "compilation", [{}, {"jit_compile": True}, {"jit_compile": False}, {"run_eagerly": True}]
+)
 def test_fit_lowers_the_loss(compilation):
     keras.utils.set_random_seed(1)
-    model = small_model()
+    # PyTorch's compiler would take more than a minute with all of the small model.
+    model = tiny_model() if compilation.get("jit_compile") else small_model()
     x = random(32, 8, 8, 8)
     y = x.mean((1, 2))[:, :3].argmax(1)
     model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy", **compilation)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import kconv.torch
 from kconv.ktypes import interleave_index
 from kconv.torch import (
     DepthwiseConv2d,
@@ -155,9 +154,3 @@ def test_representation():
 def test_bad_arguments(make, words):
     with pytest.raises(ValueError, match=words):
         make()
-
-
-@pytest.mark.parametrize(("version", "warns"), [("2.4.1", 1), ("2.15.0+cu132", 0), ("3.0.0a0", 1)])
-def test_warning_of_versions(version, warns, recwarn):
-    kconv.torch._warn_of_version(version)
-    assert len(recwarn) == warns

@@ -10,6 +10,11 @@ Inside ``jax.shard_map`` pass ``check_vma=False``. For ``jax.export`` allow the 
 ``kconv_*``; the batch size may be symbolic. Layers for Flax are in :mod:`kconv.jax.nnx`.
 """
 
+import jax as _jax
+
+from kconv._versions import warn_of_version
 from kconv.jax.ops import deinterleave, depthwise_conv, interleave, pointwise_conv
 
 __all__ = ["deinterleave", "depthwise_conv", "interleave", "pointwise_conv"]
+
+warn_of_version("jax", _jax.__version__)

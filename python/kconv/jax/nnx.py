@@ -20,12 +20,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax
 import jax
 from flax import nnx
 
+from kconv._versions import warn_of_version
 from kconv.jax import ops
 
 __all__ = ["DepthwiseConv", "InterleaveChannels", "PointwiseConv"]
+
+warn_of_version("flax", flax.__version__)
 
 
 class PointwiseConv(nnx.Conv):

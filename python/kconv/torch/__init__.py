@@ -9,10 +9,9 @@ Example:
 
 from __future__ import annotations
 
-import warnings
-
 import torch as _torch
 
+from kconv._versions import warn_of_version
 from kconv.torch.convert import accelerate, compress, restore
 from kconv.torch.layers import DepthwiseConv2d, InterleaveChannels, PointwiseConv2d
 from kconv.torch.native import to_native
@@ -36,14 +35,4 @@ __all__ = [
     "to_native",
 ]
 
-
-def _warn_of_version(version: str) -> None:
-    """Says so where PyTorch is of another version than those that this package was made for."""
-    major, minor, *_ = version.split(".")
-    if not (2, 5) <= (int(major), int(minor)) <= (2, 15):
-        warnings.warn(
-            f"kconv.torch was made for PyTorch 2.5 to 2.15; this is {version}", stacklevel=3
-        )
-
-
-_warn_of_version(_torch.__version__)
+warn_of_version("torch", _torch.__version__)
