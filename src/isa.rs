@@ -13,6 +13,9 @@ use crate::error::{Result, bail};
 
 /// A set of vector instructions: pulp's vectors plus the few operations that pulp lacks.
 pub trait Isa: pulp::Simd {
+    /// Whether there is an instruction for `a * b + c`; without one the compiler calls a function for it.
+    const FUSED_MULTIPLY_ADD: bool;
+
     /// Asks for the cache line at `ptr`, which need not be readable; nothing where there is no such instruction.
     #[inline(always)]
     fn prefetch<T>(self, ptr: *const T) {
@@ -51,10 +54,14 @@ unsafe fn transpose_block<T: Copy>(src: *const T, src_stride: usize, dst: *mut T
     }
 }
 
-impl Isa for pulp::Scalar {}
+impl Isa for pulp::Scalar {
+    const FUSED_MULTIPLY_ADD: bool = false;
+}
 
 #[cfg(target_arch = "aarch64")]
-impl Isa for pulp::aarch64::Neon {}
+impl Isa for pulp::aarch64::Neon {
+    const FUSED_MULTIPLY_ADD: bool = true;
+}
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -134,6 +141,8 @@ mod x86 {
     macro_rules! avx_transposes {
         ($isa:ty) => {
             impl Isa for $isa {
+                const FUSED_MULTIPLY_ADD: bool = true;
+
                 #[inline(always)]
                 fn prefetch<T>(self, ptr: *const T) {
                     // SAFETY: a hint that never faults.

@@ -10,10 +10,12 @@
 //! | [`isa`], [`pool`], [`scratch`] | the instruction set, the threads and the temporary memory |
 //! | [`kernels`] | numbers only: rows in, rows out, one thread, one instruction set |
 //! | [`ops`] | an operation = geometry + kernels + division of the work over threads |
+//! | [`fused`] | whole chains of convolutions, batch norms and activations as one operation |
 //! | `bindings` | NumPy and XLA: conversion and error mapping (feature `python`) |
 #![warn(missing_docs)]
 
 pub mod error;
+pub mod fused;
 pub mod isa;
 pub mod kernels;
 pub mod ops;

@@ -1,6 +1,7 @@
 //! The Python extension module `kconv._kconv`: conversion and error mapping, nothing else.
 
 mod arrays;
+mod fused;
 mod numpy;
 mod xla;
 
@@ -118,5 +119,6 @@ fn _kconv(module: &Bound<'_, PyModule>) -> PyResult<()> {
     ] {
         module.add_function(function)?;
     }
+    fused::register(module)?;
     numpy::register(module)
 }

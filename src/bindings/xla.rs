@@ -5,11 +5,13 @@
 //! the logical order of axes is the order in memory.
 
 mod abi;
+mod fused;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use self::abi::{Attribute, Buffer, Call, CallFrame, Handler, Output, XlaType};
+use self::fused::{fused_backward, fused_forward, fused_infer};
 use super::arrays::{layout, weight_layout};
 use crate::error::{Result, bail};
 use crate::isa;
@@ -23,10 +25,10 @@ use crate::shape::{
 trait Float: XlaType + Element {}
 impl<T: XlaType + Element> Float for T {}
 
-/// Defines, for each function below, the handler that calls it for the type of its result, and
+/// Defines, for each function below, the handler that calls it for the type of its first result, and
 /// `xla_handlers`, which hands them to Python.
 macro_rules! handlers {
-    ($($name:ident),*) => {
+    ($($name:ident [$($output:ident),*]),* $(,)?) => {
         /// The handlers by the names of the NumPy functions, for `jax.ffi.register_ffi_target`.
         #[pyfunction]
         pub fn xla_handlers(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
@@ -35,10 +37,13 @@ macro_rules! handlers {
                 unsafe extern "C" fn handler(frame: *mut CallFrame) -> *mut std::ffi::c_void {
                     // SAFETY: XLA calls this with a frame of its own.
                     unsafe {
-                        abi::serve(frame, |call, output| match output.type_code() {
-                            <f32 as XlaType>::CODE => $name::<f32>(call, output),
-                            <f64 as XlaType>::CODE => $name::<f64>(call, output),
-                            code => bail!("expected float32 or float64, got XLA's type {code}"),
+                        abi::serve(frame, |call, outputs| {
+                            let [$($output),*] = outputs;
+                            match first(&[$(&$output),*]).type_code() {
+                                <f32 as XlaType>::CODE => $name::<f32>(call, $($output),*),
+                                <f64 as XlaType>::CODE => $name::<f64>(call, $($output),*),
+                                code => bail!("expected float32 or float64, got XLA's type {code}"),
+                            }
                         })
                     }
                 }
@@ -50,8 +55,22 @@ macro_rules! handlers {
 }
 
 handlers! {
-    pointwise_conv, pointwise_conv_grad_input, pointwise_conv_grad_weight, pointwise_conv_grad_bias,
-    depthwise_conv, depthwise_conv_grad_input, depthwise_conv_grad_weight, interleave, deinterleave
+    pointwise_conv [output],
+    pointwise_conv_grad_input [output],
+    pointwise_conv_grad_weight [output],
+    pointwise_conv_grad_bias [output],
+    depthwise_conv [output],
+    depthwise_conv_grad_input [output],
+    depthwise_conv_grad_weight [output],
+    interleave [output],
+    deinterleave [output],
+    fused_forward [output, statistics, workspace],
+    fused_infer [output],
+    fused_backward [grad_parameters, grad_input],
+}
+
+fn first<'a, 'b>(outputs: &[&'b Output<'a>]) -> &'b Output<'a> {
+    outputs[0]
 }
 
 /// A capsule without a name, as `jax.ffi.pycapsule` makes them.

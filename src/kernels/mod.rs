@@ -8,14 +8,29 @@
 pub mod depthwise;
 pub mod pointwise;
 pub mod probe;
+pub mod rows;
 pub mod transpose;
 
-use std::ops::{Add, AddAssign};
+use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
 use crate::isa::Isa;
 
 /// A floating-point type that kernels compute with: its vectors on any instruction set.
-pub trait Element: Copy + Send + Sync + Default + AddAssign + Add<Output = Self> + std::fmt::Debug + 'static {
+pub trait Element:
+    Copy
+    + Send
+    + Sync
+    + Default
+    + PartialOrd
+    + AddAssign
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+    + std::fmt::Debug
+    + 'static
+{
     /// A vector of `Self`.
     type Vector<I: Isa>: Copy;
     /// A mask over a vector's first values.
@@ -27,6 +42,10 @@ pub trait Element: Copy + Send + Sync + Default + AddAssign + Add<Output = Self>
     fn from_f64(value: f64) -> Self;
     /// The value itself.
     fn to_f64(self) -> f64;
+    /// The exponential, inlined into loops that the compiler vectorises; infinite where it overflows.
+    fn exp<I: Isa>(self) -> Self;
+    /// `self * a + b`, in one step where there is an instruction for it.
+    fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self;
 
     /// A vector of equal values.
     fn splat<I: Isa>(isa: I, value: Self) -> Self::Vector<I>;
@@ -85,17 +104,28 @@ pub trait Element: Copy + Send + Sync + Default + AddAssign + Add<Output = Self>
 
 macro_rules! element {
     ($t:ident, $vector:ident, $mask:ident, $len:ident, $splat:ident, $mul_add:ident, $add:ident, $sum:ident,
-     $between:ident, $load_masked:ident, $store_masked:ident, $transpose:ident, $gemm:path) => {
+     $between:ident, $load_masked:ident, $store_masked:ident, $transpose:ident, $gemm:path, |$x:ident| $exp:expr) => {
         impl Element for $t {
             type Vector<I: Isa> = I::$vector;
             type Mask<I: Isa> = pulp::MemMask<I::$mask>;
             const ONE: Self = 1.0;
 
+            #[inline(always)]
             fn from_f64(value: f64) -> Self {
                 value as Self
             }
+            #[inline(always)]
             fn to_f64(self) -> f64 {
                 f64::from(self)
+            }
+            #[inline(always)]
+            fn exp<I: Isa>(self) -> Self {
+                let $x = self;
+                $exp
+            }
+            #[inline(always)]
+            fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self {
+                if I::FUSED_MULTIPLY_ADD { self.mul_add(a, b) } else { self * a + b }
             }
 
             #[inline(always)]
@@ -193,7 +223,8 @@ element!(
     mask_load_ptr_f32s,
     mask_store_ptr_f32s,
     transpose_f32,
-    matrixmultiply::sgemm
+    matrixmultiply::sgemm,
+    |x| rows::exp_f32::<I>(x)
 );
 element!(
     f64,
@@ -208,5 +239,6 @@ element!(
     mask_load_ptr_f64s,
     mask_store_ptr_f64s,
     transpose_f64,
-    matrixmultiply::dgemm
+    matrixmultiply::dgemm,
+    |x| f64::exp(x)
 );

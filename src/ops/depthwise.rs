@@ -344,7 +344,7 @@ fn split_row<T: Element>(
 }
 
 /// Writes rows of one or two phases to a row of the output: pixel `p` from place `p / phases` of phase `p % phases`.
-fn merge_row<T: Element>(rows: &[T], phase_len: usize, phases: usize, target: &mut [MaybeUninit<T>]) {
+pub(crate) fn merge_row<T: Element>(rows: &[T], phase_len: usize, phases: usize, target: &mut [MaybeUninit<T>]) {
     if phases == 1 {
         target.iter_mut().zip(rows).for_each(|(target, &value)| _ = target.write(value));
         return;

@@ -9,8 +9,15 @@ mod tests;
 use std::mem::MaybeUninit;
 
 /// A pointer that tasks share; each writes its own part.
-#[derive(Clone, Copy)]
-pub(crate) struct Shared<T>(*mut T);
+pub(crate) struct Shared<T>(pub(crate) *mut T);
+
+// Not derived: that would ask for `T: Copy`.
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Shared<T> {}
 
 // SAFETY: users of `Shared` give every task a part of its own.
 unsafe impl<T: Send> Send for Shared<T> {}
@@ -21,6 +28,11 @@ impl<T> Shared<T> {
     /// Shares memory that is yet to be written.
     pub(crate) fn new(memory: &mut [MaybeUninit<T>]) -> Self {
         Self(memory.as_mut_ptr().cast())
+    }
+
+    /// The memory from a place on.
+    pub(crate) fn at(self, offset: usize) -> Self {
+        Self(self.0.wrapping_add(offset))
     }
 
     /// The pointer (a method, so that closures capture the wrapper and not the bare pointer).

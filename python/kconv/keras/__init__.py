@@ -19,11 +19,13 @@ from kconv.keras.layers import (
     PointwiseConv2D,
     SumIntoHalfChannels,
 )
+from kconv.keras.network import Network
 
 __all__ = [
     "CopyChannels",
     "DepthwiseConv2D",
     "InterleaveChannels",
+    "Network",
     "PointwiseConv2D",
     "SumIntoHalfChannels",
     "accelerate",

@@ -23,6 +23,14 @@ if BACKEND not in _MODULES:
 
 native: Any = import_module(_MODULES[BACKEND])
 
+_FUSED = {
+    "jax": "kconv.jax._fused",
+    "torch": "kconv.torch.fused",
+    "tensorflow": "kconv.keras._tensorflow",
+}
+fused: Any = import_module(_FUSED[BACKEND]).fused
+"""Runs a program of :mod:`kconv.models.fusion`; see :func:`kconv.torch.fused.fused`."""
+
 SUPPORTS_JIT = BACKEND != "tensorflow"
 """Whether the layers can be compiled: TensorFlow's compiler knows nothing of the kernels."""
 

@@ -10,6 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 import kconv
+from kconv._kconv import FusedProgram
+from kconv.models.fusion import Program
 
 Tensor = Any
 
@@ -89,6 +91,53 @@ def interleave(x: Tensor, step: int, *, layout: str) -> Tensor:
         return _call(kconv.interleave, x.shape, x, step, layout=layout), gradient
 
     return permuted(x)
+
+
+def fused(
+    program: Program,
+    layout: str,
+    x: Tensor,
+    parameters: Tensor,
+    masks: Tensor | None,
+    statistics: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`kconv.torch.fused.fused`."""
+    compiled = FusedProgram(program.integers)
+    channels, height, width = program.output_size
+    size = (channels, height, width) if layout == "NCHW" else (height, width, channels)
+    none = tf.zeros((0,), x.dtype)
+    masks = none if masks is None else masks
+    given = none if statistics is None else statistics
+
+    def forward(x: np.ndarray, parameters: np.ndarray, *optional: np.ndarray) -> Any:
+        arrays = (array if array.size else None for array in optional)
+        return compiled.forward(x, parameters, *arrays, layout)
+
+    def backward(*operands: np.ndarray) -> Any:
+        grad, parameters, masks, used, workspace, given = operands
+        drop = masks if masks.size else None
+        return compiled.backward(
+            grad, parameters, drop, used, workspace, given.size > 0, layout
+        )
+
+    @tf.custom_gradient
+    def run(x: Tensor, parameters: Tensor) -> tuple[Any, Callable[..., Any]]:
+        types = [x.dtype] * 3
+        operands = (x, parameters, masks, given)
+        y, used, workspace = tf.numpy_function(forward, operands, types, stateful=False)
+        y.set_shape((x.shape[0], *size))
+        used.set_shape((2, sum(norm.channels for norm in program.norms)))
+
+        def gradient(grad: Tensor, _: Tensor) -> list[Tensor]:
+            operands = (grad, parameters, masks, used, workspace, given)
+            grads = tf.numpy_function(backward, operands, types[:2], stateful=False)
+            for gradient, like in zip(grads, (x, parameters), strict=True):
+                gradient.set_shape(like.shape)
+            return list(grads)
+
+        return (y, used), gradient
+
+    return run(x, parameters)  # type: ignore[no-any-return]
 
 
 def _differentiable(

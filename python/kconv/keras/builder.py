@@ -16,13 +16,14 @@ from kconv.keras.layers import (
     PointwiseConv2D,
     SumIntoHalfChannels,
 )
+from kconv.keras.network import Network
 from kconv.models import Spec, graph
 
 Kernels = Literal["kconv", "keras"]
 Tensor = Any
 
 
-def build(spec: Spec, kernels: Kernels = "kconv") -> keras.Model:
+def build(spec: Spec, kernels: Kernels = "kconv", *, fused: bool = True) -> keras.Model:
     """The Keras model of a spec, ending in a softmax as the original does.
 
     Layers have the original's names, with "_" in the place of "/". The images' data format is
@@ -38,6 +39,8 @@ def build(spec: Spec, kernels: Kernels = "kconv") -> keras.Model:
         spec: a spec of :mod:`kconv.models`.
         kernels: "kconv", or "keras" for the same network of Keras's own layers alone; both have
             the same weights in the same order.
+        fused: whether chains of layers run as one operation each (see
+            :class:`kconv.keras.Network`); the layers and their weights are the same.
 
     Returns:
         A functional model from (N, H, W, channels) to (N, classes), not compiled.
@@ -53,7 +56,8 @@ def build(spec: Spec, kernels: Kernels = "kconv") -> keras.Model:
         inputs = [tensors[source] for source in layer.inputs]
         tensors[layer.name] = _apply(layer, inputs)
     source = tensors[network.layers[0].name]
-    model = keras.Model(source, tensors[network.output], name=network.name)
+    kind = Network if fused and kernels == "kconv" else keras.Model
+    model = kind(source, tensors[network.output], name=network.name)
     return model if kernels == "kconv" else to_native(model)
 
 

@@ -286,3 +286,25 @@ def _own_conv(
     )
     native.weight, native.bias = layer.weight, layer.bias
     return native.train(layer.training)
+
+
+class DropConnect(nn.Module):
+    """Drops a sample's whole branch in training, and scales the others up to compensate.
+
+    Args:
+        rate: the share of branches that are dropped.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        if not self.training:
+            return x
+        return x * F.dropout(x.new_ones(len(x), 1, 1, 1), self.rate)
+
+    def extra_repr(self) -> str:
+        """The rate."""
+        return f"{self.rate:.4g}"

@@ -15,14 +15,24 @@ from torch import Tensor, nn
 
 from kconv.ktypes import KType
 from kconv.models import Graph, GraphBuilder, Layer, Spec, graph
+from kconv.models.fusion import Segment, partition
 from kconv.models.graph import ActivationName, Initializer
-from kconv.torch.layers import DepthwiseConv2d, InterleaveChannels, PaddedConv2d, PointwiseConv2d
+from kconv.torch.fused import FusedSegment
+from kconv.torch.layers import (
+    DepthwiseConv2d,
+    DropConnect,
+    InterleaveChannels,
+    PaddedConv2d,
+    PointwiseConv2d,
+)
 from kconv.torch.native import make_native
 
 __all__ = ["KPointwiseConv2d", "Network", "build"]
 
 
-def build(spec: Spec, kernels: Literal["kconv", "torch"] = "kconv") -> Network:
+def build(
+    spec: Spec, kernels: Literal["kconv", "torch"] = "kconv", *, fused: bool = True
+) -> Network:
     """The PyTorch model of a spec; it ends in logits.
 
     Example:
@@ -34,6 +44,8 @@ def build(spec: Spec, kernels: Literal["kconv", "torch"] = "kconv") -> Network:
     Args:
         spec: the network (see :func:`kconv.models.create`).
         kernels: "kconv", or "torch" for the same network of PyTorch's own layers.
+        fused: whether chains of layers run as one operation each (see
+            :class:`Network`); the parameters and their names are the same.
 
     Returns:
         A module of (N, C, H, W) to (N, classes), or to (N, C', H', W') for a spec without top.
@@ -47,7 +59,7 @@ def build(spec: Spec, kernels: Literal["kconv", "torch"] = "kconv") -> Network:
     last = layers[layers.output]
     if isinstance(last, graph.Activation) and last.kind == "softmax":
         layers = Graph(layers.name, layers.layers[:-1], output=last.inputs[0])
-    network = Network(layers)
+    network = Network(layers, fused=fused and kernels == "kconv")
     if kernels == "torch":
         make_native(network)
     return network
@@ -58,11 +70,17 @@ class Network(nn.Module):
 
     The softmax of a dense layer is left out.
 
+    Fused, a chain of convolutions, batch norms, activations and the like runs as one operation
+    on the parameters and statistics of its modules. The modules themselves run where somebody has
+    hooks on them, under compilers, tracers and function transforms, in autocast, and on other
+    devices and dtypes than the CPU's float32 and float64.
+
     Args:
         graph: the layers.
+        fused: whether chains of layers run as one operation.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, fused: bool = True) -> None:
         super().__init__()
         self._input, self._output = graph.layers[0].name, graph.output
         paddings = _mergeable_paddings(graph)
@@ -77,14 +95,30 @@ class Network(nn.Module):
             (step, inputs, tuple(name for name in set(inputs) if last_use[name] == step))
             for step, inputs in steps
         ]
+        # By the name of the tensor that goes in.
+        parts = partition(graph) if fused else []
+        self._fused = {
+            part.input: FusedSegment(part, self._modules)  # type: ignore[arg-type]
+            for part in parts
+            if isinstance(part, Segment)
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the output of the last layer."""
         values = {self._input: x}
+        fused_to = None
         for name, inputs, finished in self._steps:
-            values[name] = getattr(self, name)(*(values[source] for source in inputs))
-            for source in finished:  # so that inference keeps only what is still to be read
-                del values[source]
+            if fused_to is None and (fused := self._fused.get(inputs[0])) is not None:
+                y = fused(self._modules, values[inputs[0]])  # type: ignore[arg-type]
+                if y is not None:
+                    fused_to = fused.segment.name
+                    values = {fused_to: y}
+            if fused_to is None:
+                values[name] = getattr(self, name)(*(values[source] for source in inputs))
+                for source in finished:  # so that inference keeps only what is still to be read
+                    del values[source]
+            elif name == fused_to:
+                fused_to = None
         return values[self._output]
 
 
@@ -161,28 +195,6 @@ class Call(nn.Module):
         """The function and its arguments."""
         options = (f"{name}={value}" for name, value in self.options.items())
         return ", ".join([self.function.__name__, *options])
-
-
-class DropConnect(nn.Module):
-    """Drops a sample's whole branch in training, and scales the others up to compensate.
-
-    Args:
-        rate: the share of branches that are dropped.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
-        if not self.training:
-            return x
-        return x * F.dropout(x.new_ones(len(x), 1, 1, 1), self.rate)
-
-    def extra_repr(self) -> str:
-        """The rate."""
-        return f"{self.rate:.4g}"
 
 
 _ACTIVATIONS: dict[ActivationName, Callable[[], nn.Module]] = {

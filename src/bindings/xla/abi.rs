@@ -182,17 +182,17 @@ pub enum Attribute<'a> {
 ///
 /// # Safety
 /// `frame` must come from XLA's call of a [`Handler`].
-pub unsafe fn serve(frame: *mut CallFrame, body: fn(&Call<'_>, Output<'_>) -> Result<()>) -> *mut c_void {
+pub unsafe fn serve<const N: usize>(
+    frame: *mut CallFrame,
+    body: fn(&Call<'_>, [Output<'_>; N]) -> Result<()>,
+) -> *mut c_void {
     // SAFETY: XLA passes a valid frame that lives until the handler returns.
     let frame = unsafe { &*frame };
     // SAFETY: as above; the extensions belong to the frame.
     if unsafe { answer_metadata(frame) } || frame.stage != STAGE_EXECUTE {
         return null_mut();
     }
-    let run = || {
-        let [buffer] = buffers(&frame.results, "results")?;
-        body(&Call(frame), Output { buffer })
-    };
+    let run = || body(&Call(frame), buffers(&frame.results, "results")?.map(|buffer| Output { buffer }));
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(())) => null_mut(),
         Ok(Err(error)) => create_error(frame, ERROR_INVALID_ARGUMENT, &error.to_string()),
@@ -277,6 +277,14 @@ impl<'a> Call<'a> {
         match self.attribute(name)? {
             Attribute::Integer(value) => Ok(value),
             other => bail!("attribute {name}={other:?}, expected an integer"),
+        }
+    }
+
+    /// An attribute of several integers.
+    pub fn integers(&self, name: &str) -> Result<&'a [i64]> {
+        match self.attribute(name)? {
+            Attribute::Integers(values) => Ok(values),
+            other => bail!("attribute {name}={other:?}, expected integers"),
         }
     }
 

@@ -1,0 +1,458 @@
+"""Fusion: which layers of a graph run as one operation, and the program that computes them.
+
+A batch norm, an activation or a sum that is an operation of its own is a pass over memory. A
+fused segment has none: each convolution writes its raw result, and whoever reads that normalises,
+activates, scales, permutes and adds on the way in (the Rust module ``fused`` explains how).
+
+Here layers become such readings. A tensor is a sum of :class:`Term`, each some channels of a
+stored value as they are read: ``activation(norm(value)) * gate * mask``. Convolutions, means and
+what a term cannot express are steps, which store a value.
+
+Example:
+    >>> from kconv.models import create
+    >>> graph = create("keffnet_b0", classes=10, input_shape=(32, 32, 3)).graph()
+    >>> [type(part).__name__ for part in partition(graph)]
+    ['Segment', 'Dropout', 'Dense']
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Literal
+
+from kconv.ktypes import interleave_index
+from kconv.models.graph import (
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    CopyChannels,
+    DepthwiseConv,
+    Dropout,
+    Flatten,
+    FoldHalves,
+    GlobalPool,
+    Graph,
+    Interleave,
+    Layer,
+    Multiply,
+    Reshape,
+    ZeroPad,
+)
+
+__all__ = ["Program", "Segment", "partition"]
+
+WeightLayout = Literal["OI", "IO"]
+
+_ACTIVATIONS = ("relu", "relu6", "swish", "sigmoid", "hard_sigmoid", "hard_swish")
+_MAX_TERMS = 2
+"""A sum of more terms is stored: each term costs every reader a pass over its value."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A segment for images of one size.
+
+    Attributes:
+        integers: what ``kconv._kconv.FusedProgram`` reads.
+        parameters: (layer, weight) of each parameter in their order, weights by Keras's names.
+        norms: the batch norms in the order of their statistics.
+        norm_pixels: for each of them the pixels of an image that it averages over.
+        masks: the drop-connect layers in the order of their masks.
+        output_size: (channels, height, width) of the output.
+        values: stored values an image, which the backward pass needs.
+    """
+
+    integers: tuple[int, ...]
+    parameters: tuple[tuple[str, str], ...]
+    norms: tuple[BatchNorm, ...]
+    norm_pixels: tuple[int, ...]
+    masks: tuple[Dropout, ...]
+    output_size: tuple[int, int, int]
+    values: int
+
+    def with_input_grad(self, wanted: bool) -> Program:
+        """The program whose backward pass computes the gradient by the input, or does not."""
+        return replace(self, integers=(self.integers[0], int(wanted), *self.integers[2:]))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Layers that run as one operation: one tensor goes in, one comes out."""
+
+    layers: tuple[Layer, ...]
+    input: str
+    input_channels: int
+
+    @property
+    def name(self) -> str:
+        """The name of the last layer, whose output is the segment's."""
+        return self.layers[-1].name
+
+    @property
+    def keeps_pixels(self) -> bool:
+        """Whether the output is (H, W, C), or else (C,)."""
+        return len(self.layers[-1].shape) == 3
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the tensors that go in: one."""
+        return (self.input,)
+
+    def program(self, size: tuple[int, int], weight_layout: WeightLayout) -> Program:
+        """The segment's program for images of (height, width)."""
+        return _lower(self, size, weight_layout)
+
+
+def partition(graph: Graph) -> list[Layer | Segment]:
+    """A graph's layers after the input, those in a row that can be fused as segments.
+
+    A segment may begin and end only where a single tensor is alive.
+    """
+    last_use = {source: layer.name for layer in graph.layers for source in layer.inputs}
+    readers: dict[str, list[Layer]] = {layer.name: [] for layer in graph.layers}
+    for layer in graph.layers:
+        for source in layer.inputs:
+            readers[source].append(layer)
+    alive: set[str] = {graph.layers[0].name}
+    parts: list[Layer | Segment] = []
+    fused: list[Layer] = []
+    block: list[Layer] = []
+
+    def close() -> None:
+        if any(isinstance(layer, Conv | DepthwiseConv) for layer in fused):
+            inside = {layer.name for layer in fused}
+            source = next(name for layer in fused for name in layer.inputs if name not in inside)
+            parts.append(Segment(tuple(fused), source, graph[source].channels))
+        else:
+            parts.extend(fused)
+        fused.clear()
+
+    for layer in graph.layers[1:]:
+        block.append(layer)
+        alive.add(layer.name)
+        alive -= {name for name in layer.inputs if last_use[name] == layer.name}
+        # A padding belongs to the convolution after it.
+        if len(alive) == 1 and not isinstance(layer, ZeroPad):
+            if all(_fusable(x, readers[x.name]) for x in block):
+                fused += block
+            else:
+                close()
+                parts += block
+            block = []
+    close()
+    return parts + block
+
+
+def _fusable(layer: Layer, readers: list[Layer]) -> bool:
+    match layer:
+        case Conv():
+            return layer.strides in ((1, 1), (2, 2))
+        case DepthwiseConv():
+            return layer.strides in (1, 2)
+        case ZeroPad():
+            return bool(readers) and all(
+                isinstance(reader, Conv | DepthwiseConv) and reader.padding == "valid"
+                for reader in readers
+            )
+        case Activation():
+            return layer.kind in _ACTIVATIONS
+        case Dropout():
+            return layer.per_sample
+        case GlobalPool():
+            return layer.kind == "avg"
+        case Multiply() | Reshape() | Flatten():
+            return True
+        case BatchNorm() | Interleave() | CopyChannels() | Concat() | FoldHalves() | Add():
+            return True
+        case _:
+            return False
+
+
+@dataclass(frozen=True)
+class Term:
+    """Channels of a stored value as a reader sees them: ``activation(norm(value)) * gate * mask``.
+
+    Attributes:
+        start: the tensor's channel that the first of them adds to.
+        channels: the value's channels.
+        value: the stored value.
+        norm: the batch norm, which sees channel c of the value as its channel c + norm_offset.
+        gate: the value that scales each image's channel, likewise.
+        mask: the factors of images.
+    """
+
+    start: int
+    channels: tuple[int, ...]
+    value: int
+    norm: int = -1
+    norm_offset: int = 0
+    activation: int = 0
+    gate: int = -1
+    gate_offset: int = 0
+    mask: int = -1
+
+    @property
+    def offset(self) -> int | None:
+        """What to add to a channel of the value for the tensor's, if the same for all."""
+        offset = self.start - self.channels[0]
+        same = all(c + offset == self.start + i for i, c in enumerate(self.channels))
+        return offset if same else None
+
+    @property
+    def linear(self) -> bool:
+        """Whether neither activation nor factors have been applied."""
+        return self.activation == 0 and self.gate == self.mask == -1
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A sum of terms, each over some or all of the channels, and its size in pixels."""
+
+    terms: tuple[Term, ...]
+    channels: int
+    size: tuple[int, int]
+
+    @property
+    def disjoint(self) -> bool:
+        """Whether no two terms add to the same channel."""
+        return sum(len(term.channels) for term in self.terms) == self.channels
+
+    @property
+    def whole(self) -> bool:
+        """Whether each term covers all channels."""
+        return all(len(term.channels) == self.channels for term in self.terms)
+
+
+@dataclass
+class _Lowering:
+    """Turns a segment's layers into values and steps."""
+
+    segment: Segment
+    size: tuple[int, int]
+    values: list[tuple[int, int, int]] = field(default_factory=list)
+    steps: list[list[int]] = field(default_factory=list)
+    parameters: list[tuple[str, str]] = field(default_factory=list)
+    norms: list[BatchNorm] = field(default_factory=list)
+    norm_pixels: list[int] = field(default_factory=list)
+    masks: list[Dropout] = field(default_factory=list)
+
+    def finish(self, weight_layout: WeightLayout) -> Program:
+        """All layers, as a program."""
+        tensors = {self.segment.input: self._store(self.segment.input_channels, self.size)}
+        paddings: dict[str, ZeroPad] = {}
+        for layer in self.segment.layers:
+            if isinstance(layer, ZeroPad):
+                paddings[layer.name] = layer
+                tensors[layer.name] = tensors[layer.inputs[0]]
+            else:
+                inputs = [tensors[name] for name in layer.inputs]
+                tensors[layer.name] = self._layer(layer, inputs, paddings.get(layer.inputs[0]))
+        output = tensors[self.segment.name]
+        if output != self._stored(len(self.values) - 1):
+            self._copy(output)
+        integers = [int(weight_layout == "IO"), 1, len(self.masks)]
+        integers += [len(self.values), *(size for value in self.values for size in value)]
+        integers.append(len(self.norms))
+        parameters = list(self.parameters)
+        for norm in self.norms:
+            bits = struct.unpack("q", struct.pack("d", norm.epsilon))[0]
+            integers += [norm.channels, bits, int(norm.scale)]
+            parameters += [(norm.name, name) for name in ("gamma", "beta") if name in norm.weights()]
+        integers += [number for step in self.steps for number in step]
+        return Program(
+            tuple(integers),
+            tuple(parameters),
+            tuple(self.norms),
+            tuple(self.norm_pixels),
+            tuple(self.masks),
+            self.values[-1],
+            sum(-(-c * h * w // 16) * 16 for c, h, w in self.values),
+        )
+
+    def _layer(self, layer: Layer, inputs: list[Tensor], padding: ZeroPad | None) -> Tensor:
+        x = inputs[0]
+        match layer:
+            case Conv():
+                return self._conv(layer, x, padding, layer.kernel_size, layer.strides[0], layer.groups)
+            case DepthwiseConv():
+                size = (layer.kernel_size, layer.kernel_size)
+                return self._conv(layer, x, padding, size, layer.strides, layer.in_channels)
+            case BatchNorm():
+                return self._norm(layer, x)
+            case Activation():
+                if not x.disjoint or not all(term.linear for term in x.terms):
+                    x = self._copy(x)
+                code = 1 + _ACTIVATIONS.index(layer.kind)
+                return _each(x, lambda term: replace(term, activation=code))
+            case Dropout():
+                if any(term.mask != -1 for term in x.terms):
+                    x = self._copy(x)
+                self.masks.append(layer)
+                mask = len(self.masks) - 1
+                return _each(x, lambda term: replace(term, mask=mask))
+            case Multiply():
+                return self._gate(x, inputs[1])
+            case Interleave():
+                if not x.whole:
+                    x = self._copy(x)
+                order = interleave_index(x.channels, layer.step)
+                return _each(
+                    x, lambda term: replace(term, channels=tuple(term.channels[i] for i in order))
+                )
+            case CopyChannels():
+                return _narrow(x, layer.start, layer.count)
+            case FoldHalves():
+                half = x.channels // 2
+                if 2 * half < x.channels:  # the last channel would be read by nobody
+                    x = self._copy(x)
+                return self._sum([_narrow(x, 0, half), _narrow(x, half, half)])
+            case Concat():
+                return _concat(inputs)
+            case Add():
+                return self._sum(inputs)
+            case GlobalPool():
+                return self._step([2], x, x.channels, (1, 1))
+            case _:  # Reshape and Flatten of single pixels
+                return x
+
+    def _conv(
+        self,
+        layer: Conv | DepthwiseConv,
+        x: Tensor,
+        padding: ZeroPad | None,
+        kernel: tuple[int, int],
+        stride: int,
+        groups: int,
+    ) -> Tensor:
+        if padding:
+            before, after = zip(*padding.padding, strict=True)
+            total = tuple(a + b for a, b in padding.padding)
+        elif layer.padding == "same":
+            sizes = zip(x.size, kernel, strict=True)
+            total = tuple(max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in sizes)
+            before = tuple(pixels // 2 for pixels in total)
+        else:
+            before, total = (0, 0), (0, 0)
+        height, width = (
+            (n + pad - k) // stride + 1 for n, pad, k in zip(x.size, total, kernel, strict=True)
+        )
+        self.parameters += [(layer.name, name) for name in layer.weights()]
+        geometry = [0, *kernel, stride, *before, groups, int(layer.use_bias)]
+        return self._step(geometry, x, layer.channels, (height, width))
+
+    def _norm(self, layer: BatchNorm, x: Tensor) -> Tensor:
+        plain = all(t.linear and t.norm == -1 and t.offset is not None for t in x.terms)
+        if not (plain and x.disjoint):
+            x = self._copy(x)
+        self.norms.append(layer)
+        self.norm_pixels.append(x.size[0] * x.size[1])
+        norm = len(self.norms) - 1
+        return _each(x, lambda term: replace(term, norm=norm, norm_offset=term.offset or 0))
+
+    def _gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        if any(term.gate != -1 or term.offset is None for term in x.terms):
+            x = self._copy(x)
+        if len(gate.terms) > 1 or gate != self._stored(gate.terms[0].value):
+            gate = self._copy(gate)
+        value = gate.terms[0].value
+        return _each(x, lambda term: replace(term, gate=value, gate_offset=term.offset or 0))
+
+    def _sum(self, xs: Sequence[Tensor]) -> Tensor:
+        terms = tuple(term for x in xs for term in x.terms)
+        total = replace(xs[0], terms=terms)
+        return total if len(terms) <= _MAX_TERMS else self._copy(total)
+
+    def _copy(self, x: Tensor) -> Tensor:
+        return self._step([1], x, x.channels, x.size)
+
+    def _step(self, kind: list[int], x: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+        x = self._separate(x)
+        self.steps.append([*kind, *_encode(x)])
+        return self._store(channels, size)
+
+    def _separate(self, x: Tensor) -> Tensor:
+        """Stores copies for terms that would bring the same channel to two places.
+
+        Gradients of different channels are computed in parallel, so they must not meet.
+        """
+        places: dict[tuple[int, int], int] = {}
+        terms = []
+        for term in x.terms:
+            here = {(term.value, c): term.start + i for i, c in enumerate(term.channels)}
+            if any(places.get(read, place) != place for read, place in here.items()):
+                alone = Tensor((replace(term, start=0),), len(term.channels), x.size)
+                terms.append(replace(self._copy(alone).terms[0], start=term.start))
+            else:
+                places |= here
+                terms.append(term)
+        return replace(x, terms=tuple(terms))
+
+    def _store(self, channels: int, size: tuple[int, int]) -> Tensor:
+        self.values.append((channels, *size))
+        return self._stored(len(self.values) - 1)
+
+    def _stored(self, value: int) -> Tensor:
+        channels, height, width = self.values[value]
+        return Tensor((Term(0, tuple(range(channels)), value),), channels, (height, width))
+
+
+@cache
+def _lower(segment: Segment, size: tuple[int, int], weight_layout: WeightLayout) -> Program:
+    return _Lowering(segment, size).finish(weight_layout)
+
+
+def _each(x: Tensor, change: object) -> Tensor:
+    assert callable(change)
+    return replace(x, terms=tuple(change(term) for term in x.terms))
+
+
+def _narrow(x: Tensor, start: int, count: int) -> Tensor:
+    terms = []
+    for term in x.terms:
+        first = max(start - term.start, 0)
+        channels = term.channels[first : max(start + count - term.start, 0)]
+        if channels:
+            place = term.start + first - start
+            terms.append(replace(term, start=place, channels=channels))
+    return replace(x, terms=tuple(terms), channels=count)
+
+
+def _concat(xs: Sequence[Tensor]) -> Tensor:
+    terms: list[Term] = []
+    channels = 0
+    for x in xs:
+        terms += (replace(term, start=term.start + channels) for term in x.terms)
+        channels += x.channels
+    return replace(xs[0], terms=tuple(terms), channels=channels)
+
+
+def _encode(x: Tensor) -> list[int]:
+    """A step's source: its terms, their channels as runs of equal distances."""
+    numbers = [len(x.terms)]
+    for term in x.terms:
+        runs = _runs(term.channels)
+        numbers += [term.value, term.norm, term.norm_offset, term.activation]
+        numbers += [term.gate, term.gate_offset, term.mask, term.start, len(runs)]
+        numbers += [number for run in runs for number in run]
+    return numbers
+
+
+def _runs(channels: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(count, first, distance) of each run, whose distance is not negative."""
+    runs: list[tuple[int, int, int]] = []
+    for channel in channels:
+        if runs:
+            count, first, distance = runs[-1]
+            if count == 1 and channel >= first:
+                runs[-1] = (2, first, channel - first)
+                continue
+            if count > 1 and channel == first + count * distance:
+                runs[-1] = (count + 1, first, distance)
+                continue
+        runs.append((1, channel, 0))
+    return runs

@@ -1,0 +1,214 @@
+"""Fused segments of a network as one PyTorch operation: see :mod:`kconv.models.fusion`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from kconv._kconv import FusedProgram
+from kconv.models.fusion import Program, Segment
+from kconv.torch.layers import DropConnect
+
+__all__ = ["FusedSegment"]
+
+
+@cache
+def _compiled(program: Program) -> Any:
+    return FusedProgram(program.integers)
+
+
+def fused(
+    program: Program,
+    layout: str,
+    x: Tensor,
+    parameters: Tensor,
+    masks: Tensor | None,
+    statistics: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Runs a program.
+
+    Args:
+        program: of a segment.
+        layout: "NCHW" or "NHWC".
+        x: (N, C, H, W) or (N, H, W, C), float32 or float64, on the CPU.
+        parameters: all of them in a row.
+        masks: (masks, N) factors of images, or None for none.
+        statistics: (2, channels of all norms) means and variances to normalise with, or None for
+            the batch's own.
+
+    Returns:
+        The output, like ``x``, and the statistics that were used, variances biased.
+    """
+    need_grad = torch.is_grad_enabled() and (x.requires_grad or parameters.requires_grad)
+    if not need_grad and statistics is not None and masks is None:
+        arrays = (_array(x), _array(parameters), _array(statistics))
+        return _tensor(_compiled(program).infer(*arrays, layout)), statistics
+    compiled = _compiled(program.with_input_grad(need_grad and x.requires_grad))
+    return _Fused.apply(x, parameters, masks, statistics, compiled, layout)  # type: ignore[no-any-return]
+
+
+class FusedSegment:
+    """Runs a chain of a network's modules, which keep parameters and state, as one operation.
+
+    Args:
+        segment: the layers.
+        modules: the network's modules; a padding may be part of the convolution that follows.
+    """
+
+    def __init__(self, segment: Segment, modules: Mapping[str, nn.Module]) -> None:
+        self.segment = segment
+        names = [layer.name for layer in segment.layers if layer.name in modules]
+        self._types = [(name, type(modules[name])) for name in names]
+        self._drops = [name for name in names if isinstance(modules[name], DropConnect)]
+        program = segment.program((64, 64), "OI")
+        weight = {"kernel": "weight", "depthwise_kernel": "weight", "gamma": "weight", "beta": "bias"}
+        self._parameters = [(layer, weight.get(name, name)) for layer, name in program.parameters]
+        self._norms = [norm.name for norm in program.norms]
+
+    def __call__(self, modules: Mapping[str, nn.Module], x: Tensor) -> Tensor | None:
+        """The segment's output, or None where its modules must run one by one.
+
+        So where somebody watches or changes what happens between them (hooks, other modules in
+        their places, compilers, tracers and function transforms), for other dtypes and devices
+        than the CPU's float32 and float64, and where some batch norms train and others do not.
+
+        Args:
+            modules: the network's modules.
+            x: (N, C, H, W).
+
+        Returns:
+            (N, C, H, W), or (N, C) where the segment ends in a mean over the pixels.
+        """
+        norms: list[Any] = [modules[name] for name in self._norms]
+        parameters = [getattr(modules[layer], name) for layer, name in self._parameters]
+        training = norms[0].training if norms else False
+        if not (_eager(x) and self._untouched(modules)):
+            return None
+        if not all(p.dtype is x.dtype and p.device == x.device for p in parameters):
+            return None
+        if not all(norm.training is training and norm.track_running_stats for norm in norms):
+            return None
+        program = self.segment.program((x.shape[2], x.shape[3]), "OI")
+        flat = torch.cat([parameter.reshape(-1) for parameter in parameters])
+        masks = _masks([modules[name] for name in self._drops], x)
+        y, used = fused(
+            program, "NCHW", x, flat, masks, None if training else _running_statistics(norms, x)
+        )
+        if training:
+            _update_statistics(norms, used, program, len(x))
+        return y if self.segment.keeps_pixels else y.flatten(1)
+
+    def _untouched(self, modules: Mapping[str, nn.Module]) -> bool:
+        for name, kind in self._types:
+            module = modules[name]
+            if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
+                return False
+            if module._backward_hooks or module._backward_pre_hooks:
+                return False
+        return True
+
+
+def _eager(x: Tensor) -> bool:
+    """Whether a tensor's own values are computed with, now, by PyTorch's eager mode."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and x.dim() == 4
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._functorch.peek_interpreter_stack()
+        and not _get_current_dispatch_mode_stack()
+        and not torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _running_statistics(norms: list[Any], x: Tensor) -> Tensor:
+    """(2, channels of all norms) means and variances."""
+    if not norms:
+        return x.new_zeros(2, 0)
+    means = torch.cat([norm.running_mean for norm in norms])
+    return torch.stack([means, torch.cat([norm.running_var for norm in norms])])
+
+
+def _masks(drops: list[nn.Module], x: Tensor) -> Tensor | None:
+    """(drop-connect layers, N) factors of images."""
+    if not any(drop.training for drop in drops):
+        return None
+    ones = x.new_ones(len(x), 1, 1, 1)
+    return torch.stack([drop(ones).flatten() for drop in drops])
+
+
+@torch.no_grad()
+def _update_statistics(norms: list[Any], used: Tensor, program: Program, images: int) -> None:
+    """The moving statistics, as nn.BatchNorm2d updates them."""
+    counts = [images * pixels for pixels in program.norm_pixels]
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    weights = [
+        1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        for norm in norms
+    ]
+    unbiased = [w * n / max(n - 1, 1) for w, n in zip(weights, counts, strict=True)]
+    rows = (row.split([norm.num_features for norm in norms]) for row in used)
+    for name, values, factors in zip(
+        ("running_mean", "running_var"), rows, (weights, unbiased), strict=True
+    ):
+        moving = [getattr(norm, name) for norm in norms]
+        torch._foreach_mul_(moving, [1 - weight for weight in weights])
+        torch._foreach_add_(moving, torch._foreach_mul(values, factors))
+
+
+class _Fused(torch.autograd.Function):
+    """(x, parameters, masks, statistics) to (output, statistics)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        parameters: Tensor,
+        masks: Tensor | None,
+        statistics: Tensor | None,
+        compiled: Any,
+        layout: str,
+    ) -> tuple[Tensor, Tensor]:
+        given = None if statistics is None else _array(statistics)
+        drop = None if masks is None else _array(masks)
+        y, used, workspace = compiled.forward(
+            _array(x), _array(parameters), drop, given, layout
+        )
+        used = _tensor(used)
+        ctx.save_for_backward(parameters, masks, used, _tensor(workspace))
+        ctx.compiled, ctx.layout, ctx.frozen = compiled, layout, given is not None
+        ctx.mark_non_differentiable(used)
+        return _tensor(y), used
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Sequence[Tensor | None]:  # type: ignore[override]
+        parameters, masks, statistics, workspace = ctx.saved_tensors
+        grad_x, grad_parameters = ctx.compiled.backward(
+            _array(grad_output),
+            _array(parameters),
+            None if masks is None else _array(masks),
+            _array(statistics),
+            _array(workspace),
+            ctx.frozen,
+            ctx.layout,
+        )
+        x = None if grad_x is None else _tensor(grad_x)
+        return x, _tensor(grad_parameters), None, None, None, None
+
+
+def _array(x: Tensor) -> np.ndarray[Any, Any]:
+    return x.detach().numpy()
+
+
+def _tensor(x: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(x)

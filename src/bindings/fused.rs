@@ -1,0 +1,299 @@
+//! Fused networks for NumPy arrays (and so for PyTorch's tensors).
+
+use numpy::PyArray1;
+use pyo3::prelude::*;
+
+use super::active;
+use super::arrays::{ArrayElement, Dtype, Input, Output, Values, dtype, layout};
+use crate::error::{Error, Result, bail};
+use crate::fused::{self, Arguments, Memory, Program};
+use crate::shape::Order;
+
+type Any<'py> = Bound<'py, PyAny>;
+
+/// A chain of convolutions, batch norms, activations and sums that runs as one operation.
+///
+/// The front ends make it of a model's layers (see ``kconv.models.fusion``).
+///
+/// Args:
+///     integers: The program; ``Program::parse`` in the Rust sources describes it.
+///
+/// Raises:
+///     ValueError: If the integers are no program.
+#[pyclass(frozen, module = "kconv._kconv")]
+pub struct FusedProgram(Program);
+
+/// Owns an array's memory and recycles it when the array is gone.
+#[pyclass(frozen)]
+struct Owner(#[expect(dead_code, reason = "held until dropped")] Memory);
+
+/// An array of values in recycled memory.
+fn recycled<T: ArrayElement>(py: Python<'_>, mut memory: Memory, len: usize) -> PyResult<Bound<'_, PyAny>> {
+    let start = memory.as_mut::<T>(len).as_mut_ptr().cast::<T>();
+    let owner = Bound::new(py, Owner(memory))?.into_any();
+    // SAFETY: `len` values that live as long as `owner`, which gives nobody else access.
+    Ok(unsafe {
+        let view = ndarray::ArrayView1::from_shape_ptr(len, start);
+        PyArray1::borrow_from_array(&view, owner)
+    }
+    .into_any())
+}
+
+#[pymethods]
+impl FusedProgram {
+    #[new]
+    fn new(integers: Vec<i64>) -> PyResult<Self> {
+        Ok(Self(Program::parse(&integers)?))
+    }
+
+    /// The number of parameters.
+    #[getter]
+    fn parameters(&self) -> usize {
+        self.0.parameters()
+    }
+
+    /// The number of channels of all batch norms.
+    #[getter]
+    fn norm_channels(&self) -> usize {
+        self.0.norm_channels()
+    }
+
+    /// Forward in training.
+    ///
+    /// Args:
+    ///     x: (N, C, H, W) or (N, H, W, C).
+    ///     parameters: All parameters in a row.
+    ///     masks: (masks, N) factors of images, or None for none.
+    ///     statistics: (2, norm channels) means and variances to normalise with; by default the batch's own.
+    ///     layout: "NCHW" or "NHWC".
+    ///
+    /// Returns:
+    ///     The output, the statistics, and what :meth:`backward` needs.
+    #[pyo3(signature = (x, parameters, masks=None, statistics=None, layout="NCHW"))]
+    fn forward<'py>(
+        &self,
+        py: Python<'py>,
+        x: &Any<'py>,
+        parameters: &Any<'py>,
+        masks: Option<&Any<'py>>,
+        statistics: Option<&Any<'py>>,
+        layout: &str,
+    ) -> PyResult<(Any<'py>, Any<'py>, Any<'py>)> {
+        match dtype("x", x)? {
+            Dtype::F32 => self.train::<f32>(py, x, parameters, masks, statistics, layout),
+            Dtype::F64 => self.train::<f64>(py, x, parameters, masks, statistics, layout),
+        }
+    }
+
+    /// Forward in inference: the output, with the statistics that are given.
+    #[pyo3(signature = (x, parameters, statistics, layout="NCHW"))]
+    fn infer<'py>(
+        &self,
+        py: Python<'py>,
+        x: &Any<'py>,
+        parameters: &Any<'py>,
+        statistics: &Any<'py>,
+        layout: &str,
+    ) -> PyResult<Any<'py>> {
+        match dtype("x", x)? {
+            Dtype::F32 => self.run::<f32>(py, x, parameters, statistics, layout),
+            Dtype::F64 => self.run::<f64>(py, x, parameters, statistics, layout),
+        }
+    }
+
+    /// The gradients by the input (None where the program does not want it) and by the parameters.
+    ///
+    /// Args:
+    ///     grad_output: Like the output.
+    ///     parameters: As in the forward call.
+    ///     masks: As in the forward call.
+    ///     statistics: What the forward call returned.
+    ///     workspace: What the forward call returned.
+    ///     frozen: Whether the statistics were given, so that they are constants.
+    ///     layout: "NCHW" or "NHWC".
+    #[pyo3(signature = (grad_output, parameters, masks, statistics, workspace, frozen=false, layout="NCHW"))]
+    fn backward<'py>(
+        &self,
+        py: Python<'py>,
+        grad_output: &Any<'py>,
+        parameters: &Any<'py>,
+        masks: Option<&Any<'py>>,
+        statistics: &Any<'py>,
+        workspace: &Any<'py>,
+        frozen: bool,
+        layout: &str,
+    ) -> PyResult<(Option<Any<'py>>, Any<'py>)> {
+        match dtype("grad_output", grad_output)? {
+            Dtype::F32 => self.back::<f32>(py, grad_output, parameters, masks, statistics, workspace, frozen, layout),
+            Dtype::F64 => self.back::<f64>(py, grad_output, parameters, masks, statistics, workspace, frozen, layout),
+        }
+    }
+}
+
+/// An array of a known number of values.
+fn flat<'py, T: ArrayElement>(name: &'static str, value: &Any<'py>, len: usize) -> PyResult<Values<T>> {
+    let input = Input::<T>::new(name, value)?;
+    let found: usize = input.shape().iter().product();
+    if found != len {
+        return Err(Error::new(format!("{name} has {found} values, expected {len}")).into());
+    }
+    Ok(input.values())
+}
+
+/// An image's shape in a layout.
+fn shape(count: usize, [channels, height, width]: [usize; 3], layout: Order) -> [usize; 4] {
+    match layout {
+        Order::Nchw => [count, channels, height, width],
+        Order::Nhwc => [count, height, width, channels],
+    }
+}
+
+/// The number and the order in memory of images that must have a size.
+fn images<T: ArrayElement>(name: &str, x: &Input<'_, T>, size: [usize; 3], layout: Order) -> Result<(usize, Order)> {
+    let images = x.images(layout)?;
+    if x.shape() != shape(images.count, size, layout) {
+        bail!("{name} has shape {:?}, expected {:?}", x.shape(), shape(images.count, size, layout));
+    }
+    Ok((images.count, images.order))
+}
+
+impl FusedProgram {
+    fn train<'py, T: ArrayElement>(
+        &self,
+        py: Python<'py>,
+        x: &Any<'py>,
+        parameters: &Any<'py>,
+        masks: Option<&Any<'py>>,
+        statistics: Option<&Any<'py>>,
+        layout_name: &str,
+    ) -> PyResult<(Any<'py>, Any<'py>, Any<'py>)> {
+        let (program, layout, isa) = (&self.0, layout(layout_name)?, active()?);
+        let [input, output] = program.sizes();
+        let x = Input::<T>::new("x", x)?;
+        let (count, order) = images("x", &x, input, layout)?;
+        let parameters = flat::<T>("parameters", parameters, program.parameters())?;
+        let masks = masks.map(|masks| flat::<T>("masks", masks, program.masks() * count)).transpose()?;
+        let given = statistics.map(|given| flat::<T>("statistics", given, 2 * program.norm_channels())).transpose()?;
+        let mut y = Output::images(py, shape(count, output, layout), layout, order, None, &[&x])?;
+        let mut statistics = Output::<T>::array(py, &[2, program.norm_channels()], None, &[])?;
+        let (x, mut y_memory, mut statistics_memory) = (x.image_values(layout, order), y.memory(), statistics.memory());
+        let len = program.workspace_len(count);
+        let memory = py.detach(|| {
+            let mut memory = Memory::new::<T>(len);
+            let masks = masks.as_ref().map_or(&[][..], Values::as_slice);
+            let arguments = Arguments { isa, program, count, order, parameters: parameters.as_slice(), masks };
+            fused::forward(
+                &arguments,
+                x.as_slice(),
+                given.as_ref().map(Values::as_slice),
+                y_memory.as_mut_slice(),
+                statistics_memory.as_mut_slice(),
+                memory.as_mut(len),
+            );
+            memory
+        });
+        Ok((y.finish()?, statistics.finish()?, recycled::<T>(py, memory, len)?))
+    }
+
+    fn run<'py, T: ArrayElement>(
+        &self,
+        py: Python<'py>,
+        x: &Any<'py>,
+        parameters: &Any<'py>,
+        statistics: &Any<'py>,
+        layout_name: &str,
+    ) -> PyResult<Any<'py>> {
+        let (program, layout, isa) = (&self.0, layout(layout_name)?, active()?);
+        let [input, output] = program.sizes();
+        let x = Input::<T>::new("x", x)?;
+        let (count, order) = images("x", &x, input, layout)?;
+        let parameters = flat::<T>("parameters", parameters, program.parameters())?;
+        let statistics = flat::<T>("statistics", statistics, 2 * program.norm_channels())?;
+        let mut y = Output::images(py, shape(count, output, layout), layout, order, None, &[&x])?;
+        let (x, mut memory) = (x.image_values(layout, order), y.memory());
+        py.detach(|| {
+            let arguments = Arguments { isa, program, count, order, parameters: parameters.as_slice(), masks: &[] };
+            fused::infer(&arguments, x.as_slice(), statistics.as_slice(), memory.as_mut_slice());
+        });
+        y.finish()
+    }
+
+    fn back<'py, T: ArrayElement>(
+        &self,
+        py: Python<'py>,
+        grad_output: &Any<'py>,
+        parameters: &Any<'py>,
+        masks: Option<&Any<'py>>,
+        statistics: &Any<'py>,
+        workspace: &Any<'py>,
+        frozen: bool,
+        layout_name: &str,
+    ) -> PyResult<(Option<Any<'py>>, Any<'py>)> {
+        let (program, layout, isa) = (&self.0, layout(layout_name)?, active()?);
+        let [input, output] = program.sizes();
+        let grad_output = Input::<T>::new("grad_output", grad_output)?;
+        let (count, order) = images("grad_output", &grad_output, output, layout)?;
+        let parameters = flat::<T>("parameters", parameters, program.parameters())?;
+        let masks = masks.map(|masks| flat::<T>("masks", masks, program.masks() * count)).transpose()?;
+        let statistics = flat::<T>("statistics", statistics, 2 * program.norm_channels())?;
+        let workspace = flat::<T>("workspace", workspace, program.workspace_len(count))?;
+        let mut grad_x = match program.input_grad() {
+            true => Some(Output::<T>::images(py, shape(count, input, layout), layout, order, None, &[])?),
+            false => None,
+        };
+        let mut grad_parameters = Output::<T>::array(py, &[program.parameters()], None, &[])?;
+        let grad_output = grad_output.image_values(layout, order);
+        let (mut x_memory, mut memory) = (grad_x.as_mut().map(Output::memory), grad_parameters.memory());
+        py.detach(|| {
+            let masks = masks.as_ref().map_or(&[][..], Values::as_slice);
+            let arguments = Arguments { isa, program, count, order, parameters: parameters.as_slice(), masks };
+            fused::backward(
+                &arguments,
+                frozen,
+                statistics.as_slice(),
+                workspace.as_slice(),
+                grad_output.as_slice(),
+                x_memory.as_mut().map_or(&mut [], |memory| memory.as_mut_slice()),
+                memory.as_mut_slice(),
+            );
+        });
+        Ok((grad_x.map(Output::finish).transpose()?, grad_parameters.finish()?))
+    }
+}
+
+/// Bytes of the large temporary memory that kconv recycles.
+///
+/// Returns:
+///     A dictionary: ``used`` (held by running operations and by results that wait for their backward pass) and
+///     ``free`` (kept for later).
+///
+/// Example:
+///     >>> sorted(kconv.memory_stats())
+///     ['free', 'used']
+#[pyfunction]
+fn memory_stats(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
+    let (used, free) = fused::memory_stats();
+    let stats = pyo3::types::PyDict::new(py);
+    stats.set_item("used", used)?;
+    stats.set_item("free", free)?;
+    Ok(stats)
+}
+
+/// Returns the recycled memory that is free to the system.
+///
+/// Returns:
+///     The number of bytes.
+///
+/// Example:
+///     >>> kconv.release_memory() >= 0
+///     True
+#[pyfunction]
+fn release_memory() -> usize {
+    fused::release_memory()
+}
+
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<FusedProgram>()?;
+    module.add_function(wrap_pyfunction!(memory_stats, module)?)?;
+    module.add_function(wrap_pyfunction!(release_memory, module)?)
+}

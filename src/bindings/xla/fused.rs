@@ -1,0 +1,118 @@
+//! Fused networks for XLA: their programs come as an attribute.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::abi::{Buffer, Call, Output};
+use super::{Float, expect, order};
+use crate::error::Result;
+use crate::fused::{self, Arguments, Program};
+use crate::isa;
+
+/// Programs that have been read, at most.
+const REMEMBERED: usize = 64;
+
+/// The call's program.
+fn program(call: &Call<'_>) -> Result<Arc<Program>> {
+    static READ: Mutex<Option<HashMap<Vec<i64>, Arc<Program>>>> = Mutex::new(None);
+    let integers = call.integers("program")?;
+    // Every change leaves the map whole.
+    let mut guard = READ.lock().unwrap_or_else(PoisonError::into_inner);
+    let programs = guard.get_or_insert_default();
+    if let Some(program) = programs.get(integers) {
+        return Ok(program.clone());
+    }
+    if programs.len() >= REMEMBERED {
+        programs.clear();
+    }
+    let program = Arc::new(Program::parse(integers)?);
+    programs.insert(integers.to_vec(), program.clone());
+    Ok(program)
+}
+
+/// The number of images in a buffer of images of this size.
+fn count(call: &Call<'_>, what: &str, buffer: &Buffer<'_>, size: [usize; 3]) -> Result<usize> {
+    let [count, found @ ..] = super::nchw(call, buffer)?;
+    expect(what, found, size)?;
+    Ok(count)
+}
+
+/// `x, parameters, masks, statistics -> y, statistics, workspace`; masks and statistics may be empty.
+pub fn fused_forward<T: Float>(
+    call: &Call<'_>,
+    output: Output<'_>,
+    statistics: Output<'_>,
+    workspace: Output<'_>,
+) -> Result<()> {
+    let program = program(call)?;
+    let [x, parameters, masks, given] = call.operands()?;
+    let [input_size, output_size] = program.sizes();
+    let n = count(call, "x", &x, input_size)?;
+    expect("output", [count(call, "output", &output, output_size)?], [n])?;
+    expect("statistics", statistics.dims()?, [2, program.norm_channels()])?;
+    expect("workspace", workspace.dims()?, [program.workspace_len(n)])?;
+    let given = given.read::<T>()?;
+    let arguments = arguments(call, &program, n, &parameters, masks.read()?)?;
+    fused::forward(
+        &arguments,
+        x.read()?,
+        (!given.is_empty()).then_some(given),
+        output.write()?,
+        statistics.write()?,
+        workspace.write()?,
+    );
+    Ok(())
+}
+
+/// `x, parameters, statistics -> y`.
+pub fn fused_infer<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
+    let program = program(call)?;
+    let [x, parameters, statistics] = call.operands()?;
+    let [input_size, output_size] = program.sizes();
+    let n = count(call, "x", &x, input_size)?;
+    expect("output", [count(call, "output", &output, output_size)?], [n])?;
+    expect("statistics", statistics.dims()?, [2, program.norm_channels()])?;
+    let arguments = arguments::<T>(call, &program, n, &parameters, &[])?;
+    fused::infer(&arguments, x.read()?, statistics.read()?, output.write()?);
+    Ok(())
+}
+
+/// `grad_output, parameters, masks, statistics, workspace -> grad_parameters, grad_x`; the latter is empty where the
+/// program does not want it.
+pub fn fused_backward<T: Float>(call: &Call<'_>, grad_parameters: Output<'_>, grad_x: Output<'_>) -> Result<()> {
+    let program = program(call)?;
+    let [grad, parameters, masks, statistics, workspace] = call.operands()?;
+    let [input_size, output_size] = program.sizes();
+    let n = count(call, "grad_output", &grad, output_size)?;
+    expect("statistics", statistics.dims()?, [2, program.norm_channels()])?;
+    expect("workspace", workspace.dims()?, [program.workspace_len(n)])?;
+    expect("grad_parameters", grad_parameters.dims()?, [program.parameters()])?;
+    if program.input_grad() {
+        expect("grad_x", [count(call, "grad_x", &grad_x, input_size)?], [n])?;
+    }
+    let arguments = arguments::<T>(call, &program, n, &parameters, masks.read()?)?;
+    fused::backward(
+        &arguments,
+        call.integer("frozen")? != 0,
+        statistics.read()?,
+        workspace.read()?,
+        grad.read()?,
+        grad_x.write()?,
+        grad_parameters.write()?,
+    );
+    Ok(())
+}
+
+fn arguments<'a, T: Float>(
+    call: &Call<'_>,
+    program: &'a Program,
+    count: usize,
+    parameters: &Buffer<'a>,
+    masks: &'a [T],
+) -> Result<Arguments<'a, T>> {
+    expect("parameters", parameters.dims()?, [program.parameters()])?;
+    if !masks.is_empty() {
+        expect("masks", [masks.len()], [program.masks() * count])?;
+    }
+    Ok(Arguments { isa: isa::active()?, program, count, order: order(call)?, parameters: parameters.read()?, masks })
+}

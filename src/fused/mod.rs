@@ -1,0 +1,668 @@
+//! Fused networks: chains of convolutions, batch norms, activations, squeeze-excite and sums as one operation.
+//!
+//! Batch norm, activation and the like cost a pass over memory each when they are operations of their own, more than the
+//! convolutions themselves. Here a step (a convolution, a mean, a sum) writes its raw result once and gathers the batch
+//! statistics while that is in the cache; who reads it normalises, activates, scales, permutes and adds on the way in
+//! ([`source`]). The backward pass recomputes all this from the raw results instead of keeping it: only they are kept.
+//!
+//! Values are held as rows, one a channel, of all images' pixels: (C, N, H, W). So every channel's constants hold for a
+//! whole row, any number of pixels runs at full vectors, and a permutation of channels costs nothing.
+//!
+//! The gradient by a value `v` that batch norms read, `y_k = act(gamma_k n_k(v) + beta_k)` with
+//! `n_k(v) = (v - mean) * inverse_k`, is gathered as `w = sum over k of gamma_k inverse_k g_k`, where `g_k` is the
+//! gradient by the norm's result, as if mean and deviation were constants; what they add is, with means over the batch
+//! (Ioffe and Szegedy 2015, section 3),
+//!
+//! ```text
+//! dv = w - sum over k of gamma_k inverse_k (mean(g_k) + n_k(v) mean(g_k n_k(v)))
+//! ```
+//!
+//! a linear function of `w` and `v` that is applied when `dv` is read.
+
+mod memory;
+mod pointwise;
+mod program;
+mod source;
+mod spatial;
+#[cfg(test)]
+mod tests;
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+pub use memory::{Memory, memory_stats, release_memory};
+pub use program::Program;
+
+use self::pointwise::Packed;
+use self::program::{Kind, Slots, Source, Step};
+use crate::isa::Active;
+use crate::kernels::Element;
+use crate::kernels::rows::{ActivateInPlace, Activation, Moments, Sum};
+use crate::kernels::transpose::Transpose;
+use crate::ops::Shared;
+use crate::pool::{num_threads, parallel_for, part};
+use crate::scratch;
+use crate::shape::Order;
+
+/// Sets of partial sums (statistics, weight gradients), at most: a number that does not depend on the threads, so that
+/// neither do the results.
+const PARTS: usize = 16;
+/// Pixels of a row in one such set, at least.
+const PART_PIXELS: usize = 256;
+/// Values of a row that a task works on at a time: a tile of all of a group's rows stays in the L1 or L2 cache.
+const ROW_TILE: usize = 1024;
+
+/// What a program computes with.
+pub struct Arguments<'a, T> {
+    /// The instruction set.
+    pub isa: Active,
+    /// The program.
+    pub program: &'a Program,
+    /// Number of images.
+    pub count: usize,
+    /// The order of the input's and output's axes, and of their gradients'.
+    pub order: Order,
+    /// All parameters, as [`Program::parse`] orders them.
+    pub parameters: &'a [T],
+    /// Factors of images, a set for each mask; none in inference.
+    pub masks: &'a [T],
+}
+
+/// A pass through a program.
+struct Pass<'a, T> {
+    isa: Active,
+    program: &'a Program,
+    count: usize,
+    order: Order,
+    threads: usize,
+    parameters: &'a [T],
+    masks: &'a [T],
+    /// Each step's weights for the forward pass, where it is a convolution.
+    packed: &'a [Option<Packed<T>>],
+    /// All values' memory, and where in it each value's rows start.
+    start: Shared<T>,
+    places: Vec<usize>,
+    /// Scale and shift of each channel of the norms.
+    affine: Vec<(T, T)>,
+    /// Mean and inverse standard deviation of each channel of the norms.
+    moments: Vec<(T, T)>,
+    /// Whether values are stored as their readers see them (where these agree), because nothing is kept for a backward
+    /// pass and the statistics are known.
+    finished: bool,
+}
+
+impl<T: Element> Arguments<'_, T> {
+    /// Each step's weights for the forward pass, where it is a convolution.
+    fn packed(&self) -> Vec<Option<Packed<T>>> {
+        let packed = |step: &Step| match &step.kind {
+            Kind::Conv(conv) => {
+                let (weights, taps) = (&self.parameters[conv.weight..][..conv.weights()], conv.taps());
+                let weight = |g, o, i| weights[conv.index(g, o, i / taps, i % taps)];
+                Some(Packed::new(self.isa, conv.groups, conv.group_out, conv.group_in * taps, weight))
+            }
+            Kind::Copy | Kind::Mean => None,
+        };
+        self.program.steps.iter().map(packed).collect()
+    }
+}
+
+/// A value's statistics: count, mean, and sum of the squares of the distances from the mean.
+type Statistics = (f64, f64, f64);
+
+/// The statistics of two samples together (Chan, Golub and LeVeque 1983, formula 1.5).
+fn merge(a: Statistics, b: Statistics) -> Statistics {
+    let count = a.0 + b.0;
+    if b.0 == 0.0 {
+        return a;
+    }
+    let distance = b.1 - a.1;
+    (count, a.1 + distance * b.0 / count, a.2 + b.2 + distance * distance * a.0 * b.0 / count)
+}
+
+impl Program {
+    /// Values that the forward pass keeps for the backward pass.
+    pub fn workspace_len(&self, count: usize) -> usize {
+        self.kept.len * count
+    }
+}
+
+/// Forward with all that [`backward`] needs: the output from the input `x`.
+///
+/// * `given`: statistics to normalise with (means and variances of all norms' channels), else the batch's own.
+/// * `statistics`: the statistics that were used, the batch's variances biased.
+/// * `workspace`: receives what [`backward`] needs.
+pub fn forward<T: Element>(
+    arguments: &Arguments<'_, T>,
+    x: &[T],
+    given: Option<&[T]>,
+    y: &mut [MaybeUninit<T>],
+    statistics: &mut [MaybeUninit<T>],
+    workspace: &mut [MaybeUninit<T>],
+) {
+    let program = arguments.program;
+    let channels = program.norm_channels();
+    assert_eq!(statistics.len(), 2 * channels);
+    assert_eq!(workspace.len(), program.workspace_len(arguments.count));
+    let weights = arguments.packed();
+    let mut pass = Pass::new(arguments, Shared::new(workspace), &program.kept, num_threads());
+    pass.packed = &weights;
+    pass.import(0, pass.rows(0), x);
+    if let Some(given) = given {
+        pass.fix_statistics(given);
+        program.steps.iter().for_each(|step| _ = pass.step(step));
+        statistics.iter_mut().zip(given).for_each(|(to, &from)| _ = to.write(from));
+    } else {
+        let mut found = vec![(0.0, 0.0, 0.0); channels];
+        pass.normalise(0, None, &mut found);
+        for step in &program.steps {
+            let sums = pass.step(step);
+            pass.normalise(step.value, sums, &mut found);
+        }
+        let (means, variances) = statistics.split_at_mut(channels);
+        for ((mean, variance), (count, average, squares)) in means.iter_mut().zip(variances).zip(found) {
+            mean.write(T::from_f64(average));
+            variance.write(T::from_f64(squares / count));
+        }
+    }
+    pass.export(program.output, pass.rows(program.output), y);
+}
+
+/// Forward in inference, with given statistics (means and variances of all norms' channels).
+///
+/// Nothing is kept. Each thread takes an image at a time through the whole program, in memory that stays in its cache.
+pub fn infer<T: Element>(arguments: &Arguments<'_, T>, x: &[T], statistics: &[T], y: &mut [MaybeUninit<T>]) {
+    let Arguments { program, count, .. } = *arguments;
+    let [input, output] = program.sizes().map(|[channels, height, width]| channels * height * width);
+    assert_eq!((x.len(), y.len()), (count * input, count * output));
+    assert_eq!(statistics.len(), 2 * program.norm_channels());
+    let threads = num_threads();
+    let y = Shared::new(y);
+    let weights = arguments.packed();
+    let run = |image: usize, threads: usize| {
+        memory::with(program.reused.len, |memory: &mut [MaybeUninit<T>]| {
+            let arguments = Arguments { count: 1, masks: &[], ..*arguments };
+            let mut pass = Pass::new(&arguments, Shared::new(memory), &program.reused, threads);
+            pass.packed = &weights;
+            pass.finished = true;
+            pass.fix_statistics(statistics);
+            pass.import(0, pass.rows(0), &x[image * input..][..input]);
+            for step in &program.steps {
+                pass.step(step);
+            }
+            // SAFETY: the image's own part of the output.
+            let y = unsafe { std::slice::from_raw_parts_mut(y.ptr().add(image * output).cast(), output) };
+            pass.export(program.output, pass.rows(program.output), y);
+        });
+    };
+    // Fewer images than threads: the threads share each image's work.
+    if count < threads {
+        (0..count).for_each(|image| run(image, threads));
+    } else {
+        parallel_for(threads, count, |image| run(image, 1));
+    }
+}
+
+/// The gradients by the input (where the program wants it) and by the parameters.
+///
+/// * `statistics`, `workspace`: what [`forward`] wrote; with `frozen`, statistics that were given.
+/// * `grad_output`: like the output; `grad_x`: like the input, or empty.
+pub fn backward<T: Element>(
+    arguments: &Arguments<'_, T>,
+    frozen: bool,
+    statistics: &[T],
+    workspace: &[T],
+    grad_output: &[T],
+    grad_x: &mut [MaybeUninit<T>],
+    grad_parameters: &mut [MaybeUninit<T>],
+) {
+    let Arguments { program, count, .. } = *arguments;
+    assert_eq!(statistics.len(), 2 * program.norm_channels());
+    assert_eq!(workspace.len(), program.workspace_len(count));
+    assert_eq!(grad_parameters.len(), program.parameters());
+    let mut pass = Pass::new(arguments, Shared(workspace.as_ptr().cast_mut()), &program.kept, num_threads());
+    pass.fix_statistics(statistics);
+    grad_parameters.iter_mut().for_each(|value| _ = value.write(T::default()));
+    memory::with(program.gradients.len * count, |memory: &mut [MaybeUninit<T>]| {
+        let mut tape = Tape {
+            pass: &pass,
+            start: Shared::new(memory),
+            places: program.gradients.places(count),
+            frozen,
+            norm_sums: vec![[0.0; 2]; program.norm_channels()],
+            grad_parameters: Shared::new(grad_parameters),
+            norm_grads: Vec::new(),
+        };
+        for value in (0..program.values.len()).filter(|&value| program.values[value].zeroed) {
+            tape.clear(value);
+        }
+        pass.import(program.output, tape.rows(program.output), grad_output);
+        for step in program.steps.iter().rev() {
+            tape.step(step);
+        }
+        if program.input_grad {
+            tape.finish(0);
+            pass.export(0, tape.rows(0), grad_x);
+        }
+        tape.norm_gradients();
+    });
+}
+
+impl<'a, T: Element> Pass<'a, T> {
+    fn new(arguments: &Arguments<'a, T>, start: Shared<T>, slots: &Slots, threads: usize) -> Self {
+        let Arguments { isa, program, count, order, parameters, masks } = *arguments;
+        assert_eq!(parameters.len(), program.parameters());
+        assert!(masks.is_empty() || masks.len() == program.masks * count);
+        let channels = program.norm_channels();
+        let zero = (T::default(), T::default());
+        Self {
+            isa,
+            program,
+            count,
+            order,
+            threads,
+            parameters,
+            masks,
+            packed: &[],
+            start,
+            places: slots.places(count),
+            affine: vec![zero; channels],
+            moments: vec![zero; channels],
+            finished: false,
+        }
+    }
+
+    /// A value's rows.
+    fn rows(&self, value: usize) -> Shared<T> {
+        self.start.at(self.places[value])
+    }
+
+    /// Pixels of a value's row.
+    fn row_len(&self, value: usize) -> usize {
+        self.count * self.program.values[value].pixels()
+    }
+
+    /// Part of a row.
+    ///
+    /// # Safety
+    /// It must have been written, and not be written while the slice lives.
+    unsafe fn row(&self, value: usize, channel: usize, pixels: Range<usize>) -> &[T] {
+        let start = channel * self.row_len(value) + pixels.start;
+        // SAFETY: the caller's promise; channels and pixels exist because the program was checked.
+        unsafe { std::slice::from_raw_parts(self.rows(value).ptr().add(start), pixels.len()) }
+    }
+
+    /// Copies images in their order of axes to rows of a value's size.
+    fn import(&self, value: usize, rows: Shared<T>, x: &[T]) {
+        let (channels, pixels) = (self.program.values[value].channels, self.program.values[value].pixels());
+        assert_eq!(x.len(), self.count * channels * pixels);
+        let row_len = self.row_len(value);
+        // A single pixel is the same memory in both orders.
+        let planes = self.order == Order::Nchw && pixels > 1;
+        parallel_for(self.threads, self.count, |n| {
+            let x = &x[n * channels * pixels..][..channels * pixels];
+            // SAFETY: image n of the value's rows, which no other task writes.
+            unsafe {
+                let target = rows.ptr().add(n * pixels);
+                if planes {
+                    for (c, plane) in x.chunks_exact(pixels).enumerate() {
+                        target.add(c * row_len).copy_from_nonoverlapping(plane.as_ptr(), pixels);
+                    }
+                } else {
+                    self.isa.run(Transpose::gather([pixels, channels], x.as_ptr(), channels, target, row_len));
+                }
+            }
+        });
+    }
+
+    /// Copies rows of a value's size to images in their order of axes.
+    fn export(&self, value: usize, rows: Shared<T>, y: &mut [MaybeUninit<T>]) {
+        let (channels, pixels) = (self.program.values[value].channels, self.program.values[value].pixels());
+        assert_eq!(y.len(), self.count * channels * pixels);
+        let row_len = self.row_len(value);
+        let planes = self.order == Order::Nchw && pixels > 1;
+        let y = Shared::new(y);
+        parallel_for(self.threads, self.count, |n| {
+            // SAFETY: image n of y, which no other task writes.
+            unsafe {
+                let (source, target) = (rows.ptr().add(n * pixels), y.ptr().add(n * channels * pixels));
+                if planes {
+                    for c in 0..channels {
+                        target.add(c * pixels).copy_from_nonoverlapping(source.add(c * row_len), pixels);
+                    }
+                } else {
+                    self.isa.run(Transpose::scatter([channels, pixels], source, row_len, target, channels));
+                }
+            }
+        });
+    }
+
+    /// The weights of a convolution.
+    fn weights(&self, step: &Step) -> &Packed<T> {
+        self.packed[step.value - 1].as_ref().expect("packed for every convolution")
+    }
+
+    /// Makes a step's value; with the statistics of its channels where they are wanted and come for free.
+    fn step(&self, step: &Step) -> Option<Vec<Statistics>> {
+        match &step.kind {
+            Kind::Conv(conv) if conv.pointwise() => Some(self.pointwise(step, conv)),
+            Kind::Conv(conv) => Some(self.spatial(step, conv)),
+            Kind::Copy => {
+                self.copy(step);
+                None
+            }
+            Kind::Mean => {
+                self.mean(step);
+                None
+            }
+        }
+    }
+
+    fn copy(&self, step: &Step) {
+        let len = self.row_len(step.value);
+        let (parts, size) = tiles(len);
+        let rows = self.rows(step.value);
+        self.for_tasks(step.source.channels(), parts, |c, p| {
+            let pixels = p * size..((p + 1) * size).min(len);
+            // SAFETY: these pixels of row c are this task's own; sources are earlier values.
+            unsafe {
+                let y = std::slice::from_raw_parts_mut(rows.ptr().add(c * len + pixels.start), pixels.len());
+                self.fill(&step.source, c, pixels.clone(), y);
+                self.finish(step.value, c, pixels);
+            }
+        });
+    }
+
+    fn mean(&self, step: &Step) {
+        let pixels = step.source.pixels();
+        let rows = self.rows(step.value);
+        self.for_tasks(step.source.channels(), 1, |c, _| {
+            scratch::with(pixels, |buffer: &mut [T]| {
+                for n in 0..self.count {
+                    // SAFETY: sources are earlier values.
+                    let row = unsafe { self.load(&step.source, c, n * pixels..(n + 1) * pixels, buffer) };
+                    let mean = self.isa.run(Sum(row)) / pixels as f64;
+                    // SAFETY: row c of the value is this task's own.
+                    unsafe { rows.ptr().add(c * self.count + n).write(T::from_f64(mean)) };
+                }
+                // SAFETY: just written.
+                unsafe { self.finish(step.value, c, 0..self.count) };
+            });
+        });
+    }
+
+    /// Takes the statistics of a value's channels (measured here unless they are known) for the norms that read it.
+    fn normalise(&mut self, value: usize, known: Option<Vec<Statistics>>, found: &mut [Statistics]) {
+        let data = &self.program.values[value];
+        if !data.normed {
+            return;
+        }
+        let known = known.unwrap_or_else(|| {
+            let len = self.row_len(value);
+            let mut statistics = vec![(0.0, 0.0, 0.0); data.channels];
+            let shared = Shared(statistics.as_mut_ptr());
+            self.for_tasks(data.channels, 1, |c, _| {
+                // SAFETY: the value has been written; each task writes its own statistics.
+                unsafe {
+                    let (mean, squares) = self.isa.run(Moments(self.row(value, c, 0..len)));
+                    shared.ptr().add(c).write((len as f64, mean, squares));
+                }
+            });
+            statistics
+        });
+        for &(channel, norm) in &data.norms {
+            found[norm] = known[channel];
+            let (count, mean, squares) = known[channel];
+            self.set_norm(norm, mean, squares / count);
+        }
+    }
+
+    /// Takes given statistics for all norms.
+    fn fix_statistics(&mut self, statistics: &[T]) {
+        let (means, variances) = statistics.split_at(self.program.norm_channels());
+        for (channel, (mean, variance)) in means.iter().zip(variances).enumerate() {
+            self.set_norm(channel, mean.to_f64(), variance.to_f64());
+        }
+    }
+
+    fn set_norm(&mut self, channel: usize, mean: f64, variance: f64) {
+        // Norms are sorted by their channels.
+        let index = self.program.norms.partition_point(|norm| norm.channels.end <= channel);
+        let norm = &self.program.norms[index];
+        let own = channel - norm.channels.start;
+        let gamma = norm.gamma.map_or(1.0, |gamma| self.parameters[gamma + own].to_f64());
+        let inverse = 1.0 / (variance + norm.epsilon).sqrt();
+        let shift = self.parameters[norm.beta + own].to_f64() - mean * gamma * inverse;
+        self.affine[channel] = (T::from_f64(gamma * inverse), T::from_f64(shift));
+        self.moments[channel] = (T::from_f64(mean), T::from_f64(inverse));
+    }
+
+    /// Into how many parts of whole images the work on images of so many pixels is divided.
+    fn parts(&self, pixels: usize) -> usize {
+        PARTS.min(self.count).min((self.count * pixels).div_ceil(PART_PIXELS)).max(1)
+    }
+
+    /// Completes new values of a channel: measures them, or makes of them what their readers will.
+    ///
+    /// # Safety
+    /// The pixels must have been written by this task.
+    unsafe fn complete(&self, value: usize, channel: usize, pixels: Range<usize>, statistics: &mut Statistics) {
+        if self.finished {
+            // SAFETY: the caller's promise.
+            unsafe { self.finish(value, channel, pixels) };
+        } else if self.program.values[value].normed {
+            // SAFETY: the caller's promise.
+            let row = unsafe { self.row(value, channel, pixels) };
+            let (mean, squares) = self.isa.run(Moments(row));
+            *statistics = merge(*statistics, (row.len() as f64, mean, squares));
+        }
+    }
+
+    /// Makes of new values of a channel what their readers will, if this pass does so.
+    ///
+    /// # Safety
+    /// As for [`Pass::complete`].
+    unsafe fn finish(&self, value: usize, channel: usize, pixels: Range<usize>) {
+        let Some(view) = self.program.values[value].view.as_ref().filter(|_| self.finished) else { return };
+        let norm = view.norms[channel];
+        if norm.is_none() && view.activation == Activation::Identity {
+            return;
+        }
+        let affine = norm.map_or((T::ONE, T::default()), |norm| self.affine[norm]);
+        let start = channel * self.row_len(value) + pixels.start;
+        // SAFETY: the caller's promise.
+        let row = unsafe { std::slice::from_raw_parts_mut(self.rows(value).ptr().add(start), pixels.len()) };
+        self.isa.run(ActivateInPlace { activation: view.activation, row, affine });
+    }
+
+    /// Calls `task(i, j)` for all `i < rows` and `j < columns` on this pass's threads.
+    fn for_tasks(&self, rows: usize, columns: usize, task: impl Fn(usize, usize) + Sync) {
+        parallel_for(self.threads, rows * columns, |index| task(index / columns, index % columns));
+    }
+}
+
+/// Rows of `len` values in tiles: their number and size.
+fn tiles(len: usize) -> (usize, usize) {
+    let parts = len.div_ceil(16 * ROW_TILE).max(1);
+    (parts, len.div_ceil(parts))
+}
+
+/// The backward pass: gradients by values, and the sums that batch norms want.
+struct Tape<'p, 'a, T> {
+    pass: &'p Pass<'a, T>,
+    /// All gathered gradients' memory, and where in it each value's rows start.
+    start: Shared<T>,
+    places: Vec<usize>,
+    /// Whether the norms' statistics are constants.
+    frozen: bool,
+    /// Sums for all norms' channels: the gradients by beta and gamma.
+    norm_sums: Vec<[f64; 2]>,
+    grad_parameters: Shared<T>,
+    /// See [`Tape::look_at`]; empty where nothing is lacking.
+    norm_grads: Vec<[T; 3]>,
+}
+
+impl<T: Element> Tape<'_, '_, T> {
+    /// A value's gathered gradient.
+    fn rows(&self, value: usize) -> Shared<T> {
+        self.start.at(self.places[value])
+    }
+
+    /// Part of a row of a value's gathered gradient.
+    ///
+    /// # Safety
+    /// No other slice of it may live.
+    #[expect(clippy::mut_from_ref, reason = "tasks write different rows of shared memory")]
+    unsafe fn grad(&self, value: usize, channel: usize, pixels: Range<usize>) -> &mut [T] {
+        let start = channel * self.pass.row_len(value) + pixels.start;
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.rows(value).ptr().add(start), pixels.len()) }
+    }
+
+    /// Sets a value's gradient to zeros.
+    fn clear(&self, value: usize) {
+        let len = self.pass.row_len(value);
+        self.pass.for_tasks(self.pass.program.values[value].channels, 1, |c, _| {
+            // SAFETY: no gradients have been given yet; each task clears one row.
+            unsafe { self.grad(value, c, 0..len) }.fill(T::default());
+        });
+    }
+
+    /// Finds what a value's gathered gradient lacks: slope, mean and shift of each channel that take the statistics of the
+    /// norms that read it into account (see the module's page). All that read the value must have given their gradients.
+    fn look_at(&mut self, value: usize) {
+        let data = &self.pass.program.values[value];
+        self.norm_grads.clear();
+        if self.frozen || !data.normed {
+            return;
+        }
+        let count = self.pass.row_len(value) as f64;
+        self.norm_grads.resize(data.channels, [T::default(); 3]);
+        let mut exact = vec![[0.0; 2]; data.channels];
+        for &(channel, norm) in &data.norms {
+            let (scale, (mean, inverse)) = (self.pass.affine[norm].0.to_f64(), self.pass.moments[norm]);
+            let [sum, normalised] = self.norm_sums[norm];
+            let [slope, shift] = &mut exact[channel];
+            *slope -= scale * inverse.to_f64() * normalised / count;
+            *shift -= scale * sum / count;
+            self.norm_grads[channel] = [T::from_f64(*slope), mean, T::from_f64(*shift)];
+        }
+    }
+
+    /// Calls `task(channel range, images, sums)` for parts of a source and of the images, where `sums` holds the norm
+    /// sums of all rows of the source; then adds these up.
+    fn give_back(
+        &mut self,
+        source: &Source,
+        groups: usize,
+        parts: usize,
+        task: impl Fn(&Self, usize, Range<usize>, usize, &mut [[f64; 2]]) + Sync,
+    ) {
+        let mut sums = vec![[0.0; 2]; parts * source.rows.len()];
+        let shared = Shared(sums.as_mut_ptr());
+        let this: &Self = self;
+        this.pass.for_tasks(groups, parts, |group, p| {
+            let channels = source.channels() / groups;
+            let rows = source.starts[group * channels]..source.starts[(group + 1) * channels];
+            // SAFETY: sums of this part and group alone.
+            let sums = unsafe {
+                std::slice::from_raw_parts_mut(shared.ptr().add(p * source.rows.len() + rows.start), rows.len())
+            };
+            task(this, group, part(this.pass.count, parts, p), p, sums);
+        });
+        for (index, row) in source.rows.iter().enumerate() {
+            if let Some(norm) = row.norm {
+                for p in 0..parts {
+                    let [grad, normalised] = sums[p * source.rows.len() + index];
+                    self.norm_sums[norm][0] += grad;
+                    self.norm_sums[norm][1] += normalised;
+                }
+            }
+        }
+    }
+
+    /// Goes back through a step: from the gradient by its value to those by its parameters and its source.
+    fn step(&mut self, step: &Step) {
+        self.look_at(step.value);
+        match &step.kind {
+            Kind::Conv(conv) if conv.pointwise() => self.pointwise(step, conv),
+            Kind::Conv(conv) => self.spatial(step, conv),
+            Kind::Copy | Kind::Mean if !step.differentiate => {}
+            Kind::Copy => self.copy(step),
+            Kind::Mean => self.mean(step),
+        }
+    }
+
+    fn copy(&mut self, step: &Step) {
+        let (pixels, parts) = (step.source.pixels(), self.pass.parts(step.source.pixels()));
+        self.give_back(&step.source, step.source.channels(), parts, |this, c, images, _, sums| {
+            scratch::with(ROW_TILE, |buffer: &mut [T]| {
+                for range in chunks(images.start * pixels..images.end * pixels, ROW_TILE) {
+                    // SAFETY: all readers of the value come later in the program; channels and images are this task's own.
+                    unsafe {
+                        let grad = this.take(step.value, c, range.clone(), buffer);
+                        this.give(&step.source, c, range, grad, sums);
+                    }
+                }
+            });
+        });
+    }
+
+    fn mean(&mut self, step: &Step) {
+        let (pixels, parts) = (step.source.pixels(), self.pass.parts(step.source.pixels()));
+        self.give_back(&step.source, step.source.channels(), parts, |this, c, images, _, sums| {
+            scratch::with(pixels + 1, |buffer: &mut [T]| {
+                let (one, row) = buffer.split_at_mut(1);
+                for n in images {
+                    // SAFETY: as in `copy`.
+                    unsafe {
+                        let grad = this.take(step.value, c, n..n + 1, one)[0];
+                        row.fill(grad / T::from_f64(pixels as f64));
+                        this.give(&step.source, c, n * pixels..(n + 1) * pixels, row, sums);
+                    }
+                }
+            });
+        });
+    }
+
+    /// Replaces a value's gathered gradient by the gradient itself.
+    fn finish(&mut self, value: usize) {
+        self.look_at(value);
+        if self.norm_grads.is_empty() {
+            return;
+        }
+        let this = &*self;
+        let len = this.pass.row_len(value);
+        this.pass.for_tasks(this.pass.program.values[value].channels, 1, |c, _| {
+            scratch::with(ROW_TILE, |buffer: &mut [T]| {
+                for range in chunks(0..len, ROW_TILE) {
+                    // SAFETY: each task has a row of its own; what is copied stands in the buffer.
+                    unsafe {
+                        let grad = this.take(value, c, range.clone(), buffer);
+                        this.grad(value, c, range).copy_from_slice(grad);
+                    }
+                }
+            });
+        });
+    }
+
+    /// The gradients by the norms' parameters.
+    fn norm_gradients(&self) {
+        for norm in &self.pass.program.norms {
+            for (own, channel) in norm.channels.clone().enumerate() {
+                let [grad, normalised] = self.norm_sums[channel];
+                // SAFETY: the places of this norm's parameters.
+                unsafe {
+                    self.grad_parameters.ptr().add(norm.beta + own).write(T::from_f64(grad));
+                    if let Some(gamma) = norm.gamma {
+                        self.grad_parameters.ptr().add(gamma + own).write(T::from_f64(normalised));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A range in chunks of at most `size`.
+fn chunks(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+    range.clone().step_by(size).map(move |start| start..(start + size).min(range.end))
+}

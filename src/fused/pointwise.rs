@@ -1,0 +1,290 @@
+//! Pointwise convolutions of a fused network.
+
+use std::ops::Range;
+
+use super::program::{Conv, Step};
+use super::{PARTS, Pass, Statistics, Tape, chunks, merge};
+use crate::isa::Active;
+use crate::kernels::Element;
+use crate::kernels::pointwise::{
+    AddBias, ConvHeight, ConvRows, DotRows, DotWidth, Identity, MAX_DOT_A, MAX_SINGLE_B, Rows, SumSlots, slot,
+};
+use crate::kernels::rows::Sum;
+use crate::ops::Shared;
+use crate::pool::part;
+use crate::scratch;
+
+/// Values of a group's rows in a tile, about: they stay in the L1 or L2 cache from being read to their last use.
+const TILE_VALUES: usize = 24 << 10;
+/// Pixels of a tile.
+const TILE_PIXELS: (usize, usize) = (64, 1024);
+/// A group of this many weights or more is multiplied by GEMM in the weight gradient: its partial sums (a cache line
+/// each) no longer fit the caches.
+pub(super) const GEMM_WEIGHTS: usize = 4096;
+
+/// Pixels of a tile of `rows` rows: a multiple of all vectors' lengths.
+fn tile_pixels(rows: usize) -> usize {
+    (TILE_VALUES / rows / 64 * 64).clamp(TILE_PIXELS.0, TILE_PIXELS.1)
+}
+
+/// Weights in the order in which the kernel reads them: for each group, for each block of output rows,
+/// `[input row][output row]`.
+pub(super) struct Packed<T> {
+    weights: Vec<T>,
+    group: usize,
+    inputs: usize,
+    /// Output rows of a group in blocks.
+    pub blocks: Vec<Range<usize>>,
+}
+
+impl<T: Element> Packed<T> {
+    /// Packs `weight(group, output row, input row)`.
+    pub fn new(
+        isa: Active,
+        groups: usize,
+        outputs: usize,
+        inputs: usize,
+        weight: impl Fn(usize, usize, usize) -> T,
+    ) -> Self {
+        let count = outputs.div_ceil(isa.run(ConvHeight));
+        let blocks: Vec<_> = (0..count).map(|i| part(outputs, count, i)).collect();
+        let mut weights = Vec::with_capacity(groups * outputs * inputs);
+        for (g, block) in (0..groups).flat_map(|g| blocks.iter().map(move |block| (g, block))) {
+            for i in 0..inputs {
+                weights.extend(block.clone().map(|o| weight(g, o, i)));
+            }
+        }
+        Self { weights, group: outputs * inputs, inputs, blocks }
+    }
+
+    /// The weights of a block of a group.
+    pub fn block(&self, group: usize, block: &Range<usize>) -> &[T] {
+        &self.weights[group * self.group..][block.start * self.inputs..block.end * self.inputs]
+    }
+}
+
+impl<T: Element> Pass<'_, T> {
+    /// Makes the value of a pointwise convolution, and its statistics.
+    pub(super) fn pointwise(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
+        let bias = conv.bias.map(|bias| &self.parameters[bias..][..conv.groups * conv.group_out]);
+        let (k, m, packed) = (conv.group_in, conv.group_out, self.weights(step));
+        let len = self.row_len(step.value);
+        let tile = tile_pixels(k + m);
+        let parts = PARTS.min(len.div_ceil(tile)).max(1);
+        let mut partial = vec![(0.0, 0.0, 0.0); parts * conv.groups * m];
+        let shared = Shared(partial.as_mut_ptr());
+        let rows = self.rows(step.value);
+        let offsets: Vec<_> = (0..m).map(|o| o * len).collect();
+        self.for_tasks(conv.groups, parts, |g, p| {
+            scratch::with(k * tile, |buffer: &mut [T]| {
+                // SAFETY: statistics of this part and group alone.
+                let statistics =
+                    unsafe { std::slice::from_raw_parts_mut(shared.ptr().add((p * conv.groups + g) * m), m) };
+                let mut x_offsets = vec![0; k];
+                for pixels in chunks(part(len, parts, p), tile) {
+                    // SAFETY: sources are values of earlier steps.
+                    let x = unsafe { self.load_rows(&step.source, g * k, &pixels, buffer, tile, &mut x_offsets) };
+                    for block in &packed.blocks {
+                        // SAFETY: rows of the source, and these pixels of the value's rows, which are this task's own.
+                        let kernel = unsafe {
+                            ConvRows {
+                                x,
+                                x_offsets: &x_offsets,
+                                weights: packed.block(g, block),
+                                y: rows.ptr().add(g * m * len + pixels.start),
+                                y_offsets: &offsets[block.clone()],
+                                pixels: pixels.len(),
+                                prologue: Identity,
+                                epilogue: AddBias(bias.map(|bias| &bias[g * m + block.start..g * m + block.end])),
+                            }
+                            .promise()
+                        };
+                        self.isa.run(kernel);
+                        for o in block.clone() {
+                            // SAFETY: just written.
+                            unsafe { self.complete(step.value, g * m + o, pixels.clone(), &mut statistics[o]) };
+                        }
+                    }
+                }
+            });
+        });
+        merge_parts(&partial, conv.groups * m)
+    }
+}
+
+/// The statistics of each channel from those of its parts.
+pub(super) fn merge_parts(partial: &[Statistics], channels: usize) -> Vec<Statistics> {
+    let parts = || partial.chunks_exact(channels);
+    (0..channels).map(|c| parts().map(|part| part[c]).fold((0.0, 0.0, 0.0), merge)).collect()
+}
+
+impl<T: Element> Tape<'_, '_, T> {
+    /// Goes back through a pointwise convolution.
+    pub(super) fn pointwise(&mut self, step: &Step, conv: &Conv) {
+        let pass = self.pass;
+        let (groups, k, m) = (conv.groups, conv.group_in, conv.group_out);
+        let weights = &pass.parameters[conv.weight..][..conv.weights()];
+        let packed = Packed::new(pass.isa, groups, k, m, |g, i, o| weights[conv.index(g, o, i, 0)]);
+        let pixels = step.source.pixels();
+        let tile = tile_pixels(2 * k + m);
+        let parts = pass.parts(pixels);
+        let mut partial = vec![T::default(); parts * groups * m * k];
+        let mut bias = vec![0.0; parts * groups * m];
+        let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
+        let gemm = m * k >= GEMM_WEIGHTS;
+        let y_offsets: Vec<_> = (0..k).map(|i| i * tile).collect();
+        self.give_back(&step.source, groups, parts, |this, g, images, p, sums| {
+            let slots = if gemm { 0 } else { m * k * slot::<T>() };
+            scratch::with(slots + (2 * k + m) * tile, |memory: &mut [T]| {
+                let (slots, memory) = memory.split_at_mut(slots);
+                let (x_rows, memory) = memory.split_at_mut(k * tile);
+                let (grad_rows, grad_x) = memory.split_at_mut(m * tile);
+                slots.fill(T::default());
+                // SAFETY: sums of this part and group alone.
+                let (products, bias) = unsafe {
+                    let at = p * groups + g;
+                    (
+                        std::slice::from_raw_parts_mut(shared.ptr().add(at * m * k), m * k),
+                        std::slice::from_raw_parts_mut(shared_bias.ptr().add(at * m), m),
+                    )
+                };
+                let (mut a_offsets, mut b_offsets) = (vec![0; m], vec![0; k]);
+                for pixels in chunks(images.start * pixels..images.end * pixels, tile) {
+                    // SAFETY: all that read the value come later in the program and have given their gradients.
+                    let a = unsafe { this.take_rows(step.value, g * m, &pixels, grad_rows, tile, &mut a_offsets) };
+                    // SAFETY: the forward pass wrote the values.
+                    let b = unsafe { pass.load_rows(&step.source, g * k, &pixels, x_rows, tile, &mut b_offsets) };
+                    if conv.bias.is_some() {
+                        for (sum, &offset) in bias.iter_mut().zip(&a_offsets) {
+                            // SAFETY: one of the gradient's rows.
+                            *sum +=
+                                pass.isa.run(Sum(unsafe { std::slice::from_raw_parts(a.add(offset), pixels.len()) }));
+                        }
+                    }
+                    let (rows_a, rows_b) = (
+                        Rows { base: a, offsets: &a_offsets, image_stride: 0 },
+                        Rows { base: b, offsets: &b_offsets, image_stride: 0 },
+                    );
+                    if gemm {
+                        // SAFETY: rows of these pixels.
+                        unsafe { self::gemm(rows_a, rows_b, pixels.len(), tile, products) };
+                    } else {
+                        // SAFETY: as above.
+                        unsafe { dot(pass, rows_a, rows_b, [1, pixels.len()], slots) };
+                    }
+                    if !step.differentiate {
+                        continue;
+                    }
+                    for block in &packed.blocks {
+                        // SAFETY: the gradient's rows, and rows of `grad_x`.
+                        let kernel = unsafe {
+                            ConvRows {
+                                x: a,
+                                x_offsets: &a_offsets,
+                                weights: packed.block(g, block),
+                                y: grad_x.as_mut_ptr(),
+                                y_offsets: &y_offsets[block.clone()],
+                                pixels: pixels.len(),
+                                prologue: Identity,
+                                epilogue: AddBias(None),
+                            }
+                            .promise()
+                        };
+                        pass.isa.run(kernel);
+                    }
+                    let mut sums = &mut *sums;
+                    for (i, grad) in grad_x.chunks_exact(tile).enumerate() {
+                        let rows = step.source.starts[g * k + i + 1] - step.source.starts[g * k + i];
+                        let (own, rest) = sums.split_at_mut(rows);
+                        sums = rest;
+                        // SAFETY: the group's channels and these images are this task's own.
+                        unsafe { this.give(&step.source, g * k + i, pixels.clone(), &grad[..pixels.len()], own) };
+                    }
+                }
+                if !gemm {
+                    pass.isa.run(SumSlots(slots, products));
+                }
+            });
+        });
+        self.write_weights(conv, parts, &partial, &bias);
+    }
+
+    /// Adds up the parts of a convolution's gradients, `[part][group][output][input][tap]` and `[part][output channel]`.
+    pub(super) fn write_weights(&self, conv: &Conv, parts: usize, partial: &[T], bias: &[f64]) {
+        let Conv { groups, group_in, group_out, .. } = *conv;
+        let (taps, len) = (conv.taps(), conv.weights());
+        // SAFETY: the places of this convolution's parameters.
+        let write = |place: usize, value: T| unsafe { self.grad_parameters.ptr().add(place).write(value) };
+        for index in 0..len {
+            let sum = (0..parts).fold(T::default(), |sum, p| sum + partial[p * len + index]);
+            let (rest, tap) = (index / taps, index % taps);
+            let (rest, i) = (rest / group_in, rest % group_in);
+            write(conv.weight + conv.index(rest / group_out, rest % group_out, i, tap), sum);
+        }
+        if let Some(place) = conv.bias {
+            for o in 0..groups * group_out {
+                write(place + o, T::from_f64((0..parts).map(|p| bias[p * groups * group_out + o]).sum()));
+            }
+        }
+    }
+}
+
+/// Adds the products of all `a` rows with all `b` rows to `[a][b]` slots; `size` is the number of images and of pixels.
+///
+/// # Safety
+/// The rows of all images must be readable.
+pub(super) unsafe fn dot<T: Element>(
+    pass: &Pass<'_, T>,
+    a: Rows<'_, T>,
+    b: Rows<'_, T>,
+    [images, pixels]: [usize; 2],
+    slots: &mut [T],
+) {
+    let (m, k) = (a.offsets.len(), b.offsets.len());
+    let width = if m == 1 { MAX_SINGLE_B } else { pass.isa.run(DotWidth) };
+    let (a_tiles, b_tiles) = (m.div_ceil(MAX_DOT_A), k.div_ceil(width));
+    for i in (0..a_tiles).map(|i| part(m, a_tiles, i)) {
+        for j in (0..b_tiles).map(|j| part(k, b_tiles, j)) {
+            let kernel = DotRows {
+                a: Rows { offsets: &a.offsets[i.clone()], ..a },
+                b: Rows { offsets: &b.offsets[j.clone()], ..b },
+                images,
+                pixels,
+                sums: slots,
+                first_slot: i.start * k + j.start,
+                slot_stride: k,
+            };
+            // SAFETY: the caller's promise.
+            pass.isa.run(unsafe { kernel.promise() });
+        }
+    }
+}
+
+/// Adds the products of all `a` rows with all `b` rows to the matrix `[a][b]`; GEMM wants rows at equal distances, so they
+/// are copied.
+///
+/// # Safety
+/// The rows must be readable.
+unsafe fn gemm<T: Element>(a: Rows<'_, T>, b: Rows<'_, T>, pixels: usize, tile: usize, products: &mut [T]) {
+    let (m, k) = (a.offsets.len(), b.offsets.len());
+    scratch::with((m + k) * tile, |copies: &mut [T]| {
+        let (a_copy, b_copy) = copies.split_at_mut(m * tile);
+        for (rows, copy) in [(a, &mut *a_copy), (b, &mut *b_copy)] {
+            for (&offset, copy) in rows.offsets.iter().zip(copy.chunks_exact_mut(tile)) {
+                // SAFETY: the caller's promise.
+                let row = unsafe { std::slice::from_raw_parts(rows.base.add(offset), pixels) };
+                copy[..pixels].copy_from_slice(row);
+            }
+        }
+        // SAFETY: m x pixels times pixels x k, of rows `tile` apart, into m x k.
+        unsafe {
+            T::gemm(
+                [m, pixels, k],
+                (a_copy.as_ptr(), tile, 1),
+                (b_copy.as_ptr(), 1, tile),
+                T::ONE,
+                (products.as_mut_ptr(), k, 1),
+            );
+        }
+    });
+}
