@@ -50,7 +50,7 @@ fmt: $(DEV) ## Format the code
 
 .PHONY: bench
 bench: $(DEV) ## Time the kernels beside other libraries
-	for what in pointwise interleave depthwise memory; do $(BIN)/python benches/compare.py $$what || exit; done
+	for what in pointwise interleave depthwise memory frameworks; do $(BIN)/python benches/compare.py $$what || exit; done
 
 .PHONY: wheel
 wheel: $(DEV) ## Build dist/kconv-*.whl

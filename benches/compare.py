@@ -1,6 +1,6 @@
 """kconv's kernels beside their peers and the machine's limits, in one process.
 
-    python benches/compare.py pointwise|interleave|depthwise|memory [--layout NHWC] ...
+    python benches/compare.py pointwise|interleave|depthwise|memory|frameworks [--layout NHWC] ...
 
 Every result is checked against the peers' before anything is timed. Then kconv and the peers take
 turns, and the best of the turns counts; figures are comparable within one run only. The limit of a
@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import frameworks
 import numpy as np
 from numpy.typing import NDArray
 
@@ -412,7 +413,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    operations = ("pointwise", "interleave", "depthwise", "memory")
+    operations = ("pointwise", "interleave", "depthwise", "memory", "frameworks")
     parser.add_argument("operation", nargs="?", choices=operations, default="pointwise")
     parser.add_argument("--layout", choices=("NCHW", "NHWC"), default="NCHW")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
@@ -428,6 +429,8 @@ def main() -> None:
     kconv.set_num_threads(options.threads)
     if options.operation == "memory":
         result: Any = memory(options)
+    elif options.operation == "frameworks":
+        result = frameworks.run(options.turns)
     else:
         bench = Bench(options)
         limits = measure_limits()
