@@ -11,7 +11,7 @@
 //! | [`kernels`] | numbers only: rows in, rows out, one thread, one instruction set |
 //! | [`ops`] | an operation = geometry + kernels + division of the work over threads |
 //! | [`fused`] | whole chains of convolutions, batch norms and activations as one operation |
-//! | `bindings` | NumPy and XLA: conversion and error mapping (feature `python`) |
+//! | `bindings` | NumPy, XLA and TensorFlow: conversion and error mapping (feature `python`) |
 #![warn(missing_docs)]
 
 pub mod error;

@@ -1,8 +1,11 @@
 //! The Python extension module `kconv._kconv`: conversion and error mapping, nothing else.
 
 mod arrays;
+mod call;
+mod functions;
 mod fused;
 mod numpy;
+mod tensorflow;
 mod xla;
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -116,6 +119,7 @@ fn _kconv(module: &Bound<'_, PyModule>) -> PyResult<()> {
         wrap_pyfunction!(build_info, module)?,
         wrap_pyfunction!(fma_peak, module)?,
         wrap_pyfunction!(xla::xla_handlers, module)?,
+        wrap_pyfunction!(tensorflow::register_tensorflow_ops, module)?,
     ] {
         module.add_function(function)?;
     }

@@ -6,12 +6,13 @@
 //! part in the build, and one binary serves every jaxlib.
 
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::mem::{MaybeUninit, offset_of, size_of};
-use std::ops::Deref;
+use std::mem::{offset_of, size_of};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
 use std::slice;
 
+use crate::bindings::arrays::Dtype;
+use crate::bindings::call::{Array, Attribute, Attributes, Buffer, Call, Output};
 use crate::error::{Result, bail};
 
 /// The newest minor version of major version 0 whose structs are known here.
@@ -25,6 +26,8 @@ const ATTRIBUTE_ARRAY: c_int = 1;
 const ATTRIBUTE_SCALAR: c_int = 3;
 const ATTRIBUTE_STRING: c_int = 4;
 const TYPE_I64: c_int = 5;
+const TYPE_F32: c_int = 11;
+const TYPE_F64: c_int = 12;
 const ERROR_INVALID_ARGUMENT: c_int = 3;
 const ERROR_INTERNAL: c_int = 13;
 
@@ -89,7 +92,7 @@ struct Scalar {
 }
 
 #[repr(C)]
-struct Array {
+struct RawArray {
     dtype: c_int,
     len: usize,
     data: *const c_void,
@@ -116,7 +119,7 @@ struct Buffers {
 }
 
 #[repr(C)]
-struct Attributes {
+struct RawAttributes {
     struct_size: usize,
     extension: *mut Extension,
     len: i64,
@@ -135,46 +138,11 @@ pub struct CallFrame {
     stage: c_int,
     operands: Buffers,
     results: Buffers,
-    attributes: Attributes,
+    attributes: RawAttributes,
 }
 
 /// The type of every handler: null means success, anything else is an error that XLA then owns.
 pub type Handler = unsafe extern "C" fn(*mut CallFrame) -> *mut c_void;
-
-/// An element type that XLA knows by a number.
-pub trait XlaType: Copy {
-    /// XLA's `PrimitiveType`.
-    const CODE: c_int;
-}
-impl XlaType for f32 {
-    const CODE: c_int = 11;
-}
-impl XlaType for f64 {
-    const CODE: c_int = 12;
-}
-
-/// What the body of a handler sees: operands, results and attributes of the call in progress.
-pub struct Call<'a>(&'a CallFrame);
-
-/// A dense row-major array that XLA owns.
-#[derive(Clone, Copy)]
-pub struct Buffer<'a>(&'a RawBuffer);
-
-/// The array that a call computes.
-pub struct Output<'a> {
-    buffer: Buffer<'a>,
-}
-
-/// A value that the program's author chose.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Attribute<'a> {
-    /// A number.
-    Integer(i64),
-    /// An array of numbers.
-    Integers(&'a [i64]),
-    /// A string.
-    Text(&'a str),
-}
 
 /// Serves one call from XLA: answers its question for our version, or runs `body`.
 ///
@@ -192,7 +160,12 @@ pub unsafe fn serve<const N: usize>(
     if unsafe { answer_metadata(frame) } || frame.stage != STAGE_EXECUTE {
         return null_mut();
     }
-    let run = || body(&Call(frame), buffers(&frame.results, "results")?.map(|buffer| Output { buffer }));
+    let run = || {
+        let operands = frame.operands.raw().iter().map(|raw| raw.buffer()).collect::<Result<Vec<_>>>()?;
+        let results = frame.results.raw().iter().map(|raw| raw.output()).collect::<Result<Vec<_>>>()?;
+        let Ok(results) = results.try_into() else { bail!("got {} results, expected {N}", frame.results.len) };
+        body(&Call::new(&operands, &frame.attributes), results)
+    };
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(())) => null_mut(),
         Ok(Err(error)) => create_error(frame, ERROR_INVALID_ARGUMENT, &error.to_string()),
@@ -243,27 +216,15 @@ fn create_error(frame: &CallFrame, code: c_int, message: &str) -> *mut c_void {
     unsafe { ((*frame.api).create_error)(&mut arguments) }
 }
 
-impl<'a> Call<'a> {
-    /// The operands, of which there must be as many as `N`.
-    pub fn operands<const N: usize>(&self) -> Result<[Buffer<'a>; N]> {
-        buffers(&self.0.operands, "operands")
-    }
-
-    /// The number of operands.
-    pub fn operand_count(&self) -> usize {
-        self.0.operands.len as usize
-    }
-
-    /// The attribute of that name.
-    pub fn attribute(&self, name: &str) -> Result<Attribute<'a>> {
-        let Attributes { len, kinds, names, values, .. } = self.0.attributes;
-        for i in 0..len as usize {
+impl Attributes for RawAttributes {
+    fn attribute(&self, name: &str) -> Result<Attribute<'_>> {
+        for i in 0..self.len as usize {
             // SAFETY: XLA passes `len` kinds, names and values, all valid for the call.
-            let (kind, found, value) = unsafe { (*kinds.add(i), &**names.add(i), *values.add(i)) };
+            let (kind, found, value) = unsafe { (*self.kinds.add(i), &**self.names.add(i), *self.values.add(i)) };
             // SAFETY: a name's span is valid for the call.
             if unsafe { found.bytes() } == name.as_bytes() {
                 // SAFETY: `kind` tells the type of what `value` points to.
-                return match unsafe { Attribute::decode(kind, value) } {
+                return match unsafe { decode(kind, value) } {
                     Some(attribute) => Ok(attribute),
                     None => bail!("attribute {name} is neither 64-bit integers nor a string"),
                 };
@@ -271,38 +232,35 @@ impl<'a> Call<'a> {
         }
         bail!("attribute {name} is missing")
     }
+}
 
-    /// An integer attribute.
-    pub fn integer(&self, name: &str) -> Result<i64> {
-        match self.attribute(name)? {
-            Attribute::Integer(value) => Ok(value),
-            other => bail!("attribute {name}={other:?}, expected an integer"),
-        }
-    }
-
-    /// An attribute of several integers.
-    pub fn integers(&self, name: &str) -> Result<&'a [i64]> {
-        match self.attribute(name)? {
-            Attribute::Integers(values) => Ok(values),
-            other => bail!("attribute {name}={other:?}, expected integers"),
-        }
-    }
-
-    /// A string attribute.
-    pub fn text(&self, name: &str) -> Result<&'a str> {
-        match self.attribute(name)? {
-            Attribute::Text(value) => Ok(value),
-            other => bail!("attribute {name}={other:?}, expected a string"),
-        }
+impl Buffers {
+    fn raw(&self) -> &[&RawBuffer] {
+        // SAFETY: XLA passes `len` pointers to buffers, all valid for the call.
+        unsafe { values(self.buffers.cast(), self.len as usize) }
     }
 }
 
-fn buffers<'a, const N: usize>(list: &Buffers, what: &str) -> Result<[Buffer<'a>; N]> {
-    if list.len != N as i64 {
-        bail!("got {} {what}, expected {N}", list.len);
+impl RawBuffer {
+    fn array(&self) -> Result<Array> {
+        let dtype = match self.dtype {
+            TYPE_F32 => Dtype::F32,
+            TYPE_F64 => Dtype::F64,
+            code => bail!("expected float32 or float64, got XLA's type {code}"),
+        };
+        // SAFETY: XLA passes `rank` sizes, valid for the call; they are not negative.
+        Array::new(dtype, unsafe { values(self.dims.cast(), self.rank as usize) })
     }
-    // SAFETY: XLA passes `len` pointers to buffers, all valid for the call.
-    Ok(std::array::from_fn(|i| Buffer(unsafe { &**list.buffers.add(i) })))
+
+    fn buffer(&self) -> Result<Buffer<'_>> {
+        // SAFETY: XLA passes as many initialised values of that type, which do not change during the call.
+        Ok(unsafe { Buffer::new(self.array()?, self.data) })
+    }
+
+    fn output(&self) -> Result<Output<'_>> {
+        // SAFETY: XLA passes writable memory, which nothing else touches during the call; `serve` makes one of each.
+        Ok(unsafe { Output::new(self.array()?, self.data) })
+    }
 }
 
 impl ByteSpan {
@@ -314,85 +272,28 @@ impl ByteSpan {
     }
 }
 
-impl<'a> Attribute<'a> {
-    /// # Safety
-    /// `value` must point to what `kind` says, valid for `'a`.
-    unsafe fn decode(kind: c_int, value: *const c_void) -> Option<Self> {
-        match kind {
-            ATTRIBUTE_SCALAR => {
-                // SAFETY: the caller's promise.
-                let scalar = unsafe { &*value.cast::<Scalar>() };
-                // SAFETY: the value has the type that `dtype` says.
-                (scalar.dtype == TYPE_I64).then(|| Self::Integer(unsafe { *scalar.value.cast() }))
-            }
-            ATTRIBUTE_ARRAY => {
-                // SAFETY: the caller's promise.
-                let array = unsafe { &*value.cast::<Array>() };
-                // SAFETY: `len` values of the type that `dtype` says.
-                (array.dtype == TYPE_I64).then(|| Self::Integers(unsafe { values(array.data.cast(), array.len) }))
-            }
-            ATTRIBUTE_STRING => {
-                // SAFETY: the caller's promise.
-                let bytes = unsafe { (*value.cast::<ByteSpan>()).bytes() };
-                std::str::from_utf8(bytes).ok().map(Self::Text)
-            }
-            _ => None,
+/// # Safety
+/// `value` must point to what `kind` says, valid for `'a`.
+unsafe fn decode<'a>(kind: c_int, value: *const c_void) -> Option<Attribute<'a>> {
+    match kind {
+        ATTRIBUTE_SCALAR => {
+            // SAFETY: the caller's promise.
+            let scalar = unsafe { &*value.cast::<Scalar>() };
+            // SAFETY: the value has the type that `dtype` says.
+            (scalar.dtype == TYPE_I64).then(|| Attribute::Integer(unsafe { *scalar.value.cast() }))
         }
-    }
-}
-
-impl<'a> Buffer<'a> {
-    /// XLA's number of the element type.
-    pub fn type_code(&self) -> c_int {
-        self.0.dtype
-    }
-
-    /// The sizes of the axes.
-    pub fn dims<const N: usize>(&self) -> Result<[usize; N]> {
-        if self.0.rank != N as i64 {
-            bail!("expected an array of {N} axes, got {}", self.0.rank);
+        ATTRIBUTE_ARRAY => {
+            // SAFETY: the caller's promise.
+            let array = unsafe { &*value.cast::<RawArray>() };
+            // SAFETY: `len` values of the type that `dtype` says.
+            (array.dtype == TYPE_I64).then(|| Attribute::Integers(unsafe { values(array.data.cast(), array.len) }))
         }
-        // SAFETY: XLA passes `rank` sizes, valid for the call.
-        let dims = unsafe { values(self.0.dims, N) };
-        Ok(std::array::from_fn(|i| dims[i] as usize))
-    }
-
-    /// The values of an operand.
-    pub fn read<T: XlaType>(&self) -> Result<&'a [T]> {
-        let len = self.len::<T>()?;
-        // SAFETY: XLA passes as many initialised values of the type that it names.
-        Ok(unsafe { values(self.0.data.cast(), len) })
-    }
-
-    /// The number of values, all of type `T`.
-    fn len<T: XlaType>(&self) -> Result<usize> {
-        if self.0.dtype != T::CODE {
-            bail!("the arrays of a call differ in type (XLA's types {} and {})", self.0.dtype, T::CODE);
+        ATTRIBUTE_STRING => {
+            // SAFETY: the caller's promise.
+            let bytes = unsafe { (*value.cast::<ByteSpan>()).bytes() };
+            std::str::from_utf8(bytes).ok().map(Attribute::Text)
         }
-        // SAFETY: XLA passes `rank` sizes, valid for the call.
-        let dims = unsafe { values(self.0.dims, self.0.rank as usize) };
-        Ok(dims.iter().map(|&size| size as usize).product())
-    }
-}
-
-impl<'a> Output<'a> {
-    /// Its memory, yet to be written.
-    pub fn write<T: XlaType>(self) -> Result<&'a mut [MaybeUninit<T>]> {
-        let len = self.buffer.len::<T>()?;
-        if len == 0 {
-            return Ok(&mut []);
-        }
-        // SAFETY: XLA passes writable memory for as many values, which nothing else touches during
-        // the call; consuming `self`, of which `serve` makes one, keeps the slice unique.
-        Ok(unsafe { slice::from_raw_parts_mut(self.buffer.0.data.cast(), len) })
-    }
-}
-
-impl<'a> Deref for Output<'a> {
-    type Target = Buffer<'a>;
-
-    fn deref(&self) -> &Buffer<'a> {
-        &self.buffer
+        _ => None,
     }
 }
 

@@ -1,10 +1,10 @@
-//! Fused networks for XLA: their programs come as an attribute.
+//! Fused networks; their programs come as an attribute.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::abi::{Buffer, Call, Output};
-use super::{Float, expect, order};
+use super::{expect, in_order, order};
+use crate::bindings::call::{Array, Buffer, Call, Float, Output};
 use crate::error::Result;
 use crate::fused::{self, Arguments, Program};
 use crate::isa;
@@ -31,8 +31,8 @@ fn program(call: &Call<'_>) -> Result<Arc<Program>> {
 }
 
 /// The number of images in a buffer of images of this size.
-fn count(call: &Call<'_>, what: &str, buffer: &Buffer<'_>, size: [usize; 3]) -> Result<usize> {
-    let [count, found @ ..] = super::nchw(call, buffer)?;
+fn count(call: &Call<'_>, what: &str, array: &Array, size: [usize; 3]) -> Result<usize> {
+    let [count, found @ ..] = super::nchw(call, array)?;
     expect(what, found, size)?;
     Ok(count)
 }
@@ -101,6 +101,38 @@ pub fn fused_backward<T: Float>(call: &Call<'_>, grad_parameters: Output<'_>, gr
         grad_parameters.write()?,
     );
     Ok(())
+}
+
+/// The sizes of the results of [`fused_forward`].
+pub fn fused_forward_results(call: &Call<'_>) -> Result<Vec<Vec<usize>>> {
+    let program = program(call)?;
+    let [x, ..] = call.operands::<4>()?;
+    let (n, output) = images(call, &program, &x)?;
+    Ok(vec![output, vec![2, program.norm_channels()], vec![program.workspace_len(n)]])
+}
+
+/// The sizes of the result of [`fused_infer`].
+pub fn fused_infer_result(call: &Call<'_>) -> Result<Vec<Vec<usize>>> {
+    let [x, ..] = call.operands::<3>()?;
+    Ok(vec![images(call, &*program(call)?, &x)?.1])
+}
+
+/// The sizes of the results of [`fused_backward`].
+pub fn fused_backward_results(call: &Call<'_>) -> Result<Vec<Vec<usize>>> {
+    let program = program(call)?;
+    let [grad, ..] = call.operands::<5>()?;
+    let [[channels, height, width], output_size] = program.sizes();
+    let n = count(call, "grad_output", &grad, output_size)?;
+    let grad_x =
+        if program.input_grad() { in_order(order(call)?, [n, channels, height, width]).to_vec() } else { vec![0] };
+    Ok(vec![vec![program.parameters()], grad_x])
+}
+
+/// The number of images, and the sizes of the program's output.
+fn images(call: &Call<'_>, program: &Program, x: &Array) -> Result<(usize, Vec<usize>)> {
+    let [input_size, [channels, height, width]] = program.sizes();
+    let n = count(call, "x", x, input_size)?;
+    Ok((n, in_order(order(call)?, [n, channels, height, width]).to_vec()))
 }
 
 fn arguments<'a, T: Float>(

@@ -1,0 +1,145 @@
+"""The native operations: registered with TensorFlow, wrapped for Python, and their gradients.
+
+Without its bias a convolution is bilinear in image and weight, so output, input gradient and weight
+gradient form a triangle: the derivatives of each are the other two, to every order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.core.framework import op_def_pb2
+from tensorflow.python.framework import _pywrap_python_op_gen, op_def_registry
+
+from kconv import _kconv
+
+__all__ = ["kernels"]
+
+Tensor = Any
+
+
+def _register() -> ModuleType:
+    """Registers the operations, and makes a module of functions that call them."""
+    (library,) = Path(tf.sysconfig.get_lib()).glob("libtensorflow_framework.*")
+    definitions = op_def_pb2.OpList()
+    for name in _kconv.register_tensorflow_ops(str(library)):
+        definitions.op.append(op_def_registry.get(name))
+    module = ModuleType("kconv.tensorflow.kernels")
+    # What tf.load_op_library does too, with the operations of a library that it loads itself.
+    exec(_pywrap_python_op_gen.GetPythonWrappers(definitions.SerializeToString()), vars(module))
+    return module
+
+
+kernels: Any = _register()
+"""``kconv_pointwise_conv``, ``kconv_depthwise_conv_grad_input`` and so on."""
+
+
+def _attributes(op: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    values = {name: op.get_attr(name) for name in names}
+    return {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}
+
+
+def _register_gradients(
+    name: str, conv: Callable[..., Tensor], grad_input: Any, grad_weight: Any, *names: str
+) -> None:
+    """For a convolution and its gradients, which have attributes of these ``names``."""
+
+    @tf.RegisterGradient(name)
+    def _(op: Any, g: Tensor) -> list[Tensor]:
+        x, weight, *bias = op.inputs
+        arguments = _attributes(op, names)
+        of_bias = {"interleave": arguments.get("interleave", 1), "layout": arguments["layout"]}
+        return [
+            grad_input(g, weight, x, **arguments),
+            grad_weight(x, g, weight, **arguments),
+            *(kernels.kconv_grad_bias(g, b, **of_bias) for b in bias),
+        ]
+
+    @tf.RegisterGradient(f"{name}GradInput")
+    def _(op: Any, c: Tensor) -> list[Tensor | None]:
+        g, weight, _ = op.inputs
+        arguments = _attributes(op, names)
+        return [conv(c, weight, [], **arguments), grad_weight(c, g, weight, **arguments), None]
+
+    @tf.RegisterGradient(f"{name}GradWeight")
+    def _(op: Any, c: Tensor) -> list[Tensor | None]:
+        x, g, _ = op.inputs
+        arguments = _attributes(op, names)
+        return [grad_input(g, c, x, **arguments), conv(x, c, [], **arguments), None]
+
+
+_register_gradients(
+    "KconvPointwiseConv",
+    kernels.kconv_pointwise_conv,
+    kernels.kconv_pointwise_conv_grad_input,
+    kernels.kconv_pointwise_conv_grad_weight,
+    *("groups", "interleave", "layout", "weight_layout"),
+)
+_register_gradients(
+    "KconvDepthwiseConv",
+    kernels.kconv_depthwise_conv,
+    kernels.kconv_depthwise_conv_grad_input,
+    kernels.kconv_depthwise_conv_grad_weight,
+    *("stride", "padding", "layout", "weight_layout"),
+)
+
+
+@tf.RegisterGradient("KconvGradBias")
+def _(op: Any, c: Tensor) -> list[Tensor | None]:
+    arguments = _attributes(op, ("interleave", "layout"))
+    pixel = tf.reshape(c, (1, -1, 1, 1) if arguments["layout"] == "NCHW" else (1, 1, 1, -1))
+    pixel = kernels.kconv_interleave(pixel, arguments["interleave"], arguments["layout"])
+    return [tf.broadcast_to(pixel, tf.shape(op.inputs[0])), None]
+
+
+@tf.RegisterGradient("KconvInterleave")
+def _(op: Any, g: Tensor) -> Tensor:
+    return kernels.kconv_deinterleave(g, **_attributes(op, ("step", "layout")))
+
+
+@tf.RegisterGradient("KconvDeinterleave")
+def _(op: Any, g: Tensor) -> Tensor:
+    return kernels.kconv_interleave(g, **_attributes(op, ("step", "layout")))
+
+
+@tf.RegisterGradient("KconvFusedForward")
+def _(op: Any, g: Tensor, *_: Tensor) -> list[Tensor | None]:
+    x, parameters, masks, given = op.inputs
+    _, used, workspace = op.outputs
+    # Empty and of one axis where the statistics were the batch's own.
+    frozen = given.shape.rank == 2
+    return [*_fused_gradients(op, g, x, parameters, masks, used, workspace, frozen), None, None]
+
+
+@tf.RegisterGradient("KconvFusedInfer")
+def _(op: Any, g: Tensor) -> list[Tensor | None]:
+    x, parameters, statistics = op.inputs
+    none = tf.zeros(0, x.dtype)
+    _, used, workspace = kernels.kconv_fused_forward(
+        x, parameters, none, statistics, **_attributes(op, ("program", "layout"))
+    )
+    return [*_fused_gradients(op, g, x, parameters, none, used, workspace, frozen=True), None]
+
+
+def _fused_gradients(
+    op: Any,
+    g: Tensor,
+    x: Tensor,
+    parameters: Tensor,
+    masks: Tensor,
+    used: Tensor,
+    workspace: Tensor,
+    frozen: bool,
+) -> list[Tensor | None]:
+    arguments = _attributes(op, ("program", "layout"))
+    grad_parameters, grad_x = kernels.kconv_fused_backward(
+        g, parameters, masks, used, workspace, frozen=int(frozen), **arguments
+    )
+    if not tf.executing_eagerly():
+        grad_parameters.set_shape(parameters.shape)
+        grad_x.set_shape(x.shape)
+    return [grad_x, grad_parameters]

@@ -1,0 +1,272 @@
+"""Differentiable convolutions of TensorFlow's tensors on kconv's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.framework.ops import get_default_graph
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from kconv.ktypes import interleave_index
+from kconv.tensorflow._library import kernels
+
+__all__ = ["deinterleave", "depthwise_conv", "interleave", "pointwise_conv"]
+
+Layout = Literal["NCHW", "NHWC"]
+WeightLayout = Literal["OI", "IO"]
+Padding = Literal["same", "valid"] | int | tuple[tuple[int, int], tuple[int, int]]
+Tensor = Any
+
+
+def pointwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    groups: int = 1,
+    interleave: int = 1,
+    layout: Layout = "NCHW",
+    weight_layout: WeightLayout = "OI",
+) -> Tensor:
+    """Grouped 1x1 convolution, its output channels interleaved by ``interleave`` (V1).
+
+    Example:
+        >>> x, weight = tf.ones((2, 8, 5, 5)), tf.ones((6, 4))
+        >>> pointwise_conv(x, weight, groups=2, interleave=3).shape
+        TensorShape([2, 6, 5, 5])
+
+    Args:
+        x: (N, C_in, H, W), or (N, H, W, C_in) with ``layout="NHWC"``; any size may be unknown.
+        weight: (C_out, C_in/groups[, 1, 1]), or ([1, 1,] C_in/groups, C_out) with
+            ``weight_layout="IO"``.
+        bias: (C_out,), added before the interleave.
+        groups: number of groups; divides C_in and C_out.
+        interleave: step of the interleave that follows the convolution; 1 keeps the order.
+        layout: order of the axes of ``x`` and of the result.
+        weight_layout: order of the axes of ``weight``.
+
+    Returns:
+        Like ``x`` with C_out channels. bfloat16 and float16 are computed in float32.
+
+    Raises:
+        ValueError: an unknown layout.
+        TypeError: dtypes other than floating point.
+        tf.errors.InvalidArgumentError: shapes, groups or step that do not fit together.
+    """
+    _check_layouts(layout, weight_layout)
+
+    def native(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        y = kernels.kconv_pointwise_conv(
+            x,
+            weight,
+            bias,
+            groups=groups,
+            interleave=interleave,
+            layout=layout,
+            weight_layout=weight_layout,
+        )
+        channels = weight.shape[0 if weight_layout == "OI" else -1]
+        return _with_shape(y, x, {"C": channels}, layout)
+
+    def plain(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        kernel = weight
+        if weight_layout == "OI":
+            kernel = tf.transpose(tf.reshape(weight, weight.shape[:2]))
+        kernel = tf.reshape(kernel, (1, 1, *kernel.shape[-2:]))
+        y = tf.nn.conv2d(x, kernel, 1, "VALID", layout)
+        return _by_index(_add_bias(y, bias, layout), interleave, layout)
+
+    return _apply(native, plain, x, weight, bias)
+
+
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "same",
+    layout: Layout = "NCHW",
+    weight_layout: WeightLayout = "OI",
+) -> Tensor:
+    """Depthwise k x k convolution.
+
+    Example:
+        >>> x, weight = tf.ones((2, 9, 9, 4)), tf.ones((3, 3, 4))
+        >>> depthwise_conv(x, weight, stride=2, layout="NHWC", weight_layout="IO").shape
+        TensorShape([2, 5, 5, 4])
+
+    Args:
+        x: (N, C, H, W), or (N, H, W, C) with ``layout="NHWC"``; any size may be unknown.
+        weight: (C, k, k) or (C, 1, k, k), or (k, k, C[, 1]) with ``weight_layout="IO"``.
+        bias: (C,).
+        stride: step between the pixels of the output.
+        padding: "same" (asymmetric at stride 2), "valid", the pixels added on every side, or
+            ((top, bottom), (left, right)).
+        layout: order of the axes of ``x`` and of the result.
+        weight_layout: order of the axes of ``weight``.
+
+    Returns:
+        (N, C, H_out, W_out), or (N, H_out, W_out, C). bfloat16 and float16 are computed in float32.
+
+    Raises:
+        ValueError: an unknown layout or padding.
+        TypeError: dtypes other than floating point.
+        tf.errors.InvalidArgumentError: shapes, stride or padding that do not fit together.
+    """
+    _check_layouts(layout, weight_layout)
+    borders = _borders(padding)
+
+    def native(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        y = kernels.kconv_depthwise_conv(
+            x,
+            weight,
+            bias,
+            stride=stride,
+            padding=borders,
+            layout=layout,
+            weight_layout=weight_layout,
+        )
+        kernel_size = weight.shape[-1 if weight_layout == "OI" else 0]
+        sizes = {}
+        for axis, pads in (("H", borders[:2]), ("W", borders[2:])):
+            size = None if x.shape.rank is None else x.shape[layout.index(axis)]
+            if size is not None and borders:
+                size += sum(pads) - kernel_size + 1
+            sizes[axis] = None if size is None else -(-size // stride)
+        return _with_shape(y, x, sizes, layout)
+
+    def plain(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        kernel = weight
+        if weight_layout == "OI":
+            kernel = tf.transpose(tf.reshape(weight, (-1, *weight.shape[-2:])), (1, 2, 0))
+        kernel = tf.reshape(kernel, (*kernel.shape[:3], 1))
+        if any(borders):
+            pads = {"N": (0, 0), "C": (0, 0), "H": borders[:2], "W": borders[2:]}
+            x = tf.pad(x, [pads[axis] for axis in layout])
+        strides = [stride if axis in "HW" else 1 for axis in layout]
+        y = tf.nn.depthwise_conv2d(x, kernel, strides, "VALID" if borders else "SAME", layout)
+        return _add_bias(y, bias, layout)
+
+    return _apply(native, plain, x, weight, bias)
+
+
+def interleave(x: Tensor, step: int, *, layout: Layout = "NCHW") -> Tensor:
+    """Channels s, s + step, s + 2 step, ... for s = 0 .. step - 1 in turn (V1).
+
+    Example:
+        >>> tf.reshape(interleave(tf.reshape(tf.range(6.0), (1, 6, 1, 1)), 3), -1).numpy()
+        array([0., 3., 1., 4., 2., 5.], dtype=float32)
+
+    Args:
+        x: (N, C, H, W), or (N, H, W, C) with ``layout="NHWC"``.
+        step: the distance of channels that become neighbours; it need not divide C.
+        layout: order of the axes.
+
+    Returns:
+        Like ``x``.
+
+    Raises:
+        ValueError: an unknown layout.
+        TypeError: a dtype other than floating point.
+        tf.errors.InvalidArgumentError: a step below 1, or not four axes.
+    """
+    return _permute(kernels.kconv_interleave, x, step, layout, inverse=False)
+
+
+def deinterleave(x: Tensor, step: int, *, layout: Layout = "NCHW") -> Tensor:
+    """The inverse, and so also the gradient, of :func:`interleave`.
+
+    Example:
+        >>> x = tf.reshape(tf.constant([0.0, 3, 1, 4, 2, 5]), (1, 6, 1, 1))
+        >>> tf.reshape(deinterleave(x, 3), -1).numpy()
+        array([0., 1., 2., 3., 4., 5.], dtype=float32)
+
+    Args:
+        x: (N, C, H, W), or (N, H, W, C) with ``layout="NHWC"``.
+        step: the step of the interleave to undo.
+        layout: order of the axes.
+
+    Returns:
+        Like ``x``.
+
+    Raises:
+        ValueError: an unknown layout.
+        TypeError: a dtype other than floating point.
+        tf.errors.InvalidArgumentError: a step below 1, or not four axes.
+    """
+    return _permute(kernels.kconv_deinterleave, x, step, layout, inverse=True)
+
+
+def _permute(
+    kernel: Callable[..., Tensor], x: Tensor, step: int, layout: Layout, *, inverse: bool
+) -> Tensor:
+    _check_layouts(layout, "OI")
+    return _apply(
+        lambda x: kernel(x, step=step, layout=layout),
+        lambda x: _by_index(x, step, layout, inverse=inverse),
+        x,
+    )
+
+
+def _apply(
+    native: Callable[..., Tensor], plain: Callable[..., Tensor], *tensors: Tensor | None
+) -> Tensor:
+    """Calls the kernel; or what ``jit_compile=True`` can compile, where that will happen."""
+    present = [tf.convert_to_tensor(tensor) for tensor in tensors if tensor is not None]
+    dtype = present[0].dtype
+    for tensor in present:
+        if not tensor.dtype.is_floating:
+            raise TypeError(f"expected a floating-point dtype, got {tensor.dtype.name}")
+    if not tf.executing_eagerly() and GraphOrParentsInXlaContext(get_default_graph()):
+        return plain(*present)
+    if dtype in (tf.float32, tf.float64):
+        return native(*present)
+    return tf.cast(native(*(tf.cast(tensor, tf.float32) for tensor in present)), dtype)
+
+
+def _check_layouts(layout: str, weight_layout: str) -> None:
+    if layout not in ("NCHW", "NHWC"):
+        raise ValueError(f"layout={layout!r}, expected 'NCHW' or 'NHWC'")
+    if weight_layout not in ("OI", "IO"):
+        raise ValueError(f"weight_layout={weight_layout!r}, expected 'OI' or 'IO'")
+
+
+def _borders(padding: Padding) -> list[int]:
+    """[top, bottom, left, right]; empty for "same"."""
+    match padding:
+        case "same":
+            return []
+        case "valid":
+            return [0] * 4
+        case int():
+            return [padding] * 4
+        case ((int(top), int(bottom)), (int(left), int(right))):
+            return [top, bottom, left, right]
+    raise ValueError(
+        f"padding={padding!r}, expected 'same', 'valid', the pixels of every side, or "
+        "((top, bottom), (left, right))"
+    )
+
+
+def _with_shape(y: Tensor, x: Tensor, sizes: dict[str, int | None], layout: Layout) -> Tensor:
+    """Tells a graph the shape of a result: that of ``x`` with other sizes of these axes."""
+    if not tf.executing_eagerly() and x.shape.rank is not None:
+        known = dict(zip(layout, x.shape, strict=True))
+        y.set_shape([{**known, **sizes}[axis] for axis in layout])
+    return y
+
+
+def _add_bias(y: Tensor, bias: tuple[Tensor, ...], layout: Layout) -> Tensor:
+    return tf.nn.bias_add(y, bias[0], layout) if bias else y
+
+
+def _by_index(x: Tensor, step: int, layout: Layout, *, inverse: bool = False) -> Tensor:
+    if step == 1:
+        return x
+    axis = layout.index("C")
+    index = np.array(interleave_index(x.shape[axis], step))
+    return tf.gather(x, np.argsort(index) if inverse else index, axis=axis)

@@ -1,0 +1,219 @@
+//! A call of an operation by a framework that hands over its own buffers: XLA or TensorFlow.
+//!
+//! Buffers are dense and row-major, so the logical order of axes is the order in memory.
+
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::ops::Deref;
+use std::slice;
+
+use super::arrays::Dtype;
+use crate::error::{Result, bail};
+use crate::kernels::Element;
+
+/// The most axes that an argument has.
+const AXES: usize = 4;
+
+/// An element type of the kernels.
+pub trait Float: Element {
+    /// Its dtype.
+    const DTYPE: Dtype;
+}
+impl Float for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+}
+impl Float for f64 {
+    const DTYPE: Dtype = Dtype::F64;
+}
+
+/// The dtype and the axes of an array.
+#[derive(Clone, Copy)]
+pub struct Array {
+    dtype: Dtype,
+    rank: usize,
+    dims: [usize; AXES],
+}
+
+/// An operand: a dense row-major array.
+#[derive(Clone, Copy)]
+pub struct Buffer<'a> {
+    array: Array,
+    data: *const c_void,
+    lifetime: PhantomData<&'a [u8]>,
+}
+
+/// The array that a call computes.
+pub struct Output<'a> {
+    array: Array,
+    data: *mut c_void,
+    lifetime: PhantomData<&'a mut [u8]>,
+}
+
+/// A value that the program's author chose.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Attribute<'a> {
+    /// A number.
+    Integer(i64),
+    /// An array of numbers.
+    Integers(&'a [i64]),
+    /// A string.
+    Text(&'a str),
+}
+
+/// The attributes of a call.
+pub trait Attributes {
+    /// The attribute of that name.
+    fn attribute(&self, name: &str) -> Result<Attribute<'_>>;
+}
+
+/// What an operation sees of the call in progress: operands and attributes.
+pub struct Call<'a> {
+    operands: &'a [Buffer<'a>],
+    attributes: &'a dyn Attributes,
+}
+
+impl<'a> Call<'a> {
+    /// A call with these operands and attributes.
+    pub fn new(operands: &'a [Buffer<'a>], attributes: &'a dyn Attributes) -> Self {
+        Self { operands, attributes }
+    }
+
+    /// The operands, of which there must be as many as `N`.
+    pub fn operands<const N: usize>(&self) -> Result<[Buffer<'a>; N]> {
+        match self.operands.try_into() {
+            Ok(operands) => Ok(operands),
+            Err(_) => bail!("got {} operands, expected {N}", self.operands.len()),
+        }
+    }
+
+    /// The number of operands.
+    pub fn operand_count(&self) -> usize {
+        self.operands.len()
+    }
+
+    /// The attribute of that name.
+    pub fn attribute(&self, name: &str) -> Result<Attribute<'a>> {
+        self.attributes.attribute(name)
+    }
+
+    /// An integer attribute.
+    pub fn integer(&self, name: &str) -> Result<i64> {
+        match self.attribute(name)? {
+            Attribute::Integer(value) => Ok(value),
+            other => bail!("attribute {name}={other:?}, expected an integer"),
+        }
+    }
+
+    /// An attribute of several integers.
+    pub fn integers(&self, name: &str) -> Result<&'a [i64]> {
+        match self.attribute(name)? {
+            Attribute::Integers(values) => Ok(values),
+            other => bail!("attribute {name}={other:?}, expected integers"),
+        }
+    }
+
+    /// A string attribute.
+    pub fn text(&self, name: &str) -> Result<&'a str> {
+        match self.attribute(name)? {
+            Attribute::Text(value) => Ok(value),
+            other => bail!("attribute {name}={other:?}, expected a string"),
+        }
+    }
+}
+
+impl Array {
+    /// An array of at most four axes.
+    pub fn new(dtype: Dtype, dims: &[usize]) -> Result<Self> {
+        let mut all = [1; AXES];
+        match all.get_mut(..dims.len()) {
+            Some(first) => first.copy_from_slice(dims),
+            None => bail!("got an array of {} axes, expected at most {AXES}", dims.len()),
+        }
+        Ok(Self { dtype, rank: dims.len(), dims: all })
+    }
+
+    /// The dtype.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The sizes of the axes, of which there must be as many as `N`.
+    pub fn dims<const N: usize>(&self) -> Result<[usize; N]> {
+        match self.all_dims().try_into() {
+            Ok(dims) => Ok(dims),
+            Err(_) => bail!("expected an array of {N} axes, got {}", self.rank),
+        }
+    }
+
+    /// The sizes of the axes.
+    pub fn all_dims(&self) -> &[usize] {
+        &self.dims[..self.rank]
+    }
+
+    /// The number of values, all of type `T`.
+    fn len<T: Float>(&self) -> Result<usize> {
+        if self.dtype != T::DTYPE {
+            bail!("the arrays of a call differ in type: {:?} and {:?}", self.dtype, T::DTYPE);
+        }
+        Ok(self.dims.iter().product())
+    }
+}
+
+impl<'a> Buffer<'a> {
+    /// The values at `data`.
+    ///
+    /// # Safety
+    /// `data` must point to as many aligned, initialised values as `array` says (or anywhere if these are none), which
+    /// nobody writes for `'a`.
+    pub unsafe fn new(array: Array, data: *const c_void) -> Self {
+        Self { array, data, lifetime: PhantomData }
+    }
+
+    /// The values.
+    pub fn read<T: Float>(&self) -> Result<&'a [T]> {
+        let len = self.len::<T>()?;
+        if len == 0 {
+            return Ok(&[]); // where the pointer may be null
+        }
+        // SAFETY: the promise of `new`.
+        Ok(unsafe { slice::from_raw_parts(self.data.cast(), len) })
+    }
+}
+
+impl<'a> Output<'a> {
+    /// The memory at `data`.
+    ///
+    /// # Safety
+    /// `data` must point to aligned memory for as many values as `array` says (or anywhere if these are none), which
+    /// nobody else touches for `'a`.
+    pub unsafe fn new(array: Array, data: *mut c_void) -> Self {
+        Self { array, data, lifetime: PhantomData }
+    }
+
+    /// The memory, yet to be written.
+    pub fn write<T: Float>(self) -> Result<&'a mut [MaybeUninit<T>]> {
+        let len = self.len::<T>()?;
+        if len == 0 {
+            return Ok(&mut []); // where the pointer may be null
+        }
+        // SAFETY: the promise of `new`; consuming `self` keeps the slice unique.
+        Ok(unsafe { slice::from_raw_parts_mut(self.data.cast(), len) })
+    }
+}
+
+impl Deref for Buffer<'_> {
+    type Target = Array;
+
+    fn deref(&self) -> &Array {
+        &self.array
+    }
+}
+
+impl Deref for Output<'_> {
+    type Target = Array;
+
+    fn deref(&self) -> &Array {
+        &self.array
+    }
+}
