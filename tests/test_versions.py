@@ -28,7 +28,7 @@ def test_warning(framework, version, warns, recwarn):
     )
 
 
-@pytest.mark.parametrize("name", ["torch", "jax", "jax.nnx"])
+@pytest.mark.parametrize("name", ["torch", "jax", "jax.nnx", "keras", "tensorflow"])
 def test_each_front_end_asks(name, monkeypatch):
     """A version of the future warns at import, and does not stop it."""
     module = importlib.import_module(f"kconv.{name}")

@@ -9,6 +9,9 @@ Example:
     (None, 32, 32, 48)
 """
 
+import keras as _keras
+
+from kconv._versions import warn_of_version
 from kconv.keras.blocks import kPointwiseConv2D
 from kconv.keras.builder import build
 from kconv.keras.convert import accelerate, compress, to_native
@@ -34,3 +37,5 @@ __all__ = [
     "kPointwiseConv2D",
     "to_native",
 ]
+
+warn_of_version("keras", _keras.__version__)

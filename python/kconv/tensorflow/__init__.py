@@ -20,6 +20,11 @@ Under ``jit_compile=True``, where no operation from outside can go, TensorFlow's
 place.
 """
 
+import tensorflow as _tensorflow
+
+from kconv._versions import warn_of_version
 from kconv.tensorflow.ops import deinterleave, depthwise_conv, interleave, pointwise_conv
 
 __all__ = ["deinterleave", "depthwise_conv", "interleave", "pointwise_conv"]
+
+warn_of_version("tensorflow", _tensorflow.__version__)
