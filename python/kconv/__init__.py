@@ -24,10 +24,12 @@ from kconv._kconv import (
     depthwise_conv_grad_weight,
     get_num_threads,
     interleave,
+    memory_stats,
     pointwise_conv,
     pointwise_conv_grad_bias,
     pointwise_conv_grad_input,
     pointwise_conv_grad_weight,
+    release_memory,
     set_num_threads,
 )
 
@@ -46,10 +48,12 @@ __all__ = [
     "get_num_threads",
     "interleave",
     "load_weights",
+    "memory_stats",
     "pointwise_conv",
     "pointwise_conv_grad_bias",
     "pointwise_conv_grad_input",
     "pointwise_conv_grad_weight",
+    "release_memory",
     "save_weights",
     "set_num_threads",
 ]

@@ -1,9 +1,11 @@
-from typing import Literal, TypedDict, TypeVar
+from collections.abc import Sequence
+from typing import Literal, TypedDict, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "FusedProgram",
     "build_info",
     "deinterleave",
     "depthwise_conv",
@@ -12,10 +14,12 @@ __all__ = [
     "fma_peak",
     "get_num_threads",
     "interleave",
+    "memory_stats",
     "pointwise_conv",
     "pointwise_conv_grad_bias",
     "pointwise_conv_grad_input",
     "pointwise_conv_grad_weight",
+    "release_memory",
     "set_num_threads",
     "xla_handlers",
 ]
@@ -24,6 +28,10 @@ _Float = TypeVar("_Float", np.float32, np.float64)
 _Layout = Literal["NCHW", "NHWC"]
 _WeightLayout = Literal["OI", "IO"]
 _Padding = Literal["same", "valid"] | int | tuple[tuple[int, int], tuple[int, int]]
+
+class _MemoryStats(TypedDict):
+    used: int
+    free: int
 
 class _BuildInfo(TypedDict):
     version: str
@@ -109,3 +117,38 @@ def get_num_threads() -> int: ...
 def build_info() -> _BuildInfo: ...
 def fma_peak() -> float: ...
 def xla_handlers() -> dict[str, object]: ...
+def memory_stats() -> _MemoryStats: ...
+def release_memory() -> int: ...
+
+@final
+class FusedProgram:
+    def __new__(cls, /, integers: Sequence[int]) -> FusedProgram: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def norm_channels(self) -> int: ...
+    def forward(
+        self,
+        x: NDArray[_Float],
+        parameters: NDArray[_Float],
+        masks: NDArray[_Float] | None = None,
+        statistics: NDArray[_Float] | None = None,
+        layout: _Layout = "NCHW",
+    ) -> tuple[NDArray[_Float], NDArray[_Float], NDArray[_Float]]: ...
+    def infer(
+        self,
+        x: NDArray[_Float],
+        parameters: NDArray[_Float],
+        statistics: NDArray[_Float],
+        layout: _Layout = "NCHW",
+    ) -> NDArray[_Float]: ...
+    def backward(
+        self,
+        grad_output: NDArray[_Float],
+        parameters: NDArray[_Float],
+        masks: NDArray[_Float] | None,
+        statistics: NDArray[_Float],
+        workspace: NDArray[_Float],
+        frozen: bool = False,
+        layout: _Layout = "NCHW",
+    ) -> tuple[NDArray[_Float] | None, NDArray[_Float]]: ...

@@ -208,6 +208,9 @@ impl Slots {
     }
 }
 
+/// No size in a program is larger: products of three of them do not overflow.
+const LARGEST: usize = 1 << 20;
+
 /// Reads integers one after the other.
 struct Reader<'a>(&'a [i64]);
 
@@ -221,7 +224,7 @@ impl Reader<'_> {
     fn size(&mut self) -> Result<usize> {
         let value = self.integer()?;
         match usize::try_from(value) {
-            Ok(size) if size < 1 << 40 => Ok(size),
+            Ok(size) if size <= LARGEST => Ok(size),
             _ => bail!("the program has a size of {value}"),
         }
     }
@@ -271,7 +274,7 @@ impl Program {
         let mut values = Vec::new();
         for _ in 0..count {
             let (channels, height, width) = (reader.size()?, reader.size()?, reader.size()?);
-            if channels == 0 || channels.saturating_mul(height).saturating_mul(width) >= 1 << 40 {
+            if channels == 0 || channels * height * width > LARGEST * LARGEST {
                 bail!("the program has a value of {channels} channels, {height}x{width}");
             }
             values.push(Value { channels, height, width, normed: false, zeroed: false, view: None, norms: Vec::new() });
@@ -324,7 +327,13 @@ impl Program {
             if groups == 0 || c_in % groups != 0 || c_out % groups != 0 {
                 bail!("in_channels={c_in} and out_channels={c_out} are not divisible by groups={groups}");
             }
-            if !(1..=2).contains(&stride) || height == 0 || width == 0 || top >= height || left >= width {
+            let kernel = 1..=64;
+            if !(1..=2).contains(&stride)
+                || !kernel.contains(&height)
+                || !kernel.contains(&width)
+                || top >= height
+                || left >= width
+            {
                 bail!("the program has a {height}x{width} convolution of stride {stride} with padding {top}, {left}");
             }
             let mut conv = Conv {
@@ -422,7 +431,7 @@ impl Program {
                         Some(gate) => Some((gate, moved(channel, gate_offset, values[gate].channels)?)),
                         None => None,
                     };
-                    if place >= 1 << 20 {
+                    if place >= LARGEST {
                         bail!("the program has a source of more than {place} channels");
                     }
                     if places.len() <= place {

@@ -1,1 +1,185 @@
+//! Fused programs: against finite differences, and the instruction sets and thread counts against each other.
+//! (`tests/torch/test_fused.py` holds whole networks against layers one by one.)
 
+use std::mem::MaybeUninit;
+
+use super::{Arguments, Program, backward, forward, infer};
+use crate::isa::Active;
+use crate::kernels::Element;
+use crate::shape::Order;
+
+/// Values 0 to 7: the input (4 channels), a grouped convolution, a strided depthwise one of what a norm and swish make
+/// of it, the mean, a gate, a convolution of the gated with permuted channels, another of the input to add, the sum.
+fn integers() -> Vec<i64> {
+    let epsilon = 1e-3f64.to_bits() as i64;
+    let plain = |value: i64, channels: i64| vec![1, value, -1, 0, 0, -1, 0, -1, 0, 1, channels, 0, 1];
+    let mut program = vec![0, 1, 1, 8];
+    for (channels, side) in [(4, 5), (6, 5), (6, 3), (6, 1), (6, 1), (4, 3), (4, 3), (4, 3)] {
+        program.extend([channels, side, side]);
+    }
+    program.extend([2, 6, epsilon, 1, 6, epsilon, 0]);
+    // 1: 4 -> 6 channels in 2 groups.
+    program.extend([0, 1, 1, 1, 0, 0, 2, 1]);
+    program.extend(plain(0, 4));
+    // 2: depthwise 3x3, stride 2, of swish(norm 0).
+    program.extend([0, 3, 3, 2, 1, 1, 6, 0, 1, 1, 0, 0, 3, -1, 0, -1, 0, 1, 6, 0, 1]);
+    // 3: the mean of relu6(norm 1).
+    program.extend([2, 1, 2, 1, 0, 2, -1, 0, -1, 0, 1, 6, 0, 1]);
+    // 4: the gate, sigmoid of 3.
+    program.extend([1, 1, 3, -1, 0, 4, -1, 0, -1, 0, 1, 6, 0, 1]);
+    // 5: 6 -> 4 of relu6(norm 1) * gate, channels interleaved by 3.
+    program.extend([0, 1, 1, 1, 0, 0, 1, 1, 1, 2, 1, 0, 2, 4, 0, -1, 0, 3, 2, 0, 3, 2, 1, 3, 2, 2, 3]);
+    // 6: the input, every other pixel.
+    program.extend([0, 1, 1, 2, 0, 0, 4, 0]);
+    program.extend(plain(0, 4));
+    // 7: hard_swish(5) * mask + 6.
+    program.extend([1, 2, 5, -1, 0, 6, -1, 0, 0, 0, 1, 4, 0, 1, 6, -1, 0, 0, -1, 0, -1, 0, 1, 4, 0, 1]);
+    program
+}
+
+fn values<T: Element>(len: usize, seed: u64) -> Vec<T> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        T::from_f64((state >> 40) as f64 / f64::from(1 << 23) - 1.0)
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// Calls `write` with memory that is full of NaN.
+fn filled<T: Element>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
+    let mut memory = vec![MaybeUninit::new(T::from_f64(f64::NAN)); len];
+    write(&mut memory);
+    // SAFETY: initialised above.
+    memory.into_iter().map(|value| unsafe { value.assume_init() }).collect()
+}
+
+struct Case<T> {
+    program: Program,
+    x: Vec<T>,
+    parameters: Vec<T>,
+    masks: Vec<T>,
+    weights: Vec<T>,
+}
+
+const COUNT: usize = 3;
+
+impl<T: Element> Case<T> {
+    fn new() -> Self {
+        let program = Program::parse(&integers()).unwrap();
+        let parameters = values(program.parameters(), 2);
+        let masks = [2.0, 0.0, 2.0].map(T::from_f64).to_vec();
+        Self { program, x: values(COUNT * 4 * 25, 1), parameters, masks, weights: values(COUNT * 4 * 9, 3) }
+    }
+
+    fn arguments(&self, isa: Active) -> Arguments<'_, T> {
+        Arguments {
+            isa,
+            program: &self.program,
+            count: COUNT,
+            order: Order::Nchw,
+            parameters: &self.parameters,
+            masks: &self.masks,
+        }
+    }
+
+    /// Output, statistics and workspace.
+    fn forward(&self, isa: Active) -> [Vec<T>; 3] {
+        let arguments = self.arguments(isa);
+        let (mut statistics, mut workspace) = (Vec::new(), Vec::new());
+        let y = filled(self.weights.len(), |y| {
+            statistics = filled(2 * self.program.norm_channels(), |statistics| {
+                workspace = filled(self.program.workspace_len(COUNT), |workspace| {
+                    forward(&arguments, &self.x, None, y, statistics, workspace);
+                });
+            });
+        });
+        [y, statistics, workspace]
+    }
+
+    /// The weighted sum of the output.
+    fn loss(&self, isa: Active) -> f64 {
+        self.forward(isa)[0].iter().zip(&self.weights).map(|(&y, &w)| y.to_f64() * w.to_f64()).sum()
+    }
+
+    /// Gradients by input and parameters.
+    fn gradients(&self, isa: Active) -> [Vec<T>; 2] {
+        let [_, statistics, workspace] = self.forward(isa);
+        let mut grad_parameters = Vec::new();
+        let grad_x = filled(self.x.len(), |grad_x| {
+            grad_parameters = filled(self.parameters.len(), |grad| {
+                backward(&self.arguments(isa), false, &statistics, &workspace, &self.weights, grad_x, grad);
+            });
+        });
+        [grad_x, grad_parameters]
+    }
+}
+
+#[test]
+fn gradients_are_finite_differences() {
+    let isa = Active::available()[0];
+    let mut case = Case::<f64>::new();
+    let [grad_x, grad_parameters] = case.gradients(isa);
+    let h = 1e-6;
+    for i in 0..case.parameters.len() {
+        let value = case.parameters[i];
+        let [high, low] = [h, -h].map(|h| {
+            case.parameters[i] = value + h;
+            case.loss(isa)
+        });
+        case.parameters[i] = value;
+        assert!((grad_parameters[i] - (high - low) / (2.0 * h)).abs() < 1e-5, "parameter {i}");
+    }
+    for i in (0..case.x.len()).step_by(7) {
+        let value = case.x[i];
+        let [high, low] = [h, -h].map(|h| {
+            case.x[i] = value + h;
+            case.loss(isa)
+        });
+        case.x[i] = value;
+        assert!((grad_x[i] - (high - low) / (2.0 * h)).abs() < 1e-5, "input {i}");
+    }
+}
+
+#[test]
+fn every_instruction_set_agrees() {
+    let exact = Case::<f64>::new();
+    let portable = Active::by_name("portable").unwrap();
+    let expected = [exact.forward(portable)[0].clone(), exact.gradients(portable).concat()];
+    for isa in Active::available() {
+        let case = Case::<f32>::new();
+        for (found, expected) in [case.forward(isa)[0].clone(), case.gradients(isa).concat()].iter().zip(&expected) {
+            for (found, expected) in found.iter().zip(expected) {
+                assert!((f64::from(*found) - expected).abs() < 1e-4 * expected.abs().max(1.0), "{}", isa.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn inference_is_the_forward_pass_with_given_statistics() {
+    for isa in Active::available() {
+        let mut case = Case::<f64>::new();
+        case.masks.clear();
+        let [y, statistics, _] = case.forward(isa);
+        let found = filled(y.len(), |y| infer(&case.arguments(isa), &case.x, &statistics, y));
+        for (found, expected) in found.iter().zip(&y) {
+            assert!((found - expected).abs() < 1e-12, "{}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn what_is_no_program_is_refused() {
+    let program = integers();
+    assert!(Program::parse(&program[..program.len() - 1]).unwrap_err().to_string().contains("ends early"));
+    assert!(Program::parse(&[program.clone(), vec![0]].concat()).unwrap_err().to_string().contains("followed by 1"));
+    // Each integer in turn replaced: an error or another program, never a panic.
+    for i in 0..program.len() {
+        for value in [-2, -1, 0, 1, 3, 1 << 20, i64::MAX, i64::MIN] {
+            let mut changed = program.clone();
+            changed[i] = value;
+            let _ = Program::parse(&changed);
+        }
+    }
+}

@@ -383,14 +383,13 @@ mod tests {
 
     #[test]
     fn activations_have_their_limits_and_derivatives() {
-        use Activation::*;
         for (activation, low, high) in [
-            (Relu, 0.0, f64::INFINITY),
-            (Relu6, 0.0, 6.0),
-            (Swish, 0.0, f64::INFINITY),
-            (Sigmoid, 0.0, 1.0),
-            (HardSigmoid, 0.0, 1.0),
-            (HardSwish, 0.0, f64::INFINITY),
+            (Activation::Relu, 0.0, f64::INFINITY),
+            (Activation::Relu6, 0.0, 6.0),
+            (Activation::Swish, 0.0, f64::INFINITY),
+            (Activation::Sigmoid, 0.0, 1.0),
+            (Activation::HardSigmoid, 0.0, 1.0),
+            (Activation::HardSwish, 0.0, f64::INFINITY),
         ] {
             with_function!(activation, F => {
                 for x in [f32::NEG_INFINITY, -1e38, -100.0] {

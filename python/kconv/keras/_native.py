@@ -35,3 +35,12 @@ SUPPORTS_JIT = BACKEND != "tensorflow"
 """Whether the layers can be compiled: TensorFlow's compiler knows nothing of the kernels."""
 
 LAYOUTS = {"channels_last": "NHWC", "channels_first": "NCHW"}
+
+
+def runs_on_cpu() -> bool:
+    """Whether compiled functions run on the CPU."""
+    if BACKEND == "jax":
+        import jax
+
+        return bool(jax.default_backend() == "cpu")
+    return True

@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from kconv.keras._graph import model_graph
-from kconv.keras._native import LAYOUTS, fused
+from kconv.keras._native import LAYOUTS, fused, runs_on_cpu
 from kconv.models import graph
 from kconv.models.fusion import Segment, partition
 
@@ -40,6 +40,7 @@ class Network(keras.Model):
         x = inputs[0] if isinstance(inputs, list | tuple) and len(inputs) == 1 else inputs
         if not parts or mask is not None or not _supported(x):
             return super().call(inputs, training=training, mask=mask)
+        x = ops.convert_to_tensor(x, self.inputs[0].dtype)
         layers = {layer.name: layer for layer in self.layers}
         values = {self.inputs[0]._keras_history.operation.name: x}
         for part in parts:
@@ -74,8 +75,7 @@ def _supported(x: Tensor) -> bool:
         return False
     if any(size is None for size in x.shape[1:]):
         return False
-    device = getattr(x, "device", None)
-    if keras.backend.backend() == "torch" and device is not None and device.type != "cpu":
+    if getattr(getattr(x, "device", None), "type", "cpu") != "cpu" or not runs_on_cpu():
         return False
     return keras.backend.standardize_dtype(x.dtype) in ("float32", "float64")
 

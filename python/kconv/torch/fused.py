@@ -19,8 +19,8 @@ __all__ = ["FusedSegment"]
 
 
 @cache
-def _compiled(program: Program) -> Any:
-    return FusedProgram(program.integers)
+def _compiled(integers: tuple[int, ...]) -> Any:
+    return FusedProgram(integers)
 
 
 def fused(
@@ -48,9 +48,9 @@ def fused(
     need_grad = torch.is_grad_enabled() and (x.requires_grad or parameters.requires_grad)
     if not need_grad and statistics is not None and masks is None:
         arrays = (_array(x), _array(parameters), _array(statistics))
-        return _tensor(_compiled(program).infer(*arrays, layout)), statistics
-    compiled = _compiled(program.with_input_grad(need_grad and x.requires_grad))
-    return _Fused.apply(x, parameters, masks, statistics, compiled, layout)  # type: ignore[no-any-return]
+        return _tensor(_compiled(program.integers).infer(*arrays, layout)), statistics
+    program = program.with_input_grad(need_grad and x.requires_grad)
+    return _Fused.apply(x, parameters, masks, statistics, program, layout)  # type: ignore[no-any-return]
 
 
 class FusedSegment:
@@ -175,35 +175,64 @@ class _Fused(torch.autograd.Function):
         parameters: Tensor,
         masks: Tensor | None,
         statistics: Tensor | None,
-        compiled: Any,
+        program: Program,
         layout: str,
     ) -> tuple[Tensor, Tensor]:
         given = None if statistics is None else _array(statistics)
         drop = None if masks is None else _array(masks)
-        y, used, workspace = compiled.forward(
+        y, used, workspace = _compiled(program.integers).forward(
             _array(x), _array(parameters), drop, given, layout
         )
         used = _tensor(used)
         ctx.save_for_backward(parameters, masks, used, _tensor(workspace))
-        ctx.compiled, ctx.layout, ctx.frozen = compiled, layout, given is not None
+        ctx.program, ctx.layout, ctx.frozen = program, layout, given is not None
         ctx.mark_non_differentiable(used)
         return _tensor(y), used
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Sequence[Tensor | None]:  # type: ignore[override]
         parameters, masks, statistics, workspace = ctx.saved_tensors
-        grad_x, grad_parameters = ctx.compiled.backward(
-            _array(grad_output),
-            _array(parameters),
-            None if masks is None else _array(masks),
-            _array(statistics),
-            _array(workspace),
+        grad_parameters, grad_x = _backward(
+            grad_output,
+            parameters,
+            masks,
+            statistics,
+            workspace,
+            ctx.program.integers,
             ctx.frozen,
             ctx.layout,
         )
-        x = None if grad_x is None else _tensor(grad_x)
-        return x, _tensor(grad_parameters), None, None, None, None
+        input_grad = ctx.needs_input_grad[0]
+        return grad_x if input_grad else None, grad_parameters, None, None, None, None
+
+
+@torch.library.custom_op("kconv::fused_backward", mutates_args=())
+def _backward(
+    grad_output: Tensor,
+    parameters: Tensor,
+    masks: Tensor | None,
+    statistics: Tensor,
+    workspace: Tensor,
+    program: Sequence[int],
+    frozen: bool,
+    layout: str,
+) -> tuple[Tensor, Tensor]:
+    """The gradients by parameters and input (empty where it is not wanted).
+
+    An operator of its own, so that PyTorch can batch it, and says so where second derivatives are
+    asked for, which a fused network does not have.
+    """
+    grad_x, grad_parameters = _compiled(tuple(program)).backward(
+        _array(grad_output),
+        _array(parameters),
+        None if masks is None else _array(masks),
+        _array(statistics),
+        _array(workspace),
+        frozen,
+        layout,
+    )
+    x = grad_output.new_empty(0) if grad_x is None else _tensor(grad_x)
+    return _tensor(grad_parameters), x
 
 
 def _array(x: Tensor) -> np.ndarray[Any, Any]:
