@@ -93,8 +93,10 @@ class KernelOp:
             return self._autocast(*args)
         if not self._is_plain(args):
             return self.overload(*args)
-        if self._is_differentiated(args):
+        if forward_ad._current_level >= 0:
             return _apply(self, self._compute, *args)
+        if self._is_differentiated(args):
+            return _apply_in_eager_mode(self, self._compute, *args)
         return self._compute(*args)
 
     def _is_plain(self, args: Sequence[Any]) -> bool:
@@ -116,12 +118,16 @@ class KernelOp:
         """Whether reverse or forward mode may want derivatives of this call."""
         if forward_ad._current_level >= 0:
             return True
-        tensors = args[: self._leading]
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if torch.is_grad_enabled():
+            for tensor in args[: self._leading]:
+                if tensor is not None and tensor.requires_grad:
+                    return True
+        return False
 
     def _compute(self, *args: Any) -> Tensor:
         """Runs the kernel; bfloat16 and float16 are computed through float32."""
-        args += self._defaults[len(args) :]
+        if len(args) < len(self._defaults):
+            args += self._defaults[len(args) :]
         tensors = args[: self._leading]
         dtype = tensors[0].dtype
         for tensor in tensors[1:]:
@@ -216,32 +222,12 @@ def _to_autocast(arg: Any, dtype: torch.dtype) -> Any:
     return arg.to(dtype) if eligible else arg
 
 
-class _Apply(_SingleLevelFunction):
+class _Backward(_SingleLevelFunction):
     """Differentiates a :class:`KernelOp`, its first argument; the second computes the result.
 
     The dispatcher has taken torch.func's transforms down to one level by the time it is called, so
     it is of the class that PyTorch itself uses there (``Function.apply`` would start over).
     """
-
-    @staticmethod
-    def forward(op: KernelOp, compute: Callable[..., Tensor], *args: Any) -> Tensor:
-        return compute(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        op: KernelOp = inputs[0]
-        tensors = inputs[2 : 2 + len(op.images)]
-        ctx.op = op
-        ctx.geometry = inputs[2 + op._leading :]
-        ctx.shapes = [tensor.shape for tensor in tensors]
-        ctx.output_shape = output.shape
-        ctx.set_materialize_grads(False)
-        if len(tensors) == 2:  # each is kept for the derivative by the other one only
-            first, second = tensors
-            _, _, by_first, by_second, *_ = ctx.needs_input_grad
-            ctx.save_for_backward(first if by_second else None, second if by_first else None)
-        if forward_ad._current_level >= 0:
-            ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -257,6 +243,44 @@ class _Apply(_SingleLevelFunction):
             if op.has_bias and needed[len(op.images)]:
                 grads[len(op.images)] = op.unfold_bias(grad.sum((0, 2, 3)), *ctx.geometry)
         return None, None, *grads
+
+
+def _remember(ctx: Any, op: KernelOp, args: tuple[Any, ...]) -> None:
+    """Keeps what the backward pass needs."""
+    tensors = args[: len(op.images)]
+    ctx.op = op
+    ctx.geometry = args[op._leading :]
+    ctx.shapes = [tensor.shape for tensor in tensors]
+    ctx.set_materialize_grads(False)
+    if len(tensors) == 2:  # each is kept for the derivative by the other one only
+        first, second = tensors
+        _, _, by_first, by_second, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(first if by_second else None, second if by_first else None)
+
+
+class _ApplyInEagerMode(_Backward):
+    """Without ``setup_context``, which takes PyTorch several times as long as a small kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, op: KernelOp, compute: Callable[..., Tensor], *args: Any) -> Tensor:
+        _remember(ctx, op, args)
+        return compute(*args)
+
+
+class _Apply(_Backward):
+    """Also for torch.func's transforms, which want a ``setup_context``, and for forward mode."""
+
+    @staticmethod
+    def forward(op: KernelOp, compute: Callable[..., Tensor], *args: Any) -> Tensor:
+        return compute(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        op: KernelOp = inputs[0]
+        _remember(ctx, op, inputs[2:])
+        ctx.output_shape = output.shape
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*inputs[2 : 2 + len(op.images)])
 
     @staticmethod
     def jvp(ctx: Any, _op: None, _compute: None, *tangents: Any) -> Tensor | None:
@@ -276,3 +300,4 @@ class _Apply(_SingleLevelFunction):
 
 
 _apply: Callable[..., Tensor] = _Apply.apply  # type: ignore[attr-defined]
+_apply_in_eager_mode: Callable[..., Tensor] = _ApplyInEagerMode.apply  # type: ignore[attr-defined]

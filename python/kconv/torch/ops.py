@@ -207,6 +207,8 @@ def _same(size: int, kernel: int, stride: int) -> int:
 
 def _image(x: Tensor) -> Any:
     """A NumPy view of an image; one that is dense in neither memory format is copied."""
+    if x.is_contiguous():
+        return x.numpy(force=True)
     return x.contiguous(memory_format=_memory_format(x)).numpy(force=True)
 
 
