@@ -14,7 +14,7 @@ import keras
 _MODULES = {
     "jax": "kconv.jax",
     "torch": "kconv.keras._torch",
-    "tensorflow": "kconv.keras._tensorflow",
+    "tensorflow": "kconv.tensorflow",
 }
 
 BACKEND: str = keras.backend.backend()
@@ -26,13 +26,14 @@ native: Any = import_module(_MODULES[BACKEND])
 _FUSED = {
     "jax": "kconv.jax._fused",
     "torch": "kconv.torch.fused",
-    "tensorflow": "kconv.keras._tensorflow",
+    "tensorflow": "kconv.tensorflow._fused",
 }
 fused: Any = import_module(_FUSED[BACKEND]).fused
 """Runs a program of :mod:`kconv.models.fusion`; see :func:`kconv.torch.fused.fused`."""
 
 SUPPORTS_JIT = BACKEND != "tensorflow"
-"""Whether the layers can be compiled: TensorFlow's compiler knows nothing of the kernels."""
+"""Whether Keras may compile the layers: where TensorFlow compiles, its own operations take the
+kernels' place."""
 
 LAYOUTS = {"channels_last": "NHWC", "channels_first": "NCHW"}
 
