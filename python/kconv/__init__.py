@@ -1,8 +1,9 @@
 """Fast CPU kernels for the layers of parameter-efficient CNNs, on NumPy arrays.
 
 Importing kconv imports NumPy alone; submodules are imported when first used. The layers for each
-framework are in :mod:`kconv.torch`, :mod:`kconv.keras` and :mod:`kconv.jax`, the rules of the
-technique in :mod:`kconv.ktypes`, the architectures in :mod:`kconv.models`.
+framework are in :mod:`kconv.torch`, :mod:`kconv.keras`, :mod:`kconv.jax` and
+:mod:`kconv.tensorflow`, the rules of the technique in :mod:`kconv.ktypes`, the architectures in
+:mod:`kconv.models`.
 
 Example:
     >>> import numpy as np
@@ -58,7 +59,17 @@ __all__ = [
     "set_num_threads",
 ]
 
-_SUBMODULES = {"cai", "datasets", "jax", "keras", "ktypes", "models", "torch", "training"}
+_SUBMODULES = {
+    "cai",
+    "datasets",
+    "jax",
+    "keras",
+    "ktypes",
+    "models",
+    "tensorflow",
+    "torch",
+    "training",
+}
 
 
 def __getattr__(name: str) -> Any:
