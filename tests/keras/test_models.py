@@ -100,3 +100,19 @@ def test_initial_values_follow_the_initializers():
 def test_unknown_kernels():
     with pytest.raises(ValueError, match="kernels='cuda'"):
         kconv.keras.build(create("keffnet_s", **SMALL), kernels="cuda")
+
+
+if keras.backend.backend() == "tensorflow":
+
+    def test_networks_in_tensorflow(tmp_path):
+        """Exported with kconv's operations, and compiled with TensorFlow's own."""
+        import tensorflow as tf
+
+        model = kconv.keras.build(create("keffnet_s", ktype="D6_16ch", **SMALL))
+        x = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+        expected = model.predict(x, verbose=0)
+        model.export(tmp_path, verbose=False)
+        saved = tf.saved_model.load(tmp_path)
+        np.testing.assert_allclose(saved.serve(x), expected, rtol=1e-5, atol=1e-6)
+        compiled = tf.function(lambda x: model(x), jit_compile=True)
+        np.testing.assert_allclose(compiled(x), expected, rtol=1e-4, atol=1e-5)

@@ -39,9 +39,11 @@ LAYOUTS = {"channels_last": "NHWC", "channels_first": "NCHW"}
 
 
 def runs_on_cpu() -> bool:
-    """Whether compiled functions run on the CPU."""
+    """Whether functions run on the CPU where kconv's operations can."""
     if BACKEND == "jax":
         import jax
 
         return bool(jax.default_backend() == "cpu")
+    if BACKEND == "tensorflow":
+        return not native.ops.inside_xla()
     return True

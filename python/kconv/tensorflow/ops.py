@@ -221,11 +221,16 @@ def _apply(
     for tensor in present:
         if not tensor.dtype.is_floating:
             raise TypeError(f"expected a floating-point dtype, got {tensor.dtype.name}")
-    if not tf.executing_eagerly() and GraphOrParentsInXlaContext(get_default_graph()):
+    if inside_xla():
         return plain(*present)
     if dtype in (tf.float32, tf.float64):
         return native(*present)
     return tf.cast(native(*(tf.cast(tensor, tf.float32) for tensor in present)), dtype)
+
+
+def inside_xla() -> bool:
+    """Whether TensorFlow is to compile what is called now, as for ``jit_compile=True``."""
+    return not tf.executing_eagerly() and bool(GraphOrParentsInXlaContext(get_default_graph()))
 
 
 def _check_layouts(layout: str, weight_layout: str) -> None:
