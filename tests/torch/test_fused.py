@@ -17,9 +17,9 @@ from kconv.torch import Network, build
 from kconv.torch.layers import DropConnect
 
 NETWORKS = [
-    ("keffnet_b0", {"ktype": "D6_16ch", "skip_stride_cnt": 3}, 32),
-    ("keffnet_b0", {"ktype": "D6v3_4ch"}, 33),  # an odd size: other paddings
-    ("keffnet_b0", {"ktype": ["D6_16ch", "kT3_16ch"], "width": 0.5}, 32),  # parallel paths
+    ("keffnet_b0", {"ktype": "D6_16ch", "skip_stride_cnt": 1}, 16),
+    ("keffnet_s", {"ktype": "D6v3_4ch"}, 33),  # an odd size: other paddings
+    ("keffnet_s", {"ktype": ["D6_16ch", "kT3_16ch"]}, 32),  # parallel paths
     ("keffnet_s", {"ktype": "conv"}, 32),
     ("keffnet_s", {"ktype": "grouped_interleaved"}, 32),
     ("keffnet_s", {"ktype": "D10"}, 32),
@@ -35,7 +35,8 @@ NETWORKS = [
 def pair(name, options, size, dtype=torch.float64):
     """The same network fused and module by module, dropout off."""
     torch.manual_seed(0)
-    spec = create(name, classes=5, input_shape=(size, size, 3), dropout=0.0, **options)
+    steady = {} if "inception" in name else {"dropout": 0.0}
+    spec = create(name, classes=5, input_shape=(size, size, 3), **steady, **options)
     fused, plain = build(spec).to(dtype), build(spec, fused=False).to(dtype)
     with torch.no_grad():
         for parameter in fused.parameters():  # new biases are zero
@@ -44,11 +45,16 @@ def pair(name, options, size, dtype=torch.float64):
     return fused, plain
 
 
-def step(model, x, seed=0):
+def seeded(model, x):
+    """The output, with the same images dropped at every call."""
+    torch.manual_seed(4)
+    return model(x)
+
+
+def step(model, x):
     """Loss, output and gradients."""
     model.zero_grad()
-    torch.manual_seed(seed)
-    y = model(x)
+    y = seeded(model, x)
     loss = F.cross_entropy(y, torch.arange(len(x)) % 5)
     loss.backward()
     return loss.detach(), y.detach(), {n: p.grad for n, p in model.named_parameters()}
@@ -111,10 +117,11 @@ def test_gradient_by_the_input(activation):
         x = torch.randn(3, 6, *size, dtype=torch.float64, requires_grad=True)
         grads = []
         for net in (fused, plain):
-            torch.manual_seed(4)  # the same images dropped
-            y = net(x)
+            y = seeded(net, x)
             grads += torch.autograd.grad((y * torch.arange(y.numel()).view_as(y).cos()).sum(), x)
-        torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-10)
+        # PyTorch's hard sigmoid has its sixth in float32.
+        precision = {"rtol": 1e-6, "atol": 1e-7} if activation == "hard_sigmoid" else {}
+        torch.testing.assert_close(*grads, **(precision or {"rtol": 1e-8, "atol": 1e-10}))
 
 
 def test_statistics_do_not_cancel():
@@ -123,7 +130,9 @@ def test_statistics_do_not_cancel():
     net = Network(g.build(g.batch_norm("bn", g.conv("conv", g.input, 4))))
     nn.init.eye_(net.conv.weight.data.view(4, 4))
     x = torch.randn(8, 4, 9, 9) + 1e4
-    torch.testing.assert_close(net(x), F.batch_norm(x, None, None, training=True, eps=1e-3), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        net(x), F.batch_norm(x, None, None, training=True, eps=1e-3), rtol=1e-2, atol=1e-2
+    )
     assert net._fused
 
 
@@ -139,10 +148,11 @@ def test_what_happens_between_the_modules_is_seen():
     assert seen == [(2, 32, 16, 16)]
     for net in (fused, plain):
         net.k_stem_activation = nn.Identity()
-    torch.testing.assert_close(fused(x), plain(x))
+    torch.testing.assert_close(seeded(fused, x), seeded(plain, x))
+    plain.load_state_dict(fused.state_dict())
     fused.k_stem_bn.eval()  # one norm frozen, the others not
     plain.k_stem_bn.eval()
-    torch.testing.assert_close(fused(x), plain(x))
+    torch.testing.assert_close(seeded(fused, x), seeded(plain, x))
     with torch.autocast("cpu", torch.bfloat16):
         assert fused.float()(x.float()).dtype == torch.bfloat16
 
@@ -152,9 +162,9 @@ def test_copies_and_pickles_are_fused_too():
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         with torch.no_grad():
-            for parameter, other in zip(copied.parameters(), plain.parameters(), strict=True):
+            for parameter in copied.parameters():
                 parameter.mul_(0.9)
-                other.copy_(parameter)
+        plain.load_state_dict(copied.state_dict())
         assert_same_step(copied, plain, x, 1e-8)
 
 

@@ -54,15 +54,15 @@ def _fused(
 ) -> tuple[jax.Array, jax.Array]:
     if masks.size == 0 and (statistics.size or not program.norms):
         used = statistics if statistics.size else jnp.zeros((2, 0), x.dtype)
-        (y,) = _call("fused_infer", program, layout, [_output(program, layout, x)], x, parameters, used)
+        (y,) = _call(
+            "fused_infer", program, layout, [_output(program, layout, x)], x, parameters, used
+        )
         return y, used
     y, used, _ = _forward(program, layout, x, parameters, masks, statistics)
     return y, used
 
 
-def _forward(
-    program: Program, layout: str, x: jax.Array, *operands: jax.Array
-) -> list[jax.Array]:
+def _forward(program: Program, layout: str, x: jax.Array, *operands: jax.Array) -> list[jax.Array]:
     channels = sum(norm.channels for norm in program.norms)
     results = [
         _output(program, layout, x),

@@ -104,9 +104,7 @@ def _convolution(layer: Any, common: dict[str, Any]) -> graph.Layer | None:
             return None
         multiplier = layer.depth_multiplier
         options |= {"depth_multiplier": multiplier, "in_channels": layer.kernel.shape[2]}
-        return graph.DepthwiseConv(
-            **common, **options, kernel_size=kernel[0], strides=strides[0]
-        )
+        return graph.DepthwiseConv(**common, **options, kernel_size=kernel[0], strides=strides[0])
     if getattr(layer, "interleave", 1) != 1:
         return None
     in_channels = layer.kernel.shape[2] * layer.groups

@@ -262,7 +262,9 @@ class _Lowering:
         for norm in self.norms:
             bits = struct.unpack("q", struct.pack("d", norm.epsilon))[0]
             integers += [norm.channels, bits, int(norm.scale)]
-            parameters += [(norm.name, name) for name in ("gamma", "beta") if name in norm.weights()]
+            parameters += [
+                (norm.name, name) for name in ("gamma", "beta") if name in norm.weights()
+            ]
         integers += [number for step in self.steps for number in step]
         return Program(
             tuple(integers),
@@ -278,7 +280,9 @@ class _Lowering:
         x = inputs[0]
         match layer:
             case Conv():
-                return self._conv(layer, x, padding, layer.kernel_size, layer.strides[0], layer.groups)
+                return self._conv(
+                    layer, x, padding, layer.kernel_size, layer.strides[0], layer.groups
+                )
             case DepthwiseConv():
                 size = (layer.kernel_size, layer.kernel_size)
                 return self._conv(layer, x, padding, size, layer.strides, layer.in_channels)
@@ -330,14 +334,14 @@ class _Lowering:
         groups: int,
     ) -> Tensor:
         if padding:
-            before, after = zip(*padding.padding, strict=True)
-            total = tuple(a + b for a, b in padding.padding)
+            before = [sides[0] for sides in padding.padding]
+            total = [sum(sides) for sides in padding.padding]
         elif layer.padding == "same":
             sizes = zip(x.size, kernel, strict=True)
-            total = tuple(max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in sizes)
-            before = tuple(pixels // 2 for pixels in total)
+            total = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in sizes]
+            before = [pixels // 2 for pixels in total]
         else:
-            before, total = (0, 0), (0, 0)
+            before = total = [0, 0]
         height, width = (
             (n + pad - k) // stride + 1 for n, pad, k in zip(x.size, total, kernel, strict=True)
         )

@@ -50,7 +50,7 @@ def fused(
         arrays = (_array(x), _array(parameters), _array(statistics))
         return _tensor(_compiled(program.integers).infer(*arrays, layout)), statistics
     program = program.with_input_grad(need_grad and x.requires_grad)
-    return _Fused.apply(x, parameters, masks, statistics, program, layout)  # type: ignore[no-any-return]
+    return _Fused.apply(x, parameters, masks, statistics, program, layout)
 
 
 class FusedSegment:
@@ -67,7 +67,12 @@ class FusedSegment:
         self._types = [(name, type(modules[name])) for name in names]
         self._drops = [name for name in names if isinstance(modules[name], DropConnect)]
         program = segment.program((64, 64), "OI")
-        weight = {"kernel": "weight", "depthwise_kernel": "weight", "gamma": "weight", "beta": "bias"}
+        weight = {
+            "kernel": "weight",
+            "depthwise_kernel": "weight",
+            "gamma": "weight",
+            "beta": "bias",
+        }
         self._parameters = [(layer, weight.get(name, name)) for layer, name in program.parameters]
         self._norms = [norm.name for norm in program.norms]
 
@@ -122,7 +127,7 @@ def _eager(x: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.float64)
         and x.dim() == 4
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._functorch.peek_interpreter_stack()
         and not _get_current_dispatch_mode_stack()
@@ -169,7 +174,7 @@ class _Fused(torch.autograd.Function):
     """(x, parameters, masks, statistics) to (output, statistics)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         parameters: Tensor,
@@ -190,7 +195,7 @@ class _Fused(torch.autograd.Function):
         return _tensor(y), used
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Sequence[Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Sequence[Tensor | None]:
         parameters, masks, statistics, workspace = ctx.saved_tensors
         grad_parameters, grad_x = _backward(
             grad_output,

@@ -10,7 +10,6 @@ from math import prod, sqrt
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kconv.ktypes import KType
