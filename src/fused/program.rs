@@ -524,8 +524,8 @@ impl Program {
     /// Finds the values that all readers read alike.
     fn view(&mut self) {
         // For each channel of each value what its first reader makes of it.
-        let mut first: Vec<Vec<Option<(Activation, Option<usize>)>>> =
-            self.values.iter().map(|value| vec![None; value.channels]).collect();
+        type Reading = (Activation, Option<usize>);
+        let mut first: Vec<Vec<Option<Reading>>> = self.values.iter().map(|value| vec![None; value.channels]).collect();
         let mut same: Vec<bool> = (0..self.values.len()).map(|value| value != 0 && value != self.output).collect();
         for row in self.steps.iter().flat_map(|step| &step.source.rows) {
             let reading = (row.activation, row.norm);

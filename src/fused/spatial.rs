@@ -252,16 +252,15 @@ impl<T: Element> Tape<'_, '_, T> {
                     )
                 };
                 for n in images {
-                    for o in 0..m {
+                    for (o, (bias, plane)) in bias.iter_mut().zip(bordered.chunks_exact_mut(border.len)).enumerate() {
                         let out = n * out_pixels..(n + 1) * out_pixels;
                         // SAFETY: all that read the value come later in the program and have given their gradients.
                         let grad = unsafe { this.take(step.value, g * m + o, out, buffer) };
                         for (y, row) in grad.chunks_exact(value.width).enumerate() {
-                            let start = o * border.len + border.first() + y * border.pitch;
-                            bordered[start..][..value.width].copy_from_slice(row);
+                            plane[border.first() + y * border.pitch..][..value.width].copy_from_slice(row);
                         }
                         if conv.bias.is_some() {
-                            bias[o] += pass.isa.run(Sum(grad));
+                            *bias += pass.isa.run(Sum(grad));
                         }
                     }
                     for (i, padded) in padded.chunks_exact_mut(planes.padded()).enumerate() {
