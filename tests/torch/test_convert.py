@@ -222,3 +222,10 @@ def test_published_models(make, name, before, after, tmp_path):
     other = compress(make(name))
     other.load_state_dict(torch.load(tmp_path / "compressed.pt", weights_only=True))
     assert torch.equal(other.eval()(x), model.eval()(x))
+
+
+def test_compressed_blocks_keep_the_epsilon_of_the_batch_norm():
+    model = nn.Sequential(nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64, eps=0.5), nn.ReLU())
+    compress(model, "D6_16ch").eval()
+    x = torch.randn(2, 64, 5, 5)
+    torch.testing.assert_close(model(x), to_native(model)(x), rtol=1e-4, atol=1e-5)

@@ -64,7 +64,7 @@ class FusedSegment:
     def __init__(self, segment: Segment, modules: Mapping[str, nn.Module]) -> None:
         self.segment = segment
         names = [layer.name for layer in segment.layers if layer.name in modules]
-        self._types = [(name, type(modules[name])) for name in names]
+        self._made = [(name, _kind(modules[name])) for name in names]
         self._drops = [name for name in names if isinstance(modules[name], DropConnect)]
         program = segment.program((64, 64), "OI")
         weight = {
@@ -110,13 +110,18 @@ class FusedSegment:
         return y if self.segment.keeps_pixels else y.flatten(1)
 
     def _untouched(self, modules: Mapping[str, nn.Module]) -> bool:
-        for name, kind in self._types:
+        for name, kind in self._made:
             module = modules[name]
-            if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
+            if _kind(module) != kind or module._forward_hooks or module._forward_pre_hooks:
                 return False
             if module._backward_hooks or module._backward_pre_hooks:
                 return False
         return True
+
+
+def _kind(module: nn.Module) -> tuple[type, float | None]:
+    """What the operation assumes; `compress` puts batch norms of another epsilon into a block."""
+    return type(module), getattr(module, "eps", None)
 
 
 def _eager(x: Tensor) -> bool:
