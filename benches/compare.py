@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import frameworks
+import networks
 import numpy as np
 from numpy.typing import NDArray
 
@@ -413,7 +414,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    operations = ("pointwise", "interleave", "depthwise", "memory", "frameworks")
+    operations = (
+        "pointwise",
+        "interleave",
+        "depthwise",
+        "memory",
+        "frameworks",
+        "step",
+        "inference",
+    )
     parser.add_argument("operation", nargs="?", choices=operations, default="pointwise")
     parser.add_argument("--layout", choices=("NCHW", "NHWC"), default="NCHW")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
@@ -423,6 +432,9 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=known, default=known[:3])
     parser.add_argument("--preallocated", action="store_true", help="kconv writes into used memory")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--model", choices=networks.NETWORKS, default="keffnet32")
+    parser.add_argument("--batch", type=int, help="images in a step (default: the network's)")
+    parser.add_argument("--sides", nargs="+", choices=networks.SIDES, help="of step and inference")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--roofline", type=Path, metavar="PNG")
     options = parser.parse_args()
@@ -431,6 +443,8 @@ def main() -> None:
         result: Any = memory(options)
     elif options.operation == "frameworks":
         result = frameworks.run(options.turns)
+    elif options.operation in ("step", "inference"):
+        result = networks.run(options)
     else:
         bench = Bench(options)
         limits = measure_limits()
