@@ -26,6 +26,18 @@ KEFFNET = {
 SMALL: dict[str, dict[str, Any]] = {
     "01-keffnet-v1": KEFFNET,
     "03-class-activation-maps": {"TRAIN_IMAGES": 40, "TEST_IMAGES": 20, "EPOCHS": 1},
+    "04-compress-your-model": {
+        "WIDTHS": (8, 32, 64),
+        "TRAIN_IMAGES": 40,
+        "TEST_IMAGES": 20,
+        "EPOCHS": 1,
+    },
+    "05-where-the-speed-comes-from": {
+        "MODEL": "keffnet_s",
+        "OPTIONS": {"ktype": "D6_16ch"},
+        "BATCH_SIZE": 2,
+        "TURNS": 1,
+    },
 }
 every_notebook = pytest.mark.parametrize("name", SMALL)
 
