@@ -15,6 +15,7 @@ from kconv.keras import (
     CopyChannels,
     DepthwiseConv2D,
     InterleaveChannels,
+    Network,
     PointwiseConv2D,
     SumIntoHalfChannels,
     blocks,
@@ -233,6 +234,7 @@ def GetClasses() -> dict[str, Any]:
         "HardSwish": HardSwish,
         "PointwiseConv2D": PointwiseConv2D,
         "DepthwiseConv2D": DepthwiseConv2D,
+        "Network": Network,
     }
 
 
