@@ -63,19 +63,16 @@ def _fused(
 
 
 def _forward(program: Program, layout: str, x: jax.Array, *operands: jax.Array) -> list[jax.Array]:
-    channels = sum(norm.channels for norm in program.norms)
     results = [
         _output(program, layout, x),
-        jax.ShapeDtypeStruct((2, channels), x.dtype),
+        jax.ShapeDtypeStruct((2, program.norm_channels), x.dtype),
         jax.ShapeDtypeStruct((program.values * len(x),), x.dtype),
     ]
     return _call("fused_forward", program, layout, results, x, *operands)
 
 
 def _output(program: Program, layout: str, x: jax.Array) -> jax.ShapeDtypeStruct:
-    channels, height, width = program.output_size
-    size = (channels, height, width) if layout == "NCHW" else (height, width, channels)
-    return jax.ShapeDtypeStruct((len(x), *size), x.dtype)
+    return jax.ShapeDtypeStruct((len(x), *program.output_shape(layout)), x.dtype)
 
 
 def _vjp_forward(

@@ -46,11 +46,8 @@ class Network(keras.Model):
         for part in parts:
             if isinstance(part, Segment):
                 values[part.name] = _run(part, layers, values[part.input], bool(training))
-                continue
-            layer = layers[part.name]
-            arguments = [values[name] for name in part.inputs]
-            options = {"training": training} if layer._call_has_training_arg else {}
-            values[part.name] = layer(arguments if len(arguments) > 1 else arguments[0], **options)
+            else:
+                values[part.name] = _call(layers[part.name], part, values, training)
         return values[self.outputs[0]._keras_history.operation.name]
 
 
@@ -123,8 +120,14 @@ def _update_statistics(norms: list[Any], used: Tensor) -> None:
 def _layer_by_layer(segment: Segment, layers: dict[str, Any], x: Tensor, training: bool) -> Tensor:
     values = {segment.input: x}
     for part in segment.layers:
-        layer = layers[part.name]
-        arguments = [values[name] for name in part.inputs]
-        options = {"training": training} if layer._call_has_training_arg else {}
-        values[part.name] = layer(arguments if len(arguments) > 1 else arguments[0], **options)
+        values[part.name] = _call(layers[part.name], part, values, training)
     return values[segment.name]
+
+
+def _call(
+    layer: Any, part: graph.Layer, values: dict[str, Tensor], training: bool | None
+) -> Tensor:
+    """The output of the Keras layer that stands for a layer of the graph."""
+    arguments = [values[name] for name in part.inputs]
+    options = {"training": training} if layer._call_has_training_arg else {}
+    return layer(arguments if len(arguments) > 1 else arguments[0], **options)

@@ -75,6 +75,16 @@ class Program:
     output_size: tuple[int, int, int]
     values: int
 
+    @property
+    def norm_channels(self) -> int:
+        """The channels of all norms."""
+        return sum(norm.channels for norm in self.norms)
+
+    def output_shape(self, layout: str) -> tuple[int, int, int]:
+        """(C, H, W) of the output, or (H, W, C) with ``layout="NHWC"``."""
+        channels, height, width = self.output_size
+        return (channels, height, width) if layout == "NCHW" else (height, width, channels)
+
     def with_input_grad(self, wanted: bool) -> Program:
         """The program whose backward pass computes the gradient by the input, or does not."""
         return replace(self, integers=(self.integers[0], int(wanted), *self.integers[2:]))

@@ -47,8 +47,6 @@ def fused(
         given = none if statistics is None else statistics
         y, used, _ = kernels.kconv_fused_forward(x, parameters, masks, given, **options)
     if not tf.executing_eagerly():
-        channels, height, width = program.output_size
-        size = (channels, height, width) if layout == "NCHW" else (height, width, channels)
-        y.set_shape((x.shape[0], *size))
-        used.set_shape((2, sum(norm.channels for norm in program.norms)))
+        y.set_shape((x.shape[0], *program.output_shape(layout)))
+        used.set_shape((2, program.norm_channels))
     return y, tf.unstack(used, 2)
