@@ -69,6 +69,7 @@ pub struct Arguments<'a, T> {
 }
 
 /// A pass through a program.
+#[derive(Clone)]
 struct Pass<'a, T> {
     isa: Active,
     program: &'a Program,
@@ -178,13 +179,15 @@ pub fn infer<T: Element>(arguments: &Arguments<'_, T>, x: &[T], statistics: &[T]
     let threads = num_threads();
     let y = Shared::new(y);
     let weights = arguments.packed();
+    // What is the same for all images, which only the memory is not.
+    let arguments = Arguments { count: 1, masks: &[], ..*arguments };
+    let mut prepared = Pass::new(&arguments, Shared::new(&mut []), &program.reused, 1);
+    prepared.packed = &weights;
+    prepared.finished = true;
+    prepared.fix_statistics(statistics);
     let run = |image: usize, threads: usize| {
         memory::with(program.reused.len, |memory: &mut [MaybeUninit<T>]| {
-            let arguments = Arguments { count: 1, masks: &[], ..*arguments };
-            let mut pass = Pass::new(&arguments, Shared::new(memory), &program.reused, threads);
-            pass.packed = &weights;
-            pass.finished = true;
-            pass.fix_statistics(statistics);
+            let pass = Pass { start: Shared::new(memory), threads, ..prepared.clone() };
             pass.import(0, pass.rows(0), &x[image * input..][..input]);
             for step in &program.steps {
                 pass.step(step);

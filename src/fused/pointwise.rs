@@ -6,11 +6,10 @@ use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, chunks, merge};
 use crate::isa::Active;
 use crate::kernels::Element;
-use crate::kernels::pointwise::{
-    AddBias, ConvHeight, ConvRows, DotRows, DotWidth, Identity, MAX_DOT_A, MAX_SINGLE_B, Rows, SumSlots, slot,
-};
+use crate::kernels::pointwise::{AddBias, ConvHeight, ConvRows, Identity, Rows, SumSlots, slot};
 use crate::kernels::rows::Sum;
 use crate::ops::Shared;
+use crate::ops::pointwise::{GEMM_WEIGHTS, products};
 use crate::pool::part;
 use crate::scratch;
 
@@ -18,10 +17,6 @@ use crate::scratch;
 const TILE_VALUES: usize = 24 << 10;
 /// Pixels of a tile.
 const TILE_PIXELS: (usize, usize) = (64, 1024);
-/// A group of this many weights or more is multiplied by GEMM in the weight gradient: its partial sums (a cache line
-/// each) no longer fit the caches.
-pub(super) const GEMM_WEIGHTS: usize = 4096;
-
 /// Pixels of a tile of `rows` rows: a multiple of all vectors' lengths.
 fn tile_pixels(rows: usize) -> usize {
     (TILE_VALUES / rows / 64 * 64).clamp(TILE_PIXELS.0, TILE_PIXELS.1)
@@ -141,7 +136,7 @@ impl<T: Element> Tape<'_, '_, T> {
                 let (grad_rows, grad_x) = memory.split_at_mut(m * tile);
                 slots.fill(T::default());
                 // SAFETY: sums of this part and group alone.
-                let (products, bias) = unsafe {
+                let (weight_sums, bias) = unsafe {
                     let at = p * groups + g;
                     (
                         std::slice::from_raw_parts_mut(shared.ptr().add(at * m * k), m * k),
@@ -167,10 +162,10 @@ impl<T: Element> Tape<'_, '_, T> {
                     );
                     if gemm {
                         // SAFETY: rows of these pixels.
-                        unsafe { self::gemm(rows_a, rows_b, pixels.len(), tile, products) };
+                        unsafe { self::gemm(rows_a, rows_b, pixels.len(), tile, weight_sums) };
                     } else {
                         // SAFETY: as above.
-                        unsafe { dot(pass, rows_a, rows_b, [1, pixels.len()], slots) };
+                        unsafe { products(pass.isa, rows_a, rows_b, [1, pixels.len()], slots) };
                     }
                     if !step.differentiate {
                         continue;
@@ -202,7 +197,7 @@ impl<T: Element> Tape<'_, '_, T> {
                     }
                 }
                 if !gemm {
-                    pass.isa.run(SumSlots(slots, products));
+                    pass.isa.run(SumSlots(slots, weight_sums));
                 }
             });
         });
@@ -225,37 +220,6 @@ impl<T: Element> Tape<'_, '_, T> {
             for o in 0..groups * group_out {
                 write(place + o, T::from_f64((0..parts).map(|p| bias[p * groups * group_out + o]).sum()));
             }
-        }
-    }
-}
-
-/// Adds the products of all `a` rows with all `b` rows to `[a][b]` slots; `size` is the number of images and of pixels.
-///
-/// # Safety
-/// The rows of all images must be readable.
-pub(super) unsafe fn dot<T: Element>(
-    pass: &Pass<'_, T>,
-    a: Rows<'_, T>,
-    b: Rows<'_, T>,
-    [images, pixels]: [usize; 2],
-    slots: &mut [T],
-) {
-    let (m, k) = (a.offsets.len(), b.offsets.len());
-    let width = if m == 1 { MAX_SINGLE_B } else { pass.isa.run(DotWidth) };
-    let (a_tiles, b_tiles) = (m.div_ceil(MAX_DOT_A), k.div_ceil(width));
-    for i in (0..a_tiles).map(|i| part(m, a_tiles, i)) {
-        for j in (0..b_tiles).map(|j| part(k, b_tiles, j)) {
-            let kernel = DotRows {
-                a: Rows { offsets: &a.offsets[i.clone()], ..a },
-                b: Rows { offsets: &b.offsets[j.clone()], ..b },
-                images,
-                pixels,
-                sums: slots,
-                first_slot: i.start * k + j.start,
-                slot_stride: k,
-            };
-            // SAFETY: the caller's promise.
-            pass.isa.run(unsafe { kernel.promise() });
         }
     }
 }

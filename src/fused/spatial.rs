@@ -13,7 +13,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::pointwise::{dot, merge_parts};
+use super::pointwise::merge_parts;
 use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape};
 use crate::kernels::Element;
@@ -21,6 +21,7 @@ use crate::kernels::pointwise::{AddBias, ConvRows, Identity, Rows, SumSlots, slo
 use crate::kernels::rows::Sum;
 use crate::ops::Shared;
 use crate::ops::depthwise::merge_row;
+use crate::ops::pointwise::products;
 use crate::pool::part;
 use crate::scratch;
 
@@ -245,7 +246,7 @@ impl<T: Element> Tape<'_, '_, T> {
                 bordered.fill(T::default());
                 let at = p * groups + g;
                 // SAFETY: sums of this part and group alone.
-                let (products, bias) = unsafe {
+                let (weight_sums, bias) = unsafe {
                     (
                         std::slice::from_raw_parts_mut(shared.ptr().add(at * m * k * taps), m * k * taps),
                         std::slice::from_raw_parts_mut(shared_bias.ptr().add(at * m), m),
@@ -271,7 +272,7 @@ impl<T: Element> Tape<'_, '_, T> {
                     let a = Rows { base: bordered.as_ptr(), offsets: &a_offsets, image_stride: 0 };
                     let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: 0 };
                     // SAFETY: views of `padded` end inside it. Between the gradient's rows there are zeros.
-                    unsafe { dot(pass, a, b, [1, planes.long], slots) };
+                    unsafe { products(pass.isa, a, b, [1, planes.long], slots) };
                     if !step.differentiate {
                         continue;
                     }
@@ -287,7 +288,7 @@ impl<T: Element> Tape<'_, '_, T> {
                         };
                     }
                 }
-                pass.isa.run(SumSlots(slots, products));
+                pass.isa.run(SumSlots(slots, weight_sums));
             });
         });
         self.write_weights(conv, parts, &partial, &bias);

@@ -35,7 +35,7 @@ const DOT_TILE: usize = 96;
 const DOT_BYTES: usize = 512 << 10;
 /// A group of this many weights or more is multiplied by GEMM: its partial sums (a cache line each) no longer fit the
 /// caches.
-const GEMM_WEIGHTS: usize = 4096;
+pub(crate) const GEMM_WEIGHTS: usize = 4096;
 /// Work of one part of a weight gradient, at least.
 const PART_NANOSECONDS: f64 = 100_000.0;
 /// Parts of a weight gradient, at most.
@@ -327,7 +327,7 @@ pub fn grad_weight<T: Element>(
     if planes {
         places.iter_mut().for_each(|place| *place *= images.pixels);
     }
-    let grad = WeightGrad { isa, shape, images, places, cluster, width: isa.run(DotWidth), x, grad_output };
+    let grad = WeightGrad { isa, shape, images, places, cluster, x, grad_output };
     // One set of partial sums `[group][output channel][input channel]` for each part, added up in order at the end.
     let mut partial = vec![T::default(); parts * shape.weights()];
     let shared = Shared(partial.as_mut_ptr());
@@ -357,8 +357,6 @@ struct WeightGrad<'a, T> {
     places: Vec<usize>,
     /// Groups whose pixels are transposed together in NHWC.
     cluster: usize,
-    /// The most `B` rows of a tile with several `A` rows.
-    width: usize,
     x: &'a [T],
     grad_output: &'a [T],
 }
@@ -395,7 +393,8 @@ impl<T: Element> WeightGrad<'_, T> {
                             let b = self.x.as_ptr().add((n * c_in + g * k) * pixels + start);
                             let a = Rows { base: a, offsets: places, image_stride: c_out * pixels };
                             let b = Rows { base: b, offsets: &x_offsets, image_stride: c_in * pixels };
-                            self.products(a, b, batch.min(range.end - n), tile.min(pixels - start), slots);
+                            let size = [batch.min(range.end - n), tile.min(pixels - start)];
+                            products(self.isa, a, b, size, slots);
                         }
                     }
                 }
@@ -458,36 +457,42 @@ impl<T: Element> WeightGrad<'_, T> {
                         let b = Rows { base: b_rows.as_ptr(), offsets: &b_offsets[i * k..][..k], image_stride: 0 };
                         let slots = &mut slots[i * m * k * slot::<T>()..][..m * k * slot::<T>()];
                         // SAFETY: the rows hold `length` values each.
-                        unsafe { self.products(a, b, 1, length, slots) };
+                        unsafe { products(self.isa, a, b, [1, length], slots) };
                     }
                 }
                 self.isa.run(SumSlots(slots, sums));
             });
         }
     }
+}
 
-    /// Adds the products of all `a` rows with all `b` rows to `[a][b]` slots.
-    ///
-    /// # Safety
-    /// The rows of all images must be readable over `pixels` values.
-    unsafe fn products(&self, a: Rows<'_, T>, b: Rows<'_, T>, images: usize, pixels: usize, slots: &mut [T]) {
-        let (m, k) = (a.offsets.len(), b.offsets.len());
-        let width = if m == 1 { MAX_SINGLE_B } else { self.width };
-        let (a_tiles, b_tiles) = (m.div_ceil(MAX_DOT_A), k.div_ceil(width));
-        for i in (0..a_tiles).map(|i| part(m, a_tiles, i)) {
-            for j in (0..b_tiles).map(|j| part(k, b_tiles, j)) {
-                let kernel = DotRows {
-                    a: Rows { offsets: &a.offsets[i.clone()], ..a },
-                    b: Rows { offsets: &b.offsets[j.clone()], ..b },
-                    images,
-                    pixels,
-                    sums: slots,
-                    first_slot: i.start * k + j.start,
-                    slot_stride: k,
-                };
-                // SAFETY: the caller's promise.
-                self.isa.run(unsafe { kernel.promise() });
-            }
+/// Adds the products of all `a` rows with all `b` rows to `[a][b]` slots; `size` is the number of images and of pixels.
+///
+/// # Safety
+/// The rows of all images must be readable over so many pixels.
+pub(crate) unsafe fn products<T: Element>(
+    isa: Active,
+    a: Rows<'_, T>,
+    b: Rows<'_, T>,
+    [images, pixels]: [usize; 2],
+    slots: &mut [T],
+) {
+    let (m, k) = (a.offsets.len(), b.offsets.len());
+    let width = if m == 1 { MAX_SINGLE_B } else { isa.run(DotWidth) };
+    let (a_tiles, b_tiles) = (m.div_ceil(MAX_DOT_A), k.div_ceil(width));
+    for i in (0..a_tiles).map(|i| part(m, a_tiles, i)) {
+        for j in (0..b_tiles).map(|j| part(k, b_tiles, j)) {
+            let kernel = DotRows {
+                a: Rows { offsets: &a.offsets[i.clone()], ..a },
+                b: Rows { offsets: &b.offsets[j.clone()], ..b },
+                images,
+                pixels,
+                sums: slots,
+                first_slot: i.start * k + j.start,
+                slot_stride: k,
+            };
+            // SAFETY: the caller's promise.
+            isa.run(unsafe { kernel.promise() });
         }
     }
 }
