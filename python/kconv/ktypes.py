@@ -262,11 +262,13 @@ def plan(ktype: KType | str | int, c_in: int, c_out: int, name: str = "") -> Pla
         The :class:`Plan`.
 
     Raises:
-        ValueError: if the kType is unknown or a channel count is below 1.
+        ValueError: if the kType is unknown or a channel count is below 1; the message names the
+            convolution.
         TypeError: if an argument is of the wrong type.
     """
     ktype = resolve(ktype)
-    c_in, c_out = _positive("c_in", c_in), _positive("c_out", c_out)
+    layer = f"layer {name!r}: " if name else ""
+    c_in, c_out = _positive(f"{layer}c_in", c_in), _positive(f"{layer}c_out", c_out)
     builder = _Builder(c_in)
     if ktype.scheme in ("D6v3", "kT3v3"):
         _plan_v2(builder, ktype, c_in, c_out, name)

@@ -99,7 +99,7 @@ def test_activation_may_be_a_function_or_none():
     ("arguments", "message"),
     [
         ({"kType": "D7"}, "unknown ktype='D7'; known are"),
-        ({"filters": 0}, "c_out=0"),
+        ({"filters": 0, "name": "top"}, "layer 'top': c_out=0"),
         ({"channel_axis": 2}, "channel_axis=2"),
     ],
 )

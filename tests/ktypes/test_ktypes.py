@@ -231,8 +231,10 @@ def test_ktypes_of_a_wrong_type(bad):
 
 @pytest.mark.parametrize(("c_in", "c_out", "name"), [(0, 8, "c_in=0"), (8, -1, "c_out=-1")])
 def test_impossible_channel_counts(c_in, c_out, name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=rf"^{name}: a convolution needs"):
         plan(2, c_in, c_out)
+    with pytest.raises(ValueError, match=rf"^layer 'project': {name}"):
+        plan(2, c_in, c_out, "project")
 
 
 def test_channel_counts_are_whole_numbers():

@@ -200,7 +200,7 @@ def test_unknown_names_list_the_known():
         ({"input_shape": (32, 32)}, ValueError, "input_shape"),
         ({"input_shape": 32}, ValueError, "input_shape"),
         ({"input_shape": (32, 32, None)}, TypeError, "input_shape.2.=None"),
-        ({"input_shape": (0, 32, 3)}, ValueError, "input_shape=0"),
+        ({"input_shape": (0, 32, 3)}, ValueError, "input_shape.0.=0"),
         ({"pooling": "sum"}, ValueError, "pooling='sum'"),
         ({"pooling": None}, ValueError, "pooling=None"),
         ({"dropout": 1.0}, ValueError, r"dropout=1\.0"),

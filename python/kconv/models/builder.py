@@ -215,10 +215,7 @@ class GraphBuilder:
         Returns:
             The name of the block's output.
         """
-        try:
-            plan = ktypes.plan(ktype, self.channels(x), filters, name)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from None
+        plan = ktypes.plan(ktype, self.channels(x), filters, name)
         outputs = {ktypes.INPUT: x}
         for step in plan:
             inputs = [outputs[source] for source in step.inputs]

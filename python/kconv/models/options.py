@@ -80,7 +80,10 @@ def _ktype_paths(name: str, value: Any) -> str | tuple[str, ...]:
 def _image_shape(name: str, value: Any) -> Shape:
     if not isinstance(value, list | tuple) or len(value) != 3:
         raise ValueError(f"{name}={value!r} is not (height, width, channels)")
-    height, width = (None if size is None else _whole(name, size) for size in value[:2])
+    height, width = (
+        None if size is None else _whole(f"{name}[{axis}]", size)
+        for axis, size in enumerate(value[:2])
+    )
     return height, width, _whole(f"{name}[2]", value[2])
 
 
