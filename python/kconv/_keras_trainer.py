@@ -13,19 +13,8 @@ from numpy.typing import NDArray
 
 import kconv.keras
 from kconv.datasets import Labels
+from kconv.keras.recalibration import Recalibrator
 from kconv.models import Spec
-
-
-class _InTrainingMode(keras.Model):
-    """A model that runs another as training does, so that predicting moves its statistics."""
-
-    def __init__(self, model: keras.Model) -> None:
-        super().__init__()
-        self.model = model
-        self.built = True  # else Keras builds it by running it, one operation at a time
-
-    def call(self, images: Any) -> Any:
-        return self.model(images, training=True)
 
 
 class KerasTrainer:
@@ -45,7 +34,7 @@ class KerasTrainer:
             metrics=["accuracy"],
         )
         self.model.optimizer.build(self.model.trainable_variables)
-        self.in_training_mode = _InTrainingMode(self.model)
+        self.recalibrator = Recalibrator(self.model)
 
     def train_step(
         self, images: NDArray[np.float32], labels: Labels, learning_rate: float
@@ -58,19 +47,7 @@ class KerasTrainer:
         return self.model.predict_on_batch(images)
 
     def recalibrate(self, batches: Iterable[NDArray[np.float32]]) -> None:
-        norms = [layer for layer in self.model.layers if hasattr(layer, "moving_mean")]
-        for norm in norms:
-            norm.moving_mean.assign(np.zeros(norm.moving_mean.shape))
-            norm.moving_variance.assign(np.zeros(norm.moving_variance.shape))
-        count = 0
-        for images in batches:
-            self.in_training_mode.predict_on_batch(images)
-            count += 1
-        # A moving average that started from zero lacks the share momentum^count.
-        for norm in norms:
-            share = 1 - norm.momentum**count
-            norm.moving_mean.assign(norm.moving_mean / share)
-            norm.moving_variance.assign(norm.moving_variance / share)
+        self.recalibrator(batches)
 
     def state(self) -> dict[str, NDArray[Any]]:
         return {

@@ -23,6 +23,7 @@ from kconv.keras.layers import (
     SumIntoHalfChannels,
 )
 from kconv.keras.network import Network
+from kconv.keras.recalibration import RecalibrateBatchNorms
 
 __all__ = [
     "CopyChannels",
@@ -30,6 +31,7 @@ __all__ = [
     "InterleaveChannels",
     "Network",
     "PointwiseConv2D",
+    "RecalibrateBatchNorms",
     "SumIntoHalfChannels",
     "accelerate",
     "build",

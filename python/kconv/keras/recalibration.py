@@ -1,0 +1,110 @@
+"""Moving statistics of batch norms, estimated anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Tensor = Any
+
+
+class RecalibrateBatchNorms(keras.callbacks.Callback):
+    """Estimates the moving statistics of all batch norms anew before each validation.
+
+    With the usual momentum of 0.99 they follow the weights some hundred steps behind: where a whole
+    run has a few hundred steps, a network that has learnt its task well predicts nothing in
+    inference mode. This callback averages the statistics of some training images under the weights
+    as they are. Frozen batch norms keep theirs.
+
+    Example:
+        >>> x = keras.Input((4, 4, 2))
+        >>> y = keras.layers.GlobalAveragePooling2D()(keras.layers.BatchNormalization()(x))
+        >>> model = keras.Model(x, y)
+        >>> model.compile("sgd", "mse")
+        >>> images = np.full((6, 4, 4, 2), 8.0, np.float32)
+        >>> _ = model.fit(images, images[:, 0, 0], verbose=0, validation_data=(
+        ...     images, images[:, 0, 0]), callbacks=[RecalibrateBatchNorms(images, batch_size=3)])
+        >>> keras.ops.convert_to_numpy(model.layers[1].moving_mean).round(4)
+        array([8., 8.], dtype=float32)
+
+    Args:
+        images: (N, H, W, C), as the training sees them.
+        batch_size: that of the training; images after the last whole batch are left out.
+
+    Raises:
+        ValueError: if there are no images, or ``batch_size`` is below 1.
+    """
+
+    def __init__(self, images: ArrayLike, batch_size: int = 64) -> None:
+        super().__init__()
+        self.images, self.batch_size = np.asarray(images), batch_size
+        if not len(self.images):
+            raise ValueError("there are no images to take statistics of")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is below 1")
+
+    def set_model(self, model: keras.Model) -> None:
+        """Called by Keras before the training."""
+        super().set_model(model)
+        self._recalibrator = Recalibrator(model)
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Called by Keras before each validation."""
+        starts = range(0, max(1, len(self.images) - self.batch_size + 1), self.batch_size)
+        self._recalibrator(self.images[start : start + self.batch_size] for start in starts)
+
+
+class Recalibrator:
+    """Replaces a model's moving statistics by the mean of those of some batches.
+
+    Args:
+        model: of (N, H, W, C); it compiles once, however often this is called.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+        self._in_training_mode = _InTrainingMode(model)
+
+    def __call__(self, batches: Iterable[NDArray[Any]]) -> None:
+        """Estimate the statistics of all batch norms but the frozen ones.
+
+        Args:
+            batches: at least one, of (N, H, W, C) each.
+        """
+        norms = [norm for norm in _batch_norms(self._model) if norm.trainable]
+        for norm in norms:
+            norm.moving_mean.assign(np.zeros(norm.moving_mean.shape))
+            norm.moving_variance.assign(np.zeros(norm.moving_variance.shape))
+        count = 0
+        for images in batches:
+            self._in_training_mode.predict_on_batch(images)
+            count += 1
+        # A moving average that started from zero lacks the share momentum^count.
+        for norm in norms:
+            share = 1 - norm.momentum**count
+            norm.moving_mean.assign(norm.moving_mean / share)
+            norm.moving_variance.assign(norm.moving_variance / share)
+
+
+class _InTrainingMode(keras.Model):
+    """A model that runs another as training does, so that predicting moves its statistics."""
+
+    def __init__(self, model: keras.Model) -> None:
+        super().__init__()
+        self.model = model
+        self.built = True  # else Keras builds it by running it, one operation at a time
+
+    def call(self, images: Tensor) -> Tensor:
+        return self.model(images, training=True)
+
+
+def _batch_norms(model: keras.Model) -> Iterator[keras.layers.BatchNormalization]:
+    for layer in model.layers:
+        if hasattr(layer, "layers"):
+            yield from _batch_norms(layer)
+        elif isinstance(layer, keras.layers.BatchNormalization):
+            yield layer
