@@ -16,8 +16,10 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -395,7 +397,7 @@ def roofline(rows: list[Row], limits: Limits, path: Path) -> None:
 
 
 def versions() -> str:
-    """Machine, instruction set, threads and versions, in one line."""
+    """Machine, instruction set, threads and installed versions, in one line."""
     info = kconv.build_info()
     parts = [
         platform.machine(),
@@ -403,9 +405,9 @@ def versions() -> str:
         f"kconv {info['version']}",
         f"numpy {np.__version__}",
     ]
-    for name in ("torch", "jax"):
-        if name in sys.modules:
-            parts.append(f"{name} {sys.modules[name].__version__}")
+    for name in ("torch", "jax", "keras", "onnxruntime", "openvino"):
+        with suppress(metadata.PackageNotFoundError):
+            parts.append(f"{name} {metadata.version(name)}")
     return "; ".join(parts)
 
 

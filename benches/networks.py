@@ -1,14 +1,16 @@
 """Whole training steps and inference of a network, kconv's front ends beside plain layers.
 
-Every side has the same weights and the same images, and runs in a process of its own, so that the
-peak of its resident memory is its own too. Sides take turns; before a time counts, the first loss
-(or the outputs' mean) must agree with that of PyTorch's own layers.
+Every side has the same weights, images and number of threads, and runs in a process of its own, so
+that the peak of its resident memory is its own too. Sides take turns; before a time counts, the
+first loss (or the probabilities) must agree with that of the first side. A peer that is not
+installed, or cannot run, is reported as missing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,8 +21,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kconv.models import create
+
+Array = NDArray[Any]
 
 NETWORKS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "keffnet32": ("keffnet_b0", {"ktype": "D6_16ch", "skip_stride_cnt": 3}, 32, 64),
@@ -29,7 +34,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "kmobilenet_v3": ("kmobilenet_v3_large", {"ktype": "D6_16ch"}, 224, 16),
     "kdensenet": ("kdensenet_bc_l100", {"ktype": "D6_12ch"}, 32, 64),
 }
-SIDES = {
+SIDES: dict[str, dict[str, str]] = {  # with the variables of their environment
     "torch": {},
     "torch-nhwc": {},
     "torch-kept": {  # glibc told to keep freed memory
@@ -38,12 +43,23 @@ SIDES = {
         "MALLOC_TOP_PAD_": "268435456",
     },
     "torch-compile": {},
+    "onnxruntime": {},
+    "openvino": {},
     "kconv-torch-plain": {},
     "kconv-torch": {},
     "kconv-keras-jax": {"KERAS_BACKEND": "jax"},
 }
+OURS = ("kconv-torch", "kconv-keras-jax")
+DEFAULT_SIDES = {
+    "step": ("torch", "torch-nhwc", "torch-kept", "torch-compile", *OURS),
+    "inference": ("torch", "torch-nhwc", "torch-compile", "onnxruntime", "openvino", *OURS),
+}
+RUNTIMES = ("onnxruntime", "openvino")
+"""They run PyTorch's own layers, exported to ONNX, and do not train."""
 WARM_UP = 2
-"""Steps that compile, and touch memory for the first time."""
+"""Calls that compile, and touch memory for the first time."""
+REPEATS = {"step": (3, 0.0), "inference": (3, 1.0)}
+"""The least calls, and seconds, that a process times: one image takes milliseconds."""
 
 
 def spec_of(network: str) -> Any:
@@ -53,7 +69,7 @@ def spec_of(network: str) -> Any:
     return create(name, classes=10, input_shape=(size, size, 3), **steady, **options)
 
 
-def batch(network: str, images: int) -> tuple[np.ndarray, np.ndarray]:
+def batch(network: str, images: int) -> tuple[Array, Array]:
     """(N, 3, H, W) images and their classes."""
     rng = np.random.default_rng(0)
     size = NETWORKS[network][2]
@@ -63,74 +79,121 @@ def batch(network: str, images: int) -> tuple[np.ndarray, np.ndarray]:
 
 def run(options: Any) -> list[dict[str, Any]]:
     """Times all sides in turns and prints a table."""
-    sides = options.sides or list(SIDES)
-    images = options.batch or NETWORKS[options.model][3]
+    operation, network = options.operation, options.model
+    sides = list(options.sides or DEFAULT_SIDES[operation])
+    if operation == "step" and not set(sides).isdisjoint(RUNTIMES):
+        raise SystemExit(f"{' and '.join(RUNTIMES)} do not train")
+    images = options.batch or NETWORKS[network][3]
+    results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "weights.safetensors"
-        _save_weights(options.model, weights)
-        results: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        _save(network, images, Path(folder), export=not set(sides).isdisjoint(RUNTIMES))
         for _ in range(options.turns):
-            for side in sides:
-                results[side].append(
-                    _in_a_process(options.operation, options.model, side, images, weights)
-                )
+            for side in list(sides):
+                call = [operation, network, side, str(images), str(options.threads), folder]
+                try:
+                    results.setdefault(side, []).append(_in_a_process(side, call, options.threads))
+                except MissingError as error:
+                    print(f"side {side}: missing ({error})", flush=True)
+                    sides.remove(side)
+    if not sides:
+        raise SystemExit("no side could run")
     reference = results[sides[0]][0]["check"]
     rows = []
-    print(f"{options.operation} of {options.model}, {images} images")
-    print(f"{'':20} {'best s':>8} {'median':>8} {'images/s':>9} {'peak MB':>8} {'ratio':>6}")
     for side in sides:
+        for result in results[side]:
+            # Probabilities, or a loss of about one.
+            if not np.allclose(result["check"], reference, rtol=0, atol=1e-3):
+                raise SystemExit(f"{side} computes {result['check']}, expected {reference}")
         times = [t for result in results[side] for t in result["times"]]
-        checks = [result["check"] for result in results[side]]
-        if not np.allclose(checks, reference, rtol=1e-3):
-            raise SystemExit(f"{side} computes {checks}, expected {reference}")
         peak = max(result["peak"] for result in results[side])
         rows.append({"side": side, "best": min(times), "median": median(times), "peak": peak})
-    ours = next((row["best"] for row in rows if row["side"] == "kconv-torch"), rows[-1]["best"])
-    for row in rows:
-        print(
-            f"{row['side']:20} {row['best']:8.3f} {row['median']:8.3f} {images / row['best']:9.1f}"
-            f" {row['peak'] / 1e6:8.0f} {row['best'] / ours:6.2f}"
-        )
-    print("ratio: the best time beside kconv-torch's")
+    print(f"{operation} of {network}, {images} images, {options.threads} threads")
+    print_table(rows, images)
     return rows
 
 
-def _save_weights(network: str, path: Path) -> None:
+def print_table(rows: list[dict[str, Any]], images: int) -> None:
+    """A line for each side."""
+    ours = next((row for row in rows if row["side"] == "kconv-torch"), rows[-1])
+    print(f"{'':20} {'best ms':>9} {'median':>9} {'images/s':>9} {'peak MB':>8} {'ratio':>6}")
+    for row in rows:
+        print(
+            f"{row['side']:20} {row['best'] * 1e3:9.2f} {row['median'] * 1e3:9.2f}"
+            f" {images / row['best']:9.1f} {row['peak'] / 1e6:8.0f}"
+            f" {row['best'] / ours['best']:6.2f}"
+        )
+    print(f"ratio: the best time beside that of {ours['side']}")
+
+
+def _save(network: str, images: int, folder: Path, export: bool) -> None:
+    """What the sides read: the weights and, with ``export``, PyTorch's own layers as ONNX.
+
+    The moving statistics are those of a batch, or the outputs would not depend on the images.
+    """
     import torch
 
     import kconv
     import kconv.torch
 
     torch.manual_seed(0)
-    kconv.save_weights(kconv.torch.build(spec_of(network)), path)
+    model = kconv.torch.build(spec_of(network), kernels="torch")
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the mean of all batches, of which there is one
+    with torch.no_grad():
+        model(torch.from_numpy(batch(network, 16)[0]))
+    kconv.save_weights(model, folder / "weights.safetensors")
+    if export:
+        x = torch.from_numpy(batch(network, images)[0])
+        try:
+            torch.onnx.export(model.eval(), (x,), folder / "network.onnx", verbose=False)
+        except ImportError as error:
+            print(f"no export to ONNX: {error}")
 
 
-def _in_a_process(
-    operation: str, network: str, side: str, images: int, weights: Path
-) -> dict[str, Any]:
-    arguments = [sys.executable, __file__, operation, network, side, str(images), str(weights)]
-    environment = os.environ | SIDES[side]
-    result = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    if result.returncode:
+class MissingError(Exception):
+    """A peer cannot run here; says why."""
+
+
+def _in_a_process(side: str, call: list[str], threads: int) -> dict[str, Any]:
+    # XLA reads the number of its threads from NPROC.
+    environment = os.environ | SIDES[side] | dict.fromkeys(("OMP_NUM_THREADS", "NPROC"), threads)
+    result = subprocess.run(
+        [sys.executable, __file__, *call],
+        env={name: str(value) for name, value in environment.items()},
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode and side.startswith("kconv"):
         raise SystemExit(f"{side} failed:\n{result.stderr[-2000:]}")
+    if result.returncode:
+        raise MissingError(reason(result.stderr))
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
+def reason(errors: str) -> str:
+    """The last line that names an error, or else the last line, of what a process wrote."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()] or ["no reason given"]
+    named = [line for line in lines if re.match(r"[\w.]+: \S", line)]
+    return (named or lines)[-1]
+
+
 def _torch_side(
-    side: str, operation: str, network: str, images: int, weights: str
-) -> Callable[[], float]:
+    side: str, operation: str, network: str, images: int, threads: int, folder: Path
+) -> Callable[[], Any]:
     import torch
     from torch import nn
 
     import kconv
     import kconv.torch
 
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(1)
     own = not side.startswith("kconv")
-    spec = spec_of(network)
     model = kconv.torch.build(
-        spec, kernels="torch" if own else "kconv", fused=side == "kconv-torch"
+        spec_of(network), kernels="torch" if own else "kconv", fused=side == "kconv-torch"
     )
-    kconv.load_weights(model, weights)
+    kconv.load_weights(model, folder / "weights.safetensors")
     x, y = map(torch.from_numpy, batch(network, images))
     if side in ("torch-nhwc", "torch-compile"):
         model = model.to(memory_format=torch.channels_last)
@@ -139,9 +202,9 @@ def _torch_side(
     if operation == "inference":
         model.eval()
 
-        def infer() -> float:
+        def infer() -> Array:
             with torch.no_grad():
-                return float(call(x).softmax(1).square().mean())
+                return call(x).softmax(1).numpy()
 
         return infer
     optimizer = torch.optim.RMSprop(model.parameters(), 1e-3, alpha=0.9)
@@ -156,40 +219,86 @@ def _torch_side(
     return step
 
 
-def _keras_side(operation: str, network: str, images: int, weights: str) -> Callable[[], float]:
+def _keras_side(operation: str, network: str, images: int, folder: Path) -> Callable[[], Any]:
     import keras
 
     import kconv
     import kconv.keras
 
     model = kconv.keras.build(spec_of(network))
-    kconv.load_weights(model, weights)
+    kconv.load_weights(model, folder / "weights.safetensors")
     x, y = batch(network, images)
     x = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
     model.compile(keras.optimizers.RMSprop(1e-3), "sparse_categorical_crossentropy")
     if operation == "inference":
-        return lambda: float(np.square(model.predict_on_batch(x)).mean())
+        return lambda: model.predict_on_batch(x)
     return lambda: float(model.train_on_batch(x, y))
 
 
-def _one_side(operation: str, network: str, side: str, images: str, weights: str) -> None:
-    """What a process does: prints the first result, the times and the peak memory."""
-    import resource
+def _runtime_side(
+    side: str, network: str, images: int, threads: int, folder: Path
+) -> Callable[[], Array]:
+    x = batch(network, images)[0]
+    if side == "onnxruntime":
+        import onnxruntime
 
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        session = onnxruntime.InferenceSession(
+            folder / "network.onnx", options, providers=["CPUExecutionProvider"]
+        )
+        inputs = {session.get_inputs()[0].name: x}
+        return lambda: _softmax(session.run(None, inputs)[0])
+
+    import openvino
+
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_HYPER_THREADING": True,  # else one thread a core
+        "PERFORMANCE_HINT": "LATENCY",  # all threads for one batch
+    }
+    model = openvino.Core().compile_model(folder / "network.onnx", "CPU", settings)
+    request = model.create_infer_request()
+    return lambda: _softmax(request.infer([x], share_inputs=True, share_outputs=True)[0])
+
+
+def _softmax(x: Array) -> Array:
+    """(N, classes) probabilities."""
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def _one_side(
+    operation: str, network: str, side: str, images: str, threads: str, folder: str
+) -> None:
+    """What a process does: prints the first result, the times and the peak memory."""
+    import kconv
+
+    kconv.set_num_threads(int(threads))
+    size, files = int(images), Path(folder)
     if side == "kconv-keras-jax":
-        call = _keras_side(operation, network, int(images), weights)
+        call = _keras_side(operation, network, size, files)
+    elif side in RUNTIMES:
+        call = _runtime_side(side, network, size, int(threads), files)
     else:
-        call = _torch_side(side, operation, network, int(images), weights)
-    check = call()
+        call = _torch_side(side, operation, network, size, int(threads), files)
+    check = np.asarray(call()).tolist()
     for _ in range(WARM_UP - 1):
         call()
-    times = []
-    for _ in range(3):
+    times: list[float] = []
+    calls, seconds = REPEATS[operation]
+    while len(times) < calls or sum(times) < seconds:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"check": check, "times": times, "peak": peak}))
+    print(json.dumps({"check": check, "times": times, "peak": _peak_memory()}))
+
+
+def _peak_memory() -> int:
+    """Bytes resident at most; getrusage would count the process that started this one too."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
 
 if __name__ == "__main__":
