@@ -120,6 +120,26 @@ def test_options() -> None:
     assert paths.get_layer("add").output.shape[-1] == 320
 
 
+def stages(**changes) -> list[dict]:
+    """Two stages, the first with some changes."""
+    first, second, *_ = cai.efficientnet.DEFAULT_BLOCKS_ARGS
+    return [{**first, **changes}, {**second, "repeats": 3, "kernel_size": 5}]
+
+
+def test_other_stages_divisors_and_prefixes() -> None:
+    options = {"blocks_args": stages(), "depth_divisor": 4, **TINY}
+    plain = cai.efficientnet.EfficientNet(0.7, 1, 32, **options)
+    grouped = cai.efficientnet.kEfficientNet(0.7, 1, kType=13, name_prefix="pre_", **options)
+    assert all(layer.name.startswith(("pre_", "input")) for layer in grouped.layers)
+    for model, block in ((plain, "block{}_dwconv"), (grouped, "pre_block{}__0dwconv")):
+        kernels = [
+            model.get_layer(block.format(at)).kernel.shape for at in ("1a", "2a", "2b", "2c")
+        ]
+        # 0.7 of 32, 16 and 24 filters are 22.4, 11.2 and 16.8: 24, 12 and 16 in multiples of 4.
+        expected = [(3, 3, 24, 1), (5, 5, 6 * 12, 1), (5, 5, 6 * 16, 1), (5, 5, 6 * 16, 1)]
+        assert [tuple(kernel) for kernel in kernels] == expected
+
+
 def test_input_tensor() -> None:
     x = keras.Input((32, 32, 3))
     model = cai.mobilenet.MobileNet(alpha=0.125, input_tensor=x, classes=3)
@@ -146,9 +166,19 @@ def test_densenets_decay() -> None:
         (lambda: cai.efficientnet.kEfficientNetS(size=3), TypeError, "argument 'size'"),
         (lambda: cai.efficientnet.kEfficientNetBN(8), ValueError, "N=8 is not from 0 to 7"),
         (
-            lambda: cai.efficientnet.kEfficientNet(1, 1, depth_divisor=4),
+            lambda: cai.efficientnet.kEfficientNet(1, 1, blocks_args=stages(se_ratio=0)),
             NotImplementedError,
-            "no depth_divisor=4",
+            "no se_ratio=0",
+        ),
+        (
+            lambda: cai.efficientnet.EfficientNet(1, 1, 32, blocks_args=stages(filters_in=16)),
+            ValueError,
+            "stage 1 of blocks_args has filters_in=16, and what comes before it 32 filters",
+        ),
+        (
+            lambda: cai.efficientnet.EfficientNet(1, 1, 32, depth_divisor=0),
+            ValueError,
+            "depth_divisor=0",
         ),
         (
             lambda: cai.efficientnet.kEfficientNetS(activation_fn=abs),

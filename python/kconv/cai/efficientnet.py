@@ -10,7 +10,8 @@ from typing import Any
 import keras
 
 from kconv.cai._networks import ActivationFn, activation_name, build, no_more, refuse, spec
-from kconv.models import GraphBuilder, KEffNet
+from kconv.models import EfficientNet as EfficientNetSpec
+from kconv.models import GraphBuilder, KEffNet, Spec
 from kconv.models.efficientnet import STAGES, Pointwise, Stage
 
 Tensor = Any
@@ -72,9 +73,9 @@ def EfficientNet(
         default_size: height and width of the images, where ``input_shape`` is not given.
         dropout_rate: before the classifier.
         drop_connect_rate: at which the last residual branches are dropped.
-        depth_divisor: of which all filters are multiples; 8.
+        depth_divisor: of which all filters are multiples.
         activation_fn: of the network.
-        blocks_args: the stages; no others than the network's own.
+        blocks_args: the stages.
         model_name: name of the model.
         include_top: whether there is a classifier.
         input_tensor: a ``keras.Input`` to build on.
@@ -87,15 +88,10 @@ def EfficientNet(
         The model, not compiled.
 
     Raises:
-        NotImplementedError: for other stages or another divisor.
+        NotImplementedError: for stages without a residual connection, or with another squeeze.
         ValueError: if an argument has no meaning.
     """
     no_more(kwargs)
-    refuse(
-        "EfficientNet",
-        depth_divisor=(depth_divisor, 8),
-        blocks_args=(blocks_args, DEFAULT_BLOCKS_ARGS),
-    )
     network = spec(
         "efficientnet_b0",
         width=width_coefficient,
@@ -108,6 +104,9 @@ def EfficientNet(
         dropout=dropout_rate,
         drop_connect=drop_connect_rate,
         activation=activation_name(activation_fn),
+    )
+    network = _recast(
+        network, EfficientNetSpec, stages=_stages(blocks_args), divisor=_divisor(depth_divisor)
     )
     return build(network, input_tensor, model_name)
 
@@ -191,9 +190,9 @@ def kEfficientNet(
             so many stages.
         dropout_rate: before the classifier.
         drop_connect_rate: at which the last residual branches are dropped.
-        depth_divisor: of which all filters are multiples; 8.
+        depth_divisor: of which all filters are multiples.
         activation_fn: of the network.
-        blocks_args: the stages; no others than the network's own.
+        blocks_args: the stages.
         model_name: name of the model.
         include_top: whether there is a classifier.
         input_tensor: a ``keras.Input`` to build on.
@@ -203,28 +202,28 @@ def kEfficientNet(
         kType: the kType's number or name; a list makes parallel paths.
         concat_paths: whether parallel paths are concatenated, or else added.
         dropout_all_blocks: whether blocks without a residual connection are dropped too.
-        name_prefix: of the layers' names; "k_".
+        name_prefix: of the layers' names.
         **kwargs: none.
 
     Returns:
         The model, not compiled.
 
     Raises:
-        NotImplementedError: for other stages, divisors or prefixes, or a kType that is left out.
+        NotImplementedError: for stages without a residual connection, or with another squeeze, or
+            a kType that is left out.
         ValueError: if an argument has no meaning.
     """
     no_more(kwargs)
-    refuse(
-        "kEfficientNet",
-        depth_divisor=(depth_divisor, 8),
-        blocks_args=(blocks_args, DEFAULT_BLOCKS_ARGS),
-        name_prefix=(name_prefix, "k_"),
-    )
     return _keffnet(
         "keffnet_b0",
         model_name,
         input_tensor,
         dropout_all_blocks,
+        {
+            "prefix": name_prefix,
+            "stages": _stages(blocks_args),
+            "divisor": _divisor(depth_divisor),
+        },
         width=width_coefficient,
         depth=depth_coefficient,
         skip_stride_cnt=skip_stride_cnt,
@@ -264,6 +263,7 @@ def _kefficientnet(name: str, dropout: float) -> Callable[..., keras.Model]:
             f"kEffNet-{name.lower()}",
             input_tensor,
             dropout_all_blocks,
+            {},
             skip_stride_cnt=skip_stride_cnt,
             dropout=dropout_rate,
             drop_connect=drop_connect_rate,
@@ -344,14 +344,54 @@ def kEfficientNetBN(
 
 
 def _keffnet(
-    network: str, model_name: str, input_tensor: Tensor, dropout_all_blocks: bool, **options: Any
+    network: str,
+    model_name: str,
+    input_tensor: Tensor,
+    dropout_all_blocks: bool,
+    constants: dict[str, Any],
+    **options: Any,
 ) -> keras.Model:
-    keffnet = spec(network, default_size=224, **options)
-    if dropout_all_blocks:
-        keffnet = _DroppingAllBlocks(
-            **{field.name: getattr(keffnet, field.name) for field in fields(keffnet)}
-        )
+    kind = _DroppingAllBlocks if dropout_all_blocks else KEffNet
+    keffnet = _recast(spec(network, default_size=224, **options), kind, **constants)
     return build(keffnet, input_tensor, model_name)
+
+
+def _recast(network: Spec, kind: type[Spec], **constants: Any) -> Spec:
+    """The spec as one of another kind, whose class has these constants."""
+    options = {field.name: getattr(network, field.name) for field in fields(network)}
+    return type(kind.__name__, (kind,), constants)(**options)
+
+
+def _divisor(depth_divisor: int) -> int:
+    if depth_divisor < 1:
+        raise ValueError(f"depth_divisor={depth_divisor!r} is below 1")
+    return depth_divisor
+
+
+def _stages(blocks_args: list[dict[str, Any]]) -> tuple[Stage, ...]:
+    stages: list[Stage] = []
+    for number, block in enumerate(blocks_args, start=1):
+        filters_in = stages[-1].filters if stages else 32
+        if block["filters_in"] != filters_in:
+            raise ValueError(
+                f"stage {number} of blocks_args has filters_in={block['filters_in']}, and what "
+                f"comes before it {filters_in} filters"
+            )
+        refuse(
+            "EfficientNet",
+            id_skip=(block["id_skip"], True),
+            se_ratio=(block["se_ratio"], 0.25),
+        )
+        stages.append(
+            Stage(
+                kernel_size=block["kernel_size"],
+                repeats=block["repeats"],
+                filters=block["filters_out"],
+                expand_ratio=block["expand_ratio"],
+                strides=block["strides"],
+            )
+        )
+    return tuple(stages)
 
 
 @dataclass(frozen=True, kw_only=True)

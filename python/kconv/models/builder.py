@@ -386,15 +386,15 @@ class GraphBuilder:
         return slide(height, kernel[0]), slide(width, kernel[1])
 
 
-def round_to_eight(filters: float) -> int:
-    """The nearest multiple of 8 that is at least 8 and not below 90 % of ``filters``.
+def round_filters(filters: float, divisor: int = 8) -> int:
+    """The nearest multiple of a divisor, not zero, that is not below 90 % of ``filters``.
 
     Example:
-        >>> round_to_eight(16.4), round_to_eight(11)
-        (16, 16)
+        >>> round_filters(16.4), round_filters(11), round_filters(11, divisor=4)
+        (16, 16, 12)
     """
-    rounded = max(8, int(filters + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * filters else rounded
+    rounded = max(divisor, int(filters + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * filters else rounded
 
 
 _POOLING = {"max": "max", "avg": "average"}

@@ -8,7 +8,7 @@ from functools import partial
 from math import ceil
 from typing import ClassVar, Literal, NamedTuple
 
-from kconv.models.builder import GraphBuilder, round_to_eight
+from kconv.models.builder import GraphBuilder, round_filters
 from kconv.models.graph import ActivationName, Graph
 from kconv.models.options import Elementwise, Factor, Integer, KTypePaths, Rate
 from kconv.models.spec import Spec, register
@@ -57,6 +57,8 @@ class EfficientNet(Spec):
     """
 
     prefix: ClassVar[str] = ""
+    stages: ClassVar[tuple[Stage, ...]] = STAGES
+    divisor: ClassVar[int] = 8
 
     width: Factor = 1.0
     depth: Factor = 1.0
@@ -98,9 +100,9 @@ class EfficientNet(Spec):
 
     def _stages(self, g: GraphBuilder, x: str, path: str, pointwise: Pointwise) -> str:
         """All blocks; drop-connect grows with their number, measured by the unscaled network's."""
-        unscaled = sum(1 if self.once else stage.repeats for stage in STAGES)
+        unscaled = sum(1 if self.once else stage.repeats for stage in self.stages)
         number = 0
-        for index, stage in enumerate(STAGES):
+        for index, stage in enumerate(self.stages):
             strides = 1 if index < self.skip_stride_cnt else stage.strides
             for repeat in range(1 if self.once else ceil(self.depth * stage.repeats)):
                 prefix = f"{self.prefix}block{index + 1}{chr(ord('a') + repeat)}_{path}"
@@ -169,7 +171,7 @@ class EfficientNet(Spec):
         return g.activation(f"{prefix}{role}_activation", x, self.activation)
 
     def _filters(self, filters: int) -> int:
-        return round_to_eight(filters * self.width)
+        return round_filters(filters * self.width, self.divisor)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kconv.models.builder import GraphBuilder, round_to_eight
+from kconv.models.builder import GraphBuilder, round_filters
 from kconv.models.graph import ActivationName, Graph
 from kconv.models.options import Factor, KTypeOption, ModelSize, Rate
 from kconv.models.spec import Spec, register
@@ -89,7 +89,7 @@ class MobileNetV3(Spec):
         for number, block in enumerate(LARGE if self.size == "large" else SMALL):
             prefix = f"expanded_conv_{number}/" if number else "expanded_conv/"
             x = self._block(g, x, prefix, block)
-        x = self._pointwise(g, "Conv_1", x, round_to_eight(6 * g.channels(x)), activation)
+        x = self._pointwise(g, "Conv_1", x, round_filters(6 * g.channels(x)), activation)
         if self.pooling:
             x = g.global_pool(None, x, self.pooling)
         if self.include_top:
@@ -99,7 +99,7 @@ class MobileNetV3(Spec):
                 g,
                 "Conv_2",
                 x,
-                round_to_eight(filters * max(1.0, self.alpha)),
+                round_filters(filters * max(1.0, self.alpha)),
                 activation,
                 batch_norm=False,
             )
@@ -115,9 +115,9 @@ class MobileNetV3(Spec):
         source, filters_in = x, g.channels(x)
         activation = self._activation(block.plain)
         kernel_size = 3 if self.minimalistic else block.kernel_size
-        filters = round_to_eight(block.filters * self.alpha)
+        filters = round_filters(block.filters * self.alpha)
         if block.expansion != 1:
-            expanded = round_to_eight(filters_in * block.expansion)
+            expanded = round_filters(filters_in * block.expansion)
             x = self._pointwise(g, f"{prefix}expand", x, expanded, activation)
         if block.strides == 2:
             x = g.zero_pad(f"{prefix}depthwise/pad", x, kernel_size)
@@ -145,7 +145,7 @@ class MobileNetV3(Spec):
             g,
             f"{prefix}Conv",
             gate,
-            round_to_eight(channels / 4),
+            round_filters(channels / 4),
             "relu",
             batch_norm=False,
             activation_name=f"{prefix}Relu",
