@@ -25,6 +25,7 @@ KEFFNET = {
 }
 SMALL: dict[str, dict[str, Any]] = {
     "01-keffnet-v1": KEFFNET,
+    "02-keffnet-v2": KEFFNET,
     "03-class-activation-maps": {"TRAIN_IMAGES": 40, "TEST_IMAGES": 20, "EPOCHS": 1},
     "04-compress-your-model": {
         "WIDTHS": (8, 32, 64),
