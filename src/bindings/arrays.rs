@@ -1,14 +1,19 @@
-//! NumPy arrays as the slices that operations take, without copies wherever their memory allows.
+//! NumPy arrays and DLPack tensors as the slices that operations take, without copies wherever their memory allows.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::slice;
 
 use numpy::{Element as NumpyElement, PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyCapsule;
+use smallvec::SmallVec;
 
+use super::dlpack;
 use crate::error::{Error, Result, bail};
 use crate::kernels::Element;
+use crate::memory::{Memory, RECYCLED};
 use crate::shape::{Images, Order, Padding, WeightLayout};
 
 /// The dtypes of the arrays that a call may have.
@@ -31,9 +36,15 @@ pub fn dtype(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Dtype> {
     if value.cast::<PyArrayDyn<f64>>().is_ok() {
         return Ok(Dtype::F64);
     }
-    let what = match value.cast::<PyUntypedArray>() {
-        Ok(array) => format!("an array of {}", array.dtype()),
-        Err(_) => value.get_type().name()?.to_string(),
+    let what = if let Ok(array) = value.cast::<PyUntypedArray>() {
+        format!("an array of {}", array.dtype())
+    } else if let Some(tensor) = dlpack::tensor(value) {
+        match tensor.dtype() {
+            Ok(dtype) => return Ok(dtype),
+            Err(what) => what,
+        }
+    } else {
+        value.get_type().name()?.to_string()
     };
     Err(PyTypeError::new_err(format!("{name} is {what}, expected a float32 or float64 NumPy array")))
 }
@@ -75,10 +86,22 @@ pub fn padding(value: &Bound<'_, PyAny>) -> PyResult<Padding> {
     }
 }
 
-/// An array argument of element type `T`.
+/// Numbers of an array's axes, few enough to need no allocation.
+pub type Axes<N> = SmallVec<[N; 4]>;
+
+/// An array's memory: its first value, sizes and strides in bytes.
+pub struct View<T> {
+    pub data: *mut T,
+    pub shape: Axes<usize>,
+    pub strides: Axes<isize>,
+}
+
+/// An array argument of element type `T`: a NumPy array, or the capsule of a DLPack tensor.
 pub struct Input<'py, T: ArrayElement> {
     name: &'static str,
-    array: Bound<'py, PyArrayDyn<T>>,
+    view: View<T>,
+    /// Keeps the memory alive.
+    owner: Bound<'py, PyAny>,
 }
 
 /// Values to compute with: the array's own memory, or a copy of it in the wanted order.
@@ -97,26 +120,11 @@ impl<T> Values<T> {
     pub fn as_slice(&self) -> &[T] {
         match self {
             // SAFETY: made from an array that the call keeps alive.
-            Self::Borrowed(ptr, len) => unsafe { slice::from_raw_parts(*ptr, *len) },
+            Self::Borrowed(ptr, len @ 1..) => unsafe { slice::from_raw_parts(*ptr, *len) },
+            Self::Borrowed(_, 0) => &[], // where the pointer may be null
             Self::Copied(values) => values,
         }
     }
-}
-
-/// Strides, in values, of an array of this shape in C order.
-fn contiguous_strides(shape: &[usize]) -> Vec<isize> {
-    let mut strides = vec![1; shape.len()];
-    for axis in (1..shape.len()).rev() {
-        strides[axis - 1] = strides[axis] * shape[axis].max(1) as isize;
-    }
-    strides
-}
-
-/// Whether an array of `shape` with `strides` (in values) lies in memory in the order of `axes`.
-fn is_contiguous(shape: &[usize], strides: &[isize], axes: &[usize]) -> bool {
-    let sorted: Vec<_> = axes.iter().map(|&axis| shape[axis]).collect();
-    let expected = contiguous_strides(&sorted);
-    sorted.contains(&0) || axes.iter().zip(expected).all(|(&axis, stride)| shape[axis] <= 1 || strides[axis] == stride)
 }
 
 /// The logical axes of an image in the order `memory`, where its logical order is `logical`.
@@ -136,36 +144,89 @@ pub fn image_axes(shape: &[usize], layout: Order) -> [usize; 3] {
     }
 }
 
+impl<T: ArrayElement> View<T> {
+    fn of_array(array: &Bound<'_, PyArrayDyn<T>>) -> Self {
+        Self { data: array.data(), shape: array.shape().into(), strides: array.strides().into() }
+    }
+
+    /// The number of values.
+    fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether the values lie in memory in the order of `axes`, aligned.
+    fn is_contiguous(&self, axes: &[usize]) -> bool {
+        let mut expected = size_of::<T>() as isize;
+        let dense = axes.iter().rev().all(|&axis| {
+            let fits = self.shape[axis] <= 1 || self.strides[axis] == expected;
+            expected *= self.shape[axis] as isize;
+            fits
+        });
+        dense && self.data.is_aligned() || self.len() == 0
+    }
+
+    /// The address of each value in the order of `axes`; it may be unaligned.
+    fn addresses(&self, axes: &[usize]) -> impl Iterator<Item = *mut T> {
+        let shape: Axes<_> = axes.iter().map(|&axis| self.shape[axis]).collect();
+        let strides: Axes<_> = axes.iter().map(|&axis| self.strides[axis]).collect();
+        let mut index = Axes::from_elem(0, shape.len());
+        let base = self.data;
+        (0..self.len()).map(move |_| {
+            let offset: isize = index.iter().zip(&strides).map(|(&i, stride)| i as isize * stride).sum();
+            for axis in (0..shape.len()).rev() {
+                index[axis] += 1;
+                if index[axis] < shape[axis] {
+                    break;
+                }
+                index[axis] = 0;
+            }
+            base.wrapping_byte_offset(offset)
+        })
+    }
+
+    /// The range of addresses that the values lie in.
+    fn range(&self) -> Range<isize> {
+        let start = self.data as isize;
+        let mut range = start..start + size_of::<T>() as isize;
+        for (&length, &stride) in self.shape.iter().zip(&self.strides) {
+            if length == 0 {
+                return start..start;
+            }
+            let extent = (length as isize - 1) * stride;
+            if extent < 0 { range.start += extent } else { range.end += extent }
+        }
+        range
+    }
+}
+
 impl<'py, T: ArrayElement> Input<'py, T> {
     /// Takes an argument that must be an array of `T`, as the call's first array is.
     pub fn new(name: &'static str, value: &Bound<'py, PyAny>) -> PyResult<Self> {
-        match value.cast::<PyArrayDyn<T>>() {
-            Ok(array) => Ok(Self { name, array: array.clone() }),
-            Err(_) => {
-                dtype(name, value)?;
-                let (is, expected) = if size_of::<T>() == 4 { ("float64", "float32") } else { ("float32", "float64") };
-                Err(PyTypeError::new_err(format!("{name} is {is}, expected {expected} as the other arrays")))
-            }
+        let view = match value.cast::<PyArrayDyn<T>>() {
+            Ok(array) => Some(View::of_array(array)),
+            Err(_) => dlpack::tensor(value).map(|tensor| tensor.view(name)).transpose()?.flatten(),
+        };
+        if let Some(view) = view {
+            return Ok(Self { name, view, owner: value.clone() });
         }
+        dtype(name, value)?;
+        let (is, expected) = if size_of::<T>() == 4 { ("float64", "float32") } else { ("float32", "float64") };
+        Err(PyTypeError::new_err(format!("{name} is {is}, expected {expected} as the other arrays")))
     }
 
     pub fn shape(&self) -> &[usize] {
-        self.array.shape()
+        &self.view.shape
     }
 
-    /// Strides in values, or `None` where they are no multiple of a value or the memory is not aligned.
-    fn strides(&self) -> Option<Vec<isize>> {
-        let size = size_of::<T>() as isize;
-        let aligned = (self.array.data() as usize).is_multiple_of(align_of::<T>());
-        let strides = self.array.strides();
-        (aligned && strides.iter().all(|stride| stride % size == 0)).then(|| strides.iter().map(|s| s / size).collect())
+    /// Whether it is a capsule, for which a result is one, too.
+    fn is_capsule(&self) -> bool {
+        self.owner.is_instance_of::<PyCapsule>()
     }
 
     /// The order of these images in memory: their logical one, unless the memory is contiguous in the other.
     fn memory_order(&self, layout: Order) -> Order {
         let other = if layout == Order::Nchw { Order::Nhwc } else { Order::Nchw };
-        let contiguous =
-            |order| self.strides().is_some_and(|strides| is_contiguous(self.shape(), &strides, &axes(layout, order)));
+        let contiguous = |order| self.view.is_contiguous(&axes(layout, order));
         if !contiguous(layout) && contiguous(other) { other } else { layout }
     }
 
@@ -187,46 +248,27 @@ impl<'py, T: ArrayElement> Input<'py, T> {
 
     /// The values in C order.
     pub fn values(&self) -> Values<T> {
-        let axes: Vec<_> = (0..self.shape().len()).collect();
+        let axes: Axes<_> = (0..self.shape().len()).collect();
         self.values_in(&axes)
     }
 
     fn values_in(&self, axes: &[usize]) -> Values<T> {
-        if let Some(strides) = self.strides()
-            && is_contiguous(self.shape(), &strides, axes)
-        {
-            return Values::Borrowed(self.array.data(), self.array.len());
+        if self.view.is_contiguous(axes) {
+            return Values::Borrowed(self.view.data, self.view.len());
         }
-        let shape: Vec<_> = axes.iter().map(|&axis| self.shape()[axis]).collect();
-        let strides: Vec<_> = axes.iter().map(|&axis| self.array.strides()[axis]).collect();
-        let len = shape.iter().product();
-        let mut values = Vec::with_capacity(len);
-        let mut index = vec![0; shape.len()];
-        let base = self.array.data().cast::<u8>();
-        for _ in 0..len {
-            let offset: isize = index.iter().zip(&strides).map(|(&i, stride)| i as isize * stride).sum();
-            // SAFETY: an index inside the array's shape; NumPy's strides keep it inside the array's memory, which may
-            // be unaligned.
-            values.push(unsafe { base.offset(offset).cast::<T>().read_unaligned() });
-            for axis in (0..shape.len()).rev() {
-                index[axis] += 1;
-                if index[axis] < shape[axis] {
-                    break;
-                }
-                index[axis] = 0;
-            }
-        }
-        Values::Copied(values)
+        // SAFETY: addresses of the array's own values.
+        Values::Copied(self.view.addresses(axes).map(|address| unsafe { address.read_unaligned() }).collect())
     }
 }
 
 /// Where a result goes: `out`, or a new array.
 pub struct Output<'py, T: ArrayElement> {
-    /// The array to return.
-    array: Bound<'py, PyArrayDyn<T>>,
-    /// Axes of `array` in the order in which the operation writes its result.
-    axes: Vec<usize>,
-    /// A temporary result to be copied to `array` at the end, where `array` cannot be written directly.
+    /// What to return.
+    result: Bound<'py, PyAny>,
+    view: View<T>,
+    /// Axes of `view` in the order in which the operation writes its result.
+    axes: Axes<usize>,
+    /// A temporary result to be copied to `view` at the end, where that cannot be written directly.
     detour: Option<Vec<T>>,
 }
 
@@ -263,7 +305,7 @@ impl<'py, T: ArrayElement> Output<'py, T> {
         out: Option<&Bound<'py, PyAny>>,
         inputs: &[&Input<'py, T>],
     ) -> PyResult<Self> {
-        let axes: Vec<_> = (0..shape.len()).collect();
+        let axes: Axes<_> = (0..shape.len()).collect();
         Self::new(py, shape, &axes, out, inputs)
     }
 
@@ -274,68 +316,100 @@ impl<'py, T: ArrayElement> Output<'py, T> {
         out: Option<&Bound<'py, PyAny>>,
         inputs: &[&Input<'py, T>],
     ) -> PyResult<Self> {
-        let axes = axes.to_vec();
+        let axes = Axes::from(axes);
         let Some(out) = out else {
-            let sorted: Vec<_> = axes.iter().map(|&axis| shape[axis]).collect();
-            // SAFETY: the operation writes every value before anything reads it.
-            let array = unsafe { PyArrayDyn::<T>::new(py, sorted, false) };
-            let array = if axes.is_sorted() {
-                array
+            let sorted: Axes<_> = axes.iter().map(|&axis| shape[axis]).collect();
+            let mut strides = Axes::from_elem(0, axes.len());
+            let mut stride = size_of::<T>() as isize;
+            for &axis in axes.iter().rev() {
+                strides[axis] = stride;
+                stride *= shape[axis].max(1) as isize;
+            }
+            let (data, result) = if inputs.first().is_some_and(|input| input.is_capsule()) {
+                dlpack::new_capsule::<T>(py, shape, &strides)?
             } else {
-                // The inverse permutation gives the array its logical shape.
-                let mut inverse = vec![0; axes.len()];
-                axes.iter().enumerate().for_each(|(i, &axis)| inverse[axis] = i);
-                array.permute(Some(inverse))?
+                new_array::<T>(py, &sorted, &axes)?
             };
-            return Ok(Self { array, axes, detour: None });
+            return Ok(Self { result, view: View { data, shape: shape.into(), strides }, axes, detour: None });
         };
+        if out.cast::<PyArrayDyn<T>>().is_ok_and(|array| array.try_readwrite().is_err()) {
+            return Err(PyValueError::new_err("out is not writable, expected a writable array"));
+        }
         let out = Input::<T>::new("out", out)?;
         if out.shape() != shape {
             return Err(Error::new(format!("out has shape {:?}, expected {shape:?}", out.shape())).into());
         }
-        if out.array.try_readwrite().is_err() {
-            return Err(PyValueError::new_err("out is not writable, expected a writable array"));
-        }
-        let direct = out.strides().is_some_and(|strides| is_contiguous(shape, &strides, &axes));
-        let overlaps = inputs.iter().any(|input| overlap(&input.array, &out.array));
-        let detour = (!direct || overlaps).then(|| vec![T::default(); out.array.len()]);
-        Ok(Self { array: out.array, axes, detour })
+        let overlaps = inputs.iter().any(|input| overlap(&input.view, &out.view));
+        let detour = (overlaps || !out.view.is_contiguous(&axes)).then(|| vec![T::default(); out.view.len()]);
+        Ok(Self { result: out.owner, view: out.view, axes, detour })
     }
 
     /// The memory to write; valid until `self` is finished.
     pub fn memory(&mut self) -> OutputMemory<T> {
         match &mut self.detour {
             Some(values) => OutputMemory(values.as_mut_ptr(), values.len()),
-            None => OutputMemory(self.array.data(), self.array.len()),
+            None => OutputMemory(self.view.data, self.view.len()),
         }
     }
 
     /// The array, once the operation has written its memory.
     pub fn finish(self) -> PyResult<Bound<'py, PyAny>> {
         if let Some(values) = self.detour {
-            let shape: Vec<_> = self.axes.iter().map(|&axis| self.array.shape()[axis]).collect();
-            let source = ndarray::ArrayD::from_shape_vec(shape, values).expect("as many values as the shape has");
-            let mut target = self.array.try_readwrite().map_err(|error| PyValueError::new_err(error.to_string()))?;
-            target.as_array_mut().permuted_axes(self.axes).assign(&source);
+            for (address, value) in self.view.addresses(&self.axes).zip(values) {
+                // SAFETY: addresses of the array's own values.
+                unsafe { address.write_unaligned(value) };
+            }
         }
-        Ok(self.array.into_any())
+        Ok(self.result)
     }
 }
 
-/// Whether two arrays may share memory: whether their address ranges meet.
-fn overlap<T: NumpyElement>(a: &Bound<'_, PyArrayDyn<T>>, b: &Bound<'_, PyArrayDyn<T>>) -> bool {
-    let range = |array: &Bound<'_, PyArrayDyn<T>>| {
-        let start = array.data() as isize;
-        let mut range = (start, start + size_of::<T>() as isize);
-        for (&length, &stride) in array.shape().iter().zip(array.strides()) {
-            if length == 0 {
-                return (start, start);
-            }
-            let extent = (length as isize - 1) * stride;
-            if extent < 0 { range.0 += extent } else { range.1 += extent }
-        }
-        range
+/// Owns an array's memory and recycles it when the array is gone.
+#[pyclass(frozen)]
+struct Owner(#[expect(dead_code, reason = "held until dropped")] Memory);
+
+/// An array whose axes lie in memory in the order of `axes` with the sizes `sorted`, and its first value; large memory is
+/// recycled.
+fn new_array<'py, T: ArrayElement>(
+    py: Python<'py>,
+    sorted: &[usize],
+    axes: &[usize],
+) -> PyResult<(*mut T, Bound<'py, PyAny>)> {
+    let len = sorted.iter().product::<usize>();
+    let array = if len * size_of::<T>() < RECYCLED {
+        // SAFETY: the operation writes every value before anything reads it.
+        unsafe { PyArrayDyn::<T>::new(py, sorted, false) }
+    } else {
+        memory_array(py, Memory::new::<T>(len), sorted)?
     };
-    let (a, b) = (range(a), range(b));
-    a.0 < b.1 && b.0 < a.1
+    let data = array.data();
+    if axes.is_sorted() {
+        return Ok((data, array.into_any()));
+    }
+    // The inverse permutation gives the array its logical shape.
+    let mut inverse = vec![0; axes.len()];
+    axes.iter().enumerate().for_each(|(i, &axis)| inverse[axis] = i);
+    Ok((data, array.permute(Some(inverse))?.into_any()))
+}
+
+/// An array in memory of kconv's own.
+pub fn memory_array<'py, T: ArrayElement>(
+    py: Python<'py>,
+    mut memory: Memory,
+    shape: &[usize],
+) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
+    let start = memory.as_mut::<T>(shape.iter().product()).as_ptr().cast::<T>();
+    let owner = Bound::new(py, Owner(memory))?.into_any();
+    // SAFETY: as many values as the shape has, which live as long as `owner`, which gives nobody else access; the
+    // operation writes them before anything reads them.
+    Ok(unsafe {
+        let view = ndarray::ArrayViewD::from_shape_ptr(shape, start);
+        PyArrayDyn::borrow_from_array(&view, owner)
+    })
+}
+
+/// Whether two arrays may share memory: whether their address ranges meet.
+fn overlap<T: ArrayElement>(a: &View<T>, b: &View<T>) -> bool {
+    let (a, b) = (a.range(), b.range());
+    a.start < b.end && b.start < a.end
 }

@@ -1,12 +1,12 @@
 //! Fused networks for NumPy arrays (and so for PyTorch's tensors).
 
-use numpy::PyArray1;
 use pyo3::prelude::*;
 
 use super::active;
-use super::arrays::{ArrayElement, Dtype, Input, Output, Values, dtype, layout};
+use super::arrays::{ArrayElement, Dtype, Input, Output, Values, dtype, layout, memory_array};
 use crate::error::{Error, Result, bail};
-use crate::fused::{self, Arguments, Memory, Program};
+use crate::fused::{self, Arguments, Program};
+use crate::memory::{self, Memory};
 use crate::shape::Order;
 
 type Any<'py> = Bound<'py, PyAny>;
@@ -22,22 +22,6 @@ type Any<'py> = Bound<'py, PyAny>;
 ///     ValueError: If the integers are no program.
 #[pyclass(frozen, module = "kconv._kconv")]
 pub struct FusedProgram(Program);
-
-/// Owns an array's memory and recycles it when the array is gone.
-#[pyclass(frozen)]
-struct Owner(#[expect(dead_code, reason = "held until dropped")] Memory);
-
-/// An array of values in recycled memory.
-fn recycled<T: ArrayElement>(py: Python<'_>, mut memory: Memory, len: usize) -> PyResult<Bound<'_, PyAny>> {
-    let start = memory.as_mut::<T>(len).as_mut_ptr().cast::<T>();
-    let owner = Bound::new(py, Owner(memory))?.into_any();
-    // SAFETY: `len` values that live as long as `owner`, which gives nobody else access.
-    Ok(unsafe {
-        let view = ndarray::ArrayView1::from_shape_ptr(len, start);
-        PyArray1::borrow_from_array(&view, owner)
-    }
-    .into_any())
-}
 
 #[pymethods]
 impl FusedProgram {
@@ -192,7 +176,7 @@ impl FusedProgram {
             );
             memory
         });
-        Ok((y.finish()?, statistics.finish()?, recycled::<T>(py, memory, len)?))
+        Ok((y.finish()?, statistics.finish()?, memory_array::<T>(py, memory, &[len])?.into_any()))
     }
 
     fn run<'py, T: ArrayElement>(
@@ -272,7 +256,7 @@ impl FusedProgram {
 ///     ['free', 'used']
 #[pyfunction]
 fn memory_stats(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
-    let (used, free) = fused::memory_stats();
+    let (used, free) = memory::memory_stats();
     let stats = pyo3::types::PyDict::new(py);
     stats.set_item("used", used)?;
     stats.set_item("free", free)?;
@@ -289,7 +273,7 @@ fn memory_stats(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
 ///     True
 #[pyfunction]
 fn release_memory() -> usize {
-    fused::release_memory()
+    memory::release_memory()
 }
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {

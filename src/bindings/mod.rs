@@ -2,6 +2,7 @@
 
 mod arrays;
 mod call;
+mod dlpack;
 mod functions;
 mod fused;
 mod numpy;

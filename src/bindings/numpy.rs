@@ -111,7 +111,8 @@ fn bias_values<T: ArrayElement>(bias: Option<&Input<'_, T>>, channels: usize) ->
 ///
 /// Args:
 ///     x: (N, C_in, H, W), or (N, H, W, C_in) with ``layout="NHWC"``; float32 or float64. Used where it is when its memory
-///         is contiguous in either order of axes; the result's memory then has the same order.
+///         is contiguous in either order of axes; the result's memory then has the same order. Arrays may also be DLPack
+///         capsules of such tensors on the CPU; the result is a capsule where ``x`` is one.
 ///     weight: (C_out, C_in/groups[, 1, 1]), or ([1, 1,] C_in/groups, C_out) with ``weight_layout="IO"``; dtype of ``x``.
 ///     bias: (C_out,) or None.
 ///     groups: Number of groups; divides C_in and C_out.

@@ -19,7 +19,6 @@
 //!
 //! a linear function of `w` and `v` that is applied when `dv` is read.
 
-mod memory;
 mod pointwise;
 mod program;
 mod source;
@@ -30,7 +29,6 @@ mod tests;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-pub use memory::{Memory, memory_stats, release_memory};
 pub use program::Program;
 
 use self::pointwise::Packed;
@@ -39,6 +37,7 @@ use crate::isa::Active;
 use crate::kernels::Element;
 use crate::kernels::rows::{ActivateInPlace, Activation, Moments, Sum};
 use crate::kernels::transpose::Transpose;
+use crate::memory;
 use crate::ops::Shared;
 use crate::pool::{num_threads, parallel_for, part};
 use crate::scratch;
@@ -147,6 +146,7 @@ pub fn forward<T: Element>(
     let weights = arguments.packed();
     let mut pass = Pass::new(arguments, Shared::new(workspace), &program.kept, num_threads());
     pass.packed = &weights;
+    pass.clear_gaps();
     pass.import(0, pass.rows(0), x);
     if let Some(given) = given {
         pass.fix_statistics(given);
@@ -271,6 +271,16 @@ impl<'a, T: Element> Pass<'a, T> {
             affine: vec![zero; channels],
             moments: vec![zero; channels],
             finished: false,
+        }
+    }
+
+    /// Writes what lies between the values in the workspace, so that all of it may be handed on as values.
+    fn clear_gaps(&self) {
+        for (value, &place) in self.program.values.iter().zip(&self.places) {
+            let image = value.channels * value.pixels();
+            let len = self.count * image;
+            // SAFETY: in the workspace, each value's place is a multiple of 16 long and its own.
+            unsafe { self.start.ptr().add(place + len).write_bytes(0, self.count * image.next_multiple_of(16) - len) };
         }
     }
 

@@ -16,8 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch._C import (
+    _AutoDispatchBelowAutograd,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
     enable_single_level_autograd_function,
@@ -25,13 +29,14 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
+from torch.compiler import is_compiling
 
 __all__ = ["KernelOp"]
 
 _LIBRARY = torch.library.Library("kconv", "DEF")
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _WIDE = frozenset({torch.float32, torch.float64})
-_NARROW = frozenset({torch.bfloat16, torch.float16})
+_NARROW = ({torch.bfloat16}, {torch.float16})
 
 Derivative = Callable[..., Tensor]
 """``(grad, *other_tensors, shape, *geometry)`` to the gradient by a tensor of that shape."""
@@ -76,7 +81,7 @@ class KernelOp:
         self._defaults = tuple(argument.default_value for argument in arguments)
         self.has_bias = any(argument.name == "bias" for argument in arguments)
         self._leading = len(images) + self.has_bias
-        _LIBRARY.impl(self.name, self._compute, "CPU")
+        _LIBRARY.impl(self.name, self._compute_with_defaults, "CPU")
         _LIBRARY.impl(self.name, self._autograd, "Autograd")
         self._autocasts = autocast
         if autocast:
@@ -86,17 +91,18 @@ class KernelOp:
         torch.library.register_vmap(qualified, self.vmap, lib=_LIBRARY)
 
     def __call__(self, *args: Any) -> Tensor:
-        """Applies the operator by the fastest way that everything watching can follow."""
-        if torch.compiler.is_compiling():
+        """Applies the operator, all its arguments given, by the fastest way that all can follow."""
+        if is_compiling():
             return self.overload(*args)
-        if self._autocasts and torch.is_autocast_enabled("cpu"):
+        if self._autocasts and is_autocast_enabled("cpu"):
             return self._autocast(*args)
         if not self._is_plain(args):
             return self.overload(*args)
+        tensors = args[: self._leading]
         if forward_ad._current_level >= 0:
-            return _apply(self, self._compute, *args)
-        if self._is_differentiated(args):
-            return _apply_in_eager_mode(self, self._compute, *args)
+            return _apply(self, args[len(tensors) :], *tensors)
+        if is_grad_enabled() and _requires_grad(tensors):
+            return _apply_in_eager_mode(self, args[len(tensors) :], *tensors)
         return self._compute(*args)
 
     def _is_plain(self, args: Sequence[Any]) -> bool:
@@ -111,47 +117,35 @@ class KernelOp:
         return not (
             _len_torch_dispatch_stack()
             or peek_interpreter_stack() is not None
-            or torch._C._get_tracing_state()
+            or _get_tracing_state()
         )
 
-    def _is_differentiated(self, args: Sequence[Any]) -> bool:
-        """Whether reverse or forward mode may want derivatives of this call."""
-        if forward_ad._current_level >= 0:
-            return True
-        if torch.is_grad_enabled():
-            for tensor in args[: self._leading]:
-                if tensor is not None and tensor.requires_grad:
-                    return True
-        return False
-
     def _compute(self, *args: Any) -> Tensor:
-        """Runs the kernel; bfloat16 and float16 are computed through float32."""
-        if len(args) < len(self._defaults):
-            args += self._defaults[len(args) :]
-        tensors = args[: self._leading]
-        dtype = tensors[0].dtype
-        for tensor in tensors[1:]:
-            if tensor is not None and tensor.dtype is not dtype:
-                raise TypeError(
-                    f"{self.name}: all tensors must have one dtype, "
-                    f"got {', '.join(str(t.dtype) for t in tensors if t is not None)}"
-                )
-        if dtype in _WIDE:
+        """Runs the kernel, which checks the dtypes; 16-bit tensors are computed through float32."""
+        if args[0].dtype in _WIDE:
             return self.kernel(*args)
-        if dtype not in _NARROW:
+        tensors = args[: self._leading]
+        if {t.dtype for t in tensors if t is not None} not in _NARROW:
             raise TypeError(
-                f"{self.name}: dtype must be a floating one of 16 to 64 bits, got {dtype}"
+                f"{self.name}: all tensors must have one floating dtype of 16 to 64 bits, "
+                f"got {', '.join(str(t.dtype) for t in tensors if t is not None)}"
             )
         wide = (t if t is None else t.float() for t in tensors)
-        return self.kernel(*wide, *args[len(tensors) :]).to(dtype)
+        return self.kernel(*wide, *args[len(tensors) :]).to(args[0].dtype)
+
+    def _compute_with_defaults(self, *args: Any) -> Tensor:
+        """The dispatcher's kernel; it leaves out arguments that have their defaults."""
+        return self._compute(*args, *self._defaults[len(args) :])
 
     def _autograd(self, *args: Any) -> Tensor:
         """The dispatcher's autograd kernel."""
         args += self._defaults[len(args) :]
-        if not self._is_differentiated(args):
+        tensors = args[: self._leading]
+        recording = is_grad_enabled() and _requires_grad(tensors)
+        if not (recording or forward_ad._current_level >= 0):
             return self._below_autograd(*args)
         with enable_single_level_autograd_function():
-            return _apply(self, self._with_grad_below, *args)
+            return _apply(self, args[len(tensors) :], *tensors)
 
     def _below_autograd(self, *args: Any) -> Tensor:
         if self._is_plain(args):
@@ -206,6 +200,13 @@ class KernelOp:
         return _unfold(result, size, int(self.makes_image))
 
 
+def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    for tensor in tensors:  # noqa: SIM110  any() takes twice as long
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
 def _fold(tensor: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
     """Merges the mapped dimension (or ``size`` copies) into ``axis``, as its outer part."""
     moved = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -223,7 +224,7 @@ def _to_autocast(arg: Any, dtype: torch.dtype) -> Any:
 
 
 class _Backward(_SingleLevelFunction):
-    """Differentiates a :class:`KernelOp`, its first argument; the second computes the result.
+    """Differentiates a :class:`KernelOp`; applied to it, its geometry, and its tensors.
 
     The dispatcher has taken torch.func's transforms down to one level by the time it is called, so
     it is of the class that PyTorch itself uses there (``Function.apply`` would start over).
@@ -231,7 +232,7 @@ class _Backward(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        op: KernelOp = ctx.op
+        op, geometry, shapes = ctx.how
         _, _, *needed = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * len(needed)
         if grad is not None:
@@ -239,61 +240,60 @@ class _Backward(_SingleLevelFunction):
             for i, derivative in enumerate(op.derivatives):
                 if needed[i]:
                     others = saved[:i] + saved[i + 1 :]
-                    grads[i] = derivative(grad, *others, ctx.shapes[i], *ctx.geometry)
-            if op.has_bias and needed[len(op.images)]:
-                grads[len(op.images)] = op.unfold_bias(grad.sum((0, 2, 3)), *ctx.geometry)
+                    grads[i] = derivative(grad, *others, shapes[i], *geometry)
+            if op.has_bias and needed[len(shapes)]:
+                grads[len(shapes)] = op.unfold_bias(grad.sum((0, 2, 3)), *geometry)
         return None, None, *grads
 
 
-def _remember(ctx: Any, op: KernelOp, args: tuple[Any, ...]) -> None:
+def _remember(ctx: Any, op: KernelOp, geometry: tuple[Any, ...], tensors: Sequence[Any]) -> None:
     """Keeps what the backward pass needs."""
-    tensors = args[: len(op.images)]
-    ctx.op = op
-    ctx.geometry = args[op._leading :]
-    ctx.shapes = [tensor.shape for tensor in tensors]
-    ctx.set_materialize_grads(False)
-    if len(tensors) == 2:  # each is kept for the derivative by the other one only
-        first, second = tensors
-        _, _, by_first, by_second, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(first if by_second else None, second if by_first else None)
+    if len(op.images) == 2:  # each is kept for the derivative by the other one only
+        first, second = tensors[0], tensors[1]
+        ctx.how = op, geometry, (first.shape, second.shape)
+        needed = ctx.needs_input_grad
+        ctx.save_for_backward(first if needed[3] else None, second if needed[2] else None)
+    else:
+        ctx.how = op, geometry, (tensors[0].shape,)
 
 
 class _ApplyInEagerMode(_Backward):
     """Without ``setup_context``, which takes PyTorch several times as long as a small kernel."""
 
     @staticmethod
-    def forward(ctx: Any, op: KernelOp, compute: Callable[..., Tensor], *args: Any) -> Tensor:
-        _remember(ctx, op, args)
-        return compute(*args)
+    def forward(ctx: Any, op: KernelOp, geometry: tuple[Any, ...], *tensors: Any) -> Tensor:
+        _remember(ctx, op, geometry, tensors)
+        return op._compute(*tensors, *geometry)
 
 
 class _Apply(_Backward):
     """Also for torch.func's transforms, which want a ``setup_context``, and for forward mode."""
 
     @staticmethod
-    def forward(op: KernelOp, compute: Callable[..., Tensor], *args: Any) -> Tensor:
-        return compute(*args)
+    def forward(op: KernelOp, geometry: tuple[Any, ...], *tensors: Any) -> Tensor:
+        return op._with_grad_below(*tensors, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        op: KernelOp = inputs[0]
-        _remember(ctx, op, inputs[2:])
+        op, geometry, *tensors = inputs
+        _remember(ctx, op, geometry, tensors)
+        ctx.set_materialize_grads(False)
         ctx.output_shape = output.shape
         if forward_ad._current_level >= 0:
-            ctx.save_for_forward(*inputs[2 : 2 + len(op.images)])
+            ctx.save_for_forward(*tensors[: len(op.images)])
 
     @staticmethod
-    def jvp(ctx: Any, _op: None, _compute: None, *tangents: Any) -> Tensor | None:
-        op: KernelOp = ctx.op
+    def jvp(ctx: Any, _op: None, _geometry: None, *tangents: Any) -> Tensor | None:
+        op, geometry, _ = ctx.how
         tensors = ctx.saved_tensors
         no_bias = (None,) * op.has_bias
         total = None
         for i, tangent in enumerate(tangents[: len(op.images)]):
             if tangent is not None:
-                term = op(*tensors[:i], tangent, *tensors[i + 1 :], *no_bias, *ctx.geometry)
+                term = op(*tensors[:i], tangent, *tensors[i + 1 :], *no_bias, *geometry)
                 total = term if total is None else total + term
         if op.has_bias and tangents[len(op.images)] is not None:
-            term = op.fold_bias(tangents[len(op.images)], *ctx.geometry)
+            term = op.fold_bias(tangents[len(op.images)], *geometry)
             term = term[:, None, None].expand(ctx.output_shape)
             total = term if total is None else total + term
         return total

@@ -1,0 +1,204 @@
+//! Large memory, recycled: its first touch (a page fault for every 4 KiB) costs more than the arithmetic on it.
+
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
+use std::mem::MaybeUninit;
+use std::ptr::NonNull;
+use std::sync::{Mutex, PoisonError};
+
+use crate::kernels::Element;
+
+/// Memory from this size on is recycled; the system's allocator keeps smaller blocks itself.
+pub const RECYCLED: usize = 256 << 10;
+/// Recycled and free memory together is at most so many times what was in use at once.
+const SURPLUS: usize = 2;
+/// The size of a huge page.
+const HUGE_PAGE: usize = 2 << 20;
+/// A cache line; also the widest vector.
+const LINE: usize = 64;
+
+struct Block {
+    /// What the allocator gave.
+    base: NonNull<u8>,
+    layout: Layout,
+    /// The first place in it that is aligned, and the bytes from there on.
+    start: NonNull<u8>,
+    size: usize,
+}
+
+// SAFETY: a block owns its memory.
+unsafe impl Send for Block {}
+
+impl Block {
+    fn new(size: usize) -> Self {
+        let recycled = size >= RECYCLED;
+        let align = if size >= 2 * HUGE_PAGE { HUGE_PAGE } else { LINE };
+        // Large memory is aligned here and not by the allocator: it comes zeroed from the system, untouched, but an
+        // allocator that aligns it clears it once more, on one thread and before pages can be huge.
+        let layout = if recycled { Layout::array::<u8>(size + align) } else { Layout::from_size_align(size, LINE) };
+        let layout = layout.expect("sizes fit memory");
+        // SAFETY: the size is not zero.
+        let base = unsafe { if recycled { alloc_zeroed(layout) } else { alloc(layout) } };
+        let Some(base) = NonNull::new(base) else { handle_alloc_error(layout) };
+        let skipped = base.as_ptr().addr().next_multiple_of(align) - base.as_ptr().addr();
+        // SAFETY: the layout has room for it; small memory is aligned and skips nothing.
+        let start = unsafe { base.add(skipped) };
+        #[cfg(target_os = "linux")]
+        if align == HUGE_PAGE {
+            // SAFETY: advice on memory of our own. Where it is not taken, pages are small.
+            unsafe { libc::madvise(start.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
+        }
+        Self { base, layout, start, size }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout.
+        unsafe { dealloc(self.base.as_ptr(), self.layout) }
+    }
+}
+
+/// Free blocks, the least recently used first, and the sizes of all.
+struct Blocks {
+    free: Vec<Block>,
+    free_bytes: usize,
+    used_bytes: usize,
+    /// The most bytes that were in use at once.
+    peak: usize,
+}
+
+static BLOCKS: Mutex<Blocks> = Mutex::new(Blocks { free: Vec::new(), free_bytes: 0, used_bytes: 0, peak: 0 });
+
+fn blocks<R>(change: impl FnOnce(&mut Blocks) -> R) -> R {
+    // Each change leaves the numbers right, so a panic elsewhere does no harm.
+    change(&mut BLOCKS.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+impl Blocks {
+    /// A free block that is not over twice too large.
+    fn take(&mut self, size: usize) -> Option<Block> {
+        let fitting = self.free.iter().enumerate().filter(|(_, block)| (size..=2 * size).contains(&block.size));
+        let (index, _) = fitting.min_by_key(|(_, block)| block.size)?;
+        let block = self.free.remove(index);
+        self.free_bytes -= block.size;
+        self.count(block.size);
+        Some(block)
+    }
+
+    fn count(&mut self, size: usize) {
+        self.used_bytes += size;
+        self.peak = self.peak.max(self.used_bytes);
+    }
+
+    /// Takes free blocks out until the rest is within bounds.
+    fn surplus(&mut self) -> Vec<Block> {
+        let mut gone = 0;
+        for block in &self.free {
+            if self.used_bytes + self.free_bytes <= SURPLUS * self.peak {
+                break;
+            }
+            self.free_bytes -= block.size;
+            gone += 1;
+        }
+        self.free.drain(..gone).collect()
+    }
+}
+
+/// Memory of unknown content; large memory returns to the free blocks when it is dropped.
+pub struct Memory(Option<Block>);
+
+// SAFETY: shared references give access to nothing but the address.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// Memory for `len` values, aligned to a cache line.
+    pub fn new<T: Element>(len: usize) -> Self {
+        let size = (len * size_of::<T>()).next_multiple_of(LINE).max(LINE);
+        if size < RECYCLED {
+            return Self(Some(Block::new(size)));
+        }
+        let block = blocks(|blocks| blocks.take(size)).unwrap_or_else(|| {
+            let surplus = blocks(|blocks| {
+                blocks.count(size);
+                blocks.surplus()
+            });
+            drop(surplus);
+            Block::new(size)
+        });
+        Self(Some(block))
+    }
+
+    /// The memory as values that are yet to be written.
+    pub fn as_mut<T: Element>(&mut self, len: usize) -> &mut [MaybeUninit<T>] {
+        let block = self.0.as_ref().expect("there until dropped");
+        assert!(len * size_of::<T>() <= block.size);
+        // SAFETY: the block is long enough and aligned beyond any element; `MaybeUninit` asks for no content.
+        unsafe { std::slice::from_raw_parts_mut(block.start.as_ptr().cast(), len) }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Some(block) = self.0.take_if(|block| block.size >= RECYCLED) {
+            blocks(|blocks| {
+                blocks.used_bytes -= block.size;
+                blocks.free_bytes += block.size;
+                blocks.free.push(block);
+            });
+        }
+    }
+}
+
+/// Calls `body` with `len` values of recycled memory, of unknown content.
+pub fn with<T: Element, R>(len: usize, body: impl FnOnce(&mut [MaybeUninit<T>]) -> R) -> R {
+    body(Memory::new::<T>(len).as_mut(len))
+}
+
+/// Bytes of recycled memory: in use, and free.
+pub fn memory_stats() -> (usize, usize) {
+    blocks(|blocks| (blocks.used_bytes, blocks.free_bytes))
+}
+
+/// Returns free memory to the system; gives the number of bytes.
+pub fn release_memory() -> usize {
+    let (free, bytes) = blocks(|blocks| {
+        blocks.peak = blocks.used_bytes;
+        (std::mem::take(&mut blocks.free), std::mem::take(&mut blocks.free_bytes))
+    });
+    drop(free);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // One test, as the blocks are the process's: no other test of this crate asks for sizes like these.
+    #[test]
+    fn large_memory_is_recycled_and_bounded() {
+        const LEN: usize = 64 << 20;
+        let address = |memory: &mut Memory| memory.as_mut::<f32>(LEN).as_ptr().addr();
+        let mut first = Memory::new::<f32>(LEN);
+        let place = address(&mut first);
+        assert_eq!(place % HUGE_PAGE, 0);
+        drop(first);
+        let mut second = Memory::new::<f32>(LEN - 1000);
+        assert_eq!(address(&mut second), place);
+        let (used, _) = memory_stats();
+        assert!(used >= 4 * (LEN - 1000));
+        drop(second);
+        // Too small to have the free block, and too many sizes for all to be kept.
+        for fraction in [3, 7, 15, 31, 63] {
+            drop(Memory::new::<f32>(LEN / fraction));
+            let (used, free) = memory_stats();
+            assert!(used + free <= SURPLUS * 4 * LEN + (64 << 20), "{used} {free}");
+        }
+        assert!(release_memory() > 0);
+    }
+
+    #[test]
+    fn small_memory_is_aligned_and_not_counted() {
+        let mut memory = Memory::new::<f64>(3);
+        assert_eq!(memory.as_mut::<f64>(3).as_ptr().addr() % LINE, 0);
+    }
+}
