@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -276,7 +277,7 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_names_of_every_network(name: str, tmp_path: Path) -> None:
-    """A file with the original's names, shapes and activations loads."""
+    """A file with the original's names, shapes and activations loads; each weight has a number."""
     source = Path(__file__).parents[1] / "data" / "architectures" / f"{name}.json"
     layers = json.loads(source.read_text("utf-8"))["layers"]
 
@@ -286,14 +287,17 @@ def test_names_of_every_network(name: str, tmp_path: Path) -> None:
         return f"{found[1]}_{int(found[2] or 0) + 7}" if found else layer
 
     config = {"config": {"layers": []}}
+    expected: dict[str, list[float]] = {}
+    numbers = itertools.count(1)
     with h5py.File(tmp_path / "model.hdf5", "w") as file:
         root = file.create_group("model_weights")
         root.attrs["layer_names"] = np.array([shifted(layer["name"]) for layer in layers], "S")
         for layer in layers:
             own = shifted(layer["name"])
             weights = layer["weights"]
-            for weight, shape in weights.items():
-                root.create_dataset(f"{own}/{own}/{weight}:0", shape, "f4", fillvalue=0.5)
+            for (weight, shape), number in zip(weights.items(), numbers, strict=False):
+                root.create_dataset(f"{own}/{own}/{weight}:0", shape, "f4", fillvalue=number)
+                expected.setdefault(layer["name"].replace("/", "_"), []).append(number)
             texts = [f"{own}/{weight}:0" for weight in weights]
             root.require_group(own).attrs["weight_names"] = np.array(texts, "S")
             settings = {"max_value": float(layer["max_value"]) if "max_value" in layer else None}
@@ -304,7 +308,13 @@ def test_names_of_every_network(name: str, tmp_path: Path) -> None:
     classes = layers[-1]["output_shape"][-1]
     model = kconv.torch.network.build(dataclasses.replace(ARCHITECTURES[name], classes=classes))
     load_weights(model, tmp_path / "model.hdf5")
-    assert all((parameter == 0.5).all() for parameter in model.parameters())
+    found: dict[str, list[float]] = {}
+    for key, tensor in model.state_dict().items():
+        owner, _, weight = key.replace("/", "_").rpartition(".")
+        if weight != "num_batches_tracked":
+            assert tensor.min() == tensor.max()
+            found.setdefault(owner, []).append(tensor.min().item())
+    assert found == expected
 
 
 def keras2_config(spec, **kinds: str) -> dict:
