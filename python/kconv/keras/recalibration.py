@@ -94,7 +94,7 @@ class _InTrainingMode(keras.Model):
     """A model that runs another as training does, so that predicting moves its statistics."""
 
     def __init__(self, model: keras.Model) -> None:
-        super().__init__()
+        super().__init__(name="in_training_mode")  # TensorFlow refuses a name that begins with "_"
         self.model = model
         self.built = True  # else Keras builds it by running it, one operation at a time
 
