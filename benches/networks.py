@@ -145,6 +145,7 @@ def _save(network: str, images: int, folder: Path, export: bool) -> None:
     kconv.save_weights(model, folder / "weights.safetensors")
     if export:
         x = torch.from_numpy(batch(network, images)[0])
+        print("exporting to ONNX, which takes minutes", flush=True)
         try:
             torch.onnx.export(model.eval(), (x,), folder / "network.onnx", verbose=False)
         except ImportError as error:
