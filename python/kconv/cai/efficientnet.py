@@ -12,7 +12,8 @@ import keras
 from kconv.cai._networks import ActivationFn, activation_name, build, no_more, refuse, spec
 from kconv.models import EfficientNet as EfficientNetSpec
 from kconv.models import GraphBuilder, KEffNet, Spec
-from kconv.models.efficientnet import STAGES, Pointwise, Stage
+from kconv.models.blocks import Pointwise
+from kconv.models.efficientnet import STAGES, Stage
 
 Tensor = Any
 Shape = tuple[int | None, ...]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
+from kconv.models.blocks import Pointwise, conv_unit, grouped, mbconv, plain
 from kconv.models.builder import GraphBuilder, round_filters
-from kconv.models.graph import ActivationName, Graph
+from kconv.models.graph import Graph
 from kconv.models.options import Elementwise, Factor, Integer, KTypePaths, Rate
 from kconv.models.spec import Spec, register
 
@@ -35,10 +35,6 @@ STAGES = (
     Stage(kernel_size=5, repeats=4, filters=192, expand_ratio=6, strides=2),
     Stage(kernel_size=3, repeats=1, filters=320, expand_ratio=6, strides=1),
 )
-
-Role = Literal["expand", "se_reduce", "se_expand", "project", "top"]
-Pointwise = Callable[[str, Role, str, int], str]
-"""Adds what stands for a pointwise convolution: (name's prefix, role, input, filters) -> output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +68,17 @@ class EfficientNet(Spec):
         """The network's layers."""
         g = GraphBuilder(self.name, self.input_shape)
         x = g.zero_pad(f"{self.prefix}stem_conv_pad", g.input, 3)
-        x = g.conv(
-            f"{self.prefix}stem_conv",
+        x = conv_unit(
+            g,
+            f"{self.prefix}stem_",
             x,
             self._filters(32),
             kernel_size=3,
             strides=1 if self.skip_stride_cnt >= 0 else 2,
+            activation=self.activation,
             padding="valid",
             initializer="conv_normal",
         )
-        x = g.batch_norm(f"{self.prefix}stem_bn", x)
-        x = g.activation(f"{self.prefix}stem_activation", x, self.activation)
         x = self._body(g, x)
         if self.pooling:
             x = g.global_pool(f"{self.prefix}{self.pooling}_pool", x, self.pooling)
@@ -94,7 +90,7 @@ class EfficientNet(Spec):
 
     def _body(self, g: GraphBuilder, x: str) -> str:
         """All between the stem and the pooling."""
-        pointwise = partial(self._plain, g)
+        pointwise = partial(plain, g, self.activation)
         x = self._stages(g, x, "", pointwise)
         return pointwise("", "top", x, self._filters(1280))
 
@@ -122,53 +118,20 @@ class EfficientNet(Spec):
         drop_rate: float,
         pointwise: Pointwise,
     ) -> str:
-        """Mobile inverted bottleneck with squeeze and excite."""
-        source, filters_in = x, g.channels(x)
-        filters = filters_in * stage.expand_ratio
-        if stage.expand_ratio != 1:
-            x = pointwise(prefix, "expand", x, filters)
-        if strides > 1:
-            x = g.zero_pad(f"{prefix}dwconv_pad", x, stage.kernel_size)
-        x = g.depthwise_conv(
-            f"{prefix}dwconv",
+        """One block of a stage."""
+        return mbconv(
+            g,
+            prefix,
             x,
-            stage.kernel_size,
-            strides,
-            padding="valid" if strides > 1 else "same",
-            initializer="conv_normal",
+            self._filters(stage.filters),
+            pointwise,
+            kernel_size=stage.kernel_size,
+            strides=strides,
+            expand_ratio=stage.expand_ratio,
+            activation=self.activation,
+            drop_connect=drop_rate,
+            explicit_padding=True,
         )
-        x = g.batch_norm(f"{prefix}bn", x)
-        x = g.activation(f"{prefix}activation", x, self.activation)
-
-        gate = g.global_pool(f"{prefix}se_squeeze", x)
-        gate = g.reshape(f"{prefix}se_reshape", gate)
-        gate = pointwise(prefix, "se_reduce", gate, max(1, filters_in // 4))
-        gate = pointwise(prefix, "se_expand", gate, filters)
-        x = g.multiply(f"{prefix}se_excite", x, gate)
-
-        x = pointwise(prefix, "project", x, self._filters(stage.filters))
-        if strides == 1 and g.channels(x) == filters_in:
-            if drop_rate > 0:
-                x = g.dropout(f"{prefix}drop", x, drop_rate, per_sample=True)
-            x = g.add(f"{prefix}add", [x, source])
-        return x
-
-    def _plain(self, g: GraphBuilder, prefix: str, role: Role, x: str, filters: int) -> str:
-        """An ordinary pointwise convolution."""
-        if role in ("se_reduce", "se_expand"):
-            return g.conv(
-                f"{prefix}{role}",
-                x,
-                filters,
-                use_bias=True,
-                initializer="conv_normal",
-                activation="sigmoid" if role == "se_expand" else self.activation,
-            )
-        x = g.conv(f"{prefix}{role}_conv", x, filters, initializer="conv_normal")
-        x = g.batch_norm(f"{prefix}{role}_bn", x)
-        if role == "project":
-            return x
-        return g.activation(f"{prefix}{role}_activation", x, self.activation)
 
     def _filters(self, filters: int) -> int:
         return round_filters(filters * self.width, self.divisor)
@@ -191,38 +154,12 @@ class KEffNet(EfficientNet):
 
     def _body(self, g: GraphBuilder, x: str) -> str:
         ktypes = (self.ktype,) if isinstance(self.ktype, str | int) else self.ktype
-        grouped = [partial(self._grouped, g, ktype) for ktype in ktypes]
-        paths = [self._stages(g, x, f"_{i}", pointwise) for i, pointwise in enumerate(grouped)]
+        pointwise = [partial(grouped, g, ktype, self.activation) for ktype in ktypes]
+        paths = [self._stages(g, x, f"_{i}", path) for i, path in enumerate(pointwise)]
         if len(paths) > 1:
             join = g.concat if self.concat_paths else g.add
             paths = [join(None, paths)]
-        return grouped[0](self.prefix, "top", paths[0], self._filters(1280))
-
-    def _grouped(
-        self,
-        g: GraphBuilder,
-        ktype: str | int,
-        prefix: str,
-        role: Role,
-        x: str,
-        filters: int,
-    ) -> str:
-        """A pointwise convolution's replacement."""
-        squeeze_excite = role in ("se_reduce", "se_expand")
-        activations: dict[Role, ActivationName] = {
-            "expand": self.activation,
-            "se_reduce": self.activation,
-            "se_expand": "sigmoid",
-        }
-        return g.pointwise(
-            f"{prefix}{role}_conv" if role in ("project", "top") else f"{prefix}{role}",
-            x,
-            filters,
-            ktype,
-            activation=activations.get(role),
-            batch_norm=not squeeze_excite,
-            use_bias=squeeze_excite,
-        )
+        return pointwise[0](self.prefix, "top", paths[0], self._filters(1280))
 
 
 register("efficientnet_b0", EfficientNet, width=1.0, depth=1.0, dropout=0.2)
