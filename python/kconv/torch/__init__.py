@@ -15,13 +15,15 @@ from kconv._versions import warn_of_version
 from kconv.torch.convert import accelerate, compress, restore
 from kconv.torch.layers import DepthwiseConv2d, InterleaveChannels, PointwiseConv2d
 from kconv.torch.native import to_native
-from kconv.torch.network import KPointwiseConv2d, Network, build
+from kconv.torch.network import ConvUnit, KPointwiseConv2d, MBConv, Network, build
 from kconv.torch.ops import deinterleave, depthwise_conv, interleave, pointwise_conv
 
 __all__ = [
+    "ConvUnit",
     "DepthwiseConv2d",
     "InterleaveChannels",
     "KPointwiseConv2d",
+    "MBConv",
     "Network",
     "PointwiseConv2d",
     "accelerate",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kconv.ktypes import KType
 from kconv.models import Graph, GraphBuilder, Layer, Spec, graph
+from kconv.models.blocks import conv_unit_graph, mbconv_graph
 from kconv.models.fusion import Segment, partition
 from kconv.models.graph import ActivationName, Initializer
 from kconv.torch.fused import FusedSegment
@@ -26,7 +27,7 @@ from kconv.torch.layers import (
 )
 from kconv.torch.native import make_native
 
-__all__ = ["KPointwiseConv2d", "Network", "build"]
+__all__ = ["ConvUnit", "KPointwiseConv2d", "MBConv", "Network", "build"]
 
 
 def build(
@@ -171,6 +172,134 @@ class KPointwiseConv2d(Network):
             use_bias=use_bias,
         )
         super().__init__(g.build(output))
+
+
+class ConvUnit(Network):
+    """Convolution, batch norm and activation as one operation, with what often follows.
+
+    After the activation the channels are interleaved, and the input is added, if so asked. Two
+    grouped units, the first with ``interleave``, the second with ``residual``, are the papers'
+    block where channels stay as many (section 3 of V1, MENDEL 28(1), 2022).
+
+    Example:
+        >>> unit = ConvUnit(32, 48, groups=4, interleave=12, activation="swish")
+        >>> unit(torch.randn(2, 32, 7, 5)).shape, list(unit.state_dict())[:2]
+        (torch.Size([2, 48, 7, 5]), ['conv.weight', 'bn.weight'])
+        >>> depthwise = ConvUnit(48, 48, kernel_size=3, stride=2, groups=48)
+        >>> depthwise(torch.randn(2, 48, 7, 5)).shape
+        torch.Size([2, 48, 4, 3])
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out.
+        kernel_size: height and width of the kernel.
+        stride: in both directions; the output has 1/stride of the pixels a side, rounded up
+            (TensorFlow's "same" padding).
+        groups: divides C_in and C_out; C_in groups make a depthwise convolution.
+        activation: "relu", "relu6", "swish", "sigmoid", "hard_sigmoid" or "hard_swish"; None for
+            none.
+        interleave: step of the interleave after the activation; 1 for none.
+        residual: whether the input is added at the end.
+        eps: of the batch norm.
+        momentum: of the batch norm.
+        fused: whether the layers run as one operation (see :class:`Network`).
+
+    Raises:
+        ValueError: if an activation is unknown, a size is below 1, groups do not divide the
+            channels, or a residual unit changes the shape.
+        TypeError: if a size is not a whole number.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        *,
+        activation: ActivationName | None = "swish",
+        interleave: int = 1,
+        residual: bool = False,
+        eps: float = 1e-3,
+        momentum: float = 0.01,
+        fused: bool = True,
+    ) -> None:
+        layers = conv_unit_graph(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            groups,
+            activation,
+            interleave,
+            residual,
+            eps,
+            1 - momentum,
+        )
+        super().__init__(layers, fused=fused)
+
+
+class MBConv(Network):
+    """EfficientNet's block (Tan and Le, 2019) as one operation, with grouped convolutions.
+
+    Expanding convolution, depthwise convolution, squeeze and excite, projecting convolution; where
+    the shape stays, drop-connect and the sum with the input. The kType tells what stands for the
+    pointwise convolutions (section 3 of V1, MENDEL 28(1), 2022, and of V2, Entropy 24(9):1264,
+    2022).
+
+    Example:
+        >>> block = MBConv(16, 24, kernel_size=5, stride=2, ktype="D6_16ch")
+        >>> block(torch.randn(2, 16, 9, 7)).shape, sum(p.numel() for p in block.parameters())
+        (torch.Size([2, 24, 5, 4]), 5484)
+        >>> sum(p.numel() for p in MBConv(16, 24, 5, 2, ktype=None).parameters())
+        7540
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out.
+        kernel_size: of the depthwise convolution.
+        stride: of the depthwise convolution.
+        expand_ratio: inner channels for each of the input's; 1 for no expansion.
+        se_ratio: channels of squeeze and excite for each of the input's; 0 for none.
+        ktype: a kType, its name or its number; None for ordinary pointwise convolutions.
+        activation: "relu", "relu6", "swish", "sigmoid", "hard_sigmoid" or "hard_swish"; the
+            projecting convolution has none.
+        drop_connect: rate at which an image's residual branch is dropped in training.
+        fused: whether the layers run as one operation (see :class:`Network`).
+
+    Raises:
+        ValueError: if the kType or the activation is unknown, a size is below 1, or a rate is not
+            from 0 to below 1.
+        TypeError: if a size is not a whole number, or a ratio not a number.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        expand_ratio: float = 6,
+        se_ratio: float = 0.25,
+        ktype: KType | str | int | None = "D6_16ch",
+        *,
+        activation: ActivationName = "swish",
+        drop_connect: float = 0.0,
+        fused: bool = True,
+    ) -> None:
+        layers = mbconv_graph(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            expand_ratio,
+            se_ratio,
+            ktype,
+            activation,
+            drop_connect,
+        )
+        super().__init__(layers, fused=fused)
 
 
 class Call(nn.Module):
