@@ -24,11 +24,14 @@ from kconv.keras.layers import (
 )
 from kconv.keras.network import Network
 from kconv.keras.recalibration import RecalibrateBatchNorms
+from kconv.keras.units import ConvUnit, MBConv
 
 __all__ = [
+    "ConvUnit",
     "CopyChannels",
     "DepthwiseConv2D",
     "InterleaveChannels",
+    "MBConv",
     "Network",
     "PointwiseConv2D",
     "RecalibrateBatchNorms",

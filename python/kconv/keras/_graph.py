@@ -16,7 +16,7 @@ from kconv.keras.layers import (
 )
 from kconv.models import graph
 
-_ACTIVATIONS: dict[str, graph.ActivationName] = {
+ACTIVATIONS: dict[str, graph.ActivationName] = {
     "relu": "relu",
     "relu6": "relu6",
     "silu": "swish",
@@ -24,6 +24,7 @@ _ACTIVATIONS: dict[str, graph.ActivationName] = {
     "hard_sigmoid": "hard_sigmoid",
     "hard_silu": "hard_swish",
 }
+"""kconv's names of the activations by those of Keras's functions."""
 
 
 def model_graph(model: keras.Model, data_format: str) -> graph.Graph | None:
@@ -75,8 +76,8 @@ def _layer(
     if kind is layers.BatchNormalization and layer.center and layer.axis in (axis, axis - 4):
         options = {"epsilon": layer.epsilon, "momentum": layer.momentum, "scale": layer.scale}
         return graph.BatchNorm(**common, **options)
-    if kind is layers.Activation and layer.activation.__name__ in _ACTIVATIONS:
-        return graph.Activation(**common, kind=_ACTIVATIONS[layer.activation.__name__])
+    if kind is layers.Activation and layer.activation.__name__ in ACTIVATIONS:
+        return graph.Activation(**common, kind=ACTIVATIONS[layer.activation.__name__])
     if kind is layers.ZeroPadding2D:
         return graph.ZeroPad(**common, padding=layer.padding)
     if kind is InterleaveChannels:

@@ -19,6 +19,8 @@ from kconv.keras.layers import (
     PointwiseConv2D,
     SumIntoHalfChannels,
 )
+from kconv.keras.network import Network
+from kconv.keras.units import Block
 
 Tensor = Any
 
@@ -79,6 +81,8 @@ def to_native(model: keras.Model) -> keras.Model:
             return native
         if isinstance(layer, DepthwiseConv2D):
             return layers.DepthwiseConv2D.from_config(config)
+        if isinstance(layer, Block):
+            return to_native(layer.network)
         return layer.__class__.from_config(config)
 
     def call(layer: keras.layers.Layer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -95,7 +99,7 @@ def to_native(model: keras.Model) -> keras.Model:
             return y
         return _interleave(y, steps[id(layer)], 3 if layer.data_format == "channels_last" else 1)
 
-    return _clone(model, replace, call)
+    return _clone(model, replace, call, native=True)
 
 
 def compress(model: keras.Model, ktype: ktypes.KType | str | int = "D6_16ch") -> keras.Model:
@@ -269,15 +273,23 @@ def _clone(
     model: keras.Model,
     replace: Callable[[keras.layers.Layer], keras.layers.Layer],
     call: Callable[..., Tensor],
+    *,
+    native: bool = False,
 ) -> keras.Model:
-    """A functional copy with other layers, called in another way, but with the same weights."""
+    """A functional copy with other layers, called in another way, but with the same weights.
+
+    It is of the same class, but ``native`` not a :class:`Network`.
+    """
 
     def replace_inner(layer: keras.layers.Layer) -> keras.layers.Layer:
-        return _clone(layer, replace, call) if _is_model(layer) else replace(layer)
+        if _is_model(layer):
+            return _clone(layer, replace, call, native=native)
+        return replace(layer)
 
-    clone = keras.models.clone_model(
-        _functional(model), clone_function=replace_inner, call_function=call
-    )
+    source = _functional(model)
+    if native and isinstance(source, Network):
+        source = keras.Model(source.inputs, source.outputs, name=source.name)
+    clone = keras.models.clone_model(source, clone_function=replace_inner, call_function=call)
     clone.set_weights(model.get_weights())
     return clone
 
