@@ -87,6 +87,7 @@ def _run(segment: Segment, layers: dict[str, Any], x: Tensor, training: bool) ->
         return _layer_by_layer(segment, layers, x, training)
     parameters = [getattr(layers[layer], _attribute(name)) for layer, name in program.parameters]
     flat = ops.concatenate([ops.reshape(weight, (-1,)) for weight in parameters])
+    x = ops.cast(x, flat.dtype)  # as the layers do: a model's input is float32 by default
     masks = None
     if training and program.masks:
         ones = ops.ones((ops.shape(x)[0], 1, 1, 1), x.dtype)
