@@ -21,6 +21,26 @@ pub trait Isa: pulp::Simd {
     fn prefetch<T>(self, ptr: *const T) {
         let _ = ptr;
     }
+    /// The larger of `x` and `low`; NaN stays NaN, as x86's and ARM's instructions keep a second operand that is none.
+    #[inline(always)]
+    fn at_least_f32s(self, x: Self::f32s, low: Self::f32s) -> Self::f32s {
+        self.max_f32s(low, x)
+    }
+    /// The smaller of `x` and `high`; NaN stays NaN.
+    #[inline(always)]
+    fn at_most_f32s(self, x: Self::f32s, high: Self::f32s) -> Self::f32s {
+        self.min_f32s(high, x)
+    }
+    /// As [`Isa::at_least_f32s`].
+    #[inline(always)]
+    fn at_least_f64s(self, x: Self::f64s, low: Self::f64s) -> Self::f64s {
+        self.max_f64s(low, x)
+    }
+    /// As [`Isa::at_most_f32s`].
+    #[inline(always)]
+    fn at_most_f64s(self, x: Self::f64s, high: Self::f64s) -> Self::f64s {
+        self.min_f64s(high, x)
+    }
     /// Transposes a block of 8 x 8 values.
     ///
     /// # Safety
@@ -54,8 +74,26 @@ unsafe fn transpose_block<T: Copy>(src: *const T, src_stride: usize, dst: *mut T
     }
 }
 
+// Rust's `max` and `min` would drop NaN.
 impl Isa for pulp::Scalar {
     const FUSED_MULTIPLY_ADD: bool = false;
+
+    #[inline(always)]
+    fn at_least_f32s(self, x: f32, low: f32) -> f32 {
+        if x < low { low } else { x }
+    }
+    #[inline(always)]
+    fn at_most_f32s(self, x: f32, high: f32) -> f32 {
+        if x > high { high } else { x }
+    }
+    #[inline(always)]
+    fn at_least_f64s(self, x: f64, low: f64) -> f64 {
+        if x < low { low } else { x }
+    }
+    #[inline(always)]
+    fn at_most_f64s(self, x: f64, high: f64) -> f64 {
+        if x > high { high } else { x }
+    }
 }
 
 #[cfg(target_arch = "aarch64")]

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use crate::error::{Result, bail};
-use crate::kernels::rows::Activation;
+use crate::kernels::activations::Activation;
 use crate::shape::WeightLayout;
 
 /// A tensor of `channels` planes an image.

@@ -6,7 +6,8 @@ use std::ops::Range;
 use super::program::{Row, Source};
 use super::{Pass, Tape};
 use crate::kernels::Element;
-use crate::kernels::rows::{Activate, ActivateGrad, Activation, NormGrad};
+use crate::kernels::activations::Activation;
+use crate::kernels::rows::{Activate, ActivateGrad, NormGrad};
 
 /// Sums of one row of a source over some pixels: the gradients by its norm's beta and gamma.
 pub(super) type NormSums = [f64; 2];

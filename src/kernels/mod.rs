@@ -5,6 +5,7 @@
 //! memory becomes one by transposing it through the cache ([`transpose`]). Pixels are the vector dimension, so
 //! any group size runs at full width, and permuting channels (the interleave) is only another table of offsets.
 
+pub mod activations;
 pub mod depthwise;
 pub mod pointwise;
 pub mod probe;
@@ -42,8 +43,6 @@ pub trait Element:
     fn from_f64(value: f64) -> Self;
     /// The value itself.
     fn to_f64(self) -> f64;
-    /// The exponential, inlined into loops that the compiler vectorises; infinite where it overflows.
-    fn exp<I: Isa>(self) -> Self;
     /// `self * a + b`, in one step where there is an instruction for it.
     fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self;
 
@@ -53,10 +52,24 @@ pub trait Element:
     fn mul_add<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>, c: Self::Vector<I>) -> Self::Vector<I>;
     /// `a + b`.
     fn add_vectors<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> Self::Vector<I>;
+    /// `a - b`.
+    fn sub_vectors<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> Self::Vector<I>;
+    /// `a * b`.
+    fn mul_vectors<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> Self::Vector<I>;
+    /// The larger of `x` and `low`; NaN stays NaN.
+    fn at_least<I: Isa>(isa: I, x: Self::Vector<I>, low: Self::Vector<I>) -> Self::Vector<I>;
+    /// The smaller of `x` and `high`; NaN stays NaN.
+    fn at_most<I: Isa>(isa: I, x: Self::Vector<I>, high: Self::Vector<I>) -> Self::Vector<I>;
+    /// `yes` where `a < b`, else `no`.
+    fn select_less<I: Isa>(isa: I, a_b_yes_no: [Self::Vector<I>; 4]) -> Self::Vector<I>;
+    /// `1 / (1 + exp(-x))` of vectors whose instructions may overlap.
+    fn sigmoid<I: Isa, const N: usize>(isa: I, x: [Self::Vector<I>; N]) -> [Self::Vector<I>; N];
     /// The sum of a vector's values.
     fn sum<I: Isa>(isa: I, a: Self::Vector<I>) -> Self;
     /// Selects the first `len` values.
     fn mask<I: Isa>(isa: I, len: usize) -> Self::Mask<I>;
+    /// The values that `mask` selects; the others are zero.
+    fn keep_masked<I: Isa>(isa: I, mask: Self::Mask<I>, a: Self::Vector<I>) -> Self::Vector<I>;
 
     /// Loads a vector; no alignment is needed.
     ///
@@ -104,7 +117,8 @@ pub trait Element:
 
 macro_rules! element {
     ($t:ident, $vector:ident, $mask:ident, $len:ident, $splat:ident, $mul_add:ident, $add:ident, $sum:ident,
-     $between:ident, $load_masked:ident, $store_masked:ident, $transpose:ident, $gemm:path, |$x:ident| $exp:expr) => {
+     $sub:ident, $mul:ident, $at_least:ident, $at_most:ident, $less:ident, $select:ident, $between:ident, $load_masked:ident, $store_masked:ident,
+     $transpose:ident, $gemm:path, $sigmoid:ident) => {
         impl Element for $t {
             type Vector<I: Isa> = I::$vector;
             type Mask<I: Isa> = pulp::MemMask<I::$mask>;
@@ -117,11 +131,6 @@ macro_rules! element {
             #[inline(always)]
             fn to_f64(self) -> f64 {
                 f64::from(self)
-            }
-            #[inline(always)]
-            fn exp<I: Isa>(self) -> Self {
-                let $x = self;
-                $exp
             }
             #[inline(always)]
             fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self {
@@ -141,6 +150,30 @@ macro_rules! element {
                 isa.$add(a, b)
             }
             #[inline(always)]
+            fn sub_vectors<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> I::$vector {
+                isa.$sub(a, b)
+            }
+            #[inline(always)]
+            fn mul_vectors<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> I::$vector {
+                isa.$mul(a, b)
+            }
+            #[inline(always)]
+            fn at_least<I: Isa>(isa: I, x: I::$vector, low: I::$vector) -> I::$vector {
+                isa.$at_least(x, low)
+            }
+            #[inline(always)]
+            fn at_most<I: Isa>(isa: I, x: I::$vector, high: I::$vector) -> I::$vector {
+                isa.$at_most(x, high)
+            }
+            #[inline(always)]
+            fn select_less<I: Isa>(isa: I, [a, b, yes, no]: [I::$vector; 4]) -> I::$vector {
+                isa.$select(isa.$less(a, b), yes, no)
+            }
+            #[inline(always)]
+            fn sigmoid<I: Isa, const N: usize>(isa: I, x: [I::$vector; N]) -> [I::$vector; N] {
+                activations::$sigmoid(isa, x)
+            }
+            #[inline(always)]
             fn sum<I: Isa>(isa: I, a: I::$vector) -> Self {
                 isa.$sum(a)
             }
@@ -148,6 +181,10 @@ macro_rules! element {
             fn mask<I: Isa>(isa: I, len: usize) -> Self::Mask<I> {
                 // `new` drops pulp's jump table for masked loads: the plain masked instructions are wanted.
                 pulp::MemMask::new(isa.$between(0, len as $len).mask())
+            }
+            #[inline(always)]
+            fn keep_masked<I: Isa>(isa: I, mask: Self::Mask<I>, a: I::$vector) -> I::$vector {
+                isa.$select(mask.mask(), a, isa.$splat(0.0))
             }
             #[inline(always)]
             unsafe fn load<I: Isa>(_isa: I, ptr: *const Self) -> I::$vector {
@@ -219,12 +256,18 @@ element!(
     mul_add_e_f32s,
     add_f32s,
     reduce_sum_f32s,
+    sub_f32s,
+    mul_f32s,
+    at_least_f32s,
+    at_most_f32s,
+    less_than_f32s,
+    select_f32s,
     mask_between_m32s,
     mask_load_ptr_f32s,
     mask_store_ptr_f32s,
     transpose_f32,
     matrixmultiply::sgemm,
-    |x| rows::exp_f32::<I>(x)
+    sigmoid_f32
 );
 element!(
     f64,
@@ -235,10 +278,16 @@ element!(
     mul_add_e_f64s,
     add_f64s,
     reduce_sum_f64s,
+    sub_f64s,
+    mul_f64s,
+    at_least_f64s,
+    at_most_f64s,
+    less_than_f64s,
+    select_f64s,
     mask_between_m64s,
     mask_load_ptr_f64s,
     mask_store_ptr_f64s,
     transpose_f64,
     matrixmultiply::dgemm,
-    |x| f64::exp(x)
+    sigmoid_f64
 );

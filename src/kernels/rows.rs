@@ -1,150 +1,104 @@
-//! What batch norm and activations do to rows of pixels: plain loops, which the compiler vectorises for the
-//! instruction set that they are inlined into.
+//! What batch norm and activations do to rows of pixels.
 //!
-//! A row is one channel's pixels, so everything but the pixels themselves is a constant of the loop. Sums are kept in
-//! [`LANES`] independent partial sums, for a sum has one order only and the compiler may not choose another.
+//! A row is one channel's pixels, so everything but the pixels themselves is a constant of the loop. All kernels here go
+//! through rows in the same way ([`Body`]): [`BLOCK`] vectors at a time, so that chains of dependent instructions
+//! overlap, and a masked vector at the end.
 
 use super::Element;
+use super::activations::{Activation, Function, with_function};
 use crate::isa::{Isa, Kernel};
 
-/// Partial sums of a loop: enough of them to hide the latency of an addition.
-const LANES: usize = 32;
+/// Vectors that are worked on at a time: the sums' additions and the activations' chains overlap.
+const BLOCK: usize = 4;
 
-/// An activation function.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x`
-    Identity,
-    /// `max(x, 0)`
-    Relu,
-    /// `min(max(x, 0), 6)`
-    Relu6,
-    /// `x * sigmoid(x)`, also called SiLU
-    Swish,
-    /// `1 / (1 + exp(-x))`
-    Sigmoid,
-    /// `relu6(x + 3) / 6`
-    HardSigmoid,
-    /// `x * hard_sigmoid(x)`
-    HardSwish,
+/// A vector's values that belong to the row.
+#[derive(Clone, Copy)]
+enum Lanes<M> {
+    All,
+    First(M),
 }
 
-/// An activation as a type, compiled into a loop.
-trait Function<T> {
-    /// The function.
-    fn value<I: Isa>(x: T) -> T;
-    /// The function and its derivative.
-    fn both<I: Isa>(x: T) -> (T, T);
+/// What is done to the pixels of rows.
+trait Body<T: Element, I: Isa> {
+    /// Works on `N` vectors from pixel `at`; of the last row's rest, the lanes that there are.
+    ///
+    /// # Safety
+    /// These pixels must belong to the rows.
+    unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>);
 }
 
-macro_rules! functions {
-    ($($name:ident($x:ident) $both:expr;)*) => {
-        $(
-            struct $name;
-            impl<T: Element> Function<T> for $name {
-                #[inline(always)]
-                fn value<I: Isa>(x: T) -> T {
-                    <Self as Function<T>>::both::<I>(x).0
-                }
-                #[inline(always)]
-                fn both<I: Isa>($x: T) -> (T, T) {
-                    $both
-                }
-            }
-        )*
-
-        /// Evaluates an expression with the type of an activation.
-        macro_rules! with_function {
-            ($activation:expr, $F:ident => $body:expr) => {
-                match $activation {
-                    $(Activation::$name => {
-                        type $F = $name;
-                        $body
-                    })*
-                }
-            };
-        }
-    };
-}
-
-functions! {
-    Identity(x) (x, T::ONE);
-    Relu(x) (select(x < T::default(), T::default(), x), step(x > T::default()));
-    Relu6(x) {
-        let six = T::from_f64(6.0);
-        (clamp(x, T::default(), six), step::<T>(x > T::default()) * step(x < six))
-    };
-    Swish(x) {
-        let x = floor(x);
-        let s = sigmoid::<I, T>(x);
-        (x * s, s * x.times_plus::<I>(T::ONE - s, T::ONE))
-    };
-    Sigmoid(x) {
-        let s = sigmoid::<I, T>(x);
-        (s, s * (T::ONE - s))
-    };
-    HardSigmoid(x) {
-        let (three, sixth) = (T::from_f64(3.0), T::from_f64(1.0 / 6.0));
-        (clamp(x * sixth + T::from_f64(0.5), T::default(), T::ONE), sixth * step::<T>(x > -three) * step(x < three))
-    };
-    HardSwish(x) {
-        let (three, sixth) = (T::from_f64(3.0), T::from_f64(1.0 / 6.0));
-        let x = floor(x);
-        let s = clamp(x * sixth + T::from_f64(0.5), T::default(), T::ONE);
-        (x * s, s + x * sixth * step::<T>(x > -three) * step(x < three))
-    };
-}
-
-#[inline(always)]
-fn select<T>(condition: bool, yes: T, no: T) -> T {
-    if condition { yes } else { no }
-}
-
-#[inline(always)]
-fn step<T: Element>(condition: bool) -> T {
-    select(condition, T::ONE, T::default())
-}
-
-/// NaN stays NaN.
-#[inline(always)]
-fn clamp<T: Element>(x: T, low: T, high: T) -> T {
-    let x = select(x < low, low, x);
-    select(x > high, high, x)
-}
-
-/// Lifts minus infinity, whose product with 0 would not be a number, where the limit of the product is 0.
-#[inline(always)]
-fn floor<T: Element>(x: T) -> T {
-    select(x < T::from_f64(-1e30), T::from_f64(-1e30), x)
-}
-
-#[inline(always)]
-fn sigmoid<I: Isa, T: Element>(x: T) -> T {
-    T::ONE / (T::ONE + (-x).exp::<I>())
-}
-
-/// `exp(x)` with a relative error below 1e-6 where the result is a normal number, an absolute one of 2^-148 below.
+/// Calls a body for all pixels of rows.
 ///
-/// `x = n ln 2 + r` with `|r| <= ln 2 / 2`; `exp(r)` by a polynomial; the factor `2^n` in two steps, because the
-/// exponent of neither a subnormal result nor of infinity fits one.
+/// # Safety
+/// The rows must have `len` pixels.
 #[inline(always)]
-pub fn exp_f32<I: Isa>(x: f32) -> f32 {
-    // Adding this rounds to an integer, which then stands in the lowest bits.
-    const ROUND: f32 = 12_582_912.0;
-    // ln 2 in two parts, the first with few enough bits that its product with `n` is exact.
-    const LN2: (f32, f32) = (0.693_359_4, -2.121_944_4e-4);
-    // Beyond these the result is 0 or infinity.
-    let x = clamp(x, -110.0, 90.0);
-    let shifted = x.times_plus::<I>(std::f32::consts::LOG2_E, ROUND);
-    let n = shifted - ROUND;
-    let r = n.times_plus::<I>(-LN2.1, n.times_plus::<I>(-LN2.0, x));
-    // Taylor's polynomial of degree 6: r^7 / 7! is at most 1.2e-7.
-    let coefficients = [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
-    let p = coefficients.into_iter().fold(1.0 / 720.0, |p: f32, c| p.times_plus::<I>(r, c));
-    let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-    let half = n >> 1;
-    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
-    p * power(half) * power(n.wrapping_sub(half))
+unsafe fn run<T: Element, I: Isa>(isa: I, len: usize, body: &mut impl Body<T, I>) {
+    let vector = T::lanes::<I>();
+    let mut at = 0;
+    // SAFETY: `at` and the lanes stay below `len`.
+    unsafe {
+        while at + BLOCK * vector <= len {
+            body.block::<BLOCK>(isa, at, Lanes::All);
+            at += BLOCK * vector;
+        }
+        while at + vector <= len {
+            body.block::<1>(isa, at, Lanes::All);
+            at += vector;
+        }
+        if at < len {
+            body.block::<1>(isa, at, Lanes::First(T::mask(isa, len - at)));
+        }
+    }
+}
+
+/// Loads `N` vectors; what is beyond the row is zero.
+///
+/// # Safety
+/// The lanes' values must be readable from `x` on.
+#[inline(always)]
+unsafe fn load<T: Element, I: Isa, const N: usize>(isa: I, x: *const T, lanes: Lanes<T::Mask<I>>) -> [T::Vector<I>; N] {
+    let mut vectors = [T::splat(isa, T::default()); N];
+    for (i, vector) in vectors.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *vector = unsafe {
+            let x = x.add(i * T::lanes::<I>());
+            match lanes {
+                Lanes::All => T::load(isa, x),
+                Lanes::First(mask) => T::load_masked(isa, mask, x),
+            }
+        };
+    }
+    vectors
+}
+
+/// Stores vectors.
+///
+/// # Safety
+/// The lanes' values must be writable from `y` on.
+#[inline(always)]
+unsafe fn store<T: Element, I: Isa, const N: usize>(
+    isa: I,
+    y: *mut T,
+    lanes: Lanes<T::Mask<I>>,
+    vectors: [T::Vector<I>; N],
+) {
+    for (i, vector) in vectors.into_iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let y = y.add(i * T::lanes::<I>());
+            match lanes {
+                Lanes::All => T::store(isa, y, vector),
+                Lanes::First(mask) => T::store_masked(isa, mask, y, vector),
+            }
+        }
+    }
+}
+
+/// The sum of a block's partial sums.
+#[inline(always)]
+fn total<T: Element, I: Isa>(isa: I, sums: [T::Vector<I>; BLOCK]) -> f64 {
+    let [a, b, c, d] = sums;
+    T::sum(isa, T::add_vectors(isa, T::add_vectors(isa, a, b), T::add_vectors(isa, c, d))).to_f64()
 }
 
 /// `activation(scale * x + shift) * factor` of a row, written or (with `add`) added to `y`.
@@ -167,14 +121,15 @@ impl<T: Element> Kernel for Activate<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, _isa: I) {
+    fn run<I: Isa>(self, isa: I) {
         let Self { activation, x, affine: (scale, shift), factor, add, y } = self;
+        assert_eq!(x.len(), y.len());
+        let constants = [scale, shift, factor].map(|value| T::splat(isa, value));
         with_function!(activation, F => {
-            if add {
-                y.iter_mut().zip(x).for_each(|(y, &x)| *y += F::value::<I>(x.times_plus::<I>(scale, shift)) * factor);
-            } else {
-                y.iter_mut().zip(x).for_each(|(y, &x)| *y = F::value::<I>(x.times_plus::<I>(scale, shift)) * factor);
-            }
+            let function = std::marker::PhantomData::<F>;
+            let mut body = Forward { x: x.as_ptr(), y: y.as_mut_ptr(), constants, add, function };
+            // SAFETY: both rows have this length.
+            unsafe { run(isa, x.len(), &mut body) }
         });
     }
 }
@@ -193,11 +148,49 @@ impl<T: Element> Kernel for ActivateInPlace<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, _isa: I) {
-        let (scale, shift) = self.affine;
-        with_function!(self.activation, F => {
-            self.row.iter_mut().for_each(|x| *x = F::value::<I>(x.times_plus::<I>(scale, shift)));
+    fn run<I: Isa>(self, isa: I) {
+        let Self { activation, row, affine: (scale, shift) } = self;
+        let (y, constants) = (row.as_mut_ptr(), [scale, shift, T::ONE].map(|value| T::splat(isa, value)));
+        with_function!(activation, F => {
+            let function = std::marker::PhantomData::<F>;
+            // SAFETY: one row, of which each block is read before it is written.
+            unsafe { run(isa, row.len(), &mut Forward { x: y, y, constants, add: false, function }) }
         });
+    }
+}
+
+struct Forward<T, V, F> {
+    x: *const T,
+    y: *mut T,
+    /// Scale, shift and factor.
+    constants: [V; 3],
+    add: bool,
+    function: std::marker::PhantomData<F>,
+}
+
+impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Forward<T, T::Vector<I>, F> {
+    #[inline(always)]
+    unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
+        let [scale, shift, factor] = self.constants;
+        // SAFETY: the caller's promise.
+        let mut z = unsafe { load::<T, I, N>(isa, self.x.add(at), lanes) };
+        for z in &mut z {
+            *z = T::mul_add(isa, *z, scale, shift);
+        }
+        let [mut values, _] = F::both(isa, z);
+        if self.add {
+            // SAFETY: as above.
+            let y = unsafe { load::<T, I, N>(isa, self.y.add(at), lanes) };
+            for (value, y) in values.iter_mut().zip(y) {
+                *value = T::mul_add(isa, *value, factor, y);
+            }
+        } else {
+            for value in &mut values {
+                *value = T::mul_vectors(isa, *value, factor);
+            }
+        }
+        // SAFETY: as above.
+        unsafe { store(isa, self.y.add(at), lanes, values) };
     }
 }
 
@@ -236,46 +229,78 @@ impl<T: Element> Kernel for ActivateGrad<'_, T> {
     type Output = RowSums;
 
     #[inline(always)]
-    fn run<I: Isa>(self, _isa: I) -> RowSums {
-        with_function!(self.activation, F => if self.add { self.rows::<I, F, true>() } else { self.rows::<I, F, false>() })
+    fn run<I: Isa>(self, isa: I) -> RowSums {
+        let Self { activation, x, affine: (scale, shift), factor, grad, moments: (mean, inverse), add, grad_x } = self;
+        assert_eq!([x.len(); 2], [grad.len(), grad_x.len()]);
+        let zero = T::splat(isa, T::default());
+        with_function!(activation, F => {
+            let mut body = Backward {
+                x: x.as_ptr(),
+                grad: grad.as_ptr(),
+                grad_x: grad_x.as_mut_ptr(),
+                constants: [scale, shift, factor, mean].map(|value| T::splat(isa, value)),
+                add,
+                sums: [[zero; BLOCK]; 3],
+                function: std::marker::PhantomData::<F>,
+            };
+            // SAFETY: all rows have this length.
+            unsafe { run(isa, x.len(), &mut body) };
+            let [grad, normalised, value] = body.sums;
+            RowSums {
+                grad: total::<T, I>(isa, grad),
+                normalised: total::<T, I>(isa, normalised) * inverse.to_f64(),
+                value: total::<T, I>(isa, value),
+            }
+        })
     }
 }
 
-impl<T: Element> ActivateGrad<'_, T> {
-    #[inline(always)]
-    fn rows<I: Isa, F: Function<T>, const ADD: bool>(self) -> RowSums {
-        let constants = [self.affine.0, self.affine.1, self.factor, self.moments.0, self.moments.1];
-        let mut sums = [[T::default(); LANES]; 3];
-        let whole = self.x.len() / LANES * LANES;
-        let (x, x_rest) = self.x.split_at(whole);
-        let (grad, grad_rest) = self.grad.split_at(whole);
-        let (grad_x, grad_x_rest) = self.grad_x.split_at_mut(whole);
-        let chunks = x.chunks_exact(LANES).zip(grad.chunks_exact(LANES)).zip(grad_x.chunks_exact_mut(LANES));
-        for ((x, grad), grad_x) in chunks {
-            // The fixed length lets the compiler vectorise.
-            Self::chunk::<I, F, ADD>(&x[..LANES], &grad[..LANES], &mut grad_x[..LANES], constants, &mut sums);
-        }
-        Self::chunk::<I, F, ADD>(x_rest, grad_rest, grad_x_rest, constants, &mut sums);
-        let [grad, normalised, value] = sums.map(|lanes| lanes.iter().map(|sum| sum.to_f64()).sum());
-        RowSums { grad, normalised, value }
-    }
+struct Backward<T, V, F> {
+    x: *const T,
+    grad: *const T,
+    grad_x: *mut T,
+    /// Scale, shift, factor and mean.
+    constants: [V; 4],
+    add: bool,
+    /// Partial sums for the three of [`RowSums`], the normalised ones yet without the deviation.
+    sums: [[V; BLOCK]; 3],
+    function: std::marker::PhantomData<F>,
+}
 
-    /// At most [`LANES`] values.
+impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Backward<T, T::Vector<I>, F> {
     #[inline(always)]
-    fn chunk<I: Isa, F: Function<T>, const ADD: bool>(
-        x: &[T],
-        grad: &[T],
-        grad_x: &mut [T],
-        [scale, shift, factor, mean, inverse]: [T; 5],
-        [sum, normalised, total]: &mut [[T; LANES]; 3],
-    ) {
-        for i in 0..x.len().min(LANES) {
-            let (value, slope) = F::both::<I>(x[i].times_plus::<I>(scale, shift));
-            let g = grad[i] * factor * slope;
-            sum[i] += g;
-            normalised[i] += g * ((x[i] - mean) * inverse);
-            total[i] += grad[i] * value;
-            grad_x[i] = if ADD { grad_x[i] + g * scale } else { g * scale };
+    unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
+        let [scale, shift, factor, mean] = self.constants;
+        // SAFETY: the caller's promise.
+        let x = unsafe { load::<T, I, N>(isa, self.x.add(at), lanes) };
+        let mut z = x;
+        for z in &mut z {
+            *z = T::mul_add(isa, *z, scale, shift);
+        }
+        let [values, mut slopes] = F::both(isa, z);
+        // SAFETY: as above. Beyond the row, gradients are zero and so is all that is added to the sums.
+        let grad = unsafe { load::<T, I, N>(isa, self.grad.add(at), lanes) };
+        let [sum, normalised, value] = &mut self.sums;
+        for i in 0..N {
+            let g = T::mul_vectors(isa, T::mul_vectors(isa, grad[i], factor), slopes[i]);
+            sum[i] = T::add_vectors(isa, sum[i], g);
+            normalised[i] = T::mul_add(isa, g, T::sub_vectors(isa, x[i], mean), normalised[i]);
+            value[i] = T::mul_add(isa, grad[i], values[i], value[i]);
+            slopes[i] = g;
+        }
+        // SAFETY: as above.
+        unsafe {
+            if self.add {
+                let before = load::<T, I, N>(isa, self.grad_x.add(at), lanes);
+                for (g, before) in slopes.iter_mut().zip(before) {
+                    *g = T::mul_add(isa, *g, scale, before);
+                }
+            } else {
+                for g in &mut slopes {
+                    *g = T::mul_vectors(isa, *g, scale);
+                }
+            }
+            store(isa, self.grad_x.add(at), lanes, slopes);
         }
     }
 }
@@ -296,10 +321,34 @@ impl<T: Element> Kernel for NormGrad<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, _isa: I) {
+    fn run<I: Isa>(self, isa: I) {
+        let Self { w, x, constants, y } = self;
+        assert_eq!([y.len(); 2], [w.len(), x.len()]);
+        let constants = constants.map(|value| T::splat(isa, value));
+        let mut body = Normal { w: w.as_ptr(), x: x.as_ptr(), y: y.as_mut_ptr(), constants };
+        // SAFETY: all rows have this length.
+        unsafe { run(isa, x.len(), &mut body) }
+    }
+}
+
+struct Normal<T, V> {
+    w: *const T,
+    x: *const T,
+    y: *mut T,
+    constants: [V; 3],
+}
+
+impl<T: Element, I: Isa> Body<T, I> for Normal<T, T::Vector<I>> {
+    #[inline(always)]
+    unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
         let [slope, mean, shift] = self.constants;
-        for ((y, &w), &x) in self.y.iter_mut().zip(self.w).zip(self.x) {
-            *y = w + slope * (x - mean) + shift;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut y = load::<T, I, N>(isa, self.w.add(at), lanes);
+            for (y, x) in y.iter_mut().zip(load::<T, I, N>(isa, self.x.add(at), lanes)) {
+                *y = T::mul_add(isa, slope, T::sub_vectors(isa, x, mean), T::add_vectors(isa, *y, shift));
+            }
+            store(isa, self.y.add(at), lanes, y);
         }
     }
 }
@@ -314,28 +363,38 @@ impl<T: Element> Kernel for Moments<'_, T> {
     type Output = (f64, f64);
 
     #[inline(always)]
-    fn run<I: Isa>(self, _isa: I) -> (f64, f64) {
+    fn run<I: Isa>(self, isa: I) -> (f64, f64) {
         let pivot = self.0.first().copied().unwrap_or_default();
-        let mut sums = [[T::default(); LANES]; 2];
-        let chunks = self.0.chunks_exact(LANES);
-        Self::chunk::<I>(chunks.remainder(), pivot, &mut sums);
-        for row in chunks {
-            Self::chunk::<I>(&row[..LANES], pivot, &mut sums);
-        }
-        let [sum, squares] = sums.map(|lanes| lanes.iter().map(|sum| sum.to_f64()).sum::<f64>());
+        let zero = T::splat(isa, T::default());
+        let mut body = Distances { x: self.0.as_ptr(), pivot: T::splat(isa, pivot), sums: [[zero; BLOCK]; 2] };
+        // SAFETY: the row has this length.
+        unsafe { run(isa, self.0.len(), &mut body) };
+        let (sum, squares) = (total::<T, I>(isa, body.sums[0]), total::<T, I>(isa, body.sums[1]));
         let count = self.0.len() as f64;
         (pivot.to_f64() + sum / count, (squares - sum * sum / count).max(0.0))
     }
 }
 
-impl<T: Element> Moments<'_, T> {
-    /// At most [`LANES`] values.
+struct Distances<T, V> {
+    x: *const T,
+    pivot: V,
+    /// Partial sums of the distances from the pivot and of their squares.
+    sums: [[V; BLOCK]; 2],
+}
+
+impl<T: Element, I: Isa> Body<T, I> for Distances<T, T::Vector<I>> {
     #[inline(always)]
-    fn chunk<I: Isa>(row: &[T], pivot: T, [sum, squares]: &mut [[T; LANES]; 2]) {
-        for i in 0..row.len().min(LANES) {
-            let distance = row[i] - pivot;
-            sum[i] += distance;
-            squares[i] = distance.times_plus::<I>(distance, squares[i]);
+    unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
+        // SAFETY: the caller's promise.
+        let x = unsafe { load::<T, I, N>(isa, self.x.add(at), lanes) };
+        let [sum, squares] = &mut self.sums;
+        for i in 0..N {
+            let mut distance = T::sub_vectors(isa, x[i], self.pivot);
+            if let Lanes::First(mask) = lanes {
+                distance = T::keep_masked(isa, mask, distance);
+            }
+            sum[i] = T::add_vectors(isa, sum[i], distance);
+            squares[i] = T::mul_add(isa, distance, distance, squares[i]);
         }
     }
 }
@@ -347,62 +406,51 @@ impl<T: Element> Kernel for Sum<'_, T> {
     type Output = f64;
 
     #[inline(always)]
-    fn run<I: Isa>(self, _isa: I) -> f64 {
-        let mut sums = [T::default(); LANES];
-        let chunks = self.0.chunks_exact(LANES);
-        sums.iter_mut().zip(chunks.remainder()).for_each(|(sum, &x)| *sum += x);
-        for chunk in chunks {
-            sums.iter_mut().zip(chunk).for_each(|(sum, &x)| *sum += x);
+    fn run<I: Isa>(self, isa: I) -> f64 {
+        let mut body = Total { x: self.0.as_ptr(), sums: [T::splat(isa, T::default()); BLOCK] };
+        // SAFETY: the row has this length.
+        unsafe { run(isa, self.0.len(), &mut body) };
+        total::<T, I>(isa, body.sums)
+    }
+}
+
+struct Total<T, V> {
+    x: *const T,
+    sums: [V; BLOCK],
+}
+
+impl<T: Element, I: Isa> Body<T, I> for Total<T, T::Vector<I>> {
+    #[inline(always)]
+    unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
+        // SAFETY: the caller's promise. What is beyond the row is zero.
+        for (sum, x) in self.sums.iter_mut().zip(unsafe { load::<T, I, N>(isa, self.x.add(at), lanes) }) {
+            *sum = T::add_vectors(isa, *sum, x);
         }
-        sums.iter().map(|sum| sum.to_f64()).sum()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::isa::Active;
 
     #[test]
-    fn exponential_over_the_whole_range() {
-        let mut bits = 0u32;
-        while bits < u32::MAX - 997 {
-            bits += 997;
-            let x = f32::from_bits(bits);
-            let (found, expected) = (exp_f32::<pulp::Scalar>(x), f64::from(x).exp());
-            if x.is_nan() {
-                assert!(found.is_nan());
-            } else if expected > f64::from(f32::MAX) {
-                assert!(found == f32::INFINITY || expected < 3.402_824e38, "{x} {found}");
-            } else {
-                let error = (f64::from(found) - expected).abs();
-                let bound = if expected >= f64::from(f32::MIN_POSITIVE) { 1e-6 * expected } else { 2f64.powi(-148) };
-                assert!(error <= bound, "exp({x}) = {found}, expected {expected}");
+    fn rows_of_all_lengths() {
+        for isa in Active::available() {
+            for len in 0..150 {
+                let x: Vec<f64> = (0..len).map(|i| (i as f64 * 0.7).sin() + 1e3).collect();
+                let count = len as f64;
+                let sum: f64 = x.iter().sum();
+                assert!((isa.run(Sum(&x)) - sum).abs() <= 1e-12 * sum);
+                let (mean, squares) = isa.run(Moments(&x));
+                let expected: f64 = x.iter().map(|x| (x - sum / count).powi(2)).sum();
+                assert!(len == 0 || (mean - sum / count).abs() < 1e-10 && (squares - expected).abs() < 1e-9);
+                let mut y = vec![3.0; len + 1];
+                let (constants, w) = ([2.0, 999.0, 0.5], &x);
+                isa.run(NormGrad { w, x: &x, constants, y: &mut y[..len] });
+                assert!(y.iter().zip(&x).all(|(y, x)| (y - (x + 2.0 * (x - 999.0) + 0.5)).abs() < 1e-9));
+                assert_eq!(y[len], 3.0);
             }
-        }
-    }
-
-    #[test]
-    fn activations_have_their_limits_and_derivatives() {
-        for (activation, low, high) in [
-            (Activation::Relu, 0.0, f64::INFINITY),
-            (Activation::Relu6, 0.0, 6.0),
-            (Activation::Swish, 0.0, f64::INFINITY),
-            (Activation::Sigmoid, 0.0, 1.0),
-            (Activation::HardSigmoid, 0.0, 1.0),
-            (Activation::HardSwish, 0.0, f64::INFINITY),
-        ] {
-            with_function!(activation, F => {
-                for x in [f32::NEG_INFINITY, -1e38, -100.0] {
-                    assert!((F::value::<pulp::Scalar>(x) as f64 - low).abs() < 1e-30, "{activation:?}({x})");
-                }
-                assert_eq!(F::value::<pulp::Scalar>(f32::INFINITY) as f64, high, "{activation:?}");
-                assert!(F::value::<pulp::Scalar>(f32::NAN).is_nan(), "{activation:?}");
-                for i in -50..50 {
-                    let (x, h) = (f64::from(i) * 0.173 + 0.01, 1e-6);
-                    let slope = (F::value::<pulp::Scalar>(x + h) - F::value::<pulp::Scalar>(x - h)) / (2.0 * h);
-                    assert!((F::both::<pulp::Scalar>(x).1 - slope).abs() < 1e-6, "{activation:?}'({x})");
-                }
-            });
         }
     }
 }
