@@ -24,7 +24,7 @@ demo: $(DEMO) ## Train a kEffNet-B0 on the images in the package; minutes
 .PHONY: test
 test: $(DEV) ## Build and run all tests: cargo, pytest, doctests
 	cargo test --quiet
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: check
 check: lint stubs test ## What continuous integration runs: lint, stubs, test

@@ -114,18 +114,24 @@ impl Memory {
     /// Memory for `len` values, aligned to a cache line.
     pub fn new<T: Element>(len: usize) -> Self {
         let size = (len * size_of::<T>()).next_multiple_of(LINE).max(LINE);
-        if size < RECYCLED {
-            return Self(Some(Block::new(size)));
+        let block = if size < RECYCLED { Block::new(size) } else { Self::recycled(size) };
+        if cfg!(debug_assertions) {
+            // NaN shows where something is read that nobody has written.
+            // SAFETY: the block's own memory.
+            unsafe { block.start.write_bytes(0xff, block.size) };
         }
-        let block = blocks(|blocks| blocks.take(size)).unwrap_or_else(|| {
+        Self(Some(block))
+    }
+
+    fn recycled(size: usize) -> Block {
+        blocks(|blocks| blocks.take(size)).unwrap_or_else(|| {
             let surplus = blocks(|blocks| {
                 blocks.count(size);
                 blocks.surplus()
             });
             drop(surplus);
             Block::new(size)
-        });
-        Self(Some(block))
+        })
     }
 
     /// The memory as values that are yet to be written.

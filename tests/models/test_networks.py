@@ -82,12 +82,12 @@ def check_a_step_of_training(model, images: torch.Tensor, labels: torch.Tensor) 
         assert gradient is not None, path
         assert gradient.isfinite().all(), path
         assert gradient.any(), path
-    # As far as would take a hundredth of the loss away if it were linear.
-    step = 0.01 * before / sum(gradient.square().sum() for gradient in gradients)
+    # As far as would take a thousandth of the loss away if it were linear, which it is not for long.
+    step = 0.001 * before / sum(gradient.square().sum() for gradient in gradients)
     with torch.no_grad():
         for weight, gradient in zip(weights.values(), gradients, strict=True):
             weight -= step * gradient
-        assert 0.98 * before < loss() < before
+        assert 0.998 * before < loss() < before
 
 
 def saved_and_loaded(model, name: str, folder: Path):
