@@ -82,7 +82,7 @@ def check_a_step_of_training(model, images: torch.Tensor, labels: torch.Tensor) 
         assert gradient is not None, path
         assert gradient.isfinite().all(), path
         assert gradient.any(), path
-    # As far as would take a thousandth of the loss away if it were linear, which it is not for long.
+    # As far as would take a thousandth of the loss away if it were linear: further it is not.
     step = 0.001 * before / sum(gradient.square().sum() for gradient in gradients)
     with torch.no_grad():
         for weight, gradient in zip(weights.values(), gradients, strict=True):
