@@ -42,6 +42,17 @@ impl FusedProgram {
         self.0.norm_channels()
     }
 
+    /// What each step does and how long it has taken since the last call.
+    ///
+    /// Returns:
+    ///     For each step its kind ("pointwise", "spatial", "copy", "mean"), the seconds in forward passes and in backward
+    ///     passes (in inference with a thread an image, of all threads), and for each image the forward pass's
+    ///     multiply-adds and the number of values that it reads and writes.
+    fn take_times(&self) -> Vec<(&'static str, f64, f64, usize, usize)> {
+        let times = self.0.take_times().into_iter();
+        times.map(|step| (step.kind, step.forward, step.backward, step.multiply_adds, step.values)).collect()
+    }
+
     /// Forward in training.
     ///
     /// Args:

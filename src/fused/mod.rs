@@ -29,10 +29,10 @@ mod tests;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-pub use program::Program;
+pub use program::{Program, StepTimes};
 
 use self::pointwise::Packed;
-use self::program::{Kind, Slots, Source, Step};
+use self::program::{Kind, Slots, Source, Step, timed};
 use crate::isa::Active;
 use crate::kernels::Element;
 use crate::kernels::activations::Activation;
@@ -357,7 +357,7 @@ impl<'a, T: Element> Pass<'a, T> {
 
     /// Makes a step's value; with the statistics of its channels where they are wanted and come for free.
     fn step(&self, step: &Step) -> Option<Vec<Statistics>> {
-        match &step.kind {
+        timed(&self.program.clocks[step.value - 1].forward, || match &step.kind {
             Kind::Conv(conv) if conv.pointwise() => Some(self.pointwise(step, conv)),
             Kind::Conv(conv) => Some(self.spatial(step, conv)),
             Kind::Copy => {
@@ -368,7 +368,7 @@ impl<'a, T: Element> Pass<'a, T> {
                 self.mean(step);
                 None
             }
-        }
+        })
     }
 
     fn copy(&self, step: &Step) {
@@ -597,13 +597,14 @@ impl<T: Element> Tape<'_, '_, T> {
     /// Goes back through a step: from the gradient by its value to those by its parameters and its source.
     fn step(&mut self, step: &Step) {
         self.look_at(step.value);
-        match &step.kind {
+        let clocks = &self.pass.program.clocks;
+        timed(&clocks[step.value - 1].backward, || match &step.kind {
             Kind::Conv(conv) if conv.pointwise() => self.pointwise(step, conv),
             Kind::Conv(conv) => self.spatial(step, conv),
             Kind::Copy | Kind::Mean if !step.differentiate => {}
             Kind::Copy => self.copy(step),
             Kind::Mean => self.mean(step),
-        }
+        });
     }
 
     fn copy(&mut self, step: &Step) {

@@ -3,6 +3,9 @@
 //! A front end sends a program as a list of 64-bit integers, in the order in which [`Program::parse`] reads them.
 
 use std::ops::Range;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
 
 use crate::error::{Result, bail};
 use crate::kernels::activations::Activation;
@@ -147,7 +150,7 @@ pub(super) struct Step {
 }
 
 /// A chain of convolutions, batch norms, activations and sums that runs as one operation.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Program {
     pub(super) values: Vec<Value>,
     pub(super) norms: Vec<Norm>,
@@ -161,6 +164,39 @@ pub struct Program {
     pub(super) kept: Slots,
     pub(super) reused: Slots,
     pub(super) gradients: Slots,
+    /// The time that each step has taken.
+    pub(super) clocks: Vec<Clock>,
+}
+
+/// A step's kind, the seconds that it has taken, and for each image its multiply-adds and the values that it reads and
+/// writes in the forward pass.
+#[derive(Clone, Debug)]
+pub struct StepTimes {
+    /// "pointwise", "spatial" (another convolution), "copy" or "mean".
+    pub kind: &'static str,
+    /// Seconds in forward passes and inference, of all threads where they take images by themselves.
+    pub forward: f64,
+    /// Seconds in backward passes.
+    pub backward: f64,
+    /// Multiply-adds in the forward pass.
+    pub multiply_adds: usize,
+    /// Values read and written in the forward pass.
+    pub values: usize,
+}
+
+/// Nanoseconds of all threads that take a step by themselves.
+#[derive(Debug, Default)]
+pub(super) struct Clock {
+    pub forward: AtomicU64,
+    pub backward: AtomicU64,
+}
+
+/// Calls `work` and adds its time to a clock: 50 ns more.
+pub(super) fn timed<R>(clock: &AtomicU64, work: impl FnOnce() -> R) -> R {
+    let start = Instant::now();
+    let result = work();
+    clock.fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
+    result
 }
 
 /// Places in memory for one image; those for more are multiples.
@@ -369,6 +405,7 @@ impl Program {
             norm.beta = parameters;
             parameters += norm.channels.len();
         }
+        let clocks = steps.iter().map(|_| Clock::default()).collect();
         let mut program = Self {
             values,
             norms,
@@ -380,6 +417,7 @@ impl Program {
             kept: Slots::default(),
             reused: Slots::default(),
             gradients: Slots::default(),
+            clocks,
         };
         program.connect(channels)?;
         Ok(program)
@@ -571,6 +609,26 @@ impl Program {
             wanted[value].then_some(value..end)
         }));
         (self.kept, self.reused, self.gradients) = (kept, reused, gradients);
+    }
+
+    /// What each step does and how long it has taken since the last call.
+    pub fn take_times(&self) -> Vec<StepTimes> {
+        let seconds = |clock: &AtomicU64| clock.swap(0, Relaxed) as f64 / 1e9;
+        let times = self.steps.iter().zip(&self.clocks).map(|(step, clock)| {
+            let value = &self.values[step.value];
+            let (kind, multiply_adds) = match &step.kind {
+                Kind::Conv(conv) => {
+                    let kind = if conv.pointwise() { "pointwise" } else { "spatial" };
+                    (kind, value.channels * conv.group_in * conv.taps() * value.pixels())
+                }
+                Kind::Copy => ("copy", 0),
+                Kind::Mean => ("mean", 0),
+            };
+            let values = value.channels * value.pixels() + step.source.rows.len() * step.source.pixels();
+            let (forward, backward) = (seconds(&clock.forward), seconds(&clock.backward));
+            StepTimes { kind, forward, backward, multiply_adds, values }
+        });
+        times.collect()
     }
 
     /// The number of parameters.

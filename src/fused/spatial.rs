@@ -9,43 +9,53 @@
 //!   part   = (output height + span) x pitch
 //! ```
 //!
+//! Small planes of several images stand one after the other and are computed as one, too: a call of a kernel takes longer
+//! than a plane of 8 x 8 pixels.
+//!
 //! The backward pass holds the gradient's planes likewise, with a border as wide as the taps reach.
 
 use std::mem::MaybeUninit;
 
 use super::pointwise::merge_parts;
 use super::program::{Conv, Step};
-use super::{PARTS, Pass, Statistics, Tape};
+use super::{PARTS, Pass, Statistics, Tape, chunks};
+use crate::isa::Active;
 use crate::kernels::Element;
 use crate::kernels::pointwise::{AddBias, ConvRows, Identity, Rows, SumSlots, slot};
-use crate::kernels::rows::Sum;
+use crate::kernels::rows::{CopyRows, Sum};
 use crate::ops::Shared;
 use crate::ops::depthwise::merge_row;
 use crate::ops::pointwise::products;
 use crate::pool::part;
 use crate::scratch;
 
-/// The geometry of a convolution's padded planes.
+/// Values of a row that are computed together, about: all that is done to them stays in the L1 cache.
+const BLOCK_PIXELS: usize = 1024;
+
+/// The geometry of a convolution's padded planes: those of one channel of some images.
 struct Planes {
+    /// Images.
+    images: usize,
     /// Height and width of the input.
     input: [usize; 2],
     stride: usize,
     before: [usize; 2],
     pitch: usize,
-    /// Rows and values of a part.
+    /// Rows and values of an image's part.
     rows: usize,
     part: usize,
-    /// Pixels of the output's rows as one.
+    /// Pixels of an image's output rows as one.
     long: usize,
 }
 
 impl Planes {
     /// The planes of a step's source; `pitch` may be more than is needed.
-    fn new(step: &Step, conv: &Conv, output: [usize; 2], pitch: usize) -> Self {
+    fn new(step: &Step, conv: &Conv, output: [usize; 2], pitch: usize, images: usize) -> Self {
         let span = conv.kernel.map(|kernel| (kernel - 1) / conv.stride);
         let pitch = pitch.max(output[1] + span[1]);
         let rows = output[0] + span[0];
         Self {
+            images,
             input: [step.source.height, step.source.width],
             stride: conv.stride,
             before: conv.before,
@@ -57,69 +67,89 @@ impl Planes {
         }
     }
 
-    /// Values of a padded plane.
+    /// Values of a channel's padded planes.
     fn padded(&self) -> usize {
-        self.stride * self.stride * self.part
+        self.stride * self.stride * self.images * self.part
     }
 
-    /// Where a tap's view of a padded plane starts.
+    /// Where a tap's view of a channel's padded planes starts.
     fn tap(&self, y: usize, x: usize) -> usize {
         let step = self.stride;
-        (y % step * step + x % step) * self.part + y / step * self.pitch + x / step
+        (y % step * step + x % step) * self.images * self.part + y / step * self.pitch + x / step
     }
 
-    /// Writes a plane into a padded one, which holds zeros where the plane does not reach.
-    fn write<T: Element>(&self, plane: &[T], padded: &mut [T]) {
+    /// Pixels of the output's rows of some images as one.
+    fn long(&self, images: usize) -> usize {
+        (images - 1) * self.part + self.long
+    }
+
+    /// Writes a channel's planes, one for an image, into the padded ones, which hold zeros where the planes do not reach.
+    fn write<T: Element>(&self, isa: Active, planes: &[T], padded: &mut [T]) {
         let ([height, width], [top, left]) = (self.input, self.before);
         // What lies beyond the last tap of the last output pixel is not read.
-        let height = height.min(self.stride * self.rows - top);
-        let width = width.min(self.stride * self.pitch - left);
-        for (y, row) in plane.chunks_exact(self.input[1]).take(height).enumerate() {
-            let row = &row[..width];
-            let y = y + top;
+        let rows = height.min(self.stride * self.rows - top);
+        let columns = width.min(self.stride * self.pitch - left);
+        for (image, plane) in planes.chunks_exact(height * width).enumerate() {
+            let padded = &mut padded[image * self.part..];
             if self.stride == 1 {
-                padded[y * self.pitch + left..][..width].copy_from_slice(row);
+                copy_rows(isa, (plane, width), (&mut padded[top * self.pitch + left..], self.pitch), [rows, columns]);
                 continue;
             }
-            let line = &mut padded[y % 2 * 2 * self.part + y / 2 * self.pitch..];
-            for parity in 0..2 {
-                // The first pixel that comes to stand in a column of this parity.
-                let first = (left + parity) % 2;
-                let target = &mut line[parity * self.part + (left + first) / 2..];
-                target.iter_mut().zip(row.iter().skip(first).step_by(2)).for_each(|(to, &from)| *to = from);
+            for (y, row) in plane.chunks_exact(width).take(rows).enumerate() {
+                let (y, row) = (y + top, &row[..columns]);
+                let line = &mut padded[y % 2 * 2 * self.images * self.part + y / 2 * self.pitch..];
+                let (even, odd) = line.split_at_mut(self.images * self.part);
+                // An odd border puts the first pixel into an odd column.
+                let (first, pairs) = row.split_at((left % 2).min(columns));
+                odd[left / 2..].iter_mut().zip(first).for_each(|(to, &from)| *to = from);
+                let (even, odd) = (&mut even[left.div_ceil(2)..], &mut odd[left.div_ceil(2)..]);
+                let whole = pairs.chunks_exact(2);
+                whole.remainder().iter().for_each(|&from| even[pairs.len() / 2] = from);
+                for ((pair, even), odd) in whole.zip(even).zip(odd) {
+                    (*even, *odd) = (pair[0], pair[1]);
+                }
             }
         }
     }
+}
+
+/// Copies rows of some width at these pitches.
+fn copy_rows<T: Element>(isa: Active, x: (&[T], usize), y: (&mut [T], usize), [rows, width]: [usize; 2]) {
+    let last = |pitch: usize| rows.max(1) * pitch - pitch + width;
+    assert!(x.0.len() >= last(x.1) && y.0.len() >= last(y.1));
+    // SAFETY: the rows end inside the slices.
+    isa.run(unsafe { CopyRows { x: (x.0.as_ptr(), x.1), y: (y.0.as_mut_ptr(), y.1), width, rows }.promise() });
 }
 
 impl<T: Element> Pass<'_, T> {
     /// Makes the value of a convolution, and its statistics.
     pub(super) fn spatial(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         let value = &self.program.values[step.value];
-        let planes = Planes::new(step, conv, [value.height, value.width], 0);
+        let (pixels, out_pixels) = (step.source.pixels(), value.pixels());
+        let parts = self.image_parts(conv.groups);
+        let block = self.image_block(pixels, parts);
+        let planes = Planes::new(step, conv, [value.height, value.width], 0, block);
         let bias = conv.bias.map(|bias| &self.parameters[bias..][..conv.groups * conv.group_out]);
         let (k, m, packed) = (conv.group_in, conv.group_out, self.weights(step));
         let offsets = self.taps(conv, &planes);
-        let (pixels, out_pixels) = (step.source.pixels(), value.pixels());
-        let long = planes.long.next_multiple_of(16);
+        let long = planes.long(block).next_multiple_of(16);
         let y_offsets: Vec<_> = (0..m).map(|o| o * long).collect();
-        let parts = self.image_parts(conv.groups);
         let mut partial = vec![(0.0, 0.0, 0.0); parts * conv.groups * m];
         let shared = Shared(partial.as_mut_ptr());
         let rows = self.rows(step.value);
         self.for_tasks(conv.groups, parts, |g, p| {
-            scratch::with(k * planes.padded() + m * long + pixels, |memory: &mut [T]| {
+            scratch::with(k * planes.padded() + m * long + block * pixels, |memory: &mut [T]| {
                 let (padded, memory) = memory.split_at_mut(k * planes.padded());
                 let (results, buffer) = memory.split_at_mut(m * long);
                 padded.fill(T::default());
                 // SAFETY: statistics of this part and group alone.
                 let statistics =
                     unsafe { std::slice::from_raw_parts_mut(shared.ptr().add((p * conv.groups + g) * m), m) };
-                for n in part(self.count, parts, p) {
+                for images in chunks(part(self.count, parts, p), block) {
                     for (i, padded) in padded.chunks_exact_mut(planes.padded()).enumerate() {
+                        let range = images.start * pixels..images.end * pixels;
                         // SAFETY: sources are values of earlier steps.
-                        let plane = unsafe { self.load(&step.source, g * k + i, n * pixels..(n + 1) * pixels, buffer) };
-                        planes.write(plane, padded);
+                        planes.write(self.isa, unsafe { self.load(&step.source, g * k + i, range, buffer) }, padded);
                     }
                     for block in &packed.blocks {
                         // SAFETY: views of `padded` end inside it; rows of `results` are `long` values.
@@ -130,7 +160,7 @@ impl<T: Element> Pass<'_, T> {
                                 weights: packed.block(g, block),
                                 y: results.as_mut_ptr(),
                                 y_offsets: &y_offsets[block.clone()],
-                                pixels: planes.long,
+                                pixels: planes.long(images.len()),
                                 prologue: Identity,
                                 epilogue: AddBias(bias.map(|bias| &bias[g * m + block.start..g * m + block.end])),
                             }
@@ -139,20 +169,26 @@ impl<T: Element> Pass<'_, T> {
                         self.isa.run(kernel);
                     }
                     for (o, result) in results.chunks_exact(long).enumerate() {
-                        let start = ((g * m + o) * self.count + n) * out_pixels;
-                        // SAFETY: image n of this group's rows, which are this task's own.
-                        let y = unsafe { std::slice::from_raw_parts_mut(rows.ptr().add(start), out_pixels) };
-                        for (y, row) in y.chunks_exact_mut(value.width).zip(result.chunks(planes.pitch)) {
-                            y.copy_from_slice(&row[..value.width]);
+                        let range = images.start * out_pixels..images.end * out_pixels;
+                        let start = (g * m + o) * self.count * out_pixels + range.start;
+                        // SAFETY: these images of this group's rows, which are this task's own.
+                        let y = unsafe { std::slice::from_raw_parts_mut(rows.ptr().add(start), range.len()) };
+                        for (y, result) in y.chunks_exact_mut(out_pixels).zip(result.chunks(planes.part)) {
+                            let size = [value.height, value.width];
+                            copy_rows(self.isa, (result, planes.pitch), (y, value.width), size);
                         }
-                        let image = n * out_pixels..(n + 1) * out_pixels;
                         // SAFETY: just written; `y` is not used any more.
-                        unsafe { self.complete(step.value, g * m + o, image, &mut statistics[o]) };
+                        unsafe { self.complete(step.value, g * m + o, range, &mut statistics[o]) };
                     }
                 }
             });
         });
         merge_parts(&partial, conv.groups * m)
+    }
+
+    /// Images that are computed together, at most.
+    fn image_block(&self, pixels: usize, parts: usize) -> usize {
+        (BLOCK_PIXELS / pixels).clamp(1, self.count.div_ceil(parts).max(1))
     }
 
     /// Where the views of a group's channels and taps start in its padded planes.
@@ -191,10 +227,9 @@ struct Border {
     /// Zeros above and at the left.
     before: [usize; 2],
     pitch: usize,
+    /// Values of an image's plane.
     len: usize,
     phases: [Vec<Phase>; 2],
-    /// Pixels of a phase's rows as one, at most.
-    long: usize,
 }
 
 impl Border {
@@ -210,8 +245,9 @@ impl Border {
         let ((top, bottom), (left, right)) = (reach(0), reach(1));
         // The same pitch as that of the source's planes, so that the weight gradient is a product of long rows.
         let pitch = (left + right).max(output[1] + (conv.kernel[1] - 1) / conv.stride);
-        let counts = [0, 1].map(|axis| phases[axis].iter().map(|phase| phase.count).max().unwrap_or(0));
-        Self { before: [top, left], pitch, len: (top + bottom) * pitch, phases, long: counts[0] * pitch }
+        // A phase's rows are written like the gradient's own.
+        let rows = phases[0].iter().map(|phase| phase.count).max().unwrap_or(0).max(top + bottom);
+        Self { before: [top, left], pitch, len: rows * pitch, phases }
     }
 
     /// Where the first pixel stands in a plane.
@@ -225,21 +261,22 @@ impl<T: Element> Tape<'_, '_, T> {
     pub(super) fn spatial(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;
         let value = &pass.program.values[step.value];
-        let border = Border::new(step, conv, [value.height, value.width]);
-        let planes = Planes::new(step, conv, [value.height, value.width], border.pitch);
-        let (groups, k, m, taps) = (conv.groups, conv.group_in, conv.group_out, conv.taps());
-        let weights = &pass.parameters[conv.weight..][..conv.weights()];
-        let kernels = if step.differentiate { self.phase_kernels(conv, &border, weights) } else { Vec::new() };
-        let b_offsets = pass.taps(conv, &planes);
         let (pixels, out_pixels) = (step.source.pixels(), value.pixels());
-        let a_offsets: Vec<_> = (0..m).map(|o| o * border.len + border.first()).collect();
-        let sizes = [m * k * taps * slot::<T>(), k * planes.padded(), m * border.len, 4 * border.long];
+        let (groups, k, m, taps) = (conv.groups, conv.group_in, conv.group_out, conv.taps());
         let parts = pass.image_parts(groups);
+        let block = pass.image_block(pixels, parts);
+        let border = Border::new(step, conv, [value.height, value.width]);
+        let planes = Planes::new(step, conv, [value.height, value.width], border.pitch, block);
+        let weights = &pass.parameters[conv.weight..][..conv.weights()];
+        let kernels = if step.differentiate { self.phase_kernels(conv, &border, block, weights) } else { Vec::new() };
+        let b_offsets = pass.taps(conv, &planes);
+        let a_offsets: Vec<_> = (0..m).map(|o| o * block * border.len + border.first()).collect();
+        let sizes = [m * k * taps * slot::<T>(), k * planes.padded(), m * block * border.len, 2 * block * border.len];
         let mut partial = vec![T::default(); parts * conv.weights()];
         let mut bias = vec![0.0; parts * groups * m];
         let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
         self.give_back(&step.source, groups, parts, |this, g, images, p, sums| {
-            scratch::with(sizes.iter().sum::<usize>() + pixels.max(out_pixels), |memory: &mut [T]| {
+            scratch::with(sizes.iter().sum::<usize>() + block * pixels.max(out_pixels), |memory: &mut [T]| {
                 let [slots, padded, bordered, results, buffer] = split(memory, sizes);
                 slots.fill(T::default());
                 padded.fill(T::default());
@@ -252,40 +289,43 @@ impl<T: Element> Tape<'_, '_, T> {
                         std::slice::from_raw_parts_mut(shared_bias.ptr().add(at * m), m),
                     )
                 };
-                for n in images {
-                    for (o, (bias, plane)) in bias.iter_mut().zip(bordered.chunks_exact_mut(border.len)).enumerate() {
-                        let out = n * out_pixels..(n + 1) * out_pixels;
+                for images in chunks(images, block) {
+                    for (o, (bias, planes)) in
+                        bias.iter_mut().zip(bordered.chunks_exact_mut(block * border.len)).enumerate()
+                    {
+                        let range = images.start * out_pixels..images.end * out_pixels;
                         // SAFETY: all that read the value come later in the program and have given their gradients.
-                        let grad = unsafe { this.take(step.value, g * m + o, out, buffer) };
-                        for (y, row) in grad.chunks_exact(value.width).enumerate() {
-                            plane[border.first() + y * border.pitch..][..value.width].copy_from_slice(row);
+                        let grad = unsafe { this.take(step.value, g * m + o, range, buffer) };
+                        for (grad, plane) in grad.chunks_exact(out_pixels).zip(planes.chunks_exact_mut(border.len)) {
+                            let (plane, size) = (&mut plane[border.first()..], [value.height, value.width]);
+                            copy_rows(pass.isa, (grad, value.width), (plane, border.pitch), size);
                         }
                         if conv.bias.is_some() {
                             *bias += pass.isa.run(Sum(grad));
                         }
                     }
+                    let range = images.start * pixels..images.end * pixels;
                     for (i, padded) in padded.chunks_exact_mut(planes.padded()).enumerate() {
-                        let range = n * pixels..(n + 1) * pixels;
                         // SAFETY: the forward pass wrote the values.
-                        planes.write(unsafe { pass.load(&step.source, g * k + i, range, buffer) }, padded);
+                        let source = unsafe { pass.load(&step.source, g * k + i, range.clone(), buffer) };
+                        planes.write(pass.isa, source, padded);
                     }
-                    let a = Rows { base: bordered.as_ptr(), offsets: &a_offsets, image_stride: 0 };
-                    let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: 0 };
+                    let a = Rows { base: bordered.as_ptr(), offsets: &a_offsets, image_stride: border.len };
+                    let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: planes.part };
                     // SAFETY: views of `padded` end inside it. Between the gradient's rows there are zeros.
-                    unsafe { products(pass.isa, a, b, [1, planes.long], slots) };
+                    unsafe { products(pass.isa, a, b, [images.len(), planes.long], slots) };
                     if !step.differentiate {
                         continue;
                     }
                     let mut sums = &mut *sums;
                     for i in 0..k {
-                        this.plane(&kernels, &border, g * k + i, bordered, results, &mut buffer[..pixels], step);
+                        let grad = &mut buffer[..range.len()];
+                        this.planes(&kernels, &border, g * k + i, bordered, results, grad, step);
                         let rows = step.source.starts[g * k + i + 1] - step.source.starts[g * k + i];
                         let (own, rest) = sums.split_at_mut(rows);
                         sums = rest;
                         // SAFETY: the group's channels and these images are this task's own.
-                        unsafe {
-                            this.give(&step.source, g * k + i, n * pixels..(n + 1) * pixels, &buffer[..pixels], own)
-                        };
+                        unsafe { this.give(&step.source, g * k + i, range.clone(), grad, own) };
                     }
                 }
                 pass.isa.run(SumSlots(slots, weight_sums));
@@ -296,7 +336,7 @@ impl<T: Element> Tape<'_, '_, T> {
 
     /// For each vertical and each horizontal phase: offsets in a group's bordered planes, and for each input channel the
     /// weights that go with them.
-    fn phase_kernels(&self, conv: &Conv, border: &Border, weights: &[T]) -> Vec<(Vec<usize>, Vec<T>)> {
+    fn phase_kernels(&self, conv: &Conv, border: &Border, block: usize, weights: &[T]) -> Vec<(Vec<usize>, Vec<T>)> {
         let (k, m) = (conv.group_in, conv.group_out);
         let mut kernels = Vec::new();
         for (vertical, horizontal) in border.phases[0].iter().flat_map(|v| border.phases[1].iter().map(move |h| (v, h)))
@@ -307,7 +347,7 @@ impl<T: Element> Tape<'_, '_, T> {
             for (o, ((_, y), (_, x))) in (0..m).flat_map(|o| taps.iter().map(move |&tap| (o, tap))) {
                 let row = (border.before[0] as isize + y) as usize;
                 let column = (border.before[1] as isize + x) as usize;
-                offsets.push(o * border.len + row * border.pitch + column);
+                offsets.push(o * block * border.len + row * border.pitch + column);
             }
             let mut packed = Vec::with_capacity(conv.weights());
             for channel in 0..conv.groups * k {
@@ -321,29 +361,31 @@ impl<T: Element> Tape<'_, '_, T> {
         kernels
     }
 
-    /// The gradient by one channel's plane of an image, from the group's bordered planes.
-    fn plane(
+    /// The gradient by one channel's planes of some images, from the group's bordered planes.
+    fn planes(
         &self,
         kernels: &[(Vec<usize>, Vec<T>)],
         border: &Border,
         channel: usize,
         bordered: &[T],
         results: &mut [T],
-        plane: &mut [T],
+        grad: &mut [T],
         step: &Step,
     ) {
-        let width = step.source.width;
+        let (width, pixels) = (step.source.width, step.source.pixels());
+        let images = grad.len() / pixels;
         let [vertical, horizontal] = &border.phases;
         let stride = vertical.len();
+        let phase_len = results.len() / 2;
         for (v, vertical) in vertical.iter().enumerate() {
             for (h, phase) in horizontal.iter().enumerate() {
                 let (offsets, weights) = &kernels[v * horizontal.len() + h];
-                let result = &mut results[h * border.long..][..border.long];
-                let long = (vertical.count.max(1) - 1) * border.pitch + phase.count;
+                let result = &mut results[h * phase_len..][..phase_len];
                 if offsets.is_empty() {
                     result.fill(T::default());
                     continue;
                 }
+                let long = (vertical.count.max(1) - 1) * border.pitch + phase.count;
                 // SAFETY: views of the bordered planes end inside them; `result` holds the phase's rows.
                 let kernel = unsafe {
                     ConvRows {
@@ -352,7 +394,7 @@ impl<T: Element> Tape<'_, '_, T> {
                         weights: &weights[channel * offsets.len()..][..offsets.len()],
                         y: result.as_mut_ptr(),
                         y_offsets: &[0],
-                        pixels: long,
+                        pixels: (images - 1) * border.len + long,
                         prologue: Identity,
                         epilogue: AddBias(None),
                     }
@@ -360,11 +402,18 @@ impl<T: Element> Tape<'_, '_, T> {
                 };
                 self.pass.isa.run(kernel);
             }
-            for row in 0..vertical.count {
-                let target = &raw mut plane[(vertical.first + stride * row) * width..][..width];
-                // SAFETY: the same values, of which only whole ones are written.
-                let target = unsafe { &mut *(target as *mut [MaybeUninit<T>]) };
-                merge_row(&results[row * border.pitch..], border.long, horizontal.len(), target);
+            for (image, plane) in grad.chunks_exact_mut(pixels).enumerate() {
+                let rows = &results[image * border.len..];
+                if stride == 1 && horizontal.len() == 1 {
+                    copy_rows(self.pass.isa, (rows, border.pitch), (plane, width), [vertical.count, width]);
+                    continue;
+                }
+                for row in 0..vertical.count {
+                    let target = &raw mut plane[(vertical.first + stride * row) * width..][..width];
+                    // SAFETY: the same values, of which only whole ones are written.
+                    let target = unsafe { &mut *(target as *mut [MaybeUninit<T>]) };
+                    merge_row(&rows[row * border.pitch..], phase_len, horizontal.len(), target);
+                }
             }
         }
     }

@@ -399,6 +399,53 @@ impl<T: Element, I: Isa> Body<T, I> for Distances<T, T::Vector<I>> {
     }
 }
 
+/// Copies rows of a plane, which are too short for `memcpy` to be worth its call.
+pub struct CopyRows<T> {
+    /// The first row, and the distance of the rows.
+    pub x: (*const T, usize),
+    /// Where they go, likewise.
+    pub y: (*mut T, usize),
+    /// Their length.
+    pub width: usize,
+    /// Their number.
+    pub rows: usize,
+}
+
+impl<T: Element> CopyRows<T> {
+    /// Lets the kernel run.
+    ///
+    /// # Safety
+    /// The rows must be readable and writable, and not overlap.
+    pub unsafe fn promise(self) -> impl Kernel<Output = ()> {
+        Promised(self)
+    }
+}
+
+struct Promised<K>(K);
+
+impl<T: Element> Kernel for Promised<CopyRows<T>> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let CopyRows { x, y, width, rows } = self.0;
+        let vector = T::lanes::<I>();
+        let (whole, mask) = (width / vector * vector, T::mask(isa, width % vector));
+        for row in 0..rows {
+            // SAFETY: the promise.
+            unsafe {
+                let (x, y) = (x.0.add(row * x.1), y.0.add(row * y.1));
+                for at in (0..whole).step_by(vector) {
+                    T::store(isa, y.add(at), T::load(isa, x.add(at)));
+                }
+                if whole < width {
+                    T::store_masked(isa, mask, y.add(whole), T::load_masked(isa, mask, x.add(whole)));
+                }
+            }
+        }
+    }
+}
+
 /// The sum of a row.
 pub struct Sum<'a, T>(pub &'a [T]);
 
