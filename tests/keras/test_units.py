@@ -31,7 +31,7 @@ def classifier(block):
     return keras.Model(x, keras.layers.GlobalAveragePooling2D()(block(x)))
 
 
-@pytest.mark.parametrize(("kind", "filters", "options"), BLOCKS, ids=str)
+@pytest.mark.parametrize(("kind", "filters", "options"), BLOCKS)
 def test_fused_and_plain(kind, filters, options, gradients):
     keras.utils.set_random_seed(0)
     models = [classifier(kind(filters, fused=fused, **options)) for fused in (True, False)]

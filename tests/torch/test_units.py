@@ -35,7 +35,7 @@ def outcome(block, x):
         return [y.detach(), block.eval()(x), *gradients, *block.state_dict().values()]
 
 
-@pytest.mark.parametrize(("kind", "channels", "options"), BLOCKS, ids=str)
+@pytest.mark.parametrize(("kind", "channels", "options"), BLOCKS)
 @pytest.mark.parametrize("size", [(7, 10), (1, 3)], ids=str)
 def test_fused_and_plain(kind, channels, options, size):
     torch.manual_seed(0)
