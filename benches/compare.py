@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from typing import Any
 import frameworks
 import networks
 import numpy as np
+from limits import Limits, best, measure_limits
 from numpy.typing import NDArray
 
 import kconv
@@ -54,18 +54,6 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the machine can do, measured in this process."""
-
-    gflops: float
-    gbytes: float
-
-    def milliseconds(self, multiply_adds: float, size: float) -> float:
-        """The least time for so many multiply-adds and bytes."""
-        return max(2 * multiply_adds / self.gflops, size / self.gbytes) / 1e6
-
-
 @dataclass
 class Row:
     """One operation of one layer."""
@@ -81,26 +69,6 @@ class Row:
     def best_peer(self) -> float:
         """The time of the fastest peer, NaN without any."""
         return min((t for name, t in self.milliseconds.items() if name != "kconv"), default=np.nan)
-
-
-def measure_limits() -> Limits:
-    """The peak of multiply-adds on registers, and of a copy of memory, with all threads."""
-    source = np.ones((64, 64, 128, 128), np.float32)  # 256 MiB
-    target = np.ones_like(source)
-    seconds = best([lambda: kconv.interleave(source, 1, out=target)], 4)[0]
-    return Limits(kconv._kconv.fma_peak(), 2 * source.nbytes / seconds / 1e9)
-
-
-def best(calls: list[Call], turns: int) -> list[float]:
-    """The least seconds of each call; they take turns, after one turn that does not count."""
-    times = [np.inf] * len(calls)
-    for turn in range(turns + 1):
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            if turn:
-                times[i] = min(times[i], time.perf_counter() - start)
-    return times
 
 
 def layers(network: str, kind: type[graph.Layer]) -> Iterator[tuple[Any, tuple[int, int], int]]:

@@ -3,7 +3,8 @@
 Every side has the same weights, images and number of threads, and runs in a process of its own, so
 that the peak of its resident memory is its own too. Sides take turns; before a time counts, the
 first loss (or the probabilities) must agree with that of the first side. A peer that is not
-installed, or cannot run, is reported as missing.
+installed, or cannot run, is reported as missing. Of the side "kconv-torch" a second table tells
+where the time goes.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import breakdown
 import numpy as np
 from numpy.typing import NDArray
 
@@ -77,8 +80,8 @@ def batch(network: str, images: int) -> tuple[Array, Array]:
     return x, np.arange(images) % 10
 
 
-def run(options: Any) -> list[dict[str, Any]]:
-    """Times all sides in turns and prints a table."""
+def run(options: Any) -> dict[str, Any]:
+    """Times all sides in turns; prints a table of them, and one of where kconv's time goes."""
     operation, network = options.operation, options.model
     sides = list(options.sides or DEFAULT_SIDES[operation])
     if operation == "step" and not set(sides).isdisjoint(RUNTIMES):
@@ -109,7 +112,11 @@ def run(options: Any) -> list[dict[str, Any]]:
         rows.append({"side": side, "best": min(times), "median": median(times), "peak": peak})
     print(f"{operation} of {network}, {images} images, {options.threads} threads")
     print_table(rows, images)
-    return rows
+    if "kconv-torch" not in results:
+        return {"rows": rows}
+    parts = min((r["parts"] for r in results["kconv-torch"]), key=lambda parts: parts["ms"])
+    breakdown.print_table(parts)
+    return {"rows": rows, "parts": parts}
 
 
 def print_table(rows: list[dict[str, Any]], images: int) -> None:
@@ -273,7 +280,7 @@ def _softmax(x: Array) -> Array:
 def _one_side(
     operation: str, network: str, side: str, images: str, threads: str, folder: str
 ) -> None:
-    """What a process does: prints the first result, the times and the peak memory."""
+    """What a process does: prints the first result, the times, the peak memory, and the parts."""
     import kconv
 
     kconv.set_num_threads(int(threads))
@@ -284,16 +291,23 @@ def _one_side(
         call = _runtime_side(side, network, size, int(threads), files)
     else:
         call = _torch_side(side, operation, network, size, int(threads), files)
-    check = np.asarray(call()).tolist()
-    for _ in range(WARM_UP - 1):
-        call()
+    with breakdown.recorded() if side == "kconv-torch" else nullcontext([]) as programs:
+        check = np.asarray(call()).tolist()
+        for _ in range(WARM_UP - 1):
+            call()
+    for program in programs:
+        program.take_times()  # those of the calls until now
     times: list[float] = []
     calls, seconds = REPEATS[operation]
     while len(times) < calls or sum(times) < seconds:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    print(json.dumps({"check": check, "times": times, "peak": _peak_memory()}))
+    result: dict[str, Any] = {"check": check, "times": times, "peak": _peak_memory()}
+    if programs:
+        shared = operation == "step" or size < int(threads)
+        result["parts"] = breakdown.parts(programs, times, size, 1 if shared else int(threads))
+    print(json.dumps(result))
 
 
 def _peak_memory() -> int:

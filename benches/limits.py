@@ -1,0 +1,44 @@
+"""What the machine can do, measured, and the timing of calls in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import kconv
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine can do, measured in this process."""
+
+    gflops: float
+    gbytes: float
+
+    def milliseconds(self, multiply_adds: float, size: float) -> float:
+        """The least time for so many multiply-adds and bytes."""
+        return max(2 * multiply_adds / self.gflops, size / self.gbytes) / 1e6
+
+
+def measure_limits() -> Limits:
+    """The peak of multiply-adds on registers, and of a copy of memory, with all threads."""
+    source = np.ones((64, 64, 128, 128), np.float32)  # 256 MiB
+    target = np.ones_like(source)
+    seconds = best([lambda: kconv.interleave(source, 1, out=target)], 4)[0]
+    return Limits(kconv._kconv.fma_peak(), 2 * source.nbytes / seconds / 1e9)
+
+
+def best(calls: list[Callable[[], Any]], turns: int) -> list[float]:
+    """The least seconds of each call; they take turns, after one turn that does not count."""
+    times = [np.inf] * len(calls)
+    for turn in range(turns + 1):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if turn:
+                times[i] = min(times[i], time.perf_counter() - start)
+    return times
