@@ -108,6 +108,15 @@ pub fn parallel_for(threads: usize, tasks: usize, task: impl Fn(usize) + Sync) {
     }
 }
 
+/// Calls `body` on one of the pool's own threads, where each [`parallel_for`] of as many threads saves its caller's way
+/// into the pool and back: for work that calls it many times.
+pub fn on_worker<R: Send>(threads: usize, body: impl FnOnce() -> R + Send) -> R {
+    match pool(threads).filter(|_| threads > 1) {
+        Some(workers) => workers.install(body),
+        None => body(),
+    }
+}
+
 /// Task `i` of `parts` nearly equal parts of `0..len`.
 pub fn part(len: usize, parts: usize, i: usize) -> std::ops::Range<usize> {
     i * len / parts..(i + 1) * len / parts

@@ -2,9 +2,11 @@
 //!
 //! A front end sends a program as a list of 64-bit integers, in the order in which [`Program::parse`] reads them.
 
+use std::any::Any;
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::error::{Result, bail};
@@ -166,6 +168,8 @@ pub struct Program {
     pub(super) gradients: Slots,
     /// The time that each step has taken.
     pub(super) clocks: Vec<Clock>,
+    /// What the last inference packed, of either type of values.
+    pub(super) prepared: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
 }
 
 /// A step's kind, the seconds that it has taken, and for each image its multiply-adds and the values that it reads and
@@ -418,6 +422,7 @@ impl Program {
             reused: Slots::default(),
             gradients: Slots::default(),
             clocks,
+            prepared: Mutex::new(None),
         };
         program.connect(channels)?;
         Ok(program)
