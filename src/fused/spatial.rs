@@ -92,7 +92,8 @@ impl Planes {
         for (image, plane) in planes.chunks_exact(height * width).enumerate() {
             let padded = &mut padded[image * self.part..];
             if self.stride == 1 {
-                copy_rows(isa, (plane, width), (&mut padded[top * self.pitch + left..], self.pitch), [rows, columns]);
+                let y = (&mut padded[top * self.pitch + left..], self.pitch);
+                isa.run(CopyRows { x: (plane, width), y, size: [rows, columns] });
                 continue;
             }
             for (y, row) in plane.chunks_exact(width).take(rows).enumerate() {
@@ -111,14 +112,6 @@ impl Planes {
             }
         }
     }
-}
-
-/// Copies rows of some width at these pitches.
-fn copy_rows<T: Element>(isa: Active, x: (&[T], usize), y: (&mut [T], usize), [rows, width]: [usize; 2]) {
-    let last = |pitch: usize| rows.max(1) * pitch - pitch + width;
-    assert!(x.0.len() >= last(x.1) && y.0.len() >= last(y.1));
-    // SAFETY: the rows end inside the slices.
-    isa.run(unsafe { CopyRows { x: (x.0.as_ptr(), x.1), y: (y.0.as_mut_ptr(), y.1), width, rows }.promise() });
 }
 
 impl<T: Element> Pass<'_, T> {
@@ -175,7 +168,7 @@ impl<T: Element> Pass<'_, T> {
                         let y = unsafe { std::slice::from_raw_parts_mut(rows.ptr().add(start), range.len()) };
                         for (y, result) in y.chunks_exact_mut(out_pixels).zip(result.chunks(planes.part)) {
                             let size = [value.height, value.width];
-                            copy_rows(self.isa, (result, planes.pitch), (y, value.width), size);
+                            self.isa.run(CopyRows { x: (result, planes.pitch), y: (y, value.width), size });
                         }
                         // SAFETY: just written; `y` is not used any more.
                         unsafe { self.complete(step.value, g * m + o, range, &mut statistics[o]) };
@@ -297,8 +290,8 @@ impl<T: Element> Tape<'_, '_, T> {
                         // SAFETY: all that read the value come later in the program and have given their gradients.
                         let grad = unsafe { this.take(step.value, g * m + o, range, buffer) };
                         for (grad, plane) in grad.chunks_exact(out_pixels).zip(planes.chunks_exact_mut(border.len)) {
-                            let (plane, size) = (&mut plane[border.first()..], [value.height, value.width]);
-                            copy_rows(pass.isa, (grad, value.width), (plane, border.pitch), size);
+                            let (y, size) = (&mut plane[border.first()..], [value.height, value.width]);
+                            pass.isa.run(CopyRows { x: (grad, value.width), y: (y, border.pitch), size });
                         }
                         if conv.bias.is_some() {
                             *bias += pass.isa.run(Sum(grad));
@@ -404,8 +397,9 @@ impl<T: Element> Tape<'_, '_, T> {
             }
             for (image, plane) in grad.chunks_exact_mut(pixels).enumerate() {
                 let rows = &results[image * border.len..];
-                if stride == 1 && horizontal.len() == 1 {
-                    copy_rows(self.pass.isa, (rows, border.pitch), (plane, width), [vertical.count, width]);
+                if horizontal.len() == 1 {
+                    let y = (&mut plane[vertical.first * width..], stride * width);
+                    self.pass.isa.run(CopyRows { x: (rows, border.pitch), y, size: [vertical.count, width] });
                     continue;
                 }
                 for row in 0..vertical.count {

@@ -424,33 +424,6 @@ impl Kernel for ConvHeight {
     }
 }
 
-/// The sum of the `len` values at a pointer, for a bias gradient.
-pub struct SumRow<'a, T>(pub &'a [T]);
-
-impl<T: Element> Kernel for SumRow<'_, T> {
-    type Output = T;
-
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> T {
-        let lanes = T::lanes::<I>();
-        let zero = T::splat(isa, T::default());
-        let mut sums = [zero; 4];
-        let mut chunks = self.0.chunks_exact(4 * lanes);
-        for chunk in &mut chunks {
-            for (v, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: a chunk holds four vectors.
-                *sum = T::add_vectors(isa, *sum, unsafe { T::load(isa, chunk.as_ptr().add(v * lanes)) });
-            }
-        }
-        for rest in chunks.remainder().chunks(lanes) {
-            // SAFETY: the mask selects the values of `rest`.
-            sums[0] =
-                T::add_vectors(isa, sums[0], unsafe { T::load_masked(isa, T::mask(isa, rest.len()), rest.as_ptr()) });
-        }
-        T::sum(isa, T::add_vectors(isa, T::add_vectors(isa, sums[0], sums[1]), T::add_vectors(isa, sums[2], sums[3])))
-    }
-}
-
 /// The sums of the columns of a matrix whose rows are as long as the second slice: the bias gradient in NHWC.
 pub struct SumColumns<'a, T>(pub &'a [T], pub &'a mut [T]);
 

@@ -400,41 +400,29 @@ impl<T: Element, I: Isa> Body<T, I> for Distances<T, T::Vector<I>> {
 }
 
 /// Copies rows of a plane, which are too short for `memcpy` to be worth its call.
-pub struct CopyRows<T> {
-    /// The first row, and the distance of the rows.
-    pub x: (*const T, usize),
+pub struct CopyRows<'a, T> {
+    /// The rows, and the distance of their beginnings.
+    pub x: (&'a [T], usize),
     /// Where they go, likewise.
-    pub y: (*mut T, usize),
-    /// Their length.
-    pub width: usize,
-    /// Their number.
-    pub rows: usize,
+    pub y: (&'a mut [T], usize),
+    /// Number and length of the rows.
+    pub size: [usize; 2],
 }
 
-impl<T: Element> CopyRows<T> {
-    /// Lets the kernel run.
-    ///
-    /// # Safety
-    /// The rows must be readable and writable, and not overlap.
-    pub unsafe fn promise(self) -> impl Kernel<Output = ()> {
-        Promised(self)
-    }
-}
-
-struct Promised<K>(K);
-
-impl<T: Element> Kernel for Promised<CopyRows<T>> {
+impl<T: Element> Kernel for CopyRows<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let CopyRows { x, y, width, rows } = self.0;
+        let Self { x: (x, x_pitch), y: (y, y_pitch), size: [rows, width] } = self;
+        let end = |pitch: usize| rows.max(1) * pitch - pitch + width;
+        assert!(x.len() >= end(x_pitch) && y.len() >= end(y_pitch));
         let vector = T::lanes::<I>();
         let (whole, mask) = (width / vector * vector, T::mask(isa, width % vector));
         for row in 0..rows {
-            // SAFETY: the promise.
+            // SAFETY: the rows end inside the slices.
             unsafe {
-                let (x, y) = (x.0.add(row * x.1), y.0.add(row * y.1));
+                let (x, y) = (x.as_ptr().add(row * x_pitch), y.as_mut_ptr().add(row * y_pitch));
                 for at in (0..whole).step_by(vector) {
                     T::store(isa, y.add(at), T::load(isa, x.add(at)));
                 }

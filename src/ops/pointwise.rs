@@ -11,9 +11,10 @@ use super::{Shared, estimate};
 use crate::isa::Active;
 use crate::kernels::Element;
 use crate::kernels::pointwise::{
-    AddBias, ConvHeight, ConvRows, DotRows, DotWidth, Identity, MAX_DOT_A, MAX_SINGLE_B, Rows, SumColumns, SumRow,
-    SumSlots, slot,
+    AddBias, ConvHeight, ConvRows, DotRows, DotWidth, Identity, MAX_DOT_A, MAX_SINGLE_B, Rows, SumColumns, SumSlots,
+    slot,
 };
+use crate::kernels::rows::Sum;
 use crate::kernels::transpose::Transpose;
 use crate::pool::{parallel_for, part, threads_for};
 use crate::scratch;
@@ -523,7 +524,7 @@ pub fn grad_bias<T: Element>(
     if images.order == Order::Nchw && pixels > 1 {
         parallel_for(threads, channels, |c| {
             let plane = |n: usize| &grad_output[(n * channels + places[c]) * pixels..][..pixels];
-            write(c, (0..count).map(|n| isa.run(SumRow(plane(n))).to_f64()).sum());
+            write(c, (0..count).map(|n| isa.run(Sum(plane(n)))).sum());
         });
         return;
     }

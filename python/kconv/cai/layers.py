@@ -20,6 +20,7 @@ from kconv.keras import (
     SumIntoHalfChannels,
     blocks,
 )
+from kconv.keras._model import channel_axis
 
 Tensor = Any
 Activation = str | Callable[[Tensor], Tensor] | None
@@ -214,7 +215,7 @@ def GetChannelAxis() -> int:
         >>> GetChannelAxis()
         3
     """
-    return 3 if keras.config.image_data_format() == "channels_last" else 1
+    return channel_axis()
 
 
 def GetClasses() -> dict[str, Any]:

@@ -35,13 +35,14 @@ def _keras_name(layer: graph.Layer) -> str:
     return layer.name.replace("/", "_")
 
 
-def _channel_axis() -> int:
+def channel_axis() -> int:
+    """The axis of an image's channels in Keras's setting of the data format."""
     return 3 if keras.config.image_data_format() == "channels_last" else 1
 
 
 def _image_shape(shape: graph.Shape) -> graph.Shape:
     """(H, W, C) in the order of Keras's setting."""
-    return shape if _channel_axis() == 3 else (shape[-1], *shape[:-1])
+    return shape if channel_axis() == 3 else (shape[-1], *shape[:-1])
 
 
 def _initializer(name: graph.Initializer) -> keras.initializers.Initializer:
@@ -61,7 +62,7 @@ def _apply(layer: graph.Layer, inputs: list[Tensor]) -> Tensor:
         case graph.Input():
             return keras.Input(_image_shape(layer.shape), name=name)
         case graph.Concat():
-            return layers.Concatenate(axis=_channel_axis(), name=name)(inputs)
+            return layers.Concatenate(axis=channel_axis(), name=name)(inputs)
         case graph.Add():
             return layers.Add(name=name)(inputs)
         case graph.Multiply():
@@ -115,7 +116,7 @@ def _layer(layer: graph.Layer, name: str) -> keras.layers.Layer:
             return layers.ZeroPadding2D(layer.padding, name=name)
         case graph.BatchNorm():
             return layers.BatchNormalization(
-                axis=_channel_axis(),
+                axis=channel_axis(),
                 epsilon=layer.epsilon,
                 momentum=layer.momentum,
                 scale=layer.scale,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ import keras
 
 from kconv import ktypes
 from kconv.keras._graph import ACTIVATIONS
-from kconv.keras._model import model_of
+from kconv.keras._model import channel_axis, model_of
 from kconv.models import graph
 from kconv.models.blocks import conv_unit_graph, mbconv_graph
 
@@ -32,21 +31,21 @@ class Block(keras.layers.Layer):
         super().__init__(**kwargs)
         self._options = options
 
-    @abstractmethod
-    def _graph(self, in_channels: int) -> graph.Graph:
-        """The layers."""
+    _graph: Callable[..., graph.Graph]
+    """The layers, from the input's channels and the options."""
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Make the layers for (N, H, W, C), or (N, C, H, W) where that is Keras's setting."""
-        axis = 3 if keras.config.image_data_format() == "channels_last" else 1
-        channels = input_shape[axis]
+        channels = input_shape[channel_axis()]
         if channels is None:
             raise ValueError(f"{self.name}: the input's channels are unknown, in {input_shape}")
-        layers = replace(self._graph(channels), name=self.name)
+        options = dict(self._options)
+        fused = options.pop("fused")
+        layers = replace(self._graph(channels, **options), name=self.name)
         policy = keras.config.dtype_policy()
         keras.config.set_dtype_policy(self.dtype_policy)
         try:
-            self.network = model_of(layers, fused=self._options["fused"])
+            self.network = model_of(layers, fused=fused)
         finally:
             keras.config.set_dtype_policy(policy)
         if not self.trainable:
@@ -104,6 +103,8 @@ class ConvUnit(Block):
         TypeError: if a size is not a whole number, when the layer is first called.
     """
 
+    _graph = staticmethod(conv_unit_graph)
+
     def __init__(
         self,
         filters: int,
@@ -132,10 +133,6 @@ class ConvUnit(Block):
             "fused": fused,
         }
         super().__init__(options, **kwargs)
-
-    def _graph(self, in_channels: int) -> graph.Graph:
-        options = {name: value for name, value in self._options.items() if name != "fused"}
-        return conv_unit_graph(in_channels, **options)
 
 
 @keras.saving.register_keras_serializable(package="kconv")
@@ -174,6 +171,8 @@ class MBConv(Block):
             called.
     """
 
+    _graph = staticmethod(mbconv_graph)
+
     def __init__(
         self,
         filters: int,
@@ -200,10 +199,6 @@ class MBConv(Block):
             "fused": fused,
         }
         super().__init__(options, **kwargs)
-
-    def _graph(self, in_channels: int) -> graph.Graph:
-        options = {name: value for name, value in self._options.items() if name != "fused"}
-        return mbconv_graph(in_channels, **options)
 
 
 def _activation_name(activation: Activation) -> graph.ActivationName | None:

@@ -96,29 +96,14 @@ class KernelOp:
             return self.overload(*args)
         if self._autocasts and is_autocast_enabled("cpu"):
             return self._autocast(*args)
-        if not self._is_plain(args):
-            return self.overload(*args)
         tensors = args[: self._leading]
+        if not _is_plain(tensors):
+            return self.overload(*args)
         if forward_ad._current_level >= 0:
             return _apply(self, args[len(tensors) :], *tensors)
         if is_grad_enabled() and _requires_grad(tensors):
             return _apply_in_eager_mode(self, args[len(tensors) :], *tensors)
         return self._compute(*args)
-
-    def _is_plain(self, args: Sequence[Any]) -> bool:
-        """Whether these are ordinary CPU tensors and nobody is listening to the dispatcher."""
-        for tensor in args[: self._leading]:
-            if tensor is not None and (
-                type(tensor) not in _PLAIN
-                or not tensor.is_cpu
-                or is_legacy_batchedtensor(tensor)  # of autograd.grad(is_grads_batched=True)
-            ):
-                return False
-        return not (
-            _len_torch_dispatch_stack()
-            or peek_interpreter_stack() is not None
-            or _get_tracing_state()
-        )
 
     def _compute(self, *args: Any) -> Tensor:
         """Runs the kernel, which checks the dtypes; 16-bit tensors are computed through float32."""
@@ -148,7 +133,7 @@ class KernelOp:
             return _apply(self, args[len(tensors) :], *tensors)
 
     def _below_autograd(self, *args: Any) -> Tensor:
-        if self._is_plain(args):
+        if _is_plain(args[: self._leading]):
             return self._compute(*args)
         with _AutoDispatchBelowAutograd():
             return self.overload(*args)
@@ -198,6 +183,20 @@ class KernelOp:
         ]
         result = self.fold_channels(size, folded, geometry)
         return _unfold(result, size, int(self.makes_image))
+
+
+def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether these are ordinary CPU tensors and nobody is listening to the dispatcher."""
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN
+            or not tensor.is_cpu
+            or is_legacy_batchedtensor(tensor)  # of autograd.grad(is_grads_batched=True)
+        ):
+            return False
+    return not (
+        _len_torch_dispatch_stack() or peek_interpreter_stack() is not None or _get_tracing_state()
+    )
 
 
 def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
