@@ -3,29 +3,35 @@
     python benches/compare.py pointwise|interleave|depthwise|memory|frameworks [--layout NHWC] ...
 
 Every result is checked against the peers' before anything is timed. Then kconv and the peers take
-turns, and the best of the turns counts; figures are comparable within one run only. The limit of a
-layer is the larger of its multiply-adds at the measured peak and its bytes (inputs and outputs
-once) at the measured bandwidth of a copy.
+turns; figures are comparable within one run only. As the peers do, kconv allocates its result
+anew in each call; "out=" are its times where the result goes into memory that is there already.
+Ratios are those of the best times, and so are the sums. The limit of a layer is the larger of its
+multiply-adds at the measured peak and its bytes (inputs and outputs once) at the measured bandwidth
+of a copy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import frameworks
 import networks
 import numpy as np
-from limits import Limits, best, measure_limits
+from limits import Limits, best, measure_limits, seconds
 from numpy.typing import NDArray
 
 import kconv
@@ -52,6 +58,11 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "kmobilenet": ("kmobilenet", {"ktype": "D6_32ch"}, 16),
     "kmobilenet_v3": ("kmobilenet_v3_large", {"ktype": "D6_16ch"}, 16),
 }
+PEERS = ("torch-nchw", "torch-nhwc", "torch-einsum", "jax-conv", "jax-einsum", "numpy-einsum")
+# kconv, allocating and not; in the same two ways, the convolution without the fused interleave.
+OURS = ("kconv", "kconv-out", "without", "without-out")
+# XLA's grouped convolutions can take thousands of times as long as the others: one turn is enough.
+ONE_TURN = ("jax-conv",)
 
 
 @dataclass
@@ -64,11 +75,13 @@ class Row:
     bytes: float
     limit: float
     milliseconds: dict[str, float] = field(default_factory=dict)
+    medians: dict[str, float] = field(default_factory=dict)
 
     @property
     def best_peer(self) -> float:
         """The time of the fastest peer, NaN without any."""
-        return min((t for name, t in self.milliseconds.items() if name != "kconv"), default=np.nan)
+        peers = (t for name, t in self.milliseconds.items() if name not in OURS)
+        return min(peers, default=np.nan)
 
 
 def layers(network: str, kind: type[graph.Layer]) -> Iterator[tuple[Any, tuple[int, int], int]]:
@@ -96,7 +109,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.layout: str = options.layout
         self.dtype = np.dtype(options.dtype)
-        self.preallocated: bool = options.preallocated
+        self.patience: float = options.patience
         self.rng = np.random.default_rng(0)
         self.peers = self._find(options.peers)
 
@@ -113,6 +126,10 @@ class Bench:
             import torch
 
             torch.set_num_threads(kconv.get_num_threads())
+        if any(name.startswith("jax") for name in found):
+            import jax
+
+            jax.config.update("jax_enable_x64", True)
         return found
 
     def array(self, n: int, c: int, h: int, w: int) -> Array:
@@ -120,23 +137,20 @@ class Bench:
         x = self.rng.standard_normal((n, c, h, w), self.dtype)
         return x if self.layout == "NCHW" else as_nhwc(x)
 
-    def empty(self, like: Array) -> Array | None:
-        """An array for a result, touched, or None if each call is to allocate its own."""
-        return np.copy(like, order="K") if self.preallocated else None
-
     def pointwise(
         self, layer: graph.Conv, size: tuple[int, int], n: int
     ) -> Iterator[tuple[str, Calls]]:
         c_in, c_out, groups = layer.in_channels, layer.filters, layer.groups
         x, g = self.array(n, c_in, *size), self.array(n, c_out, *size)
         w = self.rng.standard_normal((c_out, c_in // groups), self.dtype)
-        y, gx, gw = self.empty(g), self.empty(x), self.empty(w)
         kw = {"groups": groups}
-        calls: dict[str, Calls] = {"forward": {}, "grad_input": {}, "grad_weight": {}}
-        calls["forward"]["kconv"] = lambda: kconv.pointwise_conv(x, w, out=y, **kw)
-        calls["grad_input"]["kconv"] = lambda: kconv.pointwise_conv_grad_input(g, w, out=gx, **kw)
-        calls["grad_weight"]["kconv"] = lambda: kconv.pointwise_conv_grad_weight(x, g, out=gw, **kw)
+        calls = {
+            "forward": ours(kconv.pointwise_conv, x, w, like=g, **kw),
+            "grad_input": ours(kconv.pointwise_conv_grad_input, g, w, like=x, **kw),
+            "grad_weight": ours(kconv.pointwise_conv_grad_weight, x, g, like=w, **kw),
+        }
         self._torch(calls, x, w[:, :, None, None], g, groups, (0, 0), 1)
+        self._jax(calls, x, w[:, :, None, None], g, groups, (0, 0), 1)
         einsums = [peer for peer in self.peers if peer.endswith("einsum")]
         xs, gs = (np.ascontiguousarray(a).reshape(n, groups, -1, size[0] * size[1]) for a in (x, g))
         ws = w.reshape(groups, c_out // groups, -1)
@@ -159,17 +173,13 @@ class Bench:
         w = self.rng.standard_normal((c, k, k), self.dtype)
         kw = {"stride": stride, "padding": pad}
         g = self.array(n, c, *kconv.depthwise_conv(x[:1, :1], w[:1], **kw).shape[2:])
-        y, gx, gw = self.empty(g), self.empty(x), self.empty(w)
-        calls: dict[str, Calls] = {
-            "forward": {"kconv": lambda: kconv.depthwise_conv(x, w, out=y, **kw)},
-            "grad_input": {
-                "kconv": lambda: kconv.depthwise_conv_grad_input(g, w, size, out=gx, **kw)
-            },
-            "grad_weight": {
-                "kconv": lambda: kconv.depthwise_conv_grad_weight(x, g, k, out=gw, **kw)
-            },
+        calls = {
+            "forward": ours(kconv.depthwise_conv, x, w, like=g, **kw),
+            "grad_input": ours(kconv.depthwise_conv_grad_input, g, w, size, like=x, **kw),
+            "grad_weight": ours(kconv.depthwise_conv_grad_weight, x, g, k, like=w, **kw),
         }
         self._torch(calls, x, w[:, None], g, c, (pad, pad), stride)
+        self._jax(calls, x, w[:, None], g, c, (pad, pad), stride)
         yield from calls.items()
 
     def interleave(
@@ -181,13 +191,13 @@ class Bench:
         x = self.array(n, layer.in_channels, *size)
         g = self.array(n, layer.filters, *size)
         w = self.rng.standard_normal((layer.filters, layer.in_channels // layer.groups), self.dtype)
-        y = np.copy(g, order="K")
-        kw = {"groups": layer.groups, "out": y}
         step = layer.filters // layer.groups
-        fused = lambda: kconv.pointwise_conv(x, w, interleave=step, **kw)  # noqa: E731
-        plain = lambda: kconv.pointwise_conv(x, w, **kw)  # noqa: E731
-        assert np.array_equal(fused().copy(), kconv.interleave(plain().copy(), step))
-        yield "forward", {"kconv": fused, "without": plain}
+        fused = partial(kconv.pointwise_conv, groups=layer.groups, interleave=step)
+        plain = partial(kconv.pointwise_conv, groups=layer.groups)
+        assert np.array_equal(fused(x, w), kconv.interleave(plain(x, w), step))
+        calls = ours(fused, x, w, like=g)
+        without = ours(plain, x, w, like=g)
+        yield "forward", calls | {"without" + name[5:]: call for name, call in without.items()}
 
     def _torch(
         self,
@@ -220,28 +230,88 @@ class Bench:
                     )[mask.index(True)]
                 )
 
+    def _jax(
+        self,
+        calls: dict[str, Calls],
+        x: Array,
+        w: Array,
+        g: Array,
+        groups: int,
+        padding: tuple[int, int],
+        stride: int,
+    ) -> None:
+        """JAX's convolution and its gradients, where a call is not beyond the user's patience."""
+        if "jax-conv" not in self.peers:
+            return
+        import jax
+
+        if self.layout == "NHWC":
+            x, g, w = x.transpose(0, 2, 3, 1), g.transpose(0, 2, 3, 1), w.transpose(2, 3, 1, 0)
+        axes = ("NCHW", "OIHW", "NCHW") if self.layout == "NCHW" else ("NHWC", "HWIO", "NHWC")
+
+        def convolution(x: Any, w: Any) -> Any:
+            return jax.lax.conv_general_dilated(
+                x,
+                w,
+                (stride, stride),
+                [(side, side) for side in padding],
+                dimension_numbers=axes,
+                feature_group_count=groups,
+            )
+
+        def by_input(x: Any, w: Any, g: Any) -> Any:
+            return jax.vjp(lambda x: convolution(x, w), x)[1](g)[0]
+
+        def by_weight(x: Any, w: Any, g: Any) -> Any:
+            return jax.vjp(lambda w: convolution(x, w), w)[1](g)[0]
+
+        functions = {
+            "forward": lambda x, w, g: convolution(x, w),
+            "grad_input": by_input,
+            "grad_weight": by_weight,
+        }
+        whole, one = (tuple(map(jax.numpy.asarray, a)) for a in ((x, w, g), (x[:1], w, g[:1])))
+        for operation, function in functions.items():
+            back = (0, 1, 2, 3)
+            if self.layout == "NHWC":
+                back = (3, 2, 0, 1) if operation == "grad_weight" else (0, 3, 1, 2)
+            jitted = jax.jit(function)
+
+            def call(jitted: Any = jitted, arrays: Any = whole, back: Any = back) -> Any:
+                return np.asarray(jitted(*arrays)).transpose(back)
+
+            estimate = len(x) * best([partial(call, arrays=one)], 1)[0]
+            if estimate <= self.patience:
+                calls[operation]["jax-conv"] = call
+            else:
+                print(f"jax-conv left out: {operation} would take about {estimate:.2g} s a call")
+
     def run(self, operation: str, networks: list[str], limits: Limits, turns: int) -> list[Row]:
         """Checks, then times, every distinct layer of the networks; prints as it goes."""
         kind = graph.DepthwiseConv if operation == "depthwise" else graph.Conv
         rows = []
         for network in networks:
             print(f"\n{network}: {operation}, {self.layout} memory, {self.dtype}")
-            total: dict[str, Row] = {}
+            print_header(columns := self._columns(operation))
+            total: dict[str, list[Row]] = {}
             for layer, size, n in layers(network, kind):
                 for name, calls in getattr(self, operation)(layer, size, n):
                     row = self._time(name, layer, size, n, calls, limits, turns)
                     rows.append(row)
-                    print_row(row)
-                    sums = total.setdefault(name, Row("sum", name, 0, 0, 0))
-                    sums.multiply_adds += row.multiply_adds
-                    sums.bytes += row.bytes
-                    sums.limit += row.limit
-                    best_peer = {"best of peers": row.best_peer}
-                    for peer, ms in (row.milliseconds | best_peer).items():
-                        sums.milliseconds[peer] = sums.milliseconds.get(peer, 0) + ms
-            for sums in total.values():
-                print_row(sums)
+                    print_row(row, columns)
+                    total.setdefault(name, []).append(row)
+            for same in total.values():
+                print_row(sum_of(same), columns)
+        if any(row.best_peer > 0 for row in rows):
+            print_slower(rows)
         return rows
+
+    def _columns(self, operation: str) -> list[str]:
+        """What the table gives ratios to."""
+        if operation == "interleave":
+            return ["without", "without-out"]
+        einsums = operation == "pointwise"
+        return [name for name in self.peers if einsums or "einsum" not in name] + ["best peer"]
 
     def _time(
         self,
@@ -265,9 +335,34 @@ class Bench:
         moved = (pixels_in * c_in + pixels_out * c_out) * self.dtype.itemsize
         check(label, operation, calls)
         row = Row(label, operation, multiply_adds, moved, limits.milliseconds(multiply_adds, moved))
-        times = best(list(calls.values()), turns)
-        row.milliseconds = {name: t * 1e3 for name, t in zip(calls, times, strict=True)}
+        together = {name: call for name, call in calls.items() if name not in ONE_TURN}
+        times = dict(zip(together, seconds(list(together.values()), turns), strict=True))
+        for name in set(calls) - set(together):
+            start = time.perf_counter()
+            calls[name]()  # which is warm, as it was checked
+            times[name] = [time.perf_counter() - start]
+        row.milliseconds = {name: 1e3 * min(taken) for name, taken in times.items()}
+        row.medians = {name: 1e3 * median(taken) for name, taken in times.items()}
         return row
+
+
+def ours(function: Callable[..., Array], *arguments: Any, like: Array, **options: Any) -> Calls:
+    """kconv's call with a result that it allocates, and with one like an array that is there."""
+    call = partial(function, *arguments, **options)
+    return {"kconv": call, "kconv-out": partial(call, out=np.copy(like, order="K"))}
+
+
+def sum_of(rows: list[Row]) -> Row:
+    """The sums over rows, of peers that did them all."""
+    names = set.intersection(*(set(row.milliseconds) for row in rows))
+    total = Row("sum", rows[0].operation, *(0.0,) * 3)
+    for key in ("multiply_adds", "bytes", "limit"):
+        setattr(total, key, sum(getattr(row, key) for row in rows))
+    for times in ("milliseconds", "medians"):
+        each = {name: sum(getattr(row, times)[name] for row in rows) for name in names}
+        setattr(total, times, each)
+    total.milliseconds["best peer"] = sum(row.best_peer for row in rows)
+    return total
 
 
 def as_nhwc(x: Array) -> Array:
@@ -295,7 +390,7 @@ def check(label: str, operation: str, calls: Calls) -> None:
     """Stops unless all peers give kconv's result."""
     ours = np.array(calls["kconv"]())
     for name, call in calls.items():
-        if name in ("kconv", "without"):
+        if name in ("kconv", "without", "without-out"):
             continue
         theirs = np.asarray(call()).reshape(ours.shape)
         error = np.abs(ours - theirs).max() / np.abs(ours).max()
@@ -328,60 +423,102 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def print_row(row: Row) -> None:
-    """One line: time, speeds, share of the limit, and the ratio to each peer."""
-    ms = row.milliseconds["kconv"]
-    ratios = "  ".join(
-        f"{name} {t / ms:5.2f}x" for name, t in row.milliseconds.items() if name != "kconv"
-    )
+def print_header(columns: list[str]) -> None:
+    """The names of the columns of `print_row`."""
+    titles = ("ms", "median", "out= ms", "median", "GFLOP/s", "GB/s", "x limit", *columns)
+    widths = (9, 8, 9, 8, 8, 6, 8, *(max(len(name), 6) + 2 for name in columns))
+    row = "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
+    print(f"{'':22} {'':11}{row}")
+
+
+def print_row(row: Row, columns: list[str]) -> None:
+    """One line: times, speeds, share of the limit, and how many times as long peers take."""
+    ms, out = row.milliseconds["kconv"], row.milliseconds["kconv-out"]
+    all_times = {"best peer": row.best_peer} | row.milliseconds
+    ratios = ""
+    for name in columns:
+        ratio = all_times.get(name, np.nan) / (out if name.endswith("-out") else ms)
+        text = "-" if np.isnan(ratio) else f"{ratio:.3g}" if ratio >= 100 else f"{ratio:.2f}"
+        ratios += f"{text:>{max(len(name), 6) + 2}}"
     speed, bandwidth = 2 * row.multiply_adds / ms / 1e6, row.bytes / ms / 1e6
     print(
-        f"{row.layer:22} {row.operation:11} {ms:8.3f} ms {speed:6.0f} GFLOP/s "
-        f"{bandwidth:6.1f} GB/s  {ms / row.limit:5.2f} x limit  {ratios}",
+        f"{row.layer:22} {row.operation:11}{ms:9.3f}{row.medians['kconv']:8.3f}"
+        f"{out:9.3f}{row.medians['kconv-out']:8.3f}{speed:8.0f}{bandwidth:6.1f}"
+        f"{ms / row.limit:8.2f}{ratios}",
         flush=True,
     )
 
 
-def roofline(rows: list[Row], limits: Limits, path: Path) -> None:
+def print_slower(rows: list[Row]) -> None:
+    """How many operations, and which, take longer than their best peer."""
+    slower = [row for row in rows if row.best_peer < row.milliseconds["kconv"]]
+    print(f"\nslower than the best peer: {len(slower)} of {len(rows)} operations")
+    for row in slower:
+        ratio = row.best_peer / row.milliseconds["kconv"]
+        print(f"  {row.layer:22} {row.operation:11} {ratio:.2f}")
+
+
+def roofline(rows: list[Row], limits: Limits, path: Path, title: str) -> None:
     """Every operation against the machine's limits, as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    intensity = np.geomspace(0.2, 100)
-    roof = np.minimum(limits.gflops, intensity * limits.gbytes)
-    axes.loglog(intensity, roof, "k-", linewidth=1, label="limit: bandwidth, then multiply-adds")
+    operations = list(dict.fromkeys(row.operation for row in rows))
     names = list(dict.fromkeys(name for row in rows for name in row.milliseconds))
-    for name, marker in zip(names, "osvD^<>", strict=False):
-        found = [row for row in rows if name in row.milliseconds]
-        axes.plot(
-            [2 * row.multiply_adds / row.bytes for row in found],
-            [2 * row.multiply_adds / row.milliseconds[name] / 1e6 for row in found],
-            marker,
-            markersize=4,
-            alpha=0.7,
-            label=name,
-        )
-    axes.set(xlabel="floating-point operations per byte", ylabel="GFLOP/s")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    names.sort(key=lambda name: name in OURS)  # kconv's last, on top of the others
+    styles = {"kconv": ("o", "black"), "kconv-out": ("o", "white")}
+    others = zip("v^s<>Dp", ("C0", "C1", "C2", "C3", "C4", "C5", "C6"), strict=True)
+    styles |= dict(zip((name for name in names if name not in styles), others, strict=False))
+    intensities = [2 * row.multiply_adds / row.bytes for row in rows]
+    ridge = limits.gflops / limits.gbytes
+    ends = [min(*intensities, ridge) / 1.5, ridge, max(*intensities, ridge) * 1.5]
+    size = (3 + 3 * len(operations), 4)
+    figure, panels = pyplot.subplots(
+        1, len(operations), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, operation in zip(panels[0], operations, strict=True):
+        roof = [min(limits.gflops, intensity * limits.gbytes) for intensity in ends]
+        axes.loglog(ends, roof, "k-", linewidth=1, label="limit of memory or arithmetic")
+        for name in names:
+            found = [r for r in rows if r.operation == operation and name in r.milliseconds]
+            marker, color = styles[name]
+            axes.plot(
+                [2 * row.multiply_adds / row.bytes for row in found],
+                [2 * row.multiply_adds / row.milliseconds[name] / 1e6 for row in found],
+                marker,
+                color=color,
+                markeredgecolor="black" if name in OURS else color,
+                markersize=5 if name in OURS else 3.5,
+                alpha=1 if name in OURS else 0.6,
+                label={"kconv-out": "kconv, out="}.get(name, name),
+            )
+        axes.set(xlabel="operations per byte", title=operation.replace("_", " "))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("GFLOP/s")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     print(f"roofline: {path}")
 
 
-def versions() -> str:
+def versions(libraries: bool = True) -> str:
     """Machine, instruction set, threads and installed versions, in one line."""
     info = kconv.build_info()
+    processors = Path("/proc/cpuinfo")
+    names = re.findall("model name.*: (.*)", processors.read_text() if processors.exists() else "")
     parts = [
-        platform.machine(),
+        names[0] if names else platform.processor() or platform.machine(),
         f"{info['isa']}, {info['threads']} threads",
         f"kconv {info['version']}",
-        f"numpy {np.__version__}",
     ]
-    for name in ("torch", "jax", "keras", "onnxruntime", "openvino"):
+    for name in ("numpy", "torch", "jax", "keras", "onnxruntime", "openvino") * libraries:
         with suppress(metadata.PackageNotFoundError):
             parts.append(f"{name} {metadata.version(name)}")
     return "; ".join(parts)
@@ -406,9 +543,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--threads", type=int, default=kconv.get_num_threads())
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["keffnet32"])
-    known = ("torch-nchw", "torch-nhwc", "torch-einsum", "jax-einsum", "numpy-einsum")
-    parser.add_argument("--peers", nargs="*", choices=known, default=known[:3])
-    parser.add_argument("--preallocated", action="store_true", help="kconv writes into used memory")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    parser.add_argument("--patience", type=float, default=2, help="seconds for a call of jax-conv")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--model", choices=networks.NETWORKS, default="keffnet32")
     parser.add_argument("--batch", type=int, help="images in a step (default: the network's)")
@@ -417,6 +553,7 @@ def main() -> None:
     parser.add_argument("--roofline", type=Path, metavar="PNG")
     options = parser.parse_args()
     kconv.set_num_threads(options.threads)
+    os.environ["NPROC"] = str(options.threads)  # from which XLA takes its number of threads
     if options.operation == "memory":
         result: Any = memory(options)
     elif options.operation == "frameworks":
@@ -430,7 +567,8 @@ def main() -> None:
         rows = bench.run(options.operation, options.networks, limits, options.turns)
         result = {"limits": asdict(limits), "rows": [asdict(row) for row in rows]}
         if options.roofline:
-            roofline(rows, limits, options.roofline)
+            what = f"{options.operation}, {options.layout} memory, {options.dtype}"
+            roofline(rows, limits, options.roofline, f"{what}\n{versions(libraries=False)}")
     print(f"\n{versions()}")
     if options.json:
         options.json.write_text(json.dumps({"versions": versions(), "result": result}, indent=1))

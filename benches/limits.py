@@ -28,17 +28,22 @@ def measure_limits() -> Limits:
     """The peak of multiply-adds on registers, and of a copy of memory, with all threads."""
     source = np.ones((64, 64, 128, 128), np.float32)  # 256 MiB
     target = np.ones_like(source)
-    seconds = best([lambda: kconv.interleave(source, 1, out=target)], 4)[0]
-    return Limits(kconv._kconv.fma_peak(), 2 * source.nbytes / seconds / 1e9)
+    copy = best([lambda: kconv.interleave(source, 1, out=target)], 4)[0]
+    return Limits(kconv._kconv.fma_peak(), 2 * source.nbytes / copy / 1e9)
 
 
-def best(calls: list[Callable[[], Any]], turns: int) -> list[float]:
-    """The least seconds of each call; they take turns, after one turn that does not count."""
-    times = [np.inf] * len(calls)
+def seconds(calls: list[Callable[[], Any]], turns: int) -> list[list[float]]:
+    """The seconds of each call in each turn, after one turn that does not count."""
+    times: list[list[float]] = [[] for _ in calls]
     for turn in range(turns + 1):
-        for i, call in enumerate(calls):
+        for call, taken in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
             if turn:
-                times[i] = min(times[i], time.perf_counter() - start)
+                taken.append(time.perf_counter() - start)
     return times
+
+
+def best(calls: list[Callable[[], Any]], turns: int) -> list[float]:
+    """The least seconds of each call."""
+    return [min(taken) for taken in seconds(calls, turns)]
