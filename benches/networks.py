@@ -137,7 +137,10 @@ def _save(network: str, images: int, folder: Path, export: bool) -> None:
 
     The moving statistics are those of a batch, or the outputs would not depend on the images.
     """
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(f"PyTorch, which makes the weights, is missing: {error}") from None
 
     import kconv
     import kconv.torch
@@ -172,10 +175,11 @@ def _in_a_process(side: str, call: list[str], threads: int) -> dict[str, Any]:
         capture_output=True,
         text=True,
     )
-    if result.returncode and side.startswith("kconv"):
-        raise SystemExit(f"{side} failed:\n{result.stderr[-2000:]}")
     if result.returncode:
-        raise MissingError(reason(result.stderr))
+        why = reason(result.stderr)
+        if side.startswith("kconv") and not why.startswith(("ModuleNotFoundError", "ImportError")):
+            raise SystemExit(f"{side} failed:\n{result.stderr[-2000:]}")
+        raise MissingError(why)
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
