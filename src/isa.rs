@@ -9,6 +9,8 @@
 
 use std::sync::OnceLock;
 
+use pulp::bytemuck::{Pod, cast_slice, cast_slice_mut};
+
 use crate::error::{Result, bail};
 
 /// A set of vector instructions: pulp's vectors plus the few operations that pulp lacks.
@@ -41,6 +43,26 @@ pub trait Isa: pulp::Simd {
     fn at_most_f64s(self, x: Self::f64s, high: Self::f64s) -> Self::f64s {
         self.min_f64s(high, x)
     }
+    /// The values of `a` and `b` at even places, and those at odd ones.
+    #[inline(always)]
+    fn split_f32s(self, a: Self::f32s, b: Self::f32s) -> [Self::f32s; 2] {
+        split::<f32, _>(a, b)
+    }
+    /// The values of `a` and `b` in turns: what [`Isa::split_f32s`] undoes.
+    #[inline(always)]
+    fn zip_f32s(self, a: Self::f32s, b: Self::f32s) -> [Self::f32s; 2] {
+        zip::<f32, _>(a, b)
+    }
+    /// As [`Isa::split_f32s`].
+    #[inline(always)]
+    fn split_f64s(self, a: Self::f64s, b: Self::f64s) -> [Self::f64s; 2] {
+        split::<f64, _>(a, b)
+    }
+    /// As [`Isa::zip_f32s`].
+    #[inline(always)]
+    fn zip_f64s(self, a: Self::f64s, b: Self::f64s) -> [Self::f64s; 2] {
+        zip::<f64, _>(a, b)
+    }
     /// Transposes a block of 8 x 8 values.
     ///
     /// # Safety
@@ -58,6 +80,30 @@ pub trait Isa: pulp::Simd {
         // SAFETY: the caller's promise.
         unsafe { transpose_block(src, src_stride, dst, dst_stride) }
     }
+}
+
+/// Splits any two vectors by their places; with the length known the compiler makes shuffles of it.
+#[inline(always)]
+fn split<T: Pod, V: Pod>(a: V, b: V) -> [V; 2] {
+    let (pair, mut parts) = ([a, b], [a, b]);
+    let values: &[T] = cast_slice(&pair);
+    let len = values.len() / 2;
+    let (even, odd) = cast_slice_mut::<V, T>(&mut parts).split_at_mut(len);
+    for i in 0..len {
+        (even[i], odd[i]) = (values[2 * i], values[2 * i + 1]);
+    }
+    parts
+}
+
+/// Takes the values of any two vectors in turns.
+#[inline(always)]
+fn zip<T: Pod, V: Pod>(a: V, b: V) -> [V; 2] {
+    let (parts, mut pair) = ([a, b], [a, b]);
+    let (even, odd) = cast_slice::<V, T>(&parts).split_at(size_of::<V>() / size_of::<T>());
+    for (pair, (&even, &odd)) in cast_slice_mut::<V, T>(&mut pair).chunks_exact_mut(2).zip(even.iter().zip(odd)) {
+        (pair[0], pair[1]) = (even, odd);
+    }
+    pair
 }
 
 /// Transposes one 8 x 8 block; with the bound known the compiler unrolls it.
@@ -104,6 +150,7 @@ impl Isa for pulp::aarch64::Neon {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Isa;
+    use pulp::cast;
     use std::arch::x86_64::*;
 
     /// Four values at `row` and the four that stand four rows below.
@@ -176,10 +223,11 @@ mod x86 {
         }
     }
 
-    macro_rules! avx_transposes {
-        ($isa:ty) => {
+    macro_rules! avx {
+        ($isa:ty { $($own:item)* }) => {
             impl Isa for $isa {
                 const FUSED_MULTIPLY_ADD: bool = true;
+                $($own)*
 
                 #[inline(always)]
                 fn prefetch<T>(self, ptr: *const T) {
@@ -199,8 +247,49 @@ mod x86 {
             }
         };
     }
-    avx_transposes!(pulp::x86::V3);
-    avx_transposes!(pulp::x86::V4);
+    avx!(pulp::x86::V3 {
+        #[inline(always)]
+        fn split_f32s(self, a: Self::f32s, b: Self::f32s) -> [Self::f32s; 2] {
+            // SAFETY: the token proves AVX2.
+            unsafe {
+                let (a, b) = (cast(a), cast(b));
+                // Pairs of values come out as a0 b0 a1 b1.
+                let pairs = [_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b)];
+                pairs.map(|v| cast(_mm256_permute4x64_epi64::<0xd8>(_mm256_castps_si256(v))))
+            }
+        }
+        #[inline(always)]
+        fn zip_f32s(self, a: Self::f32s, b: Self::f32s) -> [Self::f32s; 2] {
+            // SAFETY: the token proves AVX2.
+            unsafe {
+                let (a, b) = (cast(a), cast(b));
+                let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                [cast(_mm256_permute2f128_ps::<0x20>(low, high)), cast(_mm256_permute2f128_ps::<0x31>(low, high))]
+            }
+        }
+    });
+    avx!(pulp::x86::V4 {
+        #[inline(always)]
+        fn split_f32s(self, a: Self::f32s, b: Self::f32s) -> [Self::f32s; 2] {
+            const EVEN: [i32; 16] = [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30];
+            // SAFETY: the token proves AVX-512.
+            unsafe {
+                let even: __m512i = cast(EVEN);
+                let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+                [even, odd].map(|places| cast(_mm512_permutex2var_ps(cast(a), places, cast(b))))
+            }
+        }
+        #[inline(always)]
+        fn zip_f32s(self, a: Self::f32s, b: Self::f32s) -> [Self::f32s; 2] {
+            const LOW: [i32; 16] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
+            // SAFETY: the token proves AVX-512.
+            unsafe {
+                let low: __m512i = cast(LOW);
+                let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+                [low, high].map(|places| cast(_mm512_permutex2var_ps(cast(a), places, cast(b))))
+            }
+        }
+    });
 }
 
 /// Work written once for every instruction set. Implementations mark `run` `#[inline(always)]`, so that

@@ -31,6 +31,16 @@ pub fn with<T: Element, R>(len: usize, body: impl FnOnce(&mut [T]) -> R) -> R {
     result
 }
 
+/// Cuts memory into pieces of these sizes.
+pub fn cut<T, const N: usize>(memory: &mut [T], sizes: [usize; N]) -> [&mut [T]; N] {
+    let mut rest = memory;
+    sizes.map(|size| {
+        let (piece, others) = std::mem::take(&mut rest).split_at_mut(size);
+        rest = others;
+        piece
+    })
+}
+
 #[cfg(test)]
 mod tests {
     #[test]

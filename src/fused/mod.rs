@@ -123,9 +123,12 @@ impl<T: Element> Arguments<'_, T> {
     fn packed(&self) -> Vec<Option<Packed<T>>> {
         let packed = |step: &Step| match &step.kind {
             Kind::Conv(conv) => {
-                let (weights, taps) = (&self.parameters[conv.weight..][..conv.weights()], conv.taps());
-                let weight = |g, o, i| weights[conv.index(g, o, i / taps, i % taps)];
-                Some(Packed::new(self.isa, conv.groups, conv.group_out, conv.group_in * taps, weight))
+                let weights = &self.parameters[conv.weight..][..conv.weights()];
+                let taps = spatial::tap_order(conv);
+                let weight = |g, o, i: usize| {
+                    taps[i % taps.len()].map_or(T::default(), |tap| weights[conv.index(g, o, i / taps.len(), tap)])
+                };
+                Some(Packed::new(self.isa, conv.groups, conv.group_out, conv.group_in * taps.len(), weight))
             }
             Kind::Copy | Kind::Mean => None,
         };

@@ -1,117 +1,66 @@
 //! Convolutions of more than one pixel in a fused network: depthwise ones, and the stem's.
 //!
-//! The planes of a group's channels are padded with zeros and, for a stride of 2, split by the parity of their rows and
-//! columns. All parts have the same pitch, so that each tap is a shifted view of a part, the output's rows follow each
-//! other as one long row, and the kernels of pointwise convolutions compute it: each channel's tap is an input row.
+//! They run over [padded planes](crate::ops::planes) that stand side by side. A depthwise convolution has kernels of its
+//! own. For the others each tap of each channel of a group is an input row of a pointwise convolution: a shifted view of
+//! the planes, whose rows follow each other as one long row.
 //!
-//! ```text
-//!   pitch  = output width + span        columns beyond the output's width are computed and thrown away
-//!   part   = (output height + span) x pitch
-//! ```
-//!
-//! Small planes of several images stand one after the other and are computed as one, too: a call of a kernel takes longer
-//! than a plane of 8 x 8 pixels.
-//!
-//! The backward pass holds the gradient's planes likewise, with a border as wide as the taps reach.
-
-use std::mem::MaybeUninit;
+//! The backward pass holds the gradient's planes likewise.
 
 use super::pointwise::merge_parts;
 use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, chunks};
-use crate::isa::Active;
-use crate::kernels::Element;
+use crate::kernels::planes::{Correlate, CorrelateSums, MAX_TAP_ROWS, tap_rows};
 use crate::kernels::pointwise::{AddBias, ConvRows, Identity, Rows, SumSlots, slot};
-use crate::kernels::rows::{CopyRows, Sum};
+use crate::kernels::rows::Sum;
+use crate::kernels::{Element, writable};
 use crate::ops::Shared;
-use crate::ops::depthwise::merge_row;
+use crate::ops::phases::Phase;
+use crate::ops::planes::{Planes, Taps, images_together, merge};
 use crate::ops::pointwise::products;
 use crate::pool::part;
-use crate::scratch;
+use crate::scratch::{self, cut};
+use crate::shape::Axis;
 
-/// Values of a row that are computed together, about: all that is done to them stays in the L1 cache.
-const BLOCK_PIXELS: usize = 1024;
-
-/// The geometry of a convolution's padded planes: those of one channel of some images.
-struct Planes {
-    /// Images.
-    images: usize,
-    /// Height and width of the input.
-    input: [usize; 2],
-    stride: usize,
-    before: [usize; 2],
-    pitch: usize,
-    /// Rows and values of an image's part.
-    rows: usize,
-    part: usize,
-    /// Pixels of an image's output rows as one.
-    long: usize,
+/// The phases of a convolution's output and of its input's gradient, along both axes.
+struct Phases {
+    forward: [Vec<Phase>; 2],
+    backward: [Vec<Phase>; 2],
 }
 
-impl Planes {
-    /// The planes of a step's source; `pitch` may be more than is needed.
-    fn new(step: &Step, conv: &Conv, output: [usize; 2], pitch: usize, images: usize) -> Self {
-        let span = conv.kernel.map(|kernel| (kernel - 1) / conv.stride);
-        let pitch = pitch.max(output[1] + span[1]);
-        let rows = output[0] + span[0];
+impl Phases {
+    fn new(step: &Step, conv: &Conv, output: [usize; 2]) -> Self {
+        let input = [step.source.height, step.source.width];
+        let axes = [0, 1].map(|i| Axis { input: input[i], output: output[i], before: conv.before[i] });
         Self {
-            images,
-            input: [step.source.height, step.source.width],
-            stride: conv.stride,
-            before: conv.before,
-            pitch,
-            rows,
-            // The last row's view runs over the end by up to the span.
-            part: rows * pitch + span[1],
-            long: (output[0] - 1) * pitch + output[1],
+            forward: [0, 1].map(|i| Phase::forward(axes[i], conv.kernel[i], conv.stride)),
+            backward: [0, 1].map(|i| Phase::backward(axes[i], conv.kernel[i], conv.stride)),
         }
     }
+}
 
-    /// Values of a channel's padded planes.
-    fn padded(&self) -> usize {
-        self.stride * self.stride * self.images * self.part
-    }
+fn both(phases: &[Vec<Phase>; 2]) -> [&[Phase]; 2] {
+    [&phases[0], &phases[1]]
+}
 
-    /// Where a tap's view of a channel's padded planes starts.
-    fn tap(&self, y: usize, x: usize) -> usize {
-        let step = self.stride;
-        (y % step * step + x % step) * self.images * self.part + y / step * self.pitch + x / step
-    }
+/// All pairs of a vertical and a horizontal phase.
+fn pairs(phases: &[Vec<Phase>; 2]) -> impl Iterator<Item = (&Phase, &Phase)> {
+    phases[0].iter().flat_map(|vertical| phases[1].iter().map(move |horizontal| (vertical, horizontal)))
+}
 
-    /// Pixels of the output's rows of some images as one.
-    fn long(&self, images: usize) -> usize {
-        (images - 1) * self.part + self.long
-    }
+/// Whether there are kernels for this convolution alone.
+fn depthwise(conv: &Conv) -> bool {
+    conv.group_in == 1 && conv.group_out == 1 && conv.kernel[0] <= MAX_TAP_ROWS && !conv.pointwise()
+}
 
-    /// Writes a channel's planes, one for an image, into the padded ones, which hold zeros where the planes do not reach.
-    fn write<T: Element>(&self, isa: Active, planes: &[T], padded: &mut [T]) {
-        let ([height, width], [top, left]) = (self.input, self.before);
-        // What lies beyond the last tap of the last output pixel is not read.
-        let rows = height.min(self.stride * self.rows - top);
-        let columns = width.min(self.stride * self.pitch - left);
-        for (image, plane) in planes.chunks_exact(height * width).enumerate() {
-            let padded = &mut padded[image * self.part..];
-            if self.stride == 1 {
-                let y = (&mut padded[top * self.pitch + left..], self.pitch);
-                isa.run(CopyRows { x: (plane, width), y, size: [rows, columns] });
-                continue;
-            }
-            for (y, row) in plane.chunks_exact(width).take(rows).enumerate() {
-                let (y, row) = (y + top, &row[..columns]);
-                let line = &mut padded[y % 2 * 2 * self.images * self.part + y / 2 * self.pitch..];
-                let (even, odd) = line.split_at_mut(self.images * self.part);
-                // An odd border puts the first pixel into an odd column.
-                let (first, pairs) = row.split_at((left % 2).min(columns));
-                odd[left / 2..].iter_mut().zip(first).for_each(|(to, &from)| *to = from);
-                let (even, odd) = (&mut even[left.div_ceil(2)..], &mut odd[left.div_ceil(2)..]);
-                let whole = pairs.chunks_exact(2);
-                whole.remainder().iter().for_each(|&from| even[pairs.len() / 2] = from);
-                for ((pair, even), odd) in whole.zip(even).zip(odd) {
-                    (*even, *odd) = (pair[0], pair[1]);
-                }
-            }
-        }
+/// The taps of a convolution's kernel in the order in which the forward pass reads them: that of [`Taps`] where it is a
+/// depthwise one.
+pub(super) fn tap_order(conv: &Conv) -> Vec<Option<usize>> {
+    let [rows, columns] = conv.kernel;
+    if !depthwise(conv) {
+        return (0..conv.taps()).map(Some).collect();
     }
+    let tap = |x: usize| (0..tap_rows(rows, conv.stride)).map(move |y| (y < rows).then_some(y * columns + x));
+    (0..columns).flat_map(tap).collect()
 }
 
 impl<T: Element> Pass<'_, T> {
@@ -119,56 +68,75 @@ impl<T: Element> Pass<'_, T> {
     pub(super) fn spatial(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         let value = &self.program.values[step.value];
         let (pixels, out_pixels) = (step.source.pixels(), value.pixels());
+        let (k, m) = (conv.group_in, conv.group_out);
         let parts = self.image_parts(conv.groups);
-        let block = self.image_block(pixels, parts);
-        let planes = Planes::new(step, conv, [value.height, value.width], 0, block);
-        let bias = conv.bias.map(|bias| &self.parameters[bias..][..conv.groups * conv.group_out]);
-        let (k, m, packed) = (conv.group_in, conv.group_out, self.weights(step));
-        let offsets = self.taps(conv, &planes);
-        let long = planes.long(block).next_multiple_of(16);
-        let y_offsets: Vec<_> = (0..m).map(|o| o * long).collect();
+        let block = images_together(pixels, self.count.div_ceil(parts));
+        let phases = Phases::new(step, conv, [value.height, value.width]).forward;
+        let [vertical, horizontal] = [&phases[0][0], &phases[1][0]];
+        let planes = Planes::new(both(&phases), block);
+        let taps = depthwise(conv).then(|| Taps::new(&planes, vertical, horizontal, conv.kernel[1]));
+        let (views, y_offsets) =
+            (views::<T>(&planes, vertical, horizontal, k), rows_of(m, value.height * planes.pitch));
+        let packed = self.weights(step);
+        let bias = conv.bias.map(|bias| &self.parameters[bias..][..conv.groups * m]);
+        let sizes = [k * planes.len::<T>(), m * value.height * planes.pitch, block * pixels];
         let mut partial = vec![(0.0, 0.0, 0.0); parts * conv.groups * m];
         let shared = Shared(partial.as_mut_ptr());
         let rows = self.rows(step.value);
         self.for_tasks(conv.groups, parts, |g, p| {
-            scratch::with(k * planes.padded() + m * long + block * pixels, |memory: &mut [T]| {
-                let (padded, memory) = memory.split_at_mut(k * planes.padded());
-                let (results, buffer) = memory.split_at_mut(m * long);
+            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+                let [padded, results, buffer] = cut(memory, sizes);
                 padded.fill(T::default());
                 // SAFETY: statistics of this part and group alone.
                 let statistics =
                     unsafe { std::slice::from_raw_parts_mut(shared.ptr().add((p * conv.groups + g) * m), m) };
                 for images in chunks(part(self.count, parts, p), block) {
-                    for (i, padded) in padded.chunks_exact_mut(planes.padded()).enumerate() {
+                    for (i, padded) in padded.chunks_exact_mut(planes.len::<T>()).enumerate() {
                         let range = images.start * pixels..images.end * pixels;
                         // SAFETY: sources are values of earlier steps.
-                        planes.write(self.isa, unsafe { self.load(&step.source, g * k + i, range, buffer) }, padded);
+                        let source = unsafe { self.load(&step.source, g * k + i, range, buffer) };
+                        for (i, plane) in source.chunks_exact(pixels).enumerate() {
+                            planes.write(self.isa, i, plane, padded);
+                        }
                     }
-                    for block in &packed.blocks {
-                        // SAFETY: views of `padded` end inside it; rows of `results` are `long` values.
-                        let kernel = unsafe {
-                            ConvRows {
-                                x: padded.as_ptr(),
-                                x_offsets: &offsets,
-                                weights: packed.block(g, block),
-                                y: results.as_mut_ptr(),
-                                y_offsets: &y_offsets[block.clone()],
-                                pixels: planes.long(images.len()),
-                                prologue: Identity,
-                                epilogue: AddBias(bias.map(|bias| &bias[g * m + block.start..g * m + block.end])),
-                            }
-                            .promise()
-                        };
-                        self.isa.run(kernel);
+                    let columns = planes.columns(images.len(), value.width);
+                    if let Some(taps) = &taps {
+                        self.isa.run(Correlate {
+                            view: taps.view(padded),
+                            tap_rows: taps.rows,
+                            weights: packed.block(g, &(0..1)),
+                            start: bias.map_or(T::default(), |bias| bias[g]),
+                            y: writable(results),
+                            y_pitch: planes.pitch,
+                            size: [value.height, columns],
+                        });
+                    } else {
+                        for block in &packed.blocks {
+                            // SAFETY: views of `padded` end inside it, as the rows do inside `results`.
+                            let kernel = unsafe {
+                                ConvRows {
+                                    x: padded.as_ptr(),
+                                    x_offsets: &views,
+                                    weights: packed.block(g, block),
+                                    y: results.as_mut_ptr(),
+                                    y_offsets: &y_offsets[block.clone()],
+                                    pixels: (value.height - 1) * planes.pitch + columns,
+                                    prologue: Identity,
+                                    epilogue: AddBias(bias.map(|bias| &bias[g * m + block.start..g * m + block.end])),
+                                }
+                                .promise()
+                            };
+                            self.isa.run(kernel);
+                        }
                     }
-                    for (o, result) in results.chunks_exact(long).enumerate() {
+                    for (o, result) in results.chunks_exact(value.height * planes.pitch).enumerate() {
                         let range = images.start * out_pixels..images.end * out_pixels;
                         let start = (g * m + o) * self.count * out_pixels + range.start;
                         // SAFETY: these images of this group's rows, which are this task's own.
                         let y = unsafe { std::slice::from_raw_parts_mut(rows.ptr().add(start), range.len()) };
-                        for (y, result) in y.chunks_exact_mut(out_pixels).zip(result.chunks(planes.part)) {
-                            let size = [value.height, value.width];
-                            self.isa.run(CopyRows { x: (result, planes.pitch), y: (y, value.width), size });
+                        for (i, y) in y.chunks_exact_mut(out_pixels).enumerate() {
+                            let result = (&result[i * planes.step..], 0, planes.pitch);
+                            merge(self.isa, vertical, 1, result, writable(y), value.width);
                         }
                         // SAFETY: just written; `y` is not used any more.
                         unsafe { self.complete(step.value, g * m + o, range, &mut statistics[o]) };
@@ -179,73 +147,51 @@ impl<T: Element> Pass<'_, T> {
         merge_parts(&partial, conv.groups * m)
     }
 
-    /// Images that are computed together, at most.
-    fn image_block(&self, pixels: usize, parts: usize) -> usize {
-        (BLOCK_PIXELS / pixels).clamp(1, self.count.div_ceil(parts).max(1))
-    }
-
-    /// Where the views of a group's channels and taps start in its padded planes.
-    fn taps(&self, conv: &Conv, planes: &Planes) -> Vec<usize> {
-        let taps = (0..conv.group_in * conv.taps()).map(|i| (i / conv.taps(), i % conv.taps()));
-        taps.map(|(i, tap)| i * planes.padded() + planes.tap(tap / conv.kernel[1], tap % conv.kernel[1])).collect()
-    }
-
     /// Parts of the images, so that there are enough tasks.
     fn image_parts(&self, groups: usize) -> usize {
         (2 * PARTS).div_ceil(groups).min(self.count).max(1)
     }
 }
 
-/// Input pixels of one parity along an axis: which taps of which output pixels saw them.
-struct Phase {
-    first: usize,
-    count: usize,
-    /// Tap, and the distance of the output pixel that saw input pixel `first` through it.
-    taps: Vec<(usize, isize)>,
+/// Where rows of this length start.
+fn rows_of(count: usize, len: usize) -> Vec<usize> {
+    (0..count).map(|i| i * len).collect()
 }
 
-fn phases(input: usize, kernel: usize, stride: usize, before: usize) -> Vec<Phase> {
-    (0..stride.min(input))
-        .map(|first| {
-            let distance = |tap: usize| (first + before) as isize - tap as isize;
-            let seen = (0..kernel).filter(|&tap| distance(tap).rem_euclid(stride as isize) == 0);
-            let taps = seen.map(|tap| (tap, distance(tap).div_euclid(stride as isize))).collect();
-            Phase { first, count: (input - first).div_ceil(stride), taps }
-        })
-        .collect()
+/// Where the views start that a pair of phases has of the planes of `channels` channels, through each of its taps.
+fn views<T>(planes: &Planes, vertical: &Phase, horizontal: &Phase, channels: usize) -> Vec<usize> {
+    let views = |c: usize| {
+        let taps = vertical.taps.iter().flat_map(|&(_, y)| horizontal.taps.iter().map(move |&(_, x)| [y, x]));
+        taps.map(move |tap| c * planes.len::<T>() + planes.tap(tap))
+    };
+    (0..channels).flat_map(views).collect()
 }
 
-/// A border around the gradient's planes, wide enough for every phase to see zeros beyond the edges.
-struct Border {
-    /// Zeros above and at the left.
-    before: [usize; 2],
-    pitch: usize,
-    /// Values of an image's plane.
-    len: usize,
-    phases: [Vec<Phase>; 2],
+/// What computes the gradient by the input for a vertical and a horizontal phase.
+struct PhaseKernel<T> {
+    /// The taps of a depthwise kernel.
+    taps: Option<Taps>,
+    /// The views of other kernels.
+    views: Vec<usize>,
+    /// For each channel of the input, the weights of either.
+    weights: Vec<T>,
 }
 
-impl Border {
-    fn new(step: &Step, conv: &Conv, output: [usize; 2]) -> Self {
-        let input = [step.source.height, step.source.width];
-        let phases = [0, 1].map(|axis| phases(input[axis], conv.kernel[axis], conv.stride, conv.before[axis]));
-        let reach = |axis: usize| {
-            let seen = || phases[axis].iter().flat_map(|phase| phase.taps.iter().map(move |&(_, d)| (d, phase.count)));
-            let low = seen().map(|(distance, _)| -distance).max().unwrap_or(0).max(0) as usize;
-            let high = seen().map(|(distance, count)| distance + count as isize).max().unwrap_or(0).max(0) as usize;
-            (low, high.max(output[axis]))
+impl<T: Element> PhaseKernel<T> {
+    fn new(conv: &Conv, planes: &Planes, [vertical, horizontal]: [&Phase; 2], weights: &[T]) -> Self {
+        let taps = depthwise(conv).then(|| Taps::new(planes, vertical, horizontal, conv.kernel[1]));
+        let packed = if let Some(taps) = &taps {
+            (0..conv.groups).flat_map(|c| taps.pack(move |tap| weights[conv.index(c, 0, 0, tap)])).collect()
+        } else {
+            let seen = || {
+                let places = |&(y, _): &(usize, isize)| horizontal.taps.iter().map(move |&(x, _)| [y, x]);
+                vertical.taps.iter().flat_map(places).map(|[y, x]| y * conv.kernel[1] + x)
+            };
+            let channels = (0..conv.groups).flat_map(|g| (0..conv.group_in).map(move |i| (g, i)));
+            let rows = channels.flat_map(|(g, i)| (0..conv.group_out).map(move |o| (g, i, o)));
+            rows.flat_map(|(g, i, o)| seen().map(move |tap| weights[conv.index(g, o, i, tap)])).collect()
         };
-        let ((top, bottom), (left, right)) = (reach(0), reach(1));
-        // The same pitch as that of the source's planes, so that the weight gradient is a product of long rows.
-        let pitch = (left + right).max(output[1] + (conv.kernel[1] - 1) / conv.stride);
-        // A phase's rows are written like the gradient's own.
-        let rows = phases[0].iter().map(|phase| phase.count).max().unwrap_or(0).max(top + bottom);
-        Self { before: [top, left], pitch, len: rows * pitch, phases }
-    }
-
-    /// Where the first pixel stands in a plane.
-    fn first(&self) -> usize {
-        self.before[0] * self.pitch + self.before[1]
+        Self { taps, views: views::<T>(planes, vertical, horizontal, conv.group_out), weights: packed }
     }
 }
 
@@ -254,66 +200,95 @@ impl<T: Element> Tape<'_, '_, T> {
     pub(super) fn spatial(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;
         let value = &pass.program.values[step.value];
-        let (pixels, out_pixels) = (step.source.pixels(), value.pixels());
-        let (groups, k, m, taps) = (conv.groups, conv.group_in, conv.group_out, conv.taps());
+        let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), [value.height, value.width]);
+        let (groups, k, m) = (conv.groups, conv.group_in, conv.group_out);
         let parts = pass.image_parts(groups);
-        let block = pass.image_block(pixels, parts);
-        let border = Border::new(step, conv, [value.height, value.width]);
-        let planes = Planes::new(step, conv, [value.height, value.width], border.pitch, block);
+        let block = images_together(pixels, pass.count.div_ceil(parts));
+        let phases = Phases::new(step, conv, size);
+        let [planes, grad_planes] = Planes::pair(both(&phases.forward), both(&phases.backward), block);
         let weights = &pass.parameters[conv.weight..][..conv.weights()];
-        let kernels = if step.differentiate { self.phase_kernels(conv, &border, block, weights) } else { Vec::new() };
-        let b_offsets = pass.taps(conv, &planes);
-        let a_offsets: Vec<_> = (0..m).map(|o| o * block * border.len + border.first()).collect();
-        let sizes = [m * k * taps * slot::<T>(), k * planes.padded(), m * block * border.len, 2 * block * border.len];
+        let kernel = |(v, h)| PhaseKernel::new(conv, &grad_planes, [v, h], weights);
+        let kernels: Vec<_> = pairs(&phases.backward).filter(|_| step.differentiate).map(kernel).collect();
+        let (vertical, horizontal) = (&phases.forward[0][0], &phases.forward[1][0]);
+        let taps = depthwise(conv).then(|| Taps::new(&planes, vertical, horizontal, conv.kernel[1]));
+        let b_offsets = views::<T>(&planes, vertical, horizontal, k);
+        let first = grad_planes.tap([0, 0]);
+        let a_offsets: Vec<_> = (0..m).map(|o| o * grad_planes.len::<T>() + first).collect();
+        let slots = taps.as_ref().map_or(m * b_offsets.len(), Taps::len);
+        let sets = phases.backward[1].len();
+        let rows = phases.backward[0].iter().map(|phase| phase.count).max().unwrap_or(0);
+        let sizes = [
+            slots * slot::<T>(),
+            k * planes.len::<T>(),
+            m * grad_planes.len::<T>(),
+            sets * rows * planes.pitch,
+            (block * pixels.max(out_pixels)).max(slots),
+        ];
         let mut partial = vec![T::default(); parts * conv.weights()];
         let mut bias = vec![0.0; parts * groups * m];
         let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
         self.give_back(&step.source, groups, parts, |this, g, images, p, sums| {
-            scratch::with(sizes.iter().sum::<usize>() + block * pixels.max(out_pixels), |memory: &mut [T]| {
-                let [slots, padded, bordered, results, buffer] = split(memory, sizes);
+            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+                let [slots, padded, grads, results, buffer] = cut(memory, sizes);
                 slots.fill(T::default());
                 padded.fill(T::default());
-                bordered.fill(T::default());
+                grads.fill(T::default());
                 let at = p * groups + g;
                 // SAFETY: sums of this part and group alone.
                 let (weight_sums, bias) = unsafe {
+                    let len = conv.weights() / groups;
                     (
-                        std::slice::from_raw_parts_mut(shared.ptr().add(at * m * k * taps), m * k * taps),
+                        std::slice::from_raw_parts_mut(shared.ptr().add(at * len), len),
                         std::slice::from_raw_parts_mut(shared_bias.ptr().add(at * m), m),
                     )
                 };
                 for images in chunks(images, block) {
                     for (o, (bias, planes)) in
-                        bias.iter_mut().zip(bordered.chunks_exact_mut(block * border.len)).enumerate()
+                        bias.iter_mut().zip(grads.chunks_exact_mut(grad_planes.len::<T>())).enumerate()
                     {
                         let range = images.start * out_pixels..images.end * out_pixels;
                         // SAFETY: all that read the value come later in the program and have given their gradients.
                         let grad = unsafe { this.take(step.value, g * m + o, range, buffer) };
-                        for (grad, plane) in grad.chunks_exact(out_pixels).zip(planes.chunks_exact_mut(border.len)) {
-                            let (y, size) = (&mut plane[border.first()..], [value.height, value.width]);
-                            pass.isa.run(CopyRows { x: (grad, value.width), y: (y, border.pitch), size });
+                        for (i, plane) in grad.chunks_exact(out_pixels).enumerate() {
+                            grad_planes.write(pass.isa, i, plane, planes);
                         }
                         if conv.bias.is_some() {
                             *bias += pass.isa.run(Sum(grad));
                         }
                     }
                     let range = images.start * pixels..images.end * pixels;
-                    for (i, padded) in padded.chunks_exact_mut(planes.padded()).enumerate() {
+                    for (i, padded) in padded.chunks_exact_mut(planes.len::<T>()).enumerate() {
                         // SAFETY: the forward pass wrote the values.
                         let source = unsafe { pass.load(&step.source, g * k + i, range.clone(), buffer) };
-                        planes.write(pass.isa, source, padded);
+                        for (i, plane) in source.chunks_exact(pixels).enumerate() {
+                            planes.write(pass.isa, i, plane, padded);
+                        }
                     }
-                    let a = Rows { base: bordered.as_ptr(), offsets: &a_offsets, image_stride: border.len };
-                    let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: planes.part };
-                    // SAFETY: views of `padded` end inside it. Between the gradient's rows there are zeros.
-                    unsafe { products(pass.isa, a, b, [images.len(), planes.long], slots) };
+                    let columns = planes.columns(images.len(), value.width);
+                    // The gradient is zero between the images and between the rows.
+                    if let Some(taps) = &taps {
+                        pass.isa.run(CorrelateSums {
+                            view: taps.view(padded),
+                            tap_rows: taps.rows,
+                            g: &grads[first..],
+                            g_pitch: planes.pitch,
+                            size: [value.height, columns],
+                            slots: &mut *slots,
+                        });
+                    } else {
+                        let a = Rows { base: grads.as_ptr(), offsets: &a_offsets, image_stride: 0 };
+                        let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: 0 };
+                        let pixels = (value.height - 1) * planes.pitch + columns;
+                        // SAFETY: views of the planes end inside them.
+                        unsafe { products(pass.isa, a, b, [1, pixels], slots) };
+                    }
                     if !step.differentiate {
                         continue;
                     }
                     let mut sums = &mut *sums;
                     for i in 0..k {
                         let grad = &mut buffer[..range.len()];
-                        this.planes(&kernels, &border, g * k + i, bordered, results, grad, step);
+                        this.planes(&kernels, &phases.backward, &grad_planes, g * k + i, grads, results, grad, step);
                         let rows = step.source.starts[g * k + i + 1] - step.source.starts[g * k + i];
                         let (own, rest) = sums.split_at_mut(rows);
                         sums = rest;
@@ -321,105 +296,71 @@ impl<T: Element> Tape<'_, '_, T> {
                         unsafe { this.give(&step.source, g * k + i, range.clone(), grad, own) };
                     }
                 }
-                pass.isa.run(SumSlots(slots, weight_sums));
+                if let Some(taps) = &taps {
+                    let sums = &mut buffer[..taps.len()];
+                    pass.isa.run(SumSlots(slots, sums));
+                    taps.places().for_each(|(tap, place)| weight_sums[tap] = sums[place]);
+                } else {
+                    pass.isa.run(SumSlots(slots, weight_sums));
+                }
             });
         });
         self.write_weights(conv, parts, &partial, &bias);
     }
 
-    /// For each vertical and each horizontal phase: offsets in a group's bordered planes, and for each input channel the
-    /// weights that go with them.
-    fn phase_kernels(&self, conv: &Conv, border: &Border, block: usize, weights: &[T]) -> Vec<(Vec<usize>, Vec<T>)> {
-        let (k, m) = (conv.group_in, conv.group_out);
-        let mut kernels = Vec::new();
-        for (vertical, horizontal) in border.phases[0].iter().flat_map(|v| border.phases[1].iter().map(move |h| (v, h)))
-        {
-            let taps: Vec<_> =
-                vertical.taps.iter().flat_map(|&v| horizontal.taps.iter().map(move |&h| (v, h))).collect();
-            let mut offsets = Vec::new();
-            for (o, ((_, y), (_, x))) in (0..m).flat_map(|o| taps.iter().map(move |&tap| (o, tap))) {
-                let row = (border.before[0] as isize + y) as usize;
-                let column = (border.before[1] as isize + x) as usize;
-                offsets.push(o * block * border.len + row * border.pitch + column);
-            }
-            let mut packed = Vec::with_capacity(conv.weights());
-            for channel in 0..conv.groups * k {
-                let (g, i) = (channel / k, channel % k);
-                for (o, ((y, _), (x, _))) in (0..m).flat_map(|o| taps.iter().map(move |&tap| (o, tap))) {
-                    packed.push(weights[conv.index(g, o, i, y * conv.kernel[1] + x)]);
-                }
-            }
-            kernels.push((offsets, packed));
-        }
-        kernels
-    }
-
-    /// The gradient by one channel's planes of some images, from the group's bordered planes.
+    /// The gradient by one channel's planes of some images, from the group's planes of the gradient.
     fn planes(
         &self,
-        kernels: &[(Vec<usize>, Vec<T>)],
-        border: &Border,
+        kernels: &[PhaseKernel<T>],
+        phases: &[Vec<Phase>; 2],
+        planes: &Planes,
         channel: usize,
-        bordered: &[T],
+        grads: &[T],
         results: &mut [T],
         grad: &mut [T],
         step: &Step,
     ) {
-        let (width, pixels) = (step.source.width, step.source.pixels());
+        let (width, pixels, isa) = (step.source.width, step.source.pixels(), self.pass.isa);
         let images = grad.len() / pixels;
-        let [vertical, horizontal] = &border.phases;
-        let stride = vertical.len();
-        let phase_len = results.len() / 2;
-        for (v, vertical) in vertical.iter().enumerate() {
-            for (h, phase) in horizontal.iter().enumerate() {
-                let (offsets, weights) = &kernels[v * horizontal.len() + h];
-                let result = &mut results[h * phase_len..][..phase_len];
-                if offsets.is_empty() {
+        let [vertical, horizontal] = phases;
+        let set = results.len() / horizontal.len();
+        for (vertical, kernels) in vertical.iter().zip(kernels.chunks_exact(horizontal.len())) {
+            for ((phase, kernel), result) in horizontal.iter().zip(kernels).zip(results.chunks_exact_mut(set)) {
+                let columns = planes.columns(images, phase.count);
+                if let Some(taps) = &kernel.taps {
+                    isa.run(Correlate {
+                        view: taps.view(grads),
+                        tap_rows: taps.rows,
+                        weights: &kernel.weights[channel * taps.len()..][..taps.len()],
+                        start: T::default(),
+                        y: writable(result),
+                        y_pitch: planes.pitch,
+                        size: [vertical.count, columns],
+                    });
+                } else if kernel.views.is_empty() {
                     result.fill(T::default());
-                    continue;
+                } else {
+                    // SAFETY: views of the planes end inside them; `result` holds the phase's rows.
+                    let kernel = unsafe {
+                        ConvRows {
+                            x: grads.as_ptr(),
+                            x_offsets: &kernel.views,
+                            weights: &kernel.weights[channel * kernel.views.len()..][..kernel.views.len()],
+                            y: result.as_mut_ptr(),
+                            y_offsets: &[0],
+                            pixels: (vertical.count - 1) * planes.pitch + columns,
+                            prologue: Identity,
+                            epilogue: AddBias(None),
+                        }
+                        .promise()
+                    };
+                    isa.run(kernel);
                 }
-                let long = (vertical.count.max(1) - 1) * border.pitch + phase.count;
-                // SAFETY: views of the bordered planes end inside them; `result` holds the phase's rows.
-                let kernel = unsafe {
-                    ConvRows {
-                        x: bordered.as_ptr(),
-                        x_offsets: offsets,
-                        weights: &weights[channel * offsets.len()..][..offsets.len()],
-                        y: result.as_mut_ptr(),
-                        y_offsets: &[0],
-                        pixels: (images - 1) * border.len + long,
-                        prologue: Identity,
-                        epilogue: AddBias(None),
-                    }
-                    .promise()
-                };
-                self.pass.isa.run(kernel);
             }
             for (image, plane) in grad.chunks_exact_mut(pixels).enumerate() {
-                let rows = &results[image * border.len..];
-                if horizontal.len() == 1 {
-                    let y = (&mut plane[vertical.first * width..], stride * width);
-                    self.pass.isa.run(CopyRows { x: (rows, border.pitch), y, size: [vertical.count, width] });
-                    continue;
-                }
-                for row in 0..vertical.count {
-                    let target = &raw mut plane[(vertical.first + stride * row) * width..][..width];
-                    // SAFETY: the same values, of which only whole ones are written.
-                    let target = unsafe { &mut *(target as *mut [MaybeUninit<T>]) };
-                    merge_row(&rows[row * border.pitch..], phase_len, horizontal.len(), target);
-                }
+                let results = (&results[image * planes.step..], set, planes.pitch);
+                merge(isa, vertical, horizontal.len(), results, writable(plane), width);
             }
         }
     }
-}
-
-/// Cuts memory into pieces of these sizes and a rest.
-fn split<T>(memory: &mut [T], sizes: [usize; 4]) -> [&mut [T]; 5] {
-    let mut rest = memory;
-    let [a, b, c, d] = sizes.map(|size| {
-        let (piece, others) = std::mem::take(&mut rest).split_at_mut(size);
-        rest = others;
-        piece
-    });
-    [a, b, c, d, rest]
 }

@@ -1,8 +1,4 @@
-//! The depthwise convolution over NHWC pixels, channels being the vector dimension.
-//!
-//! (Over NCHW planes it needs no kernel of its own: a plane is convolved by
-//! [`ConvRows`](super::pointwise::ConvRows) whose input rows are the taps' shifted views of one padded plane, and its
-//! weight gradient is [`DotRows`](super::pointwise::DotRows) over the same views.)
+//! The depthwise convolution over NHWC pixels, channels being the vector dimension. (For NCHW: [`planes`](super::planes).)
 //!
 //! Both kernels take a *run*: neighbouring output pixels that see the same taps, so that nothing is padded and inner
 //! loops have no bounds to check.

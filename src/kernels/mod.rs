@@ -7,11 +7,13 @@
 
 pub mod activations;
 pub mod depthwise;
+pub mod planes;
 pub mod pointwise;
 pub mod probe;
 pub mod rows;
 pub mod transpose;
 
+use std::mem::MaybeUninit;
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
 use crate::isa::Isa;
@@ -64,6 +66,10 @@ pub trait Element:
     fn select_less<I: Isa>(isa: I, a_b_yes_no: [Self::Vector<I>; 4]) -> Self::Vector<I>;
     /// `1 / (1 + exp(-x))` of vectors whose instructions may overlap.
     fn sigmoid<I: Isa, const N: usize>(isa: I, x: [Self::Vector<I>; N]) -> [Self::Vector<I>; N];
+    /// The values of `a` and `b` at even places, and those at odd ones.
+    fn split<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> [Self::Vector<I>; 2];
+    /// The values of `a` and `b` in turns.
+    fn zip<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> [Self::Vector<I>; 2];
     /// The sum of a vector's values.
     fn sum<I: Isa>(isa: I, a: Self::Vector<I>) -> Self;
     /// Selects the first `len` values.
@@ -115,10 +121,16 @@ pub trait Element:
     }
 }
 
+/// Memory that holds values as memory to be written.
+pub(crate) fn writable<T: Element>(values: &mut [T]) -> &mut [MaybeUninit<T>] {
+    // SAFETY: the same layout; kernels write nothing but values.
+    unsafe { &mut *(values as *mut [T] as *mut [MaybeUninit<T>]) }
+}
+
 macro_rules! element {
     ($t:ident, $vector:ident, $mask:ident, $len:ident, $splat:ident, $mul_add:ident, $add:ident, $sum:ident,
      $sub:ident, $mul:ident, $at_least:ident, $at_most:ident, $less:ident, $select:ident, $between:ident, $load_masked:ident, $store_masked:ident,
-     $transpose:ident, $gemm:path, $sigmoid:ident) => {
+     $transpose:ident, $split:ident, $zip:ident, $gemm:path, $sigmoid:ident) => {
         impl Element for $t {
             type Vector<I: Isa> = I::$vector;
             type Mask<I: Isa> = pulp::MemMask<I::$mask>;
@@ -172,6 +184,14 @@ macro_rules! element {
             #[inline(always)]
             fn sigmoid<I: Isa, const N: usize>(isa: I, x: [I::$vector; N]) -> [I::$vector; N] {
                 activations::$sigmoid(isa, x)
+            }
+            #[inline(always)]
+            fn split<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> [I::$vector; 2] {
+                isa.$split(a, b)
+            }
+            #[inline(always)]
+            fn zip<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> [I::$vector; 2] {
+                isa.$zip(a, b)
             }
             #[inline(always)]
             fn sum<I: Isa>(isa: I, a: I::$vector) -> Self {
@@ -266,6 +286,8 @@ element!(
     mask_load_ptr_f32s,
     mask_store_ptr_f32s,
     transpose_f32,
+    split_f32s,
+    zip_f32s,
     matrixmultiply::sgemm,
     sigmoid_f32
 );
@@ -288,6 +310,8 @@ element!(
     mask_load_ptr_f64s,
     mask_store_ptr_f64s,
     transpose_f64,
+    split_f64s,
+    zip_f64s,
     matrixmultiply::dgemm,
     sigmoid_f64
 );

@@ -4,6 +4,8 @@
 //! through rows in the same way ([`Body`]): [`BLOCK`] vectors at a time, so that chains of dependent instructions
 //! overlap, and a masked vector at the end.
 
+use std::mem::MaybeUninit;
+
 use super::Element;
 use super::activations::{Activation, Function, with_function};
 use crate::isa::{Isa, Kernel};
@@ -404,7 +406,7 @@ pub struct CopyRows<'a, T> {
     /// The rows, and the distance of their beginnings.
     pub x: (&'a [T], usize),
     /// Where they go, likewise.
-    pub y: (&'a mut [T], usize),
+    pub y: (&'a mut [MaybeUninit<T>], usize),
     /// Number and length of the rows.
     pub size: [usize; 2],
 }
@@ -422,12 +424,94 @@ impl<T: Element> Kernel for CopyRows<'_, T> {
         for row in 0..rows {
             // SAFETY: the rows end inside the slices.
             unsafe {
-                let (x, y) = (x.as_ptr().add(row * x_pitch), y.as_mut_ptr().add(row * y_pitch));
+                let (x, y) = (x.as_ptr().add(row * x_pitch), y.as_mut_ptr().add(row * y_pitch).cast::<T>());
                 for at in (0..whole).step_by(vector) {
                     T::store(isa, y.add(at), T::load(isa, x.add(at)));
                 }
                 if whole < width {
                     T::store_masked(isa, mask, y.add(whole), T::load_masked(isa, mask, x.add(whole)));
+                }
+            }
+        }
+    }
+}
+
+/// Splits rows by the parity of their columns.
+pub struct SplitRows<'a, T> {
+    /// The rows, and the distance of their beginnings.
+    pub x: (&'a [T], usize),
+    /// Where the values at even and those at odd places go: rows with one distance.
+    pub y: ([&'a mut [T]; 2], usize),
+    /// Number and length of the rows.
+    pub size: [usize; 2],
+}
+
+impl<T: Element> Kernel for SplitRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self { x: (x, x_pitch), y: ([even, odd], y_pitch), size: [rows, width] } = self;
+        let before = |pitch: usize| rows.max(1) * pitch - pitch;
+        assert!(x.len() >= before(x_pitch) + width && even.len() >= before(y_pitch) + width.div_ceil(2));
+        assert!(odd.len() >= before(y_pitch) + width / 2);
+        let vector = T::lanes::<I>();
+        let mask = |len: usize| T::mask(isa, len.min(vector));
+        for at in (0..width).step_by(2 * vector) {
+            let rest = width - at;
+            let x_masks = [mask(rest), mask(rest.saturating_sub(vector))];
+            let y_masks = [mask(rest.div_ceil(2)), mask(rest / 2)];
+            for row in 0..rows {
+                let place = row * y_pitch + at / 2;
+                // SAFETY: the rows end inside the slices; the masks leave out what is beyond.
+                unsafe {
+                    let x = x.as_ptr().add(row * x_pitch + at);
+                    let low = T::load_masked(isa, x_masks[0], x);
+                    let high = T::load_masked(isa, x_masks[1], x.wrapping_add(vector));
+                    let [low, high] = T::split(isa, low, high);
+                    T::store_masked(isa, y_masks[0], even.as_mut_ptr().add(place), low);
+                    T::store_masked(isa, y_masks[1], odd.as_mut_ptr().wrapping_add(place), high);
+                }
+            }
+        }
+    }
+}
+
+/// Puts rows together from their values at even and odd places: what [`SplitRows`] undoes.
+pub struct ZipRows<'a, T> {
+    /// Rows of the values at even and at odd places, with one distance.
+    pub x: ([&'a [T]; 2], usize),
+    /// The rows, and the distance of their beginnings.
+    pub y: (&'a mut [MaybeUninit<T>], usize),
+    /// Number and length of the rows.
+    pub size: [usize; 2],
+}
+
+impl<T: Element> Kernel for ZipRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self { x: ([even, odd], x_pitch), y: (y, y_pitch), size: [rows, width] } = self;
+        let before = |pitch: usize| rows.max(1) * pitch - pitch;
+        assert!(y.len() >= before(y_pitch) + width && even.len() >= before(x_pitch) + width.div_ceil(2));
+        assert!(odd.len() >= before(x_pitch) + width / 2);
+        let vector = T::lanes::<I>();
+        let mask = |len: usize| T::mask(isa, len.min(vector));
+        for at in (0..width).step_by(2 * vector) {
+            let rest = width - at;
+            let x_masks = [mask(rest.div_ceil(2)), mask(rest / 2)];
+            let y_masks = [mask(rest), mask(rest.saturating_sub(vector))];
+            for row in 0..rows {
+                let place = row * x_pitch + at / 2;
+                // SAFETY: the rows end inside the slices; the masks leave out what is beyond.
+                unsafe {
+                    let low = T::load_masked(isa, x_masks[0], even.as_ptr().add(place));
+                    let high = T::load_masked(isa, x_masks[1], odd.as_ptr().wrapping_add(place));
+                    let [low, high] = T::zip(isa, low, high);
+                    let y = y.as_mut_ptr().cast::<T>().add(row * y_pitch + at);
+                    T::store_masked(isa, y_masks[0], y, low);
+                    T::store_masked(isa, y_masks[1], y.wrapping_add(vector), high);
                 }
             }
         }
@@ -468,6 +552,27 @@ impl<T: Element, I: Isa> Body<T, I> for Total<T, T::Vector<I>> {
 mod tests {
     use super::*;
     use crate::isa::Active;
+
+    #[test]
+    fn split_and_zipped_rows() {
+        for isa in Active::available() {
+            for (rows, width) in (1..4).flat_map(|rows| (0..70usize).map(move |width| (rows, width))) {
+                let x: Vec<f32> = (0..rows * width).map(|i| i as f32).collect();
+                let half = width.div_ceil(2);
+                let (mut even, mut odd) = (vec![-1f32; rows * half], vec![-1f32; rows * half]);
+                isa.run(SplitRows { x: (&x, width), y: ([&mut even, &mut odd], half), size: [rows, width] });
+                for (i, &x) in x.iter().enumerate() {
+                    let (row, column) = (i / width, i % width);
+                    assert_eq!([&even, &odd][column % 2][row * half + column / 2], x, "{}", isa.name());
+                }
+                let mut y = vec![-1f32; rows * width + 1];
+                let memory = super::super::writable(&mut y);
+                isa.run(ZipRows { x: ([&even, &odd], half), y: (memory, width), size: [rows, width] });
+                assert_eq!(&y[..rows * width], &x, "{}", isa.name());
+                assert_eq!(y[rows * width], -1.0);
+            }
+        }
+    }
 
     #[test]
     fn rows_of_all_lengths() {

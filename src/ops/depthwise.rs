@@ -1,108 +1,41 @@
 //! Depthwise convolution and its gradients.
 //!
-//! Along each axis, output pixels fall into *phases* in which pixel `t` sees input pixels `step * t + offset` for a fixed
-//! list of taps. A convolution has one phase; its input gradient at stride 2 has two, each with the taps of one parity.
-//! So forward and input gradient are one computation, [`Correlation`].
+//! Forward and input gradient are one computation, [`Correlation`], with different [`phases`](super::phases).
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::slice;
 
+use super::phases::{Phase, Seen};
+use super::planes::{Planes, Taps, images_together, merge};
 use super::{Shared, estimate};
 use crate::isa::Active;
-use crate::kernels::Element;
 use crate::kernels::depthwise::{MAX_TAPS, TapPixels, TapSums};
-use crate::kernels::pointwise::{AddBias, ConvRows, DotRows, Identity, MAX_SINGLE_B, Rows, SumSlots, slot};
+use crate::kernels::planes::{Correlate, CorrelateSums};
+use crate::kernels::pointwise::{SumSlots, slot};
+use crate::kernels::rows::CopyRows;
+use crate::kernels::{Element, writable};
 use crate::pool::{parallel_for, part, threads_for};
-use crate::scratch;
-use crate::shape::{Axis, Depthwise, Order};
+use crate::scratch::{self, cut};
+use crate::shape::{Depthwise, Order};
 
 /// Tasks for each thread.
 const TASKS_PER_THREAD: usize = 4;
-/// Values of a padded band of a plane in NCHW, about: the band stays in the L1 cache while all taps read it.
-const BAND: usize = 6 << 10;
+/// Pixels of neighbouring channels' planes in NCHW that are read together, about.
+const CHANNEL_PIXELS: usize = 512;
 /// Images in one set of partial weight gradients, at least, and such sets at most.
 const MAX_PARTS: usize = 64;
-
-/// Output pixels `first, first + out_step, ...` of one axis, `count` of them.
-#[derive(Clone, Debug)]
-struct Phase {
-    first: usize,
-    out_step: usize,
-    count: usize,
-    /// Output pixel `t` of the phase sees input pixels `in_step * t + offset`.
-    in_step: usize,
-    /// Tap of the kernel and offset of its input.
-    taps: Vec<(usize, isize)>,
-    /// Number of input pixels.
-    input: usize,
-}
-
-/// Taps along an axis, each with the input pixel that an output pixel sees through it.
-type Seen = Vec<(usize, usize)>;
-
-impl Phase {
-    /// The convolution along an axis.
-    fn forward(axis: Axis, kernel: usize, stride: usize) -> Vec<Self> {
-        let taps = (0..kernel).map(|tap| (tap, tap as isize - axis.before as isize)).collect();
-        vec![Self { first: 0, out_step: 1, count: axis.output, in_step: stride, taps, input: axis.input }]
-    }
-
-    /// The input gradient: input pixel `stride * t + phase` was seen by tap `tap` of output pixel
-    /// `t + (phase + before - tap) / stride` where that is a whole number.
-    fn backward(axis: Axis, kernel: usize, stride: usize) -> Vec<Self> {
-        (0..stride.min(axis.input))
-            .map(|first| {
-                let distance = |tap: usize| (first + axis.before) as isize - tap as isize;
-                let seen = (0..kernel).filter(|&tap| distance(tap).rem_euclid(stride as isize) == 0);
-                let taps = seen.map(|tap| (tap, distance(tap).div_euclid(stride as isize))).collect();
-                let count = (axis.input - first).div_ceil(stride);
-                Self { first, out_step: stride, count, in_step: 1, taps, input: axis.output }
-            })
-            .collect()
-    }
-
-    /// Whether output pixel `t` sees an input pixel through a tap at `offset`.
-    fn sees(&self, t: usize, offset: isize) -> bool {
-        let pixel = (self.in_step * t) as isize + offset;
-        0 <= pixel && pixel < self.input as isize
-    }
-
-    /// Maximal runs of output pixels that see the same taps, with these taps and the input pixel that the first pixel
-    /// of the run sees through each.
-    fn runs(&self) -> Vec<(Range<usize>, Seen)> {
-        let seen = |t: usize| -> Vec<bool> { self.taps.iter().map(|&(_, offset)| self.sees(t, offset)).collect() };
-        let pixels: Vec<_> = (0..self.count).collect();
-        pixels
-            .chunk_by(|&a, &b| seen(a) == seen(b))
-            .map(|run| {
-                let visible = self.taps.iter().filter(|&&(_, offset)| self.sees(run[0], offset));
-                let taps = visible.map(|&(tap, offset)| (tap, (self.in_step * run[0]).wrapping_add_signed(offset)));
-                (run[0]..run[0] + run.len(), taps.collect())
-            })
-            .collect()
-    }
-
-    /// The lowest offset, and how many pixels the offsets span.
-    fn span(&self) -> (isize, usize) {
-        let offsets = self.taps.iter().map(|&(_, offset)| offset);
-        let low = offsets.clone().min().unwrap_or(0);
-        (low, (offsets.max().unwrap_or(0) - low) as usize)
-    }
-}
 
 /// Convolution with one kernel for each channel.
 struct Correlation<'a, T> {
     isa: Active,
-    count: usize,
-    channels: usize,
-    kernel: usize,
+    shape: &'a Depthwise,
     vertical: Vec<Phase>,
     horizontal: Vec<Phase>,
     /// Height and width of the output.
     output: [usize; 2],
     x: &'a [T],
-    /// `[channel][tap]` in NCHW, `[tap][channel]` in NHWC.
-    weights: &'a [T],
+    weight: &'a [T],
     bias: Option<&'a [T]>,
     y: Shared<T>,
 }
@@ -158,24 +91,22 @@ fn correlate<T: Element>(
     }
     let taps = shape.kernel * shape.kernel;
     let threads = threads_for(estimate(shape.output_len() * taps, size_of_val(x) + size_of_val(y)));
-    scratch::with(shape.weights(), |weights: &mut [T]| {
-        for (c, tap) in (0..shape.channels).flat_map(|c| (0..taps).map(move |tap| (c, tap))) {
-            let place = if shape.order == Order::Nchw { c * taps + tap } else { tap * shape.channels + c };
-            weights[place] = weight[shape.weight_index(c, tap)];
-        }
-        let y = Shared::new(y);
-        let Depthwise { count, channels, kernel, .. } = *shape;
-        let work = Correlation { isa, count, channels, kernel, vertical, horizontal, output, x, weights, bias, y };
-        match shape.order {
-            Order::Nchw => work.planes(threads),
-            Order::Nhwc => work.pixels(threads),
-        }
-    });
+    let work = Correlation { isa, shape, vertical, horizontal, output, x, weight, bias, y: Shared::new(y) };
+    match shape.order {
+        Order::Nchw => work.planes(threads),
+        Order::Nhwc => scratch::with(shape.weights(), |weights: &mut [T]| {
+            for (tap, c) in (0..taps).flat_map(|tap| (0..shape.channels).map(move |c| (tap, c))) {
+                weights[tap * shape.channels + c] = weight[shape.weight_index(c, tap)];
+            }
+            work.pixels(weights, threads);
+        }),
+    }
 }
 
 impl<T: Element> Correlation<'_, T> {
-    /// NHWC: runs of pixels that see the same taps.
-    fn pixels(&self, threads: usize) {
+    /// NHWC: runs of pixels that see the same taps; weights are `[tap][channel]`.
+    fn pixels(&self, weights: &[T], threads: usize) {
+        let Depthwise { count, channels, kernel: kernel_size, .. } = *self.shape;
         let [height, width] = self.output;
         let input = [self.vertical[0].input, self.horizontal[0].input];
         let column_runs: Vec<_> =
@@ -191,21 +122,18 @@ impl<T: Element> Correlation<'_, T> {
             }
         }
         rows.sort_unstable();
-        let total = self.count * height;
+        let total = count * height;
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(total) };
         parallel_for(threads, parts, |task| {
-            let mut taps = Vec::with_capacity(self.kernel * self.kernel);
+            let mut taps = Vec::with_capacity(kernel_size * kernel_size);
             for row in part(total, parts, task) {
                 let (n, (y, row_taps)) = (row / height, &rows[row % height]);
-                let x = self.x[n * input[0] * input[1] * self.channels..].as_ptr();
+                let x = self.x[n * input[0] * input[1] * channels..].as_ptr();
                 for (phase, (run, column_taps)) in &column_runs {
                     taps.clear();
                     for &(tap_y, from_y) in row_taps {
                         taps.extend(column_taps.iter().map(|&(tap_x, from_x)| {
-                            (
-                                (from_y * input[1] + from_x) * self.channels,
-                                (tap_y * self.kernel + tap_x) * self.channels,
-                            )
+                            ((from_y * input[1] + from_x) * channels, (tap_y * kernel_size + tap_x) * channels)
                         }));
                     }
                     let first = (n * height + y) * width + phase.first + phase.out_step * run.start;
@@ -213,15 +141,15 @@ impl<T: Element> Correlation<'_, T> {
                     // written by one task.
                     let kernel = unsafe {
                         TapPixels {
-                            channels: self.channels,
+                            channels,
                             pixels: run.len(),
                             taps: &taps,
                             x,
-                            x_stride: phase.in_step * self.channels,
-                            weights: self.weights,
+                            x_stride: phase.in_step * channels,
+                            weights,
                             bias: self.bias,
-                            y: self.y.ptr().add(first * self.channels),
-                            y_stride: phase.out_step * self.channels,
+                            y: self.y.ptr().add(first * channels),
+                            y_stride: phase.out_step * channels,
                         }
                         .promise()
                     };
@@ -231,133 +159,71 @@ impl<T: Element> Correlation<'_, T> {
         });
     }
 
-    /// NCHW: each plane is padded and, for a step of 2, split by the parity of its rows and columns, so that every tap is
-    /// a shifted view of it; a band of rows is convolved at once, its rows following each other as one.
+    /// NCHW: the planes of each of some channels of some images, padded and side by side.
     fn planes(&self, threads: usize) {
-        let planes = self.count * self.channels;
-        let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(planes) };
-        parallel_for(threads, parts, |task| {
-            for plane in part(planes, parts, task) {
-                for vertical in &self.vertical {
-                    self.plane(plane, vertical);
-                }
-            }
-        });
-    }
-
-    fn plane(&self, plane: usize, vertical: &Phase) {
+        let Depthwise { count, channels, kernel, .. } = *self.shape;
         let [height, width] = self.output;
-        let input = [vertical.input, self.horizontal[0].input];
-        let x = &self.x[plane * input[0] * input[1]..][..input[0] * input[1]];
-        let weights = &self.weights[plane % self.channels * self.kernel * self.kernel..];
-        let bias = self.bias.map(|bias| &bias[plane % self.channels..][..1]);
-        let step = vertical.in_step;
-        // One geometry serves all horizontal phases: the widest.
-        let low = self.horizontal.iter().map(|phase| phase.span().0).min().unwrap_or(0);
-        let count = self.horizontal.iter().map(|phase| phase.count).max().unwrap_or(0);
-        let high = self.horizontal.iter().map(|phase| phase.span().0 + phase.span().1 as isize).max().unwrap_or(0);
-        let pitch = count + (high - low) as usize / step;
-        let (low_y, span_y) = vertical.span();
-        let band = (BAND / pitch / (step * step)).saturating_sub(span_y / step).clamp(1, vertical.count.max(1));
-        let rows = band + span_y / step;
-        let size = [rows * pitch, band * pitch * self.horizontal.len()];
-        scratch::with(step * step * size[0] + size[1], |memory: &mut [T]| {
-            let (padded, results) = memory.split_at_mut(step * step * size[0]);
-            for start in (0..vertical.count).step_by(band) {
-                let band = band.min(vertical.count - start);
-                for row in 0..step * (band + span_y / step) {
-                    let from = (start * step + row) as isize + low_y;
-                    let source =
-                        (0 <= from && from < input[0] as isize).then(|| &x[from as usize * input[1]..][..input[1]]);
-                    let target = &mut padded[row % step * step * size[0]..];
-                    split_row(source, low, step, pitch, size[0], row / step * pitch, target);
-                }
-                for (phase, result) in self.horizontal.iter().zip(results.chunks_mut(size[1] / self.horizontal.len())) {
-                    let mut offsets = Vec::with_capacity(self.kernel * self.kernel);
-                    let mut tap_weights = Vec::with_capacity(self.kernel * self.kernel);
-                    for &(tap_y, offset_y) in &vertical.taps {
-                        for &(tap_x, offset_x) in &phase.taps {
-                            let (y, x) = ((offset_y - low_y) as usize, (offset_x - low) as usize);
-                            offsets.push((y % step * step + x % step) * size[0] + y / step * pitch + x / step);
-                            tap_weights.push(weights[tap_y * self.kernel + tap_x]);
+        let (pixels, out_pixels) = (self.vertical[0].input * self.horizontal[0].input, height * width);
+        let together = channels_together(pixels, channels);
+        let tiles = channels.div_ceil(together);
+        let parts = (threads * TASKS_PER_THREAD).div_ceil(tiles).min(count);
+        let block = images_together(pixels.max(out_pixels), count.div_ceil(parts));
+        let planes = Planes::new([&self.vertical, &self.horizontal], block);
+        let pairs = self.vertical.iter().flat_map(|v| self.horizontal.iter().map(move |h| (v, h)));
+        let weight = |c: usize| move |tap| self.weight[self.shape.weight_index(c, tap)];
+        let pack = |taps: &Taps| (0..channels).flat_map(|c| taps.pack(weight(c))).collect::<Vec<_>>();
+        let taps = pairs.map(|(v, h)| Taps::new(&planes, v, h, kernel)).map(|taps| (pack(&taps), taps));
+        let taps: Vec<_> = taps.map(|(weights, taps)| (taps, weights)).collect();
+        let sets = self.horizontal.len();
+        let rows = self.vertical.iter().map(|phase| phase.count).max().unwrap_or(0);
+        let (padded_len, set) = (planes.len::<T>(), rows * planes.pitch);
+        parallel_for(threads, tiles * parts, |task| {
+            let (range, images) = (part(channels, tiles, task / parts), part(count, parts, task % parts));
+            let sizes = [range.len() * padded_len, range.len() * sets * set];
+            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+                let [padded, results] = cut(memory, sizes);
+                padded.fill(T::default());
+                for first in images.clone().step_by(block) {
+                    let images = first..(first + block).min(images.end);
+                    // Neighbouring channels' planes follow each other in memory.
+                    for (i, n) in images.clone().enumerate() {
+                        for (c, padded) in range.clone().zip(padded.chunks_exact_mut(padded_len)) {
+                            let plane = &self.x[(n * channels + c) * pixels..][..pixels];
+                            planes.write(self.isa, i, plane, padded);
                         }
                     }
-                    // SAFETY: the last tap of the last pixel is the last pixel of its part of `padded`; `result` holds
-                    // `band` rows of `pitch`.
-                    let kernel = unsafe {
-                        ConvRows {
-                            x: padded.as_ptr(),
-                            x_offsets: &offsets,
-                            weights: &tap_weights,
-                            y: result.as_mut_ptr(),
-                            y_offsets: &[0],
-                            pixels: (band - 1) * pitch + phase.count,
-                            prologue: Identity,
-                            epilogue: AddBias(bias),
+                    for (vertical, taps) in self.vertical.iter().zip(taps.chunks_exact(sets)) {
+                        let both = padded.chunks_exact(padded_len).zip(results.chunks_exact_mut(sets * set));
+                        for (c, (padded, results)) in range.clone().zip(both) {
+                            for ((horizontal, (taps, weights)), result) in
+                                self.horizontal.iter().zip(taps).zip(results.chunks_exact_mut(set))
+                            {
+                                self.isa.run(Correlate {
+                                    view: taps.view(padded),
+                                    tap_rows: taps.rows,
+                                    weights: &weights[c * taps.len()..][..taps.len()],
+                                    start: self.bias.map_or(T::default(), |bias| bias[c]),
+                                    y: writable(result),
+                                    y_pitch: planes.pitch,
+                                    size: [vertical.count, planes.columns(images.len(), horizontal.count)],
+                                });
+                            }
                         }
-                        .promise()
-                    };
-                    self.isa.run(kernel);
+                        for (i, n) in images.clone().enumerate() {
+                            for (c, results) in range.clone().zip(results.chunks_exact(sets * set)) {
+                                // SAFETY: a plane of the output, which no other task writes.
+                                let plane = unsafe {
+                                    let y = self.y.ptr().add((n * channels + c) * out_pixels).cast();
+                                    slice::from_raw_parts_mut(y, out_pixels)
+                                };
+                                let results = (&results[i * planes.step..], set, planes.pitch);
+                                merge(self.isa, vertical, sets, results, plane, width);
+                            }
+                        }
+                    }
                 }
-                for row in 0..band {
-                    let y = vertical.first + vertical.out_step * (start + row);
-                    // SAFETY: row y of this plane of the output, which no other task writes.
-                    let target = unsafe {
-                        std::slice::from_raw_parts_mut(self.y.ptr().add((plane * height + y) * width).cast(), width)
-                    };
-                    merge_row(&results[row * pitch..], size[1] / self.horizontal.len(), self.horizontal.len(), target);
-                }
-            }
+            });
         });
-    }
-}
-
-/// Writes a row, padded with zeros to `step * pitch` pixels from pixel `low` on, to `target`: pixel `p` to place
-/// `p / step` of part `p % step`; parts are `part_len` apart.
-fn split_row<T: Element>(
-    source: Option<&[T]>,
-    low: isize,
-    step: usize,
-    pitch: usize,
-    part_len: usize,
-    at: usize,
-    target: &mut [T],
-) {
-    for parity in 0..step {
-        let target = &mut target[parity * part_len + at..][..pitch];
-        let Some(source) = source else {
-            target.fill(T::default());
-            continue;
-        };
-        // Places whose pixel `step * place + parity + low` lies inside the source.
-        let offset = parity as isize + low;
-        let first = ((-offset).max(0) as usize).div_ceil(step).min(pitch);
-        let end = ((source.len() as isize - offset).max(0) as usize).div_ceil(step).clamp(first, pitch);
-        target[..first].fill(T::default());
-        target[end..].fill(T::default());
-        let source = source.get((step * first).wrapping_add_signed(offset)..).unwrap_or_default();
-        match step {
-            1 => target[first..end].copy_from_slice(&source[..end - first]),
-            _ => target[first..end].iter_mut().zip(source.chunks(2)).for_each(|(target, pair)| *target = pair[0]),
-        }
-    }
-}
-
-/// Writes rows of one or two phases to a row of the output: pixel `p` from place `p / phases` of phase `p % phases`.
-pub(crate) fn merge_row<T: Element>(rows: &[T], phase_len: usize, phases: usize, target: &mut [MaybeUninit<T>]) {
-    if phases == 1 {
-        target.iter_mut().zip(rows).for_each(|(target, &value)| _ = target.write(value));
-        return;
-    }
-    let (even, odd) = rows.split_at(phase_len);
-    let whole = target.len() / 2;
-    let mut pairs = target.chunks_exact_mut(2);
-    for ((pair, &even), &odd) in (&mut pairs).zip(even).zip(odd) {
-        pair[0].write(even);
-        pair[1].write(odd);
-    }
-    if let [last] = pairs.into_remainder() {
-        last.write(even[whole]);
     }
 }
 
@@ -388,9 +254,12 @@ pub fn grad_weight<T: Element>(
         // Channels are independent of each other.
         Order::Nchw => {
             let shared = Shared::new(grad_weight);
-            parallel_for(threads, shape.channels, |c| {
+            let pixels = shape.vertical.input * shape.horizontal.input;
+            let tiles = shape.channels.div_ceil(channels_together(pixels, shape.channels));
+            parallel_for(threads, tiles, |task| {
                 // SAFETY: each channel's weights are written by one task.
-                grad.planes(c, |tap, sum| unsafe { shared.ptr().add(shape.weight_index(c, tap)).write(sum) });
+                let write = |c, tap, sum| unsafe { shared.ptr().add(shape.weight_index(c, tap)).write(sum) };
+                grad.planes(part(shape.channels, tiles, task), write);
             });
         }
         // Each part of the images has sums of its own, added up in order at the end.
@@ -458,61 +327,54 @@ impl<T: Element> WeightGrad<'_, T> {
         }
     }
 
-    /// NCHW: the sums of channel `c` over all images.
-    fn planes(&self, c: usize, mut write: impl FnMut(usize, T)) {
-        let Depthwise { count, channels, kernel, stride, .. } = *self.shape;
-        let (input, output) = (self.shape.horizontal.input, self.shape.horizontal.output);
-        let (height, out_height) = (self.shape.vertical.input, self.shape.vertical.output);
-        let (low_y, span_y) = self.vertical.span();
-        let (low_x, span_x) = self.horizontal.span();
-        let pitch = output + span_x / stride;
-        let band =
-            (BAND / pitch.max(1) / (stride * stride)).saturating_sub(span_y / stride).clamp(1, out_height.max(1));
-        let part_len = (band + span_y / stride) * pitch;
-        let taps = kernel * kernel;
-        let offsets: Vec<_> = (0..taps)
-            .map(|tap| {
-                let (y, x) = (tap / kernel, tap % kernel);
-                (y % stride * stride + x % stride) * part_len + y / stride * pitch + x / stride
-            })
-            .collect();
-        scratch::with((stride * stride * part_len).max(taps) + taps * slot::<T>(), |memory: &mut [T]| {
-            let (slots, padded) = memory.split_at_mut(taps * slot::<T>());
+    /// NCHW: the sums of some channels over all images.
+    fn planes(&self, range: Range<usize>, mut write: impl FnMut(usize, usize, T)) {
+        let Depthwise { count, channels, kernel, .. } = *self.shape;
+        let (pixels, size) =
+            (self.vertical.input * self.horizontal.input, [self.vertical.count, self.horizontal.count]);
+        let block = images_together(pixels, count);
+        let planes = Planes::new([slice::from_ref(self.vertical), slice::from_ref(self.horizontal)], block);
+        let taps = Taps::new(&planes, self.vertical, self.horizontal, kernel);
+        let (padded_len, grad_len, slots_len) = (planes.len::<T>(), size[0] * planes.pitch, taps.len() * slot::<T>());
+        let lens = [range.len() * padded_len, range.len() * grad_len, range.len() * slots_len, taps.len()];
+        scratch::with(lens.iter().sum(), |memory: &mut [T]| {
+            let [padded, grads, slots, sums] = cut(memory, lens);
+            padded.fill(T::default());
+            grads.fill(T::default());
             slots.fill(T::default());
-            for n in 0..count {
-                let x = &self.x[(n * channels + c) * height * input..][..height * input];
-                for start in (0..out_height).step_by(band) {
-                    let band = band.min(out_height - start);
-                    for row in 0..stride * (band + span_y / stride) {
-                        let from = (start * stride + row) as isize + low_y;
-                        let source =
-                            (0 <= from && from < height as isize).then(|| &x[from as usize * input..][..input]);
-                        let target = &mut padded[row % stride * stride * part_len..];
-                        split_row(source, low_x, stride, pitch, part_len, row / stride * pitch, target);
-                    }
-                    let tiles = taps.div_ceil(MAX_SINGLE_B);
-                    for tile in (0..tiles).map(|i| part(taps, tiles, i)) {
-                        // SAFETY: rows start.. of this plane of grad_output, and the taps' views of them in `padded`.
-                        let kernel = unsafe {
-                            let grad = self.grad_output[((n * channels + c) * out_height + start) * output..].as_ptr();
-                            DotRows {
-                                a: Rows { base: grad, offsets: &[0], image_stride: output },
-                                b: Rows { base: padded.as_ptr(), offsets: &offsets[tile.clone()], image_stride: pitch },
-                                images: band,
-                                pixels: output,
-                                sums: &mut slots[tile.start * slot::<T>()..tile.end * slot::<T>()],
-                                first_slot: 0,
-                                slot_stride: tile.len(),
-                            }
-                            .promise()
-                        };
-                        self.isa.run(kernel);
+            for first in (0..count).step_by(block) {
+                let images = first..(first + block).min(count);
+                for (i, n) in images.clone().enumerate() {
+                    let both = padded.chunks_exact_mut(padded_len).zip(grads.chunks_exact_mut(grad_len));
+                    for (c, (padded, grads)) in range.clone().zip(both) {
+                        let plane = n * channels + c;
+                        planes.write(self.isa, i, &self.x[plane * pixels..][..pixels], padded);
+                        let grad = &self.grad_output[plane * size[0] * size[1]..][..size[0] * size[1]];
+                        let y = (writable(&mut grads[i * planes.step..]), planes.pitch);
+                        self.isa.run(CopyRows { x: (grad, size[1]), y, size });
                     }
                 }
+                let both = padded.chunks_exact(padded_len).zip(grads.chunks_exact(grad_len));
+                for ((padded, grads), slots) in both.zip(slots.chunks_exact_mut(slots_len)) {
+                    self.isa.run(CorrelateSums {
+                        view: taps.view(padded),
+                        tap_rows: taps.rows,
+                        g: grads,
+                        g_pitch: planes.pitch,
+                        size: [size[0], planes.columns(images.len(), size[1])],
+                        slots,
+                    });
+                }
             }
-            let sums = &mut padded[..taps];
-            self.isa.run(SumSlots(slots, sums));
-            sums.iter().enumerate().for_each(|(tap, &sum)| write(tap, sum));
+            for (c, slots) in range.zip(slots.chunks_exact(slots_len)) {
+                self.isa.run(SumSlots(slots, sums));
+                taps.places().for_each(|(tap, place)| write(c, tap, sums[place]));
+            }
         });
     }
+}
+
+/// How many channels' planes of so many pixels are read together: the processor fetches memory that follows ahead.
+fn channels_together(pixels: usize, channels: usize) -> usize {
+    (CHANNEL_PIXELS / pixels.max(1)).clamp(1, channels)
 }

@@ -2,6 +2,8 @@
 
 pub mod depthwise;
 pub mod interleave;
+pub(crate) mod phases;
+pub(crate) mod planes;
 pub mod pointwise;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,76 @@
+//! What the pixels of one axis see through the taps of a kernel.
+//!
+//! Output pixels fall into *phases* in which pixel `t` sees input pixels `step * t + offset` for a fixed list of taps. A
+//! convolution has one phase; its input gradient at stride 2 has two, each with the taps of one parity. So forward and
+//! input gradient are one computation.
+
+use std::ops::Range;
+
+use crate::shape::Axis;
+
+/// Output pixels `first, first + out_step, ...` of one axis, `count` of them.
+#[derive(Clone, Debug)]
+pub(crate) struct Phase {
+    pub(crate) first: usize,
+    pub(crate) out_step: usize,
+    pub(crate) count: usize,
+    /// Output pixel `t` of the phase sees input pixels `in_step * t + offset`.
+    pub(crate) in_step: usize,
+    /// Tap of the kernel and offset of its input.
+    pub(crate) taps: Vec<(usize, isize)>,
+    /// Number of input pixels.
+    pub(crate) input: usize,
+}
+
+/// Taps along an axis, each with the input pixel that an output pixel sees through it.
+pub(crate) type Seen = Vec<(usize, usize)>;
+
+impl Phase {
+    /// The convolution along an axis.
+    pub(crate) fn forward(axis: Axis, kernel: usize, stride: usize) -> Vec<Self> {
+        let taps = (0..kernel).map(|tap| (tap, tap as isize - axis.before as isize)).collect();
+        vec![Self { first: 0, out_step: 1, count: axis.output, in_step: stride, taps, input: axis.input }]
+    }
+
+    /// The input gradient: input pixel `stride * t + phase` was seen by tap `tap` of output pixel
+    /// `t + (phase + before - tap) / stride` where that is a whole number.
+    pub(crate) fn backward(axis: Axis, kernel: usize, stride: usize) -> Vec<Self> {
+        (0..stride.min(axis.input))
+            .map(|first| {
+                let distance = |tap: usize| (first + axis.before) as isize - tap as isize;
+                let seen = (0..kernel).filter(|&tap| distance(tap).rem_euclid(stride as isize) == 0);
+                let taps = seen.map(|tap| (tap, distance(tap).div_euclid(stride as isize))).collect();
+                let count = (axis.input - first).div_ceil(stride);
+                Self { first, out_step: stride, count, in_step: 1, taps, input: axis.output }
+            })
+            .collect()
+    }
+
+    /// Whether output pixel `t` sees an input pixel through a tap at `offset`.
+    fn sees(&self, t: usize, offset: isize) -> bool {
+        let pixel = (self.in_step * t) as isize + offset;
+        0 <= pixel && pixel < self.input as isize
+    }
+
+    /// Maximal runs of output pixels that see the same taps, with these taps and the input pixel that the first pixel
+    /// of the run sees through each.
+    pub(crate) fn runs(&self) -> Vec<(Range<usize>, Seen)> {
+        let seen = |t: usize| -> Vec<bool> { self.taps.iter().map(|&(_, offset)| self.sees(t, offset)).collect() };
+        let pixels: Vec<_> = (0..self.count).collect();
+        pixels
+            .chunk_by(|&a, &b| seen(a) == seen(b))
+            .map(|run| {
+                let visible = self.taps.iter().filter(|&&(_, offset)| self.sees(run[0], offset));
+                let taps = visible.map(|&(tap, offset)| (tap, (self.in_step * run[0]).wrapping_add_signed(offset)));
+                (run[0]..run[0] + run.len(), taps.collect())
+            })
+            .collect()
+    }
+
+    /// The lowest offset, and how many pixels the offsets span.
+    pub(crate) fn span(&self) -> (isize, usize) {
+        let offsets = self.taps.iter().map(|&(_, offset)| offset);
+        let low = offsets.clone().min().unwrap_or(0);
+        (low, (offsets.max().unwrap_or(0) - low) as usize)
+    }
+}

@@ -1,0 +1,221 @@
+//! Planes of one channel of some images, padded and side by side: what convolutions of more than one pixel run over.
+//!
+//! ```text
+//!          step            step
+//!   . a a a a a . b b b b b . c c c c c .     a row of the planes of images a, b and c; dots are zeros
+//!     y y y y y   y y y y y   y y y y y       what a convolution makes of it; between the images, nothing of use
+//! ```
+//!
+//! So a call of a kernel has long rows to work on however small the planes are, and neighbours share their zeros. At a
+//! stride of 2 the padded planes are split by the parity of their rows and columns; every tap of a kernel is then a shifted
+//! view of one of the parts.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use super::phases::Phase;
+use crate::isa::Active;
+use crate::kernels::planes::{View, tap_rows};
+use crate::kernels::pointwise::slot;
+use crate::kernels::rows::{CopyRows, SplitRows, ZipRows};
+use crate::kernels::{Element, writable};
+
+/// Pixels that are computed together, about: all that is done to them stays in the L1 cache.
+const BLOCK_PIXELS: usize = 1024;
+
+/// How many images' planes of so many pixels are computed together, of at most `most`.
+pub(crate) fn images_together(pixels: usize, most: usize) -> usize {
+    (BLOCK_PIXELS / pixels.max(1)).clamp(1, most.max(1))
+}
+
+/// The layout of padded planes.
+pub(crate) struct Planes {
+    /// Height and width of a plane.
+    input: [usize; 2],
+    stride: usize,
+    /// Zeros above and at the left.
+    before: [usize; 2],
+    /// Columns from an image to the next.
+    pub(crate) step: usize,
+    /// Columns of a row, and values of a part.
+    pub(crate) pitch: usize,
+    pub(crate) part: usize,
+}
+
+impl Planes {
+    /// Planes that the pixels of vertical and horizontal phases see, of so many images.
+    pub(crate) fn new(phases: [&[Phase]; 2], images: usize) -> Self {
+        Self::at_least(phases, images, [0, 0])
+    }
+
+    /// Layouts for the planes that `x` sees and those that `g` sees which agree in their steps and pitches.
+    pub(crate) fn pair(x: [&[Phase]; 2], g: [&[Phase]; 2], images: usize) -> [Self; 2] {
+        let needs = [x, g].map(|phases| Self::new(phases, images)).map(|planes| [planes.step, planes.pitch]);
+        let step = needs[0][0].max(needs[1][0]);
+        let needs = [x, g].map(|phases| Self::at_least(phases, images, [step, 0]).pitch);
+        [x, g].map(|phases| Self::at_least(phases, images, [step, needs[0].max(needs[1])]))
+    }
+
+    fn at_least(phases: [&[Phase]; 2], images: usize, [step, pitch]: [usize; 2]) -> Self {
+        let stride = phases[0].first().map_or(1, |phase| phase.in_step);
+        let input = phases.map(|phases| phases.first().map_or(0, |phase| phase.input));
+        let before = phases.map(|phases| phases.iter().map(|phase| -phase.span().0).max().unwrap_or(0).max(0) as usize);
+        // Padded pixels of one image, up to the last that a tap sees.
+        let seen = [0, 1].map(|axis| {
+            let end = |phase: &Phase| {
+                let (low, span) = phase.span();
+                (phase.in_step * phase.count.max(1)).wrapping_add_signed(low) + span + 1 + before[axis] - phase.in_step
+            };
+            phases[axis].iter().map(end).max().unwrap_or(0)
+        });
+        let count = phases[1].iter().map(|phase| phase.count).max().unwrap_or(0);
+        let step = step
+            .max(count)
+            // The next image's pixels are not seen, nor do this one's reach the next one's zeros.
+            .max(seen[1].saturating_sub(before[1]).div_ceil(stride))
+            .max((before[1] + input[1]).min(seen[1]).div_ceil(stride));
+        let pitch = pitch.max(images * step + seen[1].div_ceil(stride).saturating_sub(step));
+        Self { input, stride, before, step, pitch, part: seen[0].div_ceil(stride) * pitch }
+    }
+
+    /// Rows of a part.
+    fn rows(&self) -> usize {
+        self.part / self.pitch.max(1)
+    }
+
+    /// Values of a channel's padded planes: behind the last row, whole vectors can be read.
+    pub(crate) fn len<T>(&self) -> usize {
+        self.stride * self.stride * self.part + slot::<T>()
+    }
+
+    /// Where the view starts that sees input pixel `[y, x]` at output pixel 0.
+    pub(crate) fn tap(&self, [y, x]: [isize; 2]) -> usize {
+        let (y, x) = ((self.before[0] as isize + y) as usize, (self.before[1] as isize + x) as usize);
+        let stride = self.stride;
+        (y % stride * stride + x % stride) * self.part + y / stride * self.pitch + x / stride
+    }
+
+    /// Columns of some images' results of `width` pixels.
+    pub(crate) fn columns(&self, images: usize, width: usize) -> usize {
+        (images - 1) * self.step + width
+    }
+
+    /// Writes an image's plane into the padded ones, which hold zeros where planes do not reach.
+    pub(crate) fn write<T: Element>(&self, isa: Active, image: usize, plane: &[T], padded: &mut [T]) {
+        let (stride, [top, left], width) = (self.stride, self.before, self.input[1]);
+        // What lies beyond the last tap of the last output pixel is not read.
+        let rows = self.input[0].min((stride * self.rows()).saturating_sub(top));
+        let columns = width.min((stride * self.step).saturating_sub(left));
+        let start = image * self.step;
+        if stride == 1 {
+            let y = (writable(&mut padded[start + top * self.pitch + left..]), self.pitch);
+            isa.run(CopyRows { x: (plane, width), y, size: [rows, columns] });
+            return;
+        }
+        // Rows of one parity at a time; an odd border puts the first pixel into an odd column.
+        for first in 0..rows.min(2) {
+            let (x, y) = (&plane[first * width..], first + top);
+            let line = &mut padded[start + y % 2 * 2 * self.part + y / 2 * self.pitch..];
+            let (even, odd) = line.split_at_mut(self.part);
+            let y = match left % 2 {
+                0 => [&mut even[left / 2..], &mut odd[left / 2..]],
+                _ => [&mut odd[left / 2..], &mut even[left / 2 + 1..]],
+            };
+            let size = [(rows - first).div_ceil(2), columns];
+            isa.run(SplitRows { x: (x, 2 * width), y: (y, self.pitch), size });
+        }
+    }
+}
+
+/// The taps of a depthwise kernel through which the pixels of a vertical and a horizontal phase see padded planes.
+pub(crate) struct Taps {
+    /// The first row that is seen.
+    first: usize,
+    stride: usize,
+    part: usize,
+    pitch: usize,
+    /// The rows, from the first one on, that are not zero.
+    real: Range<usize>,
+    /// Where each column of taps sees a row.
+    columns: Vec<usize>,
+    /// Rows of taps.
+    pub(crate) rows: usize,
+    /// Taps of the kernel, `[column][row]`; none where there is code for more rows than the kernel has.
+    taps: Vec<Option<usize>>,
+}
+
+impl Taps {
+    /// The taps of a kernel of `width` columns.
+    pub(crate) fn new(planes: &Planes, vertical: &Phase, horizontal: &Phase, width: usize) -> Self {
+        let (top, span) = vertical.span();
+        let rows = tap_rows(span + 1, planes.stride);
+        let below = (planes.stride * planes.rows()).saturating_add_signed(-top).saturating_sub(planes.before[0]);
+        let place = |pixel: usize| (pixel as isize - top).max(0).min(below as isize) as usize;
+        let row = |r: usize| vertical.taps.iter().find(|&&(_, offset)| offset == top + r as isize);
+        let taps = horizontal
+            .taps
+            .iter()
+            .flat_map(|&(x, _)| (0..rows).map(move |r| row(r).map(|&(y, _)| y * width + x)))
+            .collect();
+        let seen = !vertical.taps.is_empty();
+        let first = planes.tap([top, -(planes.before[1] as isize)]);
+        Self {
+            first,
+            stride: planes.stride,
+            part: planes.stride * planes.part,
+            pitch: planes.pitch,
+            real: if seen { place(0)..place(planes.input[0]) } else { 0..0 },
+            columns: horizontal.taps.iter().map(|&(_, offset)| planes.tap([top, offset]) - first).collect(),
+            rows,
+            taps,
+        }
+    }
+
+    /// Puts a channel's kernel into the order of the taps.
+    pub(crate) fn pack<T: Element>(&self, kernel: impl Fn(usize) -> T) -> impl Iterator<Item = T> {
+        self.taps.iter().map(move |tap| tap.map_or(T::default(), &kernel))
+    }
+
+    /// How many weights [`Taps::pack`] gives.
+    pub(crate) fn len(&self) -> usize {
+        self.taps.len()
+    }
+
+    /// Tap of the kernel and its place among the taps.
+    pub(crate) fn places(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.taps.iter().enumerate().filter_map(|(place, tap)| Some(((*tap)?, place)))
+    }
+
+    /// The padded planes as the taps see them.
+    pub(crate) fn view<'a, T>(&'a self, padded: &'a [T]) -> View<'a, T> {
+        View {
+            x: &padded[self.first..],
+            stride: self.stride,
+            part: self.part,
+            pitch: self.pitch,
+            real: self.real.clone(),
+            columns: &self.columns,
+        }
+    }
+}
+
+/// Writes rows that belong to a vertical phase, a set of them for each horizontal phase, to a plane of `width` columns.
+///
+/// The sets are `set` values apart, their rows `pitch`.
+pub(crate) fn merge<T: Element>(
+    isa: Active,
+    vertical: &Phase,
+    sets: usize,
+    (results, set, pitch): (&[T], usize, usize),
+    plane: &mut [MaybeUninit<T>],
+    width: usize,
+) {
+    let (start, step) = (vertical.first * width, vertical.out_step * width);
+    if sets == 1 {
+        isa.run(CopyRows { x: (results, pitch), y: (&mut plane[start..], step), size: [vertical.count, width] });
+        return;
+    }
+    let (even, odd) = results.split_at(set);
+    let (y, size) = ((&mut plane[start..], step), [vertical.count, width]);
+    isa.run(ZipRows { x: ([even, odd], pitch), y, size });
+}
