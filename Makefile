@@ -48,6 +48,26 @@ fmt: $(DEV) ## Format the code
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+# Random calls of each kind; SEED repeats a run.
+FUZZ ?= 5000
+SEED := $(or $(SEED),$(shell date +%s))
+
+.PHONY: fuzz
+fuzz: $(DEV) ## Call the kernels at random; minutes
+	@echo "make fuzz SEED=$(SEED) FUZZ=$(FUZZ)"
+	KCONV_FUZZ_EXAMPLES=$(FUZZ) $(BIN)/python -m pytest tests/kernels/test_fuzz.py --hypothesis-seed=$(SEED)
+
+# On the path without special instructions, as not all checkers know them.
+CHECKED := KCONV_ISA=portable KCONV_NUM_THREADS=1
+VALGRIND := valgrind --quiet --error-exitcode=1 --leak-check=full
+VALGRIND += --show-leak-kinds=definite --errors-for-leak-kinds=definite
+
+.PHONY: valgrind
+valgrind: ## Run cargo's tests under valgrind; a minute
+	@# All but the one that changes the number of threads, for which a pool is left behind.
+	$(CHECKED) cargo test --quiet --config "target.'cfg(all())'.runner='$(VALGRIND)'" \
+	  --lib -- --test-threads 1 --skip every_task_runs_once
+
 .PHONY: bench
 bench: $(DEV) ## Time the kernels beside other libraries
 	for what in pointwise interleave depthwise memory frameworks; do $(BIN)/python benches/compare.py $$what || exit; done
@@ -59,7 +79,7 @@ wheel: $(DEV) ## Build dist/kconv-*.whl
 .PHONY: clean
 clean: ## Remove what building and testing made, but not $(VENV) and runs/
 	cargo clean
-	rm -rf dist .mypy_cache .pytest_cache .ruff_cache python/kconv/*.so
+	rm -rf dist .hypothesis .mypy_cache .pytest_cache .ruff_cache python/kconv/*.so
 	rm -f $(DEMO) $(DEV)
 	find python tests -name __pycache__ -prune -exec rm -rf {} +
 
