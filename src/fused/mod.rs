@@ -427,7 +427,7 @@ impl<'a, T: Element> Pass<'a, T> {
             // SAFETY: these pixels of row c are this task's own; sources are earlier values.
             unsafe {
                 let y = std::slice::from_raw_parts_mut(rows.ptr().add(c * len + pixels.start), pixels.len());
-                self.fill(&step.source, c, pixels.clone(), y);
+                self.fill(&step.source, c, pixels.clone(), y, None);
                 self.finish(step.value, c, pixels);
             }
         });
@@ -440,7 +440,7 @@ impl<'a, T: Element> Pass<'a, T> {
             scratch::with(pixels, |buffer: &mut [T]| {
                 for n in 0..self.count {
                     // SAFETY: sources are earlier values.
-                    let row = unsafe { self.load(&step.source, c, n * pixels..(n + 1) * pixels, buffer) };
+                    let row = unsafe { self.load(&step.source, c, n * pixels..(n + 1) * pixels, buffer, None) };
                     let mean = self.isa.run(Sum(row)) / pixels as f64;
                     // SAFETY: row c of the value is this task's own.
                     unsafe { rows.ptr().add(c * self.count + n).write(T::from_f64(mean)) };
@@ -662,7 +662,7 @@ impl<T: Element> Tape<'_, '_, T> {
                     // SAFETY: all readers of the value come later in the program; channels and images are this task's own.
                     unsafe {
                         let grad = this.take(step.value, c, range.clone(), buffer);
-                        this.give(&step.source, c, range, grad, sums);
+                        this.give(&step.source, c, range, grad, None, None, sums);
                     }
                 }
             });
@@ -679,7 +679,7 @@ impl<T: Element> Tape<'_, '_, T> {
                     unsafe {
                         let grad = this.take(step.value, c, n..n + 1, one)[0];
                         row.fill(grad / T::from_f64(pixels as f64));
-                        this.give(&step.source, c, n * pixels..(n + 1) * pixels, row, sums);
+                        this.give(&step.source, c, n * pixels..(n + 1) * pixels, row, None, None, sums);
                     }
                 }
             });

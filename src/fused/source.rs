@@ -7,13 +7,14 @@ use super::program::{Row, Source};
 use super::{Pass, Tape};
 use crate::kernels::Element;
 use crate::kernels::activations::Activation;
-use crate::kernels::rows::{Activate, ActivateGrad, NormGrad};
+use crate::kernels::rows::{Activate, ActivateGrad, Kept, NormGrad};
 
 /// Sums of one row of a source over some pixels: the gradients by its norm's beta and gamma.
 pub(super) type NormSums = [f64; 2];
 
 impl<T: Element> Pass<'_, T> {
-    /// The source's channel over some pixels: the value's own memory where that is all it is, else written to `buffer`.
+    /// The source's channel over some pixels: the value's own memory where that is all it is, else written to `buffer`;
+    /// and to `slopes` the activation's derivatives, where [`Pass::keeps`] says so.
     ///
     /// # Safety
     /// The values that the source reads must have been written, and not be written while the result is in use.
@@ -23,6 +24,7 @@ impl<T: Element> Pass<'_, T> {
         channel: usize,
         pixels: Range<usize>,
         buffer: &'b mut [T],
+        slopes: Option<&mut [T]>,
     ) -> &'b [T] {
         let rows = &source.rows[source.starts[channel]..source.starts[channel + 1]];
         match rows {
@@ -31,14 +33,21 @@ impl<T: Element> Pass<'_, T> {
             _ => {
                 let buffer = &mut buffer[..pixels.len()];
                 // SAFETY: the caller's promise.
-                unsafe { self.fill(source, channel, pixels, buffer) };
+                unsafe { self.fill(source, channel, pixels, buffer, slopes) };
                 buffer
             }
         }
     }
 
+    /// Whether the derivatives of a channel's activation are worth keeping from when it is read to when its gradient is
+    /// given back.
+    fn keeps(&self, source: &Source, channel: usize) -> bool {
+        let rows = &source.rows[source.starts[channel]..source.starts[channel + 1]];
+        matches!(rows, [row] if row.activation != Activation::Identity && !self.is_finished(row))
+    }
+
     /// Rows of a source's channels over some pixels, `tile` apart in `buffer` unless they are all values' own memory: the
-    /// start of what `offsets` count from.
+    /// start of what `offsets` count from. Derivatives go to `slopes` likewise.
     ///
     /// # Safety
     /// As for [`Pass::load`].
@@ -50,6 +59,7 @@ impl<T: Element> Pass<'_, T> {
         buffer: &mut [T],
         tile: usize,
         offsets: &mut [usize],
+        mut slopes: Option<&mut [T]>,
     ) -> *const T {
         let bounds = &source.starts[first..=first + offsets.len()];
         let rows = &source.rows[bounds[0]..bounds[offsets.len()]];
@@ -60,18 +70,27 @@ impl<T: Element> Pass<'_, T> {
             return self.start.ptr();
         }
         for (i, (offset, y)) in offsets.iter_mut().zip(buffer.chunks_exact_mut(tile)).enumerate() {
+            let slopes = slopes.as_deref_mut().map(|slopes| &mut slopes[i * tile..][..pixels.len()]);
             // SAFETY: the caller's promise.
-            unsafe { self.fill(source, first + i, pixels.clone(), &mut y[..pixels.len()]) };
+            unsafe { self.fill(source, first + i, pixels.clone(), &mut y[..pixels.len()], slopes) };
             *offset = i * tile;
         }
         buffer.as_ptr()
     }
 
-    /// Writes the source's channel over some pixels to `y`.
+    /// Writes the source's channel over some pixels to `y`, and to `slopes` as [`Pass::load`] does.
     ///
     /// # Safety
     /// As for [`Pass::load`].
-    pub(super) unsafe fn fill(&self, source: &Source, channel: usize, pixels: Range<usize>, y: &mut [T]) {
+    pub(super) unsafe fn fill(
+        &self,
+        source: &Source,
+        channel: usize,
+        pixels: Range<usize>,
+        y: &mut [T],
+        slopes: Option<&mut [T]>,
+    ) {
+        let mut slopes = slopes.filter(|_| self.keeps(source, channel));
         let rows = &source.rows[source.starts[channel]..source.starts[channel + 1]];
         for (index, row) in rows.iter().enumerate() {
             for (pixels, place) in self.segments(row, source.pixels(), &pixels) {
@@ -84,6 +103,7 @@ impl<T: Element> Pass<'_, T> {
                     factor: self.factor(row, pixels.start / source.pixels()),
                     add: index > 0,
                     y: &mut y[place..][..x.len()],
+                    slopes: slopes.as_deref_mut().map(|slopes| &mut slopes[place..][..x.len()]),
                 });
             }
         }
@@ -141,7 +161,8 @@ impl<T: Element> Pass<'_, T> {
 }
 
 impl<T: Element> Tape<'_, '_, T> {
-    /// Gives the gradient by a source's channel over some pixels to the values that it was read from.
+    /// Gives the gradient by a source's channel over some pixels to the values that it was read from. `slopes` and `values`
+    /// are what [`Pass::load`] wrote of them, if they are still there.
     ///
     /// # Safety
     /// No other task may give gradients to the same values' channels over the same images.
@@ -151,8 +172,11 @@ impl<T: Element> Tape<'_, '_, T> {
         channel: usize,
         pixels: Range<usize>,
         grad: &[T],
+        slopes: Option<&[T]>,
+        values: Option<&[T]>,
         sums: &mut [NormSums],
     ) {
+        let slopes = slopes.filter(|_| self.pass.keeps(source, channel));
         let range = source.starts[channel]..source.starts[channel + 1];
         for (row, sums) in source.rows[range].iter().zip(sums) {
             for (pixels, place) in self.pass.segments(row, source.pixels(), &pixels) {
@@ -164,12 +188,19 @@ impl<T: Element> Tape<'_, '_, T> {
                         self.grad(row.value, row.channel, pixels.clone()),
                     )
                 };
+                let factor = self.pass.factor(row, image);
+                let usable = factor != T::default() && (row.gate.is_none() || values.is_some());
+                let kept = slopes.filter(|_| usable).map(|slopes| Kept {
+                    slopes: &slopes[place..][..x.len()],
+                    values: values.filter(|_| row.gate.is_some()).map(|values| &values[place..][..x.len()]),
+                });
                 let result = self.pass.isa.run(ActivateGrad {
                     activation: row.activation,
                     x,
                     affine: self.pass.affine(row),
-                    factor: self.pass.factor(row, image),
+                    factor,
                     grad: &grad[place..][..x.len()],
+                    kept,
                     moments: row.norm.map_or((T::default(), T::default()), |norm| self.pass.moments[norm]),
                     add: !row.first,
                     grad_x,

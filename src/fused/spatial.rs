@@ -94,7 +94,7 @@ impl<T: Element> Pass<'_, T> {
                     for (i, padded) in padded.chunks_exact_mut(planes.len::<T>()).enumerate() {
                         let range = images.start * pixels..images.end * pixels;
                         // SAFETY: sources are values of earlier steps.
-                        let source = unsafe { self.load(&step.source, g * k + i, range, buffer) };
+                        let source = unsafe { self.load(&step.source, g * k + i, range, buffer, None) };
                         for (i, plane) in source.chunks_exact(pixels).enumerate() {
                             planes.write(self.isa, i, plane, padded);
                         }
@@ -223,13 +223,14 @@ impl<T: Element> Tape<'_, '_, T> {
             m * grad_planes.len::<T>(),
             sets * rows * planes.pitch,
             (block * pixels.max(out_pixels)).max(slots),
+            k * block * pixels,
         ];
         let mut partial = vec![T::default(); parts * conv.weights()];
         let mut bias = vec![0.0; parts * groups * m];
         let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
         self.give_back(&step.source, groups, parts, |this, g, images, p, sums| {
             scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-                let [slots, padded, grads, results, buffer] = cut(memory, sizes);
+                let [slots, padded, grads, results, buffer, slopes] = cut(memory, sizes);
                 slots.fill(T::default());
                 padded.fill(T::default());
                 grads.fill(T::default());
@@ -258,8 +259,9 @@ impl<T: Element> Tape<'_, '_, T> {
                     }
                     let range = images.start * pixels..images.end * pixels;
                     for (i, padded) in padded.chunks_exact_mut(planes.len::<T>()).enumerate() {
+                        let slopes = step.differentiate.then_some(&mut slopes[i * block * pixels..][..range.len()]);
                         // SAFETY: the forward pass wrote the values.
-                        let source = unsafe { pass.load(&step.source, g * k + i, range.clone(), buffer) };
+                        let source = unsafe { pass.load(&step.source, g * k + i, range.clone(), buffer, slopes) };
                         for (i, plane) in source.chunks_exact(pixels).enumerate() {
                             planes.write(pass.isa, i, plane, padded);
                         }
@@ -292,8 +294,9 @@ impl<T: Element> Tape<'_, '_, T> {
                         let rows = step.source.starts[g * k + i + 1] - step.source.starts[g * k + i];
                         let (own, rest) = sums.split_at_mut(rows);
                         sums = rest;
+                        let slopes = Some(&slopes[i * block * pixels..][..range.len()]);
                         // SAFETY: the group's channels and these images are this task's own.
-                        unsafe { this.give(&step.source, g * k + i, range.clone(), grad, own) };
+                        unsafe { this.give(&step.source, g * k + i, range.clone(), grad, slopes, None, own) };
                     }
                 }
                 if let Some(taps) = &taps {

@@ -73,6 +73,15 @@ unsafe fn load<T: Element, I: Isa, const N: usize>(isa: I, x: *const T, lanes: L
     vectors
 }
 
+/// Asks for the values as far behind a row's block as the row is long: whoever works on rows in pieces comes to them next,
+/// and the processor looks no further than a page. (A training step of a kEffNet-B0 takes 1,245 ms without, 1,151 with.)
+#[inline(always)]
+fn prefetch<T: Element, I: Isa, const N: usize>(isa: I, x: *const T, len: usize) {
+    for i in 0..N {
+        isa.prefetch(x.wrapping_add(len + i * T::lanes::<I>()));
+    }
+}
+
 /// Stores vectors.
 ///
 /// # Safety
@@ -117,6 +126,8 @@ pub struct Activate<'a, T> {
     pub add: bool,
     /// The result.
     pub y: &'a mut [T],
+    /// Where to put the function's derivatives, if they are wanted.
+    pub slopes: Option<&'a mut [T]>,
 }
 
 impl<T: Element> Kernel for Activate<'_, T> {
@@ -124,12 +135,16 @@ impl<T: Element> Kernel for Activate<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { activation, x, affine: (scale, shift), factor, add, y } = self;
+        let Self { activation, x, affine: (scale, shift), factor, add, y, slopes } = self;
         assert_eq!(x.len(), y.len());
+        let slopes = slopes.map(|slopes| {
+            assert_eq!(x.len(), slopes.len());
+            slopes.as_mut_ptr()
+        });
         let constants = [scale, shift, factor].map(|value| T::splat(isa, value));
         with_function!(activation, F => {
             let function = std::marker::PhantomData::<F>;
-            let mut body = Forward { x: x.as_ptr(), y: y.as_mut_ptr(), constants, add, function };
+            let mut body = Forward { x: x.as_ptr(), y: y.as_mut_ptr(), len: x.len(), slopes, constants, add, function };
             // SAFETY: both rows have this length.
             unsafe { run(isa, x.len(), &mut body) }
         });
@@ -156,7 +171,7 @@ impl<T: Element> Kernel for ActivateInPlace<'_, T> {
         with_function!(activation, F => {
             let function = std::marker::PhantomData::<F>;
             // SAFETY: one row, of which each block is read before it is written.
-            unsafe { run(isa, row.len(), &mut Forward { x: y, y, constants, add: false, function }) }
+            unsafe { run(isa, row.len(), &mut Forward { x: y, y, len: 0, slopes: None, constants, add: false, function }) }
         });
     }
 }
@@ -164,6 +179,8 @@ impl<T: Element> Kernel for ActivateInPlace<'_, T> {
 struct Forward<T, V, F> {
     x: *const T,
     y: *mut T,
+    len: usize,
+    slopes: Option<*mut T>,
     /// Scale, shift and factor.
     constants: [V; 3],
     add: bool,
@@ -174,12 +191,17 @@ impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Forward<T, T::Vector<I>,
     #[inline(always)]
     unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
         let [scale, shift, factor] = self.constants;
+        prefetch::<T, I, N>(isa, self.x.wrapping_add(at), self.len);
         // SAFETY: the caller's promise.
         let mut z = unsafe { load::<T, I, N>(isa, self.x.add(at), lanes) };
         for z in &mut z {
             *z = T::mul_add(isa, *z, scale, shift);
         }
-        let [mut values, _] = F::both(isa, z);
+        let [mut values, slopes] = F::both(isa, z);
+        if let Some(to) = self.slopes {
+            // SAFETY: as above.
+            unsafe { store(isa, to.add(at), lanes, slopes) };
+        }
         if self.add {
             // SAFETY: as above.
             let y = unsafe { load::<T, I, N>(isa, self.y.add(at), lanes) };
@@ -208,12 +230,23 @@ pub struct ActivateGrad<'a, T> {
     pub factor: T,
     /// The gradient by the result.
     pub grad: &'a [T],
+    /// What [`Activate`] made of the same values, if it is still there.
+    pub kept: Option<Kept<'a, T>>,
     /// Mean and inverse standard deviation that normalise `x` for [`RowSums::normalised`].
     pub moments: (T, T),
     /// Whether to add to what is there.
     pub add: bool,
     /// The gradient by `x`, taking the batch's statistics as constants.
     pub grad_x: &'a mut [T],
+}
+
+/// What [`Activate`] made of a row with a factor other than 0: so the function need not be computed again.
+#[derive(Clone, Copy)]
+pub struct Kept<'a, T> {
+    /// The function's derivatives.
+    pub slopes: &'a [T],
+    /// The results, if [`RowSums::value`] is wanted.
+    pub values: Option<&'a [T]>,
 }
 
 /// Sums over a row that [`ActivateGrad`] gathers on the way.
@@ -232,54 +265,148 @@ impl<T: Element> Kernel for ActivateGrad<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> RowSums {
-        let Self { activation, x, affine: (scale, shift), factor, grad, moments: (mean, inverse), add, grad_x } = self;
+        let Self { activation, x, affine: (scale, shift), factor, grad, kept, moments, add, grad_x } = self;
         assert_eq!([x.len(); 2], [grad.len(), grad_x.len()]);
-        let zero = T::splat(isa, T::default());
-        with_function!(activation, F => {
-            let mut body = Backward {
-                x: x.as_ptr(),
-                grad: grad.as_ptr(),
-                grad_x: grad_x.as_mut_ptr(),
-                constants: [scale, shift, factor, mean].map(|value| T::splat(isa, value)),
-                add,
-                sums: [[zero; BLOCK]; 3],
-                function: std::marker::PhantomData::<F>,
-            };
-            // SAFETY: all rows have this length.
-            unsafe { run(isa, x.len(), &mut body) };
-            let [grad, normalised, value] = body.sums;
-            RowSums {
-                grad: total::<T, I>(isa, grad),
-                normalised: total::<T, I>(isa, normalised) * inverse.to_f64(),
-                value: total::<T, I>(isa, value),
-            }
-        })
+        let body = Backward {
+            x: x.as_ptr(),
+            grad: grad.as_ptr(),
+            grad_x: grad_x.as_mut_ptr(),
+            len: x.len(),
+            constants: [scale, factor, moments.0].map(|value| T::splat(isa, value)),
+            add,
+            sums: [[T::splat(isa, T::default()); BLOCK]; 3],
+            function: (),
+        };
+        let Some(Kept { slopes, values }) = kept else {
+            let affine = [scale, shift].map(|value| T::splat(isa, value));
+            return with_function!(activation, F => {
+                // SAFETY: all rows have this length.
+                unsafe { body.with(Computed { affine, function: std::marker::PhantomData::<F> }).sums(isa, x.len(), moments.1) }
+            });
+        };
+        assert_eq!([x.len(); 2], [slopes.len(), values.map_or(x.len(), <[T]>::len)]);
+        let loaded = Loaded { slopes: slopes.as_ptr(), values: values.map(<[T]>::as_ptr) };
+        // SAFETY: all rows have this length.
+        let mut sums = unsafe { body.with(loaded).sums(isa, x.len(), moments.1) };
+        sums.value /= factor.to_f64();
+        sums
     }
 }
 
-struct Backward<T, V, F> {
-    x: *const T,
-    grad: *const T,
-    grad_x: *mut T,
-    /// Scale, shift, factor and mean.
-    constants: [V; 4],
-    add: bool,
-    /// Partial sums for the three of [`RowSums`], the normalised ones yet without the deviation.
-    sums: [[V; BLOCK]; 3],
+/// Where the way back takes a function's values and derivatives from.
+trait Slopes<T: Element, I: Isa> {
+    /// Both for `N` vectors from pixel `at`, whose arguments' `x` are given.
+    ///
+    /// # Safety
+    /// As for [`Body::block`].
+    unsafe fn both<const N: usize>(
+        &self,
+        isa: I,
+        at: usize,
+        lanes: Lanes<T::Mask<I>>,
+        x: [T::Vector<I>; N],
+    ) -> [[T::Vector<I>; N]; 2];
+}
+
+/// The function itself.
+struct Computed<V, F> {
+    /// Scale and shift before the function.
+    affine: [V; 2],
     function: std::marker::PhantomData<F>,
 }
 
-impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Backward<T, T::Vector<I>, F> {
+impl<T: Element, I: Isa, F: Function<T>> Slopes<T, I> for Computed<T::Vector<I>, F> {
+    #[inline(always)]
+    unsafe fn both<const N: usize>(
+        &self,
+        isa: I,
+        _at: usize,
+        _lanes: Lanes<T::Mask<I>>,
+        mut x: [T::Vector<I>; N],
+    ) -> [[T::Vector<I>; N]; 2] {
+        for x in &mut x {
+            *x = T::mul_add(isa, *x, self.affine[0], self.affine[1]);
+        }
+        F::both(isa, x)
+    }
+}
+
+/// What was kept, the values times a factor.
+struct Loaded<T> {
+    slopes: *const T,
+    values: Option<*const T>,
+}
+
+impl<T: Element, I: Isa> Slopes<T, I> for Loaded<T> {
+    #[inline(always)]
+    unsafe fn both<const N: usize>(
+        &self,
+        isa: I,
+        at: usize,
+        lanes: Lanes<T::Mask<I>>,
+        _x: [T::Vector<I>; N],
+    ) -> [[T::Vector<I>; N]; 2] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let slopes = load::<T, I, N>(isa, self.slopes.add(at), lanes);
+            let zero = [T::splat(isa, T::default()); N];
+            [self.values.map_or(zero, |values| load::<T, I, N>(isa, values.add(at), lanes)), slopes]
+        }
+    }
+}
+
+struct Backward<T, V, S> {
+    x: *const T,
+    grad: *const T,
+    grad_x: *mut T,
+    len: usize,
+    /// Scale, factor and mean.
+    constants: [V; 3],
+    add: bool,
+    /// Partial sums for the three of [`RowSums`], the normalised ones yet without the deviation.
+    sums: [[V; BLOCK]; 3],
+    function: S,
+}
+
+impl<T, V> Backward<T, V, ()> {
+    #[inline(always)]
+    fn with<S>(self, function: S) -> Backward<T, V, S> {
+        let Self { x, grad, grad_x, len, constants, add, sums, function: () } = self;
+        Backward { x, grad, grad_x, len, constants, add, sums, function }
+    }
+}
+
+impl<T: Element, V, S> Backward<T, V, S> {
+    /// Runs over rows of `len` pixels.
+    ///
+    /// # Safety
+    /// They must have so many.
+    #[inline(always)]
+    unsafe fn sums<I: Isa>(mut self, isa: I, len: usize, inverse: T) -> RowSums
+    where
+        Self: Body<T, I>,
+        T: Element<Vector<I> = V>,
+    {
+        // SAFETY: the caller's promise.
+        unsafe { run(isa, len, &mut self) };
+        let [grad, normalised, value] = self.sums;
+        RowSums {
+            grad: total::<T, I>(isa, grad),
+            normalised: total::<T, I>(isa, normalised) * inverse.to_f64(),
+            value: total::<T, I>(isa, value),
+        }
+    }
+}
+
+impl<T: Element, I: Isa, S: Slopes<T, I>> Body<T, I> for Backward<T, T::Vector<I>, S> {
     #[inline(always)]
     unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
-        let [scale, shift, factor, mean] = self.constants;
+        let [scale, factor, mean] = self.constants;
+        prefetch::<T, I, N>(isa, self.grad_x.wrapping_add(at), self.len);
         // SAFETY: the caller's promise.
         let x = unsafe { load::<T, I, N>(isa, self.x.add(at), lanes) };
-        let mut z = x;
-        for z in &mut z {
-            *z = T::mul_add(isa, *z, scale, shift);
-        }
-        let [values, mut slopes] = F::both(isa, z);
+        // SAFETY: as above.
+        let [values, mut slopes] = unsafe { self.function.both(isa, at, lanes, x) };
         // SAFETY: as above. Beyond the row, gradients are zero and so is all that is added to the sums.
         let grad = unsafe { load::<T, I, N>(isa, self.grad.add(at), lanes) };
         let [sum, normalised, value] = &mut self.sums;
@@ -327,7 +454,7 @@ impl<T: Element> Kernel for NormGrad<'_, T> {
         let Self { w, x, constants, y } = self;
         assert_eq!([y.len(); 2], [w.len(), x.len()]);
         let constants = constants.map(|value| T::splat(isa, value));
-        let mut body = Normal { w: w.as_ptr(), x: x.as_ptr(), y: y.as_mut_ptr(), constants };
+        let mut body = Normal { w: w.as_ptr(), x: x.as_ptr(), y: y.as_mut_ptr(), len: w.len(), constants };
         // SAFETY: all rows have this length.
         unsafe { run(isa, x.len(), &mut body) }
     }
@@ -337,6 +464,7 @@ struct Normal<T, V> {
     w: *const T,
     x: *const T,
     y: *mut T,
+    len: usize,
     constants: [V; 3],
 }
 
@@ -344,6 +472,8 @@ impl<T: Element, I: Isa> Body<T, I> for Normal<T, T::Vector<I>> {
     #[inline(always)]
     unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
         let [slope, mean, shift] = self.constants;
+        prefetch::<T, I, N>(isa, self.w.wrapping_add(at), self.len);
+        prefetch::<T, I, N>(isa, self.x.wrapping_add(at), self.len);
         // SAFETY: the caller's promise.
         unsafe {
             let mut y = load::<T, I, N>(isa, self.w.add(at), lanes);
