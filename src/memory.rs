@@ -42,13 +42,39 @@ impl Block {
         let skipped = base.as_ptr().addr().next_multiple_of(align) - base.as_ptr().addr();
         // SAFETY: the layout has room for it; small memory is aligned and skips nothing.
         let start = unsafe { base.add(skipped) };
-        #[cfg(target_os = "linux")]
         if align == HUGE_PAGE {
-            // SAFETY: advice on memory of our own. Where it is not taken, pages are small.
-            unsafe { libc::madvise(start.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
+            // SAFETY: memory of our own.
+            unsafe { advise_huge_pages(start.as_ptr(), size) };
         }
         Self { base, layout, start, size }
     }
+}
+
+/// Asks for huge pages for memory that is about to be written for the first time; where the system does not give them,
+/// pages are small.
+///
+/// # Safety
+/// The memory must be allocated.
+unsafe fn advise_huge_pages(start: *mut u8, size: usize) {
+    #[cfg(target_os = "linux")]
+    // SAFETY: advice on whole pages of memory that exists; it does not change what the memory holds.
+    unsafe {
+        libc::madvise(start.cast(), size, libc::MADV_HUGEPAGE);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (start, size);
+}
+
+/// Asks for huge pages for large memory that others allocated and that is about to be written.
+pub fn prepare<T>(memory: &mut [MaybeUninit<T>]) {
+    let size = size_of_val(memory);
+    if size < 2 * HUGE_PAGE {
+        return;
+    }
+    let start = memory.as_mut_ptr().cast::<u8>();
+    let skipped = start.addr().next_multiple_of(HUGE_PAGE) - start.addr();
+    // SAFETY: the memory from its first place that a huge page can begin at, to its last.
+    unsafe { advise_huge_pages(start.add(skipped), (size - skipped) / HUGE_PAGE * HUGE_PAGE) };
 }
 
 impl Drop for Block {

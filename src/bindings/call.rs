@@ -11,6 +11,7 @@ use std::slice;
 use super::arrays::Dtype;
 use crate::error::{Result, bail};
 use crate::kernels::Element;
+use crate::memory;
 
 /// The most axes that an argument has.
 const AXES: usize = 4;
@@ -198,7 +199,10 @@ impl<'a> Output<'a> {
             return Ok(&mut []); // where the pointer may be null
         }
         // SAFETY: the promise of `new`; consuming `self` keeps the slice unique.
-        Ok(unsafe { slice::from_raw_parts_mut(self.data.cast(), len) })
+        let values = unsafe { slice::from_raw_parts_mut(self.data.cast(), len) };
+        // Frameworks allocate results anew for each call, with small pages.
+        memory::prepare(values);
+        Ok(values)
     }
 }
 

@@ -239,6 +239,10 @@ pub fn grad_weight<T: Element>(
 ) {
     let lengths = (x.len(), grad_output.len(), grad_weight.len());
     assert_eq!(lengths, (shape.input_len(), shape.output_len(), shape.weights()));
+    if grad_output.is_empty() {
+        grad_weight.iter_mut().for_each(|sum| _ = sum.write(T::default()));
+        return;
+    }
     let taps = shape.kernel * shape.kernel;
     let work = estimate(shape.output_len() * taps, size_of_val(x) + size_of_val(grad_output));
     let grad = WeightGrad {
