@@ -11,6 +11,8 @@ use crate::kernels::Element;
 pub const RECYCLED: usize = 256 << 10;
 /// Recycled and free memory together is at most so many times what was in use at once.
 const SURPLUS: usize = 2;
+/// More than any machine has; sums of sizes up to this stay numbers.
+const LARGEST: usize = isize::MAX as usize / 8;
 /// The size of a huge page.
 const HUGE_PAGE: usize = 2 << 20;
 /// A cache line; also the widest vector.
@@ -29,16 +31,17 @@ struct Block {
 unsafe impl Send for Block {}
 
 impl Block {
-    fn new(size: usize) -> Self {
+    /// A block of this size, `None` where there is no memory for it.
+    fn new(size: usize) -> Option<Self> {
         let recycled = size >= RECYCLED;
         let align = if size >= 2 * HUGE_PAGE { HUGE_PAGE } else { LINE };
         // Large memory is aligned here and not by the allocator: it comes zeroed from the system, untouched, but an
         // allocator that aligns it clears it once more, on one thread and before pages can be huge.
         let layout = if recycled { Layout::array::<u8>(size + align) } else { Layout::from_size_align(size, LINE) };
-        let layout = layout.expect("sizes fit memory");
+        let layout = layout.ok()?;
         // SAFETY: the size is not zero.
         let base = unsafe { if recycled { alloc_zeroed(layout) } else { alloc(layout) } };
-        let Some(base) = NonNull::new(base) else { handle_alloc_error(layout) };
+        let base = NonNull::new(base)?;
         let skipped = base.as_ptr().addr().next_multiple_of(align) - base.as_ptr().addr();
         // SAFETY: the layout has room for it; small memory is aligned and skips nothing.
         let start = unsafe { base.add(skipped) };
@@ -46,7 +49,7 @@ impl Block {
             // SAFETY: memory of our own.
             unsafe { advise_huge_pages(start.as_ptr(), size) };
         }
-        Self { base, layout, start, size }
+        Some(Self { base, layout, start, size })
     }
 }
 
@@ -137,26 +140,39 @@ pub struct Memory(Option<Block>);
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// Memory for `len` values, aligned to a cache line.
+    /// Memory for `len` values, aligned to a cache line; without enough memory the process ends.
     pub fn new<T: Element>(len: usize) -> Self {
-        let size = (len * size_of::<T>()).next_multiple_of(LINE).max(LINE);
-        let block = if size < RECYCLED { Block::new(size) } else { Self::recycled(size) };
+        Self::try_new::<T>(len)
+            .unwrap_or_else(|| handle_alloc_error(Layout::array::<T>(len).expect("sizes fit memory")))
+    }
+
+    /// Memory for `len` values, aligned to a cache line, `None` where there is not enough.
+    pub fn try_new<T: Element>(len: usize) -> Option<Self> {
+        let size = len.checked_mul(size_of::<T>()).filter(|&size| size <= LARGEST)?.next_multiple_of(LINE).max(LINE);
+        let block = if size < RECYCLED { Block::new(size) } else { Self::recycled(size) }?;
         if cfg!(debug_assertions) {
             // NaN shows where something is read that nobody has written.
             // SAFETY: the block's own memory.
             unsafe { block.start.write_bytes(0xff, block.size) };
         }
-        Self(Some(block))
+        Some(Self(Some(block)))
     }
 
-    fn recycled(size: usize) -> Block {
-        blocks(|blocks| blocks.take(size)).unwrap_or_else(|| {
+    fn recycled(size: usize) -> Option<Block> {
+        blocks(|blocks| blocks.take(size)).or_else(|| {
             let surplus = blocks(|blocks| {
                 blocks.count(size);
                 blocks.surplus()
             });
             drop(surplus);
-            Block::new(size)
+            let block = Block::new(size);
+            if block.is_none() {
+                blocks(|blocks| {
+                    blocks.used_bytes -= size;
+                    blocks.peak = blocks.used_bytes;
+                });
+            }
+            block
         })
     }
 

@@ -58,6 +58,14 @@ pub fn check_step(name: &str, step: i64) -> Result<usize> {
     }
 }
 
+/// Checks the size of a depthwise kernel.
+pub fn check_kernel(kernel: i64) -> Result<usize> {
+    match kernel {
+        3 | 5 | 7 => Ok(kernel as usize),
+        _ => bail!("kernel_size={kernel}, expected 3, 5 or 7"),
+    }
+}
+
 /// Where each channel goes when channels are interleaved by `step`: channel `c` to place `places[c]`.
 ///
 /// Interleaving concatenates, over `s = 0..step`, the channels `s, s + step, s + 2 * step, ...`.
@@ -214,9 +222,7 @@ impl Depthwise {
         order: Order,
         weight_layout: WeightLayout,
     ) -> Result<Self> {
-        if ![3, 5, 7].contains(&kernel) {
-            bail!("kernel_size={kernel}, expected 3, 5 or 7");
-        }
+        check_kernel(kernel as i64)?;
         let stride = match stride {
             1 | 2 => stride as usize,
             _ => bail!("stride={stride}, expected 1 or 2"),

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::slice;
 
 use numpy::{Element as NumpyElement, PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 use smallvec::SmallVec;
@@ -44,7 +44,7 @@ pub fn dtype(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Dtype> {
             Err(what) => what,
         }
     } else {
-        value.get_type().name()?.to_string()
+        type_name(value)
     };
     Err(PyTypeError::new_err(format!("{name} is {what}, expected a float32 or float64 NumPy array")))
 }
@@ -67,6 +67,48 @@ pub fn weight_layout(value: &str) -> Result<WeightLayout> {
     }
 }
 
+/// Parses the integer argument `name`.
+fn integer(name: &str, value: &Bound<'_, PyAny>) -> PyResult<i64> {
+    value.extract::<i64>().map_err(|error| {
+        if error.is_instance_of::<PyOverflowError>(value.py()) {
+            PyValueError::new_err(format!("{name}={value}, expected an integer of 64 bits"))
+        } else {
+            PyTypeError::new_err(format!("{name} is {}, expected an integer", type_name(value)))
+        }
+    })
+}
+
+/// The name of a value's type, for messages.
+fn type_name(value: &Bound<'_, PyAny>) -> String {
+    value.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string())
+}
+
+/// [`integer`] for each argument that is one, as PyO3's own message names neither argument nor value.
+pub mod integers {
+    use super::{Bound, PyAny, PyResult, integer};
+
+    macro_rules! named {
+        ($($name:ident)*) => {
+            $(pub fn $name(value: &Bound<'_, PyAny>) -> PyResult<i64> {
+                integer(stringify!($name), value)
+            })*
+        };
+    }
+    named!(groups interleave kernel_size step stride threads);
+}
+
+/// Parses `input_size`: (height, width).
+pub fn input_size(value: &Bound<'_, PyAny>) -> PyResult<(usize, usize)> {
+    let (height, width) = value
+        .extract::<(Bound<'_, PyAny>, Bound<'_, PyAny>)>()
+        .map_err(|_| PyTypeError::new_err(format!("input_size is {}, expected (height, width)", type_name(value))))?;
+    let side = |side| match integer("input_size", side)? {
+        pixels @ 0.. => Ok(pixels as usize),
+        pixels => Err(PyValueError::new_err(format!("input_size has {pixels}, expected sizes from 0"))),
+    };
+    Ok((side(&height)?, side(&width)?))
+}
+
 /// Parses `padding`: "same", "valid", an integer or ((top, bottom), (left, right)).
 pub fn padding(value: &Bound<'_, PyAny>) -> PyResult<Padding> {
     let expected = "expected \"same\", \"valid\", an integer from 0 or ((top, bottom), (left, right))";
@@ -82,9 +124,15 @@ pub fn padding(value: &Bound<'_, PyAny>) -> PyResult<Padding> {
     }
     match value.extract::<((usize, usize), (usize, usize))>() {
         Ok(((top, bottom), (left, right))) => Ok(Padding::Explicit([top, bottom], [left, right])),
-        Err(_) => Err(PyValueError::new_err(format!("padding={value}, {expected}"))),
+        Err(_) => {
+            let found = format!("{value:?}").replace('\n', "");
+            Err(PyValueError::new_err(format!("padding={found}, {expected}")))
+        }
     }
 }
+
+/// The most bytes that an array may have.
+const MAX_BYTES: usize = isize::MAX as usize;
 
 /// Numbers of an array's axes, few enough to need no allocation.
 pub type Axes<N> = SmallVec<[N; 4]>;
@@ -242,22 +290,48 @@ impl<'py, T: ArrayElement> Input<'py, T> {
     }
 
     /// The images in `order`; a copy where they do not lie so.
-    pub fn image_values(&self, layout: Order, order: Order) -> Values<T> {
+    pub fn image_values(&self, layout: Order, order: Order) -> PyResult<Values<T>> {
         self.values_in(&axes(layout, order))
     }
 
     /// The values in C order.
-    pub fn values(&self) -> Values<T> {
+    pub fn values(&self) -> PyResult<Values<T>> {
         let axes: Axes<_> = (0..self.shape().len()).collect();
         self.values_in(&axes)
     }
 
-    fn values_in(&self, axes: &[usize]) -> Values<T> {
+    fn values_in(&self, axes: &[usize]) -> PyResult<Values<T>> {
         if self.view.is_contiguous(axes) {
-            return Values::Borrowed(self.view.data, self.view.len());
+            return Ok(Values::Borrowed(self.view.data, self.view.len()));
         }
+        let mut copy = room::<T>(self.name, self.shape())?;
         // SAFETY: addresses of the array's own values.
-        Values::Copied(self.view.addresses(axes).map(|address| unsafe { address.read_unaligned() }).collect())
+        copy.extend(self.view.addresses(axes).map(|address| unsafe { address.read_unaligned() }));
+        Ok(Values::Copied(copy))
+    }
+}
+
+/// An empty vector with room for as many values as an array of this shape has, or a `MemoryError`: of an array with
+/// strides of 0 a copy may be too large.
+fn room<T>(name: &str, shape: &[usize]) -> PyResult<Vec<T>> {
+    let mut values = Vec::new();
+    match values.try_reserve_exact(shape.iter().product()) {
+        Ok(()) => Ok(values),
+        Err(_) => Err(no_memory(&format!("a copy of {name}"), shape)),
+    }
+}
+
+/// The error of an array that memory is too small for.
+pub fn no_memory(what: &str, shape: &[usize]) -> PyErr {
+    PyMemoryError::new_err(format!("no memory for {what} of shape {shape:?}"))
+}
+
+/// Checks that a result has a size at all; NumPy asks that of the axes that are not 0 even where others are.
+fn check_size<T>(shape: &[usize]) -> Result<()> {
+    let bytes = shape.iter().filter(|&&size| size > 0).try_fold(size_of::<T>(), |all, &size| all.checked_mul(size));
+    match bytes {
+        Some(..=MAX_BYTES) => Ok(()),
+        _ => bail!("the result has shape {shape:?}, expected at most {MAX_BYTES} bytes"),
     }
 }
 
@@ -318,6 +392,7 @@ impl<'py, T: ArrayElement> Output<'py, T> {
     ) -> PyResult<Self> {
         let axes = Axes::from(axes);
         let Some(out) = out else {
+            check_size::<T>(shape)?;
             let sorted: Axes<_> = axes.iter().map(|&axis| shape[axis]).collect();
             let mut strides = Axes::from_elem(0, axes.len());
             let mut stride = size_of::<T>() as isize;
@@ -340,7 +415,13 @@ impl<'py, T: ArrayElement> Output<'py, T> {
             return Err(Error::new(format!("out has shape {:?}, expected {shape:?}", out.shape())).into());
         }
         let overlaps = inputs.iter().any(|input| overlap(&input.view, &out.view));
-        let detour = (overlaps || !out.view.is_contiguous(&axes)).then(|| vec![T::default(); out.view.len()]);
+        let detour = if overlaps || !out.view.is_contiguous(&axes) {
+            let mut values = room("out", shape)?;
+            values.resize(out.view.len(), T::default());
+            Some(values)
+        } else {
+            None
+        };
         Ok(Self { result: out.owner, view: out.view, axes, detour })
     }
 
@@ -380,7 +461,8 @@ fn new_array<'py, T: ArrayElement>(
         // SAFETY: the operation writes every value before anything reads it.
         unsafe { PyArrayDyn::<T>::new(py, sorted, false) }
     } else {
-        memory_array(py, Memory::new::<T>(len), sorted)?
+        let memory = Memory::try_new::<T>(len).ok_or_else(|| no_memory("the result", sorted))?;
+        memory_array(py, memory, sorted)?
     };
     let data = array.data();
     if axes.is_sorted() {

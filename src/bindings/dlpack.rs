@@ -9,7 +9,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 
-use super::arrays::{ArrayElement, Axes, Dtype, View};
+use super::arrays::{ArrayElement, Axes, Dtype, View, no_memory};
 use crate::memory::Memory;
 
 /// A capsule's name until somebody takes its tensor over.
@@ -104,7 +104,7 @@ pub fn new_capsule<'py, T: ArrayElement>(
     strides: &[isize],
 ) -> PyResult<(*mut T, Bound<'py, PyAny>)> {
     let len = shape.iter().product();
-    let mut memory = Memory::new::<T>(len);
+    let mut memory = Memory::try_new::<T>(len).ok_or_else(|| no_memory("the result", shape))?;
     let data = memory.as_mut::<T>(len).as_mut_ptr();
     let tensor = Tensor {
         data: data.cast(),

@@ -132,7 +132,7 @@ fn flat<'py, T: ArrayElement>(name: &'static str, value: &Any<'py>, len: usize) 
     if found != len {
         return Err(Error::new(format!("{name} has {found} values, expected {len}")).into());
     }
-    Ok(input.values())
+    input.values()
 }
 
 /// An image's shape in a layout.
@@ -171,7 +171,8 @@ impl FusedProgram {
         let given = statistics.map(|given| flat::<T>("statistics", given, 2 * program.norm_channels())).transpose()?;
         let mut y = Output::images(py, shape(count, output, layout), layout, order, None, &[&x])?;
         let mut statistics = Output::<T>::array(py, &[2, program.norm_channels()], None, &[])?;
-        let (x, mut y_memory, mut statistics_memory) = (x.image_values(layout, order), y.memory(), statistics.memory());
+        let (x, mut y_memory, mut statistics_memory) =
+            (x.image_values(layout, order)?, y.memory(), statistics.memory());
         let len = program.workspace_len(count);
         let memory = py.detach(|| {
             let mut memory = Memory::new::<T>(len);
@@ -205,7 +206,7 @@ impl FusedProgram {
         let parameters = flat::<T>("parameters", parameters, program.parameters())?;
         let statistics = flat::<T>("statistics", statistics, 2 * program.norm_channels())?;
         let mut y = Output::images(py, shape(count, output, layout), layout, order, None, &[&x])?;
-        let (x, mut memory) = (x.image_values(layout, order), y.memory());
+        let (x, mut memory) = (x.image_values(layout, order)?, y.memory());
         py.detach(|| {
             let arguments = Arguments { isa, program, count, order, parameters: parameters.as_slice(), masks: &[] };
             fused::infer(&arguments, x.as_slice(), statistics.as_slice(), memory.as_mut_slice());
@@ -237,7 +238,7 @@ impl FusedProgram {
             false => None,
         };
         let mut grad_parameters = Output::<T>::array(py, &[program.parameters()], None, &[])?;
-        let grad_output = grad_output.image_values(layout, order);
+        let grad_output = grad_output.image_values(layout, order)?;
         let (mut x_memory, mut memory) = (grad_x.as_mut().map(Output::memory), grad_parameters.memory());
         py.detach(|| {
             let masks = masks.as_ref().map_or(&[][..], Values::as_slice);

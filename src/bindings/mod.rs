@@ -44,7 +44,7 @@ fn active() -> PyResult<Active> {
 ///     >>> kconv.get_num_threads()
 ///     2
 #[pyfunction]
-fn set_num_threads(threads: i64) -> PyResult<()> {
+fn set_num_threads(#[pyo3(from_py_with = arrays::integers::threads)] threads: i64) -> PyResult<()> {
     // Negative numbers become 0, which is refused by its own name.
     usize::try_from(threads)
         .map_err(|_| PyValueError::new_err(format!("num_threads={threads}, expected 1 to 1024")))

@@ -3,11 +3,14 @@
 use pyo3::prelude::*;
 
 use super::active;
-use super::arrays::{ArrayElement, Dtype, Input, Output, Values, dtype, image_axes, layout, padding, weight_layout};
-use crate::error::{Result, bail};
+use super::arrays::{
+    ArrayElement, Dtype, Input, Output, Values, dtype, image_axes, input_size, integers, layout, padding, weight_layout,
+};
+use crate::error::{Error, Result, bail};
 use crate::ops;
 use crate::shape::{
-    Depthwise, Images, Order, Padding, Pointwise, WeightLayout, check_step, interleave_places, interleave_sources,
+    Depthwise, Images, Order, Padding, Pointwise, WeightLayout, check_kernel, check_step, interleave_places,
+    interleave_sources,
 };
 
 type Any<'py> = Bound<'py, PyAny>;
@@ -81,7 +84,8 @@ fn pointwise_shape(
     let Some((c_out, group_in)) = pointwise_axes(weight, layout) else {
         bail!("weight has shape {weight:?}, expected {expected}")
     };
-    let c_in = if channels_are_input { channels } else { group_in * usize::try_from(groups).unwrap_or(0) };
+    let c_in =
+        if channels_are_input { channels } else { group_in.saturating_mul(usize::try_from(groups).unwrap_or(0)) };
     if !channels_are_input && groups >= 1 && c_out != channels {
         bail!("grad_output has {channels} channels, expected {c_out} as weight {weight:?} has");
     }
@@ -95,12 +99,12 @@ fn pointwise_shape(
     Ok(shape)
 }
 
-fn bias_values<T: ArrayElement>(bias: Option<&Input<'_, T>>, channels: usize) -> Result<Option<Values<T>>> {
+fn bias_values<T: ArrayElement>(bias: Option<&Input<'_, T>>, channels: usize) -> PyResult<Option<Values<T>>> {
     let Some(bias) = bias else { return Ok(None) };
     if bias.shape() != [channels] {
-        bail!("bias has shape {:?}, expected [{channels}]", bias.shape());
+        return Err(Error::new(format!("bias has shape {:?}, expected [{channels}]", bias.shape())).into());
     }
-    Ok(Some(bias.values()))
+    bias.values().map(Some)
 }
 
 /// Grouped pointwise (1x1) convolution, its output interleaved.
@@ -140,8 +144,8 @@ fn pointwise_conv<'py>(
     x: &Any<'py>,
     weight: &Any<'py>,
     bias: Option<&Any<'py>>,
-    groups: i64,
-    interleave: i64,
+    #[pyo3(from_py_with = integers::groups)] groups: i64,
+    #[pyo3(from_py_with = integers::interleave)] interleave: i64,
     layout: &str,
     weight_layout: &str,
     out: Option<&Any<'py>>,
@@ -170,7 +174,7 @@ fn pointwise_forward<'py, T: ArrayElement>(
     inputs.extend(&bias);
     let y_shape = with_channels(x.shape(), layout, shape.out_channels);
     let mut y = Output::images(py, y_shape, layout, images.order, out, &inputs)?;
-    let (x, weight, mut memory) = (x.image_values(layout, images.order), weight.values(), y.memory());
+    let (x, weight, mut memory) = (x.image_values(layout, images.order)?, weight.values()?, y.memory());
     let isa = active()?;
     py.detach(|| {
         let bias = bias_values.as_ref().map(Values::as_slice);
@@ -208,8 +212,8 @@ fn pointwise_conv_grad_input<'py>(
     py: Python<'py>,
     grad_output: &Any<'py>,
     weight: &Any<'py>,
-    groups: i64,
-    interleave: i64,
+    #[pyo3(from_py_with = integers::groups)] groups: i64,
+    #[pyo3(from_py_with = integers::interleave)] interleave: i64,
     layout: &str,
     weight_layout: &str,
     out: Option<&Any<'py>>,
@@ -237,7 +241,7 @@ fn pointwise_grad_input<'py, T: ArrayElement>(
     let shape = pointwise_shape(weight.shape(), images.channels, false, groups, interleave, weight_layout)?;
     let x_shape = with_channels(gy.shape(), layout, shape.in_channels);
     let mut gx = Output::images(py, x_shape, layout, images.order, out, &[&gy, &weight])?;
-    let (gy, weight, mut memory) = (gy.image_values(layout, images.order), weight.values(), gx.memory());
+    let (gy, weight, mut memory) = (gy.image_values(layout, images.order)?, weight.values()?, gx.memory());
     let isa = active()?;
     py.detach(|| {
         ops::pointwise::grad_input(isa, &shape, images, gy.as_slice(), weight.as_slice(), memory.as_mut_slice());
@@ -274,8 +278,8 @@ fn pointwise_conv_grad_weight<'py>(
     py: Python<'py>,
     x: &Any<'py>,
     grad_output: &Any<'py>,
-    groups: i64,
-    interleave: i64,
+    #[pyo3(from_py_with = integers::groups)] groups: i64,
+    #[pyo3(from_py_with = integers::interleave)] interleave: i64,
     layout: &str,
     weight_layout: &str,
     out: Option<&Any<'py>>,
@@ -304,7 +308,7 @@ fn pointwise_grad_weight<'py, T: ArrayElement>(
         WeightLayout::Io => [shape.group_in(), shape.out_channels],
     };
     let mut gw = Output::array(py, &w_shape, out, &[&x, &gy])?;
-    let (x, gy) = (x.image_values(layout, images.order), gy.image_values(layout, images.order));
+    let (x, gy) = (x.image_values(layout, images.order)?, gy.image_values(layout, images.order)?);
     let mut memory = gw.memory();
     let isa = active()?;
     py.detach(|| {
@@ -345,7 +349,7 @@ fn check_images<T: ArrayElement>(x: &Input<'_, T>, gy: &Input<'_, T>, layout: Or
 fn pointwise_conv_grad_bias<'py>(
     py: Python<'py>,
     grad_output: &Any<'py>,
-    interleave: i64,
+    #[pyo3(from_py_with = integers::interleave)] interleave: i64,
     layout: &str,
 ) -> PyResult<Any<'py>> {
     by_dtype!("grad_output", grad_output, grad_bias(py, grad_output, interleave, layout))
@@ -361,7 +365,7 @@ fn grad_bias<'py, T: ArrayElement>(
     let (layout, step) = (layout(layout_name)?, check_step("interleave", interleave)?);
     let images = gy.images(layout)?;
     let mut gb = Output::array(py, &[images.channels], None, &[&gy])?;
-    let (gy, mut memory) = (gy.image_values(layout, images.order), gb.memory());
+    let (gy, mut memory) = (gy.image_values(layout, images.order)?, gb.memory());
     let isa = active()?;
     py.detach(|| ops::pointwise::grad_bias(isa, step, images, gy.as_slice(), memory.as_mut_slice()));
     gb.finish()
@@ -393,7 +397,7 @@ fn grad_bias<'py, T: ArrayElement>(
 fn interleave<'py>(
     py: Python<'py>,
     x: &Any<'py>,
-    step: i64,
+    #[pyo3(from_py_with = integers::step)] step: i64,
     layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
@@ -424,7 +428,7 @@ fn interleave<'py>(
 fn deinterleave<'py>(
     py: Python<'py>,
     x: &Any<'py>,
-    step: i64,
+    #[pyo3(from_py_with = integers::step)] step: i64,
     layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
@@ -444,7 +448,10 @@ fn permute<'py, T: ArrayElement>(
     let images = x.images(layout)?;
     let shape = with_channels(x.shape(), layout, images.channels);
     let mut y = Output::images(py, shape, layout, images.order, out, &[&x])?;
-    let (x, mut memory) = (x.image_values(layout, images.order), y.memory());
+    if images.is_empty() {
+        return y.finish(); // of however many channels
+    }
+    let (x, mut memory) = (x.image_values(layout, images.order)?, y.memory());
     py.detach(|| {
         ops::interleave::permute(&sources(images.channels, step), images, x.as_slice(), memory.as_mut_slice());
     });
@@ -530,7 +537,7 @@ fn depthwise_conv<'py>(
     x: &Any<'py>,
     weight: &Any<'py>,
     bias: Option<&Any<'py>>,
-    stride: i64,
+    #[pyo3(from_py_with = integers::stride)] stride: i64,
     padding: Pad,
     layout: &str,
     weight_layout: &str,
@@ -570,7 +577,7 @@ fn depthwise_forward<'py, T: ArrayElement>(
     let mut inputs = vec![&x, &weight];
     inputs.extend(&bias);
     let mut y = Output::images(py, output_shape(&shape, layout), layout, order, out, &inputs)?;
-    let (x, weight, mut memory) = (x.image_values(layout, order), weight.values(), y.memory());
+    let (x, weight, mut memory) = (x.image_values(layout, order)?, weight.values()?, y.memory());
     let isa = active()?;
     py.detach(|| {
         let bias = bias_values.as_ref().map(Values::as_slice);
@@ -611,8 +618,8 @@ fn depthwise_conv_grad_input<'py>(
     py: Python<'py>,
     grad_output: &Any<'py>,
     weight: &Any<'py>,
-    input_size: (usize, usize),
-    stride: i64,
+    #[pyo3(from_py_with = input_size)] input_size: (usize, usize),
+    #[pyo3(from_py_with = integers::stride)] stride: i64,
     padding: Pad,
     layout: &str,
     weight_layout: &str,
@@ -648,7 +655,7 @@ fn depthwise_grad_input<'py, T: ArrayElement>(
     let shape = depthwise_shape(&x_shape, layout, order, kernel, stride, padding, weight_layout)?;
     check_depthwise_output(gy.shape(), &shape, layout)?;
     let mut gx = Output::images(py, x_shape, layout, order, out, &[&gy, &weight])?;
-    let (gy, weight, mut memory) = (gy.image_values(layout, order), weight.values(), gx.memory());
+    let (gy, weight, mut memory) = (gy.image_values(layout, order)?, weight.values()?, gx.memory());
     let isa = active()?;
     py.detach(|| ops::depthwise::grad_input(isa, &shape, gy.as_slice(), weight.as_slice(), memory.as_mut_slice()));
     gx.finish()
@@ -686,8 +693,8 @@ fn depthwise_conv_grad_weight<'py>(
     py: Python<'py>,
     x: &Any<'py>,
     grad_output: &Any<'py>,
-    kernel_size: usize,
-    stride: i64,
+    #[pyo3(from_py_with = integers::kernel_size)] kernel_size: i64,
+    #[pyo3(from_py_with = integers::stride)] stride: i64,
     padding: Pad,
     layout: &str,
     weight_layout: &str,
@@ -704,7 +711,7 @@ fn depthwise_grad_weight<'py, T: ArrayElement>(
     py: Python<'py>,
     x: &Any<'py>,
     grad_output: &Any<'py>,
-    kernel: usize,
+    kernel_size: i64,
     stride: i64,
     padding: Padding,
     layout_name: &str,
@@ -714,6 +721,7 @@ fn depthwise_grad_weight<'py, T: ArrayElement>(
     let (x, gy) = (Input::<T>::new("x", x)?, Input::<T>::new("grad_output", grad_output)?);
     let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
     let order = x.images(layout)?.order;
+    let kernel = check_kernel(kernel_size)?;
     let shape = depthwise_shape(x.shape(), layout, order, kernel, stride, padding, weight_layout)?;
     check_depthwise_output(gy.shape(), &shape, layout)?;
     let w_shape = match weight_layout {
@@ -721,7 +729,7 @@ fn depthwise_grad_weight<'py, T: ArrayElement>(
         WeightLayout::Io => [kernel, kernel, shape.channels],
     };
     let mut gw = Output::array(py, &w_shape, out, &[&x, &gy])?;
-    let (x, gy, mut memory) = (x.image_values(layout, order), gy.image_values(layout, order), gw.memory());
+    let (x, gy, mut memory) = (x.image_values(layout, order)?, gy.image_values(layout, order)?, gw.memory());
     let isa = active()?;
     py.detach(|| ops::depthwise::grad_weight(isa, &shape, x.as_slice(), gy.as_slice(), memory.as_mut_slice()));
     gw.finish()

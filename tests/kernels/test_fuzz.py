@@ -1,4 +1,4 @@
-"""Random calls: any geometry in any memory gives the oracle's values.
+"""Random calls: any geometry in any memory gives the oracle's values, any nonsense a clear error.
 
 The tests take the same examples in every run; `make fuzz` takes many, and others each time.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -182,3 +183,124 @@ def test_depthwise(data: st.DataObject) -> None:
     check(draw, kconv.depthwise_conv, arrays, y, **kw)
     check(draw, kconv.depthwise_conv_grad_input, (g, weight), gx, input_size=(h, w), **kw)
     check(draw, kconv.depthwise_conv_grad_weight, (x, g), gw, kernel_size=kernel, **kw)
+
+
+def valid_calls() -> dict[str, dict[str, Any]]:
+    """Each function's name and arguments, all of them given."""
+    x, y = np.ones((2, 6, 5, 5), np.float32), np.ones((2, 4, 5, 5), np.float32)
+    weight, kernel = np.ones((4, 3), np.float32), np.ones((6, 3, 3), np.float32)
+    layout = {"layout": "NCHW"}
+    layouts = {**layout, "weight_layout": "OI"}
+    pointwise = {"groups": 2, "interleave": 2, **layouts}
+    depthwise = {"stride": 1, "padding": 1, **layouts}
+    bias = {"bias": np.ones(4, np.float32)}
+    biases = {"bias": np.ones(6, np.float32)}
+    return {
+        "pointwise_conv": {"x": x, "weight": weight, **bias, **pointwise, "out": y.copy()},
+        "pointwise_conv_grad_input": {
+            "grad_output": y,
+            "weight": weight,
+            **pointwise,
+            "out": x.copy(),
+        },
+        "pointwise_conv_grad_weight": {
+            "x": x,
+            "grad_output": y,
+            **pointwise,
+            "out": weight.copy(),
+        },
+        "pointwise_conv_grad_bias": {"grad_output": y, "interleave": 2, **layout},
+        "interleave": {"x": x, "step": 2, **layout, "out": x.copy()},
+        "deinterleave": {"x": x, "step": 2, **layout, "out": x.copy()},
+        "depthwise_conv": {"x": x, "weight": kernel, **biases, **depthwise, "out": x.copy()},
+        "depthwise_conv_grad_input": {
+            "grad_output": x,
+            "weight": kernel,
+            "input_size": (5, 5),
+            **depthwise,
+            "out": x.copy(),
+        },
+        "depthwise_conv_grad_weight": {
+            "x": x,
+            "grad_output": x.copy(),
+            "kernel_size": 3,
+            **depthwise,
+            "out": kernel.copy(),
+        },
+    }
+
+
+INTEGERS = st.integers(-3, 9) | st.builds(
+    lambda sign, power, more: sign * 2**power + more,
+    st.sampled_from([-1, 1]),
+    st.sampled_from([31, 32, 62, 63, 64, 70, 200]),
+    st.integers(-3, 3),
+)
+TEXTS = st.sampled_from(["NCHW", "NHWC", "OI", "IO", "same", "valid", "", "nchw", "\0", "\ud800"])
+NONSENSE = st.one_of(
+    INTEGERS,
+    TEXTS,
+    st.none(),
+    st.booleans(),
+    st.floats(),
+    st.binary(max_size=3),
+    st.recursive(INTEGERS | TEXTS | st.none(), st.lists, max_leaves=4),
+    st.tuples(INTEGERS, INTEGERS),
+    st.tuples(st.tuples(INTEGERS, INTEGERS), st.tuples(INTEGERS, INTEGERS)),
+    st.sampled_from([object(), int, len, 1j, {}, {"x": 1}, np.int64(2), np.uint64(2**64 - 1)]),
+    st.sampled_from([np.float32(1), np.bool_(True), np.array(2), np.array("a"), np.ones((9, 9))]),
+)
+OTHER_DTYPES = ["f2", "f8", "g", ">f4", ">f8", "i4", "u8", "?", "c8", "O", "S3", "U2", "m8[s]"]
+HUGE = 2**25  # squared: more than there are addresses, so that nothing comes of it
+WRONG_ARRAYS: list[Callable[[Array], Any]] = [
+    lambda a: a[0],
+    lambda a: a[None],
+    lambda a: a[..., 0],
+    lambda a: a[..., :0],
+    lambda a: a[:0],
+    lambda a: a[:, :1],
+    lambda a: a[1:],
+    lambda a: np.repeat(a, 2, 0),
+    lambda a: a.T,
+    lambda a: a.reshape(-1),
+    lambda a: a.tolist(),
+    lambda a: a.tobytes(),
+    lambda a: memoryview(a),
+    lambda a: np.ma.masked_array(a, a > 0),
+    lambda a: np.zeros(a.shape, [("a", "f4"), ("b", "f4")]),
+    lambda a: np.broadcast_to(np.float32(1), a.shape),
+    lambda a: np.broadcast_to(np.float32(1), (HUGE, HUGE, 1, 1)[: max(2, a.ndim)]),
+    lambda a: np.broadcast_to(np.float32(1), (1, HUGE, HUGE, 1)[: max(2, a.ndim)]),
+    lambda a: np.ones((0, HUGE * HUGE, 1, 1), np.float32),
+    lambda a: np.ones((0, a.shape[-1], HUGE, HUGE), np.float32),
+    *(lambda a, dtype=dtype: np.zeros(a.shape, dtype) for dtype in OTHER_DTYPES),
+]
+# What a message may name instead of an argument: what that says.
+DERIVED = ["in_channels", "out_channels", "channels", "height", "width", "the result"]
+
+
+@fuzz
+@given(st.data())
+def test_nonsense(data: st.DataObject) -> None:
+    draw = data.draw
+    name = draw(st.sampled_from(list(valid_calls())))
+    arguments = valid_calls()[name]
+    names = list(arguments)
+    changed = draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
+    for argument in changed:
+        value = arguments[argument]
+        if isinstance(value, np.ndarray) and draw(st.integers(0, 3)):
+            arguments[argument] = draw(st.sampled_from(WRONG_ARRAYS))(value)
+        else:
+            arguments[argument] = draw(NONSENSE)
+    try:
+        result = getattr(kconv, name)(**arguments)
+    except (TypeError, ValueError, MemoryError) as error:
+        message, notes = str(error), getattr(error, "__notes__", [])
+    else:
+        assert isinstance(result, np.ndarray)
+        assert result.dtype in (np.float32, np.float64)
+        return
+    assert "\n" not in message
+    told = " ".join([message, *notes])
+    assert re.search(rf"\b({'|'.join(names + DERIVED)})\b", told), told
