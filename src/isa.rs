@@ -9,6 +9,7 @@
 
 use std::sync::OnceLock;
 
+use pulp::MemMask;
 use pulp::bytemuck::{Pod, cast_slice, cast_slice_mut};
 
 use crate::error::{Result, bail};
@@ -68,6 +69,50 @@ pub trait Isa: pulp::Simd {
     fn zip_f64s(self, a: Self::f64s, b: Self::f64s) -> [Self::f64s; 2] {
         zip::<f64, _>(a, b)
     }
+    /// Loads a vector of 32-bit numbers from 16 bits each.
+    ///
+    /// # Safety
+    /// As many values as the vector has must be readable at `ptr`.
+    #[inline(always)]
+    unsafe fn load_u16s(self, ptr: *const u16) -> Self::u32s {
+        // SAFETY: the caller's promise.
+        unsafe { load_lanes(self, size_of::<Self::u32s>() / 4, ptr) }
+    }
+    /// Stores the lower 16 bits of 32-bit numbers, of which the upper ones are zero.
+    ///
+    /// # Safety
+    /// As many values as the vector has must be writable at `ptr`.
+    #[inline(always)]
+    unsafe fn store_u16s(self, ptr: *mut u16, value: Self::u32s) {
+        // SAFETY: the caller's promise.
+        unsafe { store_lanes(self, size_of::<Self::u32s>() / 4, ptr, value) }
+    }
+    /// As [`Isa::load_u16s`], of the values that `mask` selects, which are a vector's first; the others are zero.
+    ///
+    /// # Safety
+    /// The selected values must be readable at `ptr`.
+    #[inline(always)]
+    unsafe fn load_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *const u16) -> Self::u32s {
+        // SAFETY: the caller's promise.
+        unsafe { load_lanes(self, selected(self, mask), ptr) }
+    }
+    /// As [`Isa::store_u16s`], of the values that `mask` selects, which are a vector's first.
+    ///
+    /// # Safety
+    /// The selected values must be writable at `ptr`.
+    #[inline(always)]
+    unsafe fn store_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *mut u16, value: Self::u32s) {
+        // SAFETY: the caller's promise.
+        unsafe { store_lanes(self, selected(self, mask), ptr, value) }
+    }
+    /// Transposes a block of 8 x 8 values.
+    ///
+    /// # Safety
+    /// As for [`Isa::transpose_f32`].
+    unsafe fn transpose_u16(self, src: *const u16, src_stride: usize, dst: *mut u16, dst_stride: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { transpose_block(src, src_stride, dst, dst_stride) }
+    }
     /// Transposes a block of 8 x 8 values.
     ///
     /// # Safety
@@ -125,6 +170,41 @@ unsafe fn transpose_block<T: Copy>(src: *const T, src_stride: usize, dst: *mut T
     }
 }
 
+/// How many of a vector's first values a mask selects.
+#[inline(always)]
+fn selected<I: Isa>(isa: I, mask: MemMask<I::m32s>) -> usize {
+    isa.first_true_m32s(isa.not_m32s(mask.mask()))
+}
+
+/// Loads the first `len` values of a vector one by one; the others are zero. Where `len` is known and there are
+/// instructions for it, the compiler uses these.
+///
+/// # Safety
+/// They must be readable at `ptr`.
+#[inline(always)]
+unsafe fn load_lanes<I: Isa>(isa: I, len: usize, ptr: *const u16) -> I::u32s {
+    let mut value = isa.splat_u32s(0);
+    let lanes = cast_slice_mut::<_, u32>(std::slice::from_mut(&mut value));
+    for (i, lane) in lanes[..len].iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *lane = u32::from(unsafe { *ptr.add(i) });
+    }
+    value
+}
+
+/// Stores the first `len` values of a vector one by one, as [`load_lanes`] loads them.
+///
+/// # Safety
+/// They must be writable at `ptr`.
+#[inline(always)]
+unsafe fn store_lanes<I: Isa>(_isa: I, len: usize, ptr: *mut u16, value: I::u32s) {
+    let lanes = cast_slice::<_, u32>(std::slice::from_ref(&value));
+    for (i, &lane) in lanes[..len].iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { *ptr.add(i) = lane as u16 };
+    }
+}
+
 // Rust's `max` and `min` would drop NaN.
 impl Isa for pulp::Scalar {
     const FUSED_MULTIPLY_ADD: bool = false;
@@ -154,9 +234,11 @@ impl Isa for pulp::aarch64::Neon {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::Isa;
-    use pulp::cast;
     use std::arch::x86_64::*;
+
+    use pulp::{MemMask, cast};
+
+    use super::Isa;
 
     /// Four values at `row` and the four that stand four rows below.
     ///
@@ -249,6 +331,32 @@ mod x86 {
         [a, b, c, d]
     }
 
+    /// 8 x 8 values of 16 bits through registers: 8 loads, 24 shuffles, 8 stores.
+    ///
+    /// # Safety
+    /// As for [`Isa::transpose_u16`].
+    #[inline(always)]
+    unsafe fn transpose_8x8_u16(src: *const u16, src_stride: usize, dst: *mut u16, dst_stride: usize) {
+        // SAFETY: SSE2 is part of x86-64; the caller promises that both blocks are in bounds.
+        unsafe {
+            let row = |i: usize| _mm_loadu_si128(src.add(i * src_stride).cast());
+            // Of rows a and b: a0 b0 a1 b1 ...; of four rows: a0 b0 c0 d0 a1 ...
+            let pairs = |i: usize| {
+                let (a, b) = (row(i), row(i + 1));
+                (_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b))
+            };
+            let fours = |i: usize| {
+                let ((a, b), (c, d)) = (pairs(i), pairs(i + 2));
+                [_mm_unpacklo_epi32(a, c), _mm_unpackhi_epi32(a, c), _mm_unpacklo_epi32(b, d), _mm_unpackhi_epi32(b, d)]
+            };
+            for (i, (upper, lower)) in fours(0).into_iter().zip(fours(4)).enumerate() {
+                let out = dst.add(2 * i * dst_stride);
+                _mm_storeu_si128(out.cast(), _mm_unpacklo_epi64(upper, lower));
+                _mm_storeu_si128(out.add(dst_stride).cast(), _mm_unpackhi_epi64(upper, lower));
+            }
+        }
+    }
+
     macro_rules! avx {
         ($isa:ty { $($own:item)* }) => {
             impl Isa for $isa {
@@ -269,6 +377,11 @@ mod x86 {
                 unsafe fn transpose_f64(self, src: *const f64, src_stride: usize, dst: *mut f64, dst_stride: usize) {
                     // SAFETY: the token proves AVX; the rest is the caller's promise.
                     unsafe { transpose_8x8_f64(src, src_stride, dst, dst_stride) }
+                }
+                #[inline(always)]
+                unsafe fn transpose_u16(self, src: *const u16, src_stride: usize, dst: *mut u16, dst_stride: usize) {
+                    // SAFETY: the caller's promise.
+                    unsafe { transpose_8x8_u16(src, src_stride, dst, dst_stride) }
                 }
             }
         };
@@ -291,6 +404,34 @@ mod x86 {
                 let (a, b) = (cast(a), cast(b));
                 let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
                 [cast(_mm256_permute2f128_ps::<0x20>(low, high)), cast(_mm256_permute2f128_ps::<0x31>(low, high))]
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_u16s(self, ptr: *const u16) -> Self::u32s {
+            // SAFETY: the token proves AVX2; the rest is the caller's promise.
+            cast(unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(ptr.cast())) })
+        }
+        #[inline(always)]
+        unsafe fn store_u16s(self, ptr: *mut u16, value: Self::u32s) {
+            // SAFETY: the token proves AVX2; the rest is the caller's promise.
+            unsafe { _mm_storeu_si128(ptr.cast(), packed(cast(value))) }
+        }
+        #[inline(always)]
+        unsafe fn load_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *const u16) -> Self::u32s {
+            let mut values = [0u16; 8];
+            // SAFETY: the token proves AVX2; the rest is the caller's promise.
+            unsafe {
+                copy_up_to_8(ptr, values.as_mut_ptr(), selected(cast(mask.mask())));
+                self.load_u16s(values.as_ptr())
+            }
+        }
+        #[inline(always)]
+        unsafe fn store_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *mut u16, value: Self::u32s) {
+            let mut values = [0u16; 8];
+            // SAFETY: the token proves AVX2; the rest is the caller's promise.
+            unsafe {
+                self.store_u16s(values.as_mut_ptr(), value);
+                copy_up_to_8(values.as_ptr(), ptr, selected(cast(mask.mask())));
             }
         }
     });
@@ -324,7 +465,63 @@ mod x86 {
                 [low, high].map(|places| cast(_mm512_permutex2var_ps(cast(a), places, cast(b))))
             }
         }
+        #[inline(always)]
+        unsafe fn load_u16s(self, ptr: *const u16) -> Self::u32s {
+            // SAFETY: the token proves AVX-512; the rest is the caller's promise.
+            cast(unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(ptr.cast())) })
+        }
+        #[inline(always)]
+        unsafe fn store_u16s(self, ptr: *mut u16, value: Self::u32s) {
+            // SAFETY: the token proves AVX-512; the rest is the caller's promise.
+            unsafe { _mm256_storeu_si256(ptr.cast(), _mm512_cvtepi32_epi16(cast(value))) }
+        }
+        #[inline(always)]
+        unsafe fn load_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *const u16) -> Self::u32s {
+            // SAFETY: the token proves AVX-512; the rest is the caller's promise.
+            cast(unsafe { _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask.mask().0, ptr.cast())) })
+        }
+        #[inline(always)]
+        unsafe fn store_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *mut u16, value: Self::u32s) {
+            // SAFETY: the token proves AVX-512; the rest is the caller's promise.
+            unsafe { _mm256_mask_storeu_epi16(ptr.cast(), mask.mask().0, _mm512_cvtepi32_epi16(cast(value))) }
+        }
     });
+
+    /// The lower halves of eight numbers whose upper ones are zero.
+    ///
+    /// # Safety
+    /// AVX2 must be there.
+    #[inline(always)]
+    unsafe fn packed(value: __m256i) -> __m128i {
+        // SAFETY: the caller's promise.
+        unsafe { _mm_packus_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256::<1>(value)) }
+    }
+
+    /// How many of eight values a mask selects.
+    ///
+    /// # Safety
+    /// AVX2 must be there.
+    #[inline(always)]
+    unsafe fn selected(mask: __m256i) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_movemask_ps(_mm256_castsi256_ps(mask)).count_ones() as usize }
+    }
+
+    /// Copies 0 to 8 values in at most four steps, none of them a call.
+    ///
+    /// # Safety
+    /// So many values must be readable at `from` and writable at `to`.
+    #[inline(always)]
+    unsafe fn copy_up_to_8(from: *const u16, to: *mut u16, len: usize) {
+        let mut at = 0;
+        for size in [8, 4, 2, 1] {
+            if len & size != 0 {
+                // SAFETY: the sizes add up to `len`.
+                unsafe { to.add(at).copy_from_nonoverlapping(from.add(at), size) };
+                at += size;
+            }
+        }
+    }
 }
 
 /// Work written once for every instruction set. Implementations mark `run` `#[inline(always)]`, so that
@@ -434,28 +631,64 @@ pub fn active() -> Result<Active> {
 mod tests {
     use super::*;
 
-    struct Transpose<'a>(&'a [f32], &'a mut [f32], &'a [f64], &'a mut [f64]);
+    struct Transpose<'a>([&'a mut [u16]; 2], [&'a mut [f32]; 2], [&'a mut [f64]; 2]);
     impl Kernel for Transpose<'_> {
         type Output = ();
         #[inline(always)]
         fn run<I: Isa>(self, isa: I) {
             // SAFETY: all slices are 8 rows of 9.
             unsafe {
-                isa.transpose_f32(self.0.as_ptr(), 9, self.1.as_mut_ptr(), 9);
-                isa.transpose_f64(self.2.as_ptr(), 9, self.3.as_mut_ptr(), 9);
+                isa.transpose_u16(self.0[0].as_ptr(), 9, self.0[1].as_mut_ptr(), 9);
+                isa.transpose_f32(self.1[0].as_ptr(), 9, self.1[1].as_mut_ptr(), 9);
+                isa.transpose_f64(self.2[0].as_ptr(), 9, self.2[1].as_mut_ptr(), 9);
             }
         }
     }
 
     #[test]
     fn transposes() {
-        let (a, b): (Vec<f32>, Vec<f64>) = ((0..72).map(|i| i as f32).collect(), (0..72).map(f64::from).collect());
+        let (mut a, mut b, mut c): (Vec<u16>, Vec<f32>, Vec<f64>) =
+            (0..72).map(|i| (i, f32::from(i), f64::from(i))).collect();
         for isa in Active::available() {
-            let (mut c, mut d) = (vec![f32::NAN; 72], vec![f64::NAN; 72]);
-            isa.run(Transpose(&a, &mut c, &b, &mut d));
+            let (mut d, mut e, mut f) = (vec![99; 72], vec![f32::NAN; 72], vec![f64::NAN; 72]);
+            isa.run(Transpose([&mut a, &mut d], [&mut b, &mut e], [&mut c, &mut f]));
             for (i, j) in (0..8).flat_map(|i| (0..8).map(move |j| (i, j))) {
-                assert_eq!((c[j * 9 + i], d[j * 9 + i]), (a[i * 9 + j], b[i * 9 + j]), "{}", isa.name());
+                let (from, to) = (i * 9 + j, j * 9 + i);
+                assert_eq!((d[to], e[to], f[to]), (a[from], b[from], c[from]), "{}", isa.name());
             }
+        }
+    }
+
+    /// Copies `len` of the values at hand, through vectors of 32 bits, by masks; what fits, also without.
+    struct Copy<'a>(&'a [u16], &'a mut [u16], usize);
+    impl Kernel for Copy<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) {
+            let lanes = size_of::<I::u32s>() / 4;
+            for at in (0..self.2).step_by(lanes) {
+                let mask = MemMask::new(isa.mask_between_m32s(0, (self.2 - at).min(lanes) as u32).mask());
+                // SAFETY: both slices hold `len` values.
+                unsafe {
+                    let (from, to) = (self.0.as_ptr().add(at), self.1.as_mut_ptr().add(at));
+                    isa.store_masked_u16s(mask, to, isa.load_masked_u16s(mask, from));
+                    if at + lanes <= self.2 {
+                        isa.store_u16s(to, isa.add_u32s(isa.load_masked_u16s(mask, from), isa.load_u16s(from)));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn halves_of_any_number() {
+        let from: Vec<u16> = (0..40).map(|i| 1000 + i).collect();
+        for (isa, len) in Active::available().into_iter().flat_map(|isa| (0..40).map(move |len| (isa, len))) {
+            let mut to = vec![7; 40];
+            isa.run(Copy(&from, &mut to, len));
+            let (copied, rest) = to.split_at(len);
+            assert!(copied.iter().zip(&from).all(|(to, from)| to == from || *to == 2 * from), "{} {len}", isa.name());
+            assert!(rest.iter().all(|value| *value == 7), "{} {len}", isa.name());
         }
     }
 

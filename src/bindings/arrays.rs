@@ -1,40 +1,108 @@
 //! NumPy arrays and DLPack tensors as the slices that operations take, without copies wherever their memory allows.
 
+use std::fmt;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::slice;
 
-use numpy::{Element as NumpyElement, PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use half::bf16;
+use numpy::{
+    Element as NumpyElement, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods,
+};
 use pyo3::exceptions::{PyMemoryError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 use smallvec::SmallVec;
 
+use super::call::Float;
 use super::dlpack;
 use crate::error::{Error, Result, bail};
-use crate::kernels::Element;
 use crate::memory::{Memory, RECYCLED};
 use crate::shape::{Images, Order, Padding, WeightLayout};
 
 /// The dtypes of the arrays that a call may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dtype {
+    BF16,
     F32,
     F64,
 }
 
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::BF16 => "bfloat16",
+            Self::F32 => "float32",
+            Self::F64 => "float64",
+        })
+    }
+}
+
+/// Evaluates an expression with the type that a [`Dtype`] stands for.
+macro_rules! by_dtype {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::bindings::arrays::Dtype::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            $crate::bindings::arrays::Dtype::F32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::bindings::arrays::Dtype::F64 => {
+                type $T = f64;
+                $body
+            }
+        }
+    };
+}
+pub(super) use by_dtype;
+
+/// As [`by_dtype`], for fused networks, which compute with what they store.
+macro_rules! by_wide_dtype {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::bindings::arrays::Dtype::BF16 => {
+                Err($crate::error::Error::new("got bfloat16, expected float32 or float64 for a fused network").into())
+            }
+            $crate::bindings::arrays::Dtype::F32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::bindings::arrays::Dtype::F64 => {
+                type $T = f64;
+                $body
+            }
+        }
+    };
+}
+pub(super) use by_wide_dtype;
+
 /// An element type of NumPy arrays.
-pub trait ArrayElement: Element + NumpyElement {}
-impl ArrayElement for f32 {}
-impl ArrayElement for f64 {}
+pub trait ArrayElement: Float + NumpyElement {}
+impl<T: Float + NumpyElement> ArrayElement for T {}
+
+/// The array, where it is one of type `T`.
+fn array<'a, 'py, T: ArrayElement>(value: &'a Bound<'py, PyAny>) -> Option<&'a Bound<'py, PyArrayDyn<T>>> {
+    // NumPy knows bfloat16 from ml_dtypes, which need not be there unless arrays of it are; only then may it be asked.
+    let known = T::DTYPE != Dtype::BF16
+        || value
+            .cast::<PyUntypedArray>()
+            .is_ok_and(|array| array.dtype().typeobj().name().is_ok_and(|name| name == "bfloat16"));
+    if known { value.cast().ok() } else { None }
+}
 
 /// The dtype of an argument, or a `TypeError` that names the argument.
 pub fn dtype(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Dtype> {
-    if value.cast::<PyArrayDyn<f32>>().is_ok() {
+    if array::<f32>(value).is_some() {
         return Ok(Dtype::F32);
     }
-    if value.cast::<PyArrayDyn<f64>>().is_ok() {
+    if array::<f64>(value).is_some() {
         return Ok(Dtype::F64);
+    }
+    if array::<bf16>(value).is_some() {
+        return Ok(Dtype::BF16);
     }
     let what = if let Ok(array) = value.cast::<PyUntypedArray>() {
         format!("an array of {}", array.dtype())
@@ -46,7 +114,7 @@ pub fn dtype(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Dtype> {
     } else {
         type_name(value)
     };
-    Err(PyTypeError::new_err(format!("{name} is {what}, expected a float32 or float64 NumPy array")))
+    Err(PyTypeError::new_err(format!("{name} is {what}, expected a NumPy array of float32, float64 or bfloat16")))
 }
 
 /// Parses the logical order of an image's axes.
@@ -250,15 +318,14 @@ impl<T: ArrayElement> View<T> {
 impl<'py, T: ArrayElement> Input<'py, T> {
     /// Takes an argument that must be an array of `T`, as the call's first array is.
     pub fn new(name: &'static str, value: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let view = match value.cast::<PyArrayDyn<T>>() {
-            Ok(array) => Some(View::of_array(array)),
-            Err(_) => dlpack::tensor(value).map(|tensor| tensor.view(name)).transpose()?.flatten(),
+        let view = match array::<T>(value) {
+            Some(array) => Some(View::of_array(array)),
+            None => dlpack::tensor(value).map(|tensor| tensor.view(name)).transpose()?.flatten(),
         };
         if let Some(view) = view {
             return Ok(Self { name, view, owner: value.clone() });
         }
-        dtype(name, value)?;
-        let (is, expected) = if size_of::<T>() == 4 { ("float64", "float32") } else { ("float32", "float64") };
+        let (is, expected) = (dtype(name, value)?, T::DTYPE);
         Err(PyTypeError::new_err(format!("{name} is {is}, expected {expected} as the other arrays")))
     }
 
@@ -407,7 +474,7 @@ impl<'py, T: ArrayElement> Output<'py, T> {
             };
             return Ok(Self { result, view: View { data, shape: shape.into(), strides }, axes, detour: None });
         };
-        if out.cast::<PyArrayDyn<T>>().is_ok_and(|array| array.try_readwrite().is_err()) {
+        if array::<T>(out).is_some_and(|array| array.try_readwrite().is_err()) {
             return Err(PyValueError::new_err("out is not writable, expected a writable array"));
         }
         let out = Input::<T>::new("out", out)?;

@@ -8,6 +8,8 @@ use std::mem::MaybeUninit;
 use std::ops::Deref;
 use std::slice;
 
+use half::bf16;
+
 use super::arrays::Dtype;
 use crate::error::{Result, bail};
 use crate::kernels::Element;
@@ -20,6 +22,9 @@ const AXES: usize = 4;
 pub trait Float: Element {
     /// Its dtype.
     const DTYPE: Dtype;
+}
+impl Float for bf16 {
+    const DTYPE: Dtype = Dtype::BF16;
 }
 impl Float for f32 {
     const DTYPE: Dtype = Dtype::F32;
@@ -155,7 +160,7 @@ impl Array {
     /// The number of values, all of type `T`.
     fn len<T: Float>(&self) -> Result<usize> {
         if self.dtype != T::DTYPE {
-            bail!("the arrays of a call differ in type: {:?} and {:?}", self.dtype, T::DTYPE);
+            bail!("the arrays of a call differ in type: {} and {}", self.dtype, T::DTYPE);
         }
         Ok(self.dims.iter().product())
     }

@@ -14,9 +14,10 @@ use crate::memory::Memory;
 
 /// A capsule's name until somebody takes its tensor over.
 const UNUSED: &CStr = c"dltensor";
-/// The device code of the CPU and the type code of floating-point numbers.
+/// The device code of the CPU and the type codes of floating-point numbers.
 const CPU: i32 = 1;
 const FLOAT: u8 = 2;
+const BFLOAT: u8 = 4;
 
 /// `DLTensor` of dlpack.h; strides are in values, and null where the axes are in C order.
 #[repr(C)]
@@ -68,7 +69,7 @@ impl Tensor {
             (FLOAT, 32, 1) => Ok(Dtype::F32),
             (FLOAT, 64, 1) => Ok(Dtype::F64),
             (FLOAT, bits, 1) => Err(format!("a tensor of float{bits}")),
-            (4, 16, 1) => Err("a tensor of bfloat16".into()),
+            (BFLOAT, 16, 1) => Ok(Dtype::BF16),
             (code, bits, _) => Err(format!("a tensor of DLPack type {code} with {bits} bits")),
         }
     }
@@ -76,7 +77,7 @@ impl Tensor {
     /// The memory, where the values are of type `T`.
     pub fn view<T: ArrayElement>(&self, name: &str) -> PyResult<Option<View<T>>> {
         let size = size_of::<T>();
-        if self.dtype().is_err() || usize::from(self.bits) != 8 * size {
+        if self.dtype() != Ok(T::DTYPE) {
             return Ok(None);
         }
         if self.device[0] != CPU {
@@ -110,7 +111,7 @@ pub fn new_capsule<'py, T: ArrayElement>(
         data: data.cast(),
         device: [CPU, 0],
         rank: shape.len() as i32,
-        code: FLOAT,
+        code: if T::DTYPE == Dtype::BF16 { BFLOAT } else { FLOAT },
         bits: 8 * size_of::<T>() as u8,
         lanes: 1,
         shape: ptr::null(),

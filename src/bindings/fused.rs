@@ -3,9 +3,10 @@
 use pyo3::prelude::*;
 
 use super::active;
-use super::arrays::{ArrayElement, Dtype, Input, Output, Values, dtype, layout, memory_array};
+use super::arrays::{ArrayElement, Input, Output, Values, by_wide_dtype, dtype, layout, memory_array};
 use crate::error::{Error, Result, bail};
 use crate::fused::{self, Arguments, Program};
+use crate::kernels::WideElement;
 use crate::memory::{self, Memory};
 use crate::shape::Order;
 
@@ -74,10 +75,7 @@ impl FusedProgram {
         statistics: Option<&Any<'py>>,
         layout: &str,
     ) -> PyResult<(Any<'py>, Any<'py>, Any<'py>)> {
-        match dtype("x", x)? {
-            Dtype::F32 => self.train::<f32>(py, x, parameters, masks, statistics, layout),
-            Dtype::F64 => self.train::<f64>(py, x, parameters, masks, statistics, layout),
-        }
+        by_wide_dtype!(dtype("x", x)?, T => self.train::<T>(py, x, parameters, masks, statistics, layout))
     }
 
     /// Forward in inference: the output, with the statistics that are given.
@@ -90,10 +88,7 @@ impl FusedProgram {
         statistics: &Any<'py>,
         layout: &str,
     ) -> PyResult<Any<'py>> {
-        match dtype("x", x)? {
-            Dtype::F32 => self.run::<f32>(py, x, parameters, statistics, layout),
-            Dtype::F64 => self.run::<f64>(py, x, parameters, statistics, layout),
-        }
+        by_wide_dtype!(dtype("x", x)?, T => self.run::<T>(py, x, parameters, statistics, layout))
     }
 
     /// The gradients by the input (None where the program does not want it) and by the parameters.
@@ -118,10 +113,10 @@ impl FusedProgram {
         frozen: bool,
         layout: &str,
     ) -> PyResult<(Option<Any<'py>>, Any<'py>)> {
-        match dtype("grad_output", grad_output)? {
-            Dtype::F32 => self.back::<f32>(py, grad_output, parameters, masks, statistics, workspace, frozen, layout),
-            Dtype::F64 => self.back::<f64>(py, grad_output, parameters, masks, statistics, workspace, frozen, layout),
-        }
+        by_wide_dtype!(
+            dtype("grad_output", grad_output)?,
+            T => self.back::<T>(py, grad_output, parameters, masks, statistics, workspace, frozen, layout)
+        )
     }
 }
 
@@ -153,7 +148,7 @@ fn images<T: ArrayElement>(name: &str, x: &Input<'_, T>, size: [usize; 3], layou
 }
 
 impl FusedProgram {
-    fn train<'py, T: ArrayElement>(
+    fn train<'py, T: ArrayElement + WideElement>(
         &self,
         py: Python<'py>,
         x: &Any<'py>,
@@ -191,7 +186,7 @@ impl FusedProgram {
         Ok((y.finish()?, statistics.finish()?, memory_array::<T>(py, memory, &[len])?.into_any()))
     }
 
-    fn run<'py, T: ArrayElement>(
+    fn run<'py, T: ArrayElement + WideElement>(
         &self,
         py: Python<'py>,
         x: &Any<'py>,
@@ -214,7 +209,7 @@ impl FusedProgram {
         y.finish()
     }
 
-    fn back<'py, T: ArrayElement>(
+    fn back<'py, T: ArrayElement + WideElement>(
         &self,
         py: Python<'py>,
         grad_output: &Any<'py>,

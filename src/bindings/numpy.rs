@@ -4,7 +4,8 @@ use pyo3::prelude::*;
 
 use super::active;
 use super::arrays::{
-    ArrayElement, Dtype, Input, Output, Values, dtype, image_axes, input_size, integers, layout, padding, weight_layout,
+    ArrayElement, Input, Output, Values, by_dtype, dtype, image_axes, input_size, integers, layout, padding,
+    weight_layout,
 };
 use crate::error::{Error, Result, bail};
 use crate::ops;
@@ -14,16 +15,6 @@ use crate::shape::{
 };
 
 type Any<'py> = Bound<'py, PyAny>;
-
-/// Calls a generic function for the element type of an argument.
-macro_rules! by_dtype {
-    ($name:literal, $value:expr, $function:ident($($arg:expr),* $(,)?)) => {
-        match dtype($name, $value)? {
-            Dtype::F32 => $function::<f32>($($arg),*),
-            Dtype::F64 => $function::<f64>($($arg),*),
-        }
-    };
-}
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     for function in [
@@ -114,9 +105,10 @@ fn bias_values<T: ArrayElement>(bias: Option<&Input<'_, T>>, channels: usize) ->
 /// Parameters in Convolutional Neural Networks", MENDEL 28(1), 2022).
 ///
 /// Args:
-///     x: (N, C_in, H, W), or (N, H, W, C_in) with ``layout="NHWC"``; float32 or float64. Used where it is when its memory
-///         is contiguous in either order of axes; the result's memory then has the same order. Arrays may also be DLPack
-///         capsules of such tensors on the CPU; the result is a capsule where ``x`` is one.
+///     x: (N, C_in, H, W), or (N, H, W, C_in) with ``layout="NHWC"``; float32, float64 or bfloat16 (ml_dtypes'; sums are of
+///         float32, and rounded once). Used where it is when its memory is contiguous in either order of axes; the result's
+///         memory then has the same order. Arrays may also be DLPack capsules of such tensors on the CPU; the result is a
+///         capsule where ``x`` is one.
 ///     weight: (C_out, C_in/groups[, 1, 1]), or ([1, 1,] C_in/groups, C_out) with ``weight_layout="IO"``; dtype of ``x``.
 ///     bias: (C_out,) or None.
 ///     groups: Number of groups; divides C_in and C_out.
@@ -130,7 +122,7 @@ fn bias_values<T: ArrayElement>(bias: Option<&Input<'_, T>>, channels: usize) ->
 ///
 /// Raises:
 ///     ValueError: If shapes, groups, step or a layout's name do not fit.
-///     TypeError: If an array is not float32 or float64, or dtypes differ.
+///     TypeError: If an array is not float32, float64 or bfloat16, or dtypes differ.
 ///
 /// Example:
 ///     >>> x = np.ones((2, 6, 5, 5), np.float32)
@@ -150,7 +142,10 @@ fn pointwise_conv<'py>(
     weight_layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!("x", x, pointwise_forward(py, x, weight, bias, groups, interleave, layout, weight_layout, out))
+    by_dtype!(
+        dtype("x", x)?,
+        T => pointwise_forward::<T>(py, x, weight, bias, groups, interleave, layout, weight_layout, out)
+    )
 }
 
 fn pointwise_forward<'py, T: ArrayElement>(
@@ -199,7 +194,7 @@ fn pointwise_forward<'py, T: ArrayElement>(
 ///
 /// Raises:
 ///     ValueError: If shapes, groups, step or a layout's name do not fit.
-///     TypeError: If an array is not float32 or float64, or dtypes differ.
+///     TypeError: If an array is not float32, float64 or bfloat16, or dtypes differ.
 ///
 /// Example:
 ///     >>> grad_output = np.ones((2, 4, 5, 5), np.float32)
@@ -219,9 +214,8 @@ fn pointwise_conv_grad_input<'py>(
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
     by_dtype!(
-        "grad_output",
-        grad_output,
-        pointwise_grad_input(py, grad_output, weight, groups, interleave, layout, weight_layout, out)
+        dtype("grad_output", grad_output)?,
+        T => pointwise_grad_input::<T>(py, grad_output, weight, groups, interleave, layout, weight_layout, out)
     )
 }
 
@@ -266,7 +260,7 @@ fn pointwise_grad_input<'py, T: ArrayElement>(
 ///
 /// Raises:
 ///     ValueError: If shapes, groups, step or a layout's name do not fit.
-///     TypeError: If an array is not float32 or float64, or dtypes differ.
+///     TypeError: If an array is not float32, float64 or bfloat16, or dtypes differ.
 ///
 /// Example:
 ///     >>> x, grad_output = np.ones((2, 6, 5, 5)), np.ones((2, 4, 5, 5))
@@ -284,7 +278,10 @@ fn pointwise_conv_grad_weight<'py>(
     weight_layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!("x", x, pointwise_grad_weight(py, x, grad_output, groups, interleave, layout, weight_layout, out))
+    by_dtype!(
+        dtype("x", x)?,
+        T => pointwise_grad_weight::<T>(py, x, grad_output, groups, interleave, layout, weight_layout, out)
+    )
 }
 
 fn pointwise_grad_weight<'py, T: ArrayElement>(
@@ -339,7 +336,7 @@ fn check_images<T: ArrayElement>(x: &Input<'_, T>, gy: &Input<'_, T>, layout: Or
 ///
 /// Raises:
 ///     ValueError: If the shape, the step or the layout's name does not fit.
-///     TypeError: If ``grad_output`` is not float32 or float64.
+///     TypeError: If ``grad_output`` is not float32, float64 or bfloat16.
 ///
 /// Example:
 ///     >>> kconv.pointwise_conv_grad_bias(np.ones((2, 4, 5, 5))).tolist()
@@ -352,7 +349,7 @@ fn pointwise_conv_grad_bias<'py>(
     #[pyo3(from_py_with = integers::interleave)] interleave: i64,
     layout: &str,
 ) -> PyResult<Any<'py>> {
-    by_dtype!("grad_output", grad_output, grad_bias(py, grad_output, interleave, layout))
+    by_dtype!(dtype("grad_output", grad_output)?, T => grad_bias::<T>(py, grad_output, interleave, layout))
 }
 
 fn grad_bias<'py, T: ArrayElement>(
@@ -376,7 +373,7 @@ fn grad_bias<'py, T: ArrayElement>(
 /// A permutation for every number of channels and step (section 2 of MENDEL 28(1), 2022).
 ///
 /// Args:
-///     x: (N, C, H, W) or (N, H, W, C); float32 or float64.
+///     x: (N, C, H, W) or (N, H, W, C); float32, float64 or bfloat16.
 ///     step: At least 1; 1 leaves the channels where they are.
 ///     layout: "NCHW" or "NHWC".
 ///     out: Array for the result, or None for a new one.
@@ -386,7 +383,7 @@ fn grad_bias<'py, T: ArrayElement>(
 ///
 /// Raises:
 ///     ValueError: If the shape, the step or the layout's name does not fit.
-///     TypeError: If ``x`` is not float32 or float64.
+///     TypeError: If ``x`` is not float32, float64 or bfloat16.
 ///
 /// Example:
 ///     >>> x = np.arange(6.0).reshape(1, 6, 1, 1)
@@ -401,13 +398,13 @@ fn interleave<'py>(
     layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!("x", x, permute(py, x, step, layout, out, interleave_sources))
+    by_dtype!(dtype("x", x)?, T => permute::<T>(py, x, step, layout, out, interleave_sources))
 }
 
 /// Undoes :func:`interleave` (and is its gradient).
 ///
 /// Args:
-///     x: (N, C, H, W) or (N, H, W, C); float32 or float64.
+///     x: (N, C, H, W) or (N, H, W, C); float32, float64 or bfloat16.
 ///     step: At least 1.
 ///     layout: "NCHW" or "NHWC".
 ///     out: Array for the result, or None for a new one.
@@ -417,7 +414,7 @@ fn interleave<'py>(
 ///
 /// Raises:
 ///     ValueError: If the shape, the step or the layout's name does not fit.
-///     TypeError: If ``x`` is not float32 or float64.
+///     TypeError: If ``x`` is not float32, float64 or bfloat16.
 ///
 /// Example:
 ///     >>> x = np.arange(7.0).reshape(1, 7, 1, 1)
@@ -432,7 +429,7 @@ fn deinterleave<'py>(
     layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!("x", x, permute(py, x, step, layout, out, interleave_places))
+    by_dtype!(dtype("x", x)?, T => permute::<T>(py, x, step, layout, out, interleave_places))
 }
 
 fn permute<'py, T: ArrayElement>(
@@ -506,7 +503,7 @@ fn check_depthwise_output(actual: &[usize], shape: &Depthwise, layout: Order) ->
 /// Depthwise convolution: each channel with a k x k kernel of its own.
 ///
 /// Args:
-///     x: (N, C, H, W), or (N, H, W, C) with ``layout="NHWC"``; float32 or float64.
+///     x: (N, C, H, W), or (N, H, W, C) with ``layout="NHWC"``; float32, float64 or bfloat16.
 ///     weight: (C, k, k) or (C, 1, k, k), or (k, k, C[, 1]) with ``weight_layout="IO"``; k is 3, 5 or 7.
 ///     bias: (C,) or None.
 ///     stride: 1 or 2.
@@ -521,7 +518,7 @@ fn check_depthwise_output(actual: &[usize], shape: &Depthwise, layout: Order) ->
 ///
 /// Raises:
 ///     ValueError: If shapes, stride, padding or a layout's name do not fit.
-///     TypeError: If an array is not float32 or float64, or dtypes differ.
+///     TypeError: If an array is not float32, float64 or bfloat16, or dtypes differ.
 ///
 /// Example:
 ///     >>> x, weight = np.ones((2, 6, 8, 8), np.float32), np.ones((6, 3, 3), np.float32)
@@ -543,7 +540,10 @@ fn depthwise_conv<'py>(
     weight_layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!("x", x, depthwise_forward(py, x, weight, bias, stride, padding.0, layout, weight_layout, out))
+    by_dtype!(
+        dtype("x", x)?,
+        T => depthwise_forward::<T>(py, x, weight, bias, stride, padding.0, layout, weight_layout, out)
+    )
 }
 
 /// The argument `padding`.
@@ -603,7 +603,7 @@ fn depthwise_forward<'py, T: ArrayElement>(
 ///
 /// Raises:
 ///     ValueError: If shapes, stride, padding or a layout's name do not fit.
-///     TypeError: If an array is not float32 or float64, or dtypes differ.
+///     TypeError: If an array is not float32, float64 or bfloat16, or dtypes differ.
 ///
 /// Example:
 ///     >>> grad_output, weight = np.ones((2, 6, 4, 4)), np.ones((6, 3, 3))
@@ -626,9 +626,10 @@ fn depthwise_conv_grad_input<'py>(
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
     by_dtype!(
-        "grad_output",
-        grad_output,
-        depthwise_grad_input(py, grad_output, weight, input_size, stride, padding.0, layout, weight_layout, out)
+        dtype("grad_output", grad_output)?,
+        T => depthwise_grad_input::<T>(
+            py, grad_output, weight, input_size, stride, padding.0, layout, weight_layout, out
+        )
     )
 }
 
@@ -678,7 +679,7 @@ fn depthwise_grad_input<'py, T: ArrayElement>(
 ///
 /// Raises:
 ///     ValueError: If shapes, stride, padding or a layout's name do not fit.
-///     TypeError: If an array is not float32 or float64, or dtypes differ.
+///     TypeError: If an array is not float32, float64 or bfloat16, or dtypes differ.
 ///
 /// Example:
 ///     >>> x, grad_output = np.ones((2, 6, 8, 8)), np.ones((2, 6, 4, 4))
@@ -701,9 +702,8 @@ fn depthwise_conv_grad_weight<'py>(
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
     by_dtype!(
-        "x",
-        x,
-        depthwise_grad_weight(py, x, grad_output, kernel_size, stride, padding.0, layout, weight_layout, out)
+        dtype("x", x)?,
+        T => depthwise_grad_weight::<T>(py, x, grad_output, kernel_size, stride, padding.0, layout, weight_layout, out)
     )
 }
 

@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 
 use self::abi::ResultShape::{Function, Input, Like};
 use self::abi::{Opaque, Operation, create_kernel};
+use super::arrays::{by_dtype, by_wide_dtype};
 use super::call::Output;
 use super::functions;
 use crate::error::{Result, bail};
@@ -28,7 +29,8 @@ fn all<const N: usize>(outputs: Vec<Output<'_>>) -> Result<[Output<'_>; N]> {
 
 /// Defines `register_all`, which registers the operations that call these [`functions`].
 macro_rules! operations {
-    ($($function:ident: $name:literal, $inputs:expr, $attributes:expr, [$($output:ident),*], $result:expr;)*) => {
+    ($($by_dtype:ident $function:ident: $name:literal,
+       $inputs:expr, $attributes:expr, [$($output:ident),*], $result:expr;)*) => {
         /// Returns the operations' names.
         fn register_all() -> Result<Vec<&'static str>> {
             Ok(vec![$({
@@ -38,13 +40,9 @@ macro_rules! operations {
                     attributes: $attributes,
                     outputs: &[$(concat!(stringify!($output), ": T")),*],
                     result: $result,
-                    single: |call, outputs| {
+                    body: |dtype, call, outputs| {
                         let [$($output),*] = all(outputs)?;
-                        functions::$function::<f32>(call, $($output),*)
-                    },
-                    double: |call, outputs| {
-                        let [$($output),*] = all(outputs)?;
-                        functions::$function::<f64>(call, $($output),*)
+                        $by_dtype!(dtype, T => functions::$function::<T>(call, $($output),*))
                     },
                 };
                 unsafe extern "C" fn create(construction: Opaque) -> Opaque {
@@ -59,29 +57,29 @@ macro_rules! operations {
 }
 
 operations! {
-    pointwise_conv: "KconvPointwiseConv",
+    by_dtype pointwise_conv: "KconvPointwiseConv",
         ["x: T", "weight: T", "bias: biases * T"], POINTWISE, [output], Function(functions::pointwise_conv_result);
-    pointwise_conv_grad_input: "KconvPointwiseConvGradInput",
+    by_dtype pointwise_conv_grad_input: "KconvPointwiseConvGradInput",
         ["grad_output: T", "weight: T", "like: T"], POINTWISE, [output], Like;
-    pointwise_conv_grad_weight: "KconvPointwiseConvGradWeight",
+    by_dtype pointwise_conv_grad_weight: "KconvPointwiseConvGradWeight",
         ["x: T", "grad_output: T", "like: T"], POINTWISE, [output], Like;
-    pointwise_conv_grad_bias: "KconvGradBias", ["grad_output: T", "like: T"], BIAS, [output], Like;
-    depthwise_conv: "KconvDepthwiseConv",
+    by_dtype pointwise_conv_grad_bias: "KconvGradBias", ["grad_output: T", "like: T"], BIAS, [output], Like;
+    by_dtype depthwise_conv: "KconvDepthwiseConv",
         ["x: T", "weight: T", "bias: biases * T"], DEPTHWISE, [output], Function(functions::depthwise_conv_result);
-    depthwise_conv_grad_input: "KconvDepthwiseConvGradInput",
+    by_dtype depthwise_conv_grad_input: "KconvDepthwiseConvGradInput",
         ["grad_output: T", "weight: T", "like: T"], DEPTHWISE, [output], Like;
-    depthwise_conv_grad_weight: "KconvDepthwiseConvGradWeight",
+    by_dtype depthwise_conv_grad_weight: "KconvDepthwiseConvGradWeight",
         ["x: T", "grad_output: T", "like: T"], DEPTHWISE, [output], Like;
-    fused_forward: "KconvFusedForward", ["x: T", "parameters: T", "masks: T", "given: T"], PROGRAM,
+    by_wide_dtype fused_forward: "KconvFusedForward", ["x: T", "parameters: T", "masks: T", "given: T"], PROGRAM,
         [output, statistics, workspace], Function(functions::fused_forward_results);
-    fused_infer: "KconvFusedInfer", ["x: T", "parameters: T", "statistics: T"], PROGRAM,
+    by_wide_dtype fused_infer: "KconvFusedInfer", ["x: T", "parameters: T", "statistics: T"], PROGRAM,
         [output], Function(functions::fused_infer_result);
-    fused_backward: "KconvFusedBackward",
+    by_wide_dtype fused_backward: "KconvFusedBackward",
         ["grad_output: T", "parameters: T", "masks: T", "statistics: T", "workspace: T"],
         &["program: list(int)", "layout: string", "frozen: int"],
         [grad_parameters, grad_x], Function(functions::fused_backward_results);
-    interleave: "KconvInterleave", ["x: T"], PERMUTATION, [output], Input;
-    deinterleave: "KconvDeinterleave", ["x: T"], PERMUTATION, [output], Input;
+    by_dtype interleave: "KconvInterleave", ["x: T"], PERMUTATION, [output], Input;
+    by_dtype deinterleave: "KconvDeinterleave", ["x: T"], PERMUTATION, [output], Input;
 }
 
 /// Registers the operations with the TensorFlow that is loaded from a path.

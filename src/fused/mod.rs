@@ -35,7 +35,7 @@ pub use program::{Program, StepTimes};
 use self::pointwise::Packed;
 use self::program::{Kind, Slots, Source, Step, timed};
 use crate::isa::Active;
-use crate::kernels::Element;
+use crate::kernels::WideElement;
 use crate::kernels::activations::Activation;
 use crate::kernels::rows::{ActivateInPlace, Moments, Sum};
 use crate::kernels::transpose::Transpose;
@@ -104,7 +104,7 @@ struct Prepared<T> {
     weights: Vec<Option<Packed<T>>>,
 }
 
-impl<T: Element> Arguments<'_, T> {
+impl<T: WideElement> Arguments<'_, T> {
     /// The packed weights, those of the last call where its parameters were the same: a comparison takes a tenth of the
     /// time of packing, which in inference of one image is a sixth of all.
     fn prepared(&self) -> Arc<Prepared<T>> {
@@ -137,7 +137,7 @@ impl<T: Element> Arguments<'_, T> {
 }
 
 /// Whether two slices hold the same values, bit for bit.
-fn same_bits<T: Element>(a: &[T], b: &[T]) -> bool {
+fn same_bits<T: WideElement>(a: &[T], b: &[T]) -> bool {
     // SAFETY: floating-point numbers are plain bytes.
     let bytes = |values: &[T]| unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
     bytes(a) == bytes(b)
@@ -168,7 +168,7 @@ impl Program {
 /// * `given`: statistics to normalise with (means and variances of all norms' channels), else the batch's own.
 /// * `statistics`: the statistics that were used, the batch's variances biased.
 /// * `workspace`: receives what [`backward`] needs.
-pub fn forward<T: Element>(
+pub fn forward<T: WideElement>(
     arguments: &Arguments<'_, T>,
     x: &[T],
     given: Option<&[T]>,
@@ -210,7 +210,7 @@ pub fn forward<T: Element>(
 /// Forward in inference, with given statistics (means and variances of all norms' channels).
 ///
 /// Nothing is kept. Each thread takes a few images at a time through the whole program, in memory that stays in its cache.
-pub fn infer<T: Element>(arguments: &Arguments<'_, T>, x: &[T], statistics: &[T], y: &mut [MaybeUninit<T>]) {
+pub fn infer<T: WideElement>(arguments: &Arguments<'_, T>, x: &[T], statistics: &[T], y: &mut [MaybeUninit<T>]) {
     let Arguments { program, count, .. } = *arguments;
     let [input, output] = program.sizes().map(|[channels, height, width]| channels * height * width);
     assert_eq!((x.len(), y.len()), (count * input, count * output));
@@ -255,7 +255,7 @@ pub fn infer<T: Element>(arguments: &Arguments<'_, T>, x: &[T], statistics: &[T]
 ///
 /// * `statistics`, `workspace`: what [`forward`] wrote; with `frozen`, statistics that were given.
 /// * `grad_output`: like the output; `grad_x`: like the input, or empty.
-pub fn backward<T: Element>(
+pub fn backward<T: WideElement>(
     arguments: &Arguments<'_, T>,
     frozen: bool,
     statistics: &[T],
@@ -298,7 +298,7 @@ pub fn backward<T: Element>(
     });
 }
 
-impl<'a, T: Element> Pass<'a, T> {
+impl<'a, T: WideElement> Pass<'a, T> {
     fn new(arguments: &Arguments<'a, T>, start: Shared<T>, slots: &Slots, threads: usize) -> Self {
         let Arguments { isa, program, count, order, parameters, masks } = *arguments;
         assert_eq!(parameters.len(), program.parameters());
@@ -562,7 +562,7 @@ struct Tape<'p, 'a, T> {
     norm_grads: Vec<[T; 3]>,
 }
 
-impl<T: Element> Tape<'_, '_, T> {
+impl<T: WideElement> Tape<'_, '_, T> {
     /// A value's gathered gradient.
     fn rows(&self, value: usize) -> Shared<T> {
         self.start.at(self.places[value])

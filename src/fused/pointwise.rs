@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, chunks, merge};
 use crate::isa::Active;
-use crate::kernels::Element;
+use crate::kernels::WideElement;
 use crate::kernels::pointwise::{AddBias, ConvHeight, ConvRows, Identity, Rows, SumSlots, slot};
 use crate::kernels::rows::Sum;
 use crate::ops::Shared;
@@ -33,7 +33,7 @@ pub(super) struct Packed<T> {
     pub blocks: Vec<Range<usize>>,
 }
 
-impl<T: Element> Packed<T> {
+impl<T: WideElement> Packed<T> {
     /// Packs `weight(group, output row, input row)`.
     pub fn new(
         isa: Active,
@@ -59,7 +59,7 @@ impl<T: Element> Packed<T> {
     }
 }
 
-impl<T: Element> Pass<'_, T> {
+impl<T: WideElement> Pass<'_, T> {
     /// Makes the value of a pointwise convolution, and its statistics.
     pub(super) fn pointwise(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         let bias = conv.bias.map(|bias| &self.parameters[bias..][..conv.groups * conv.group_out]);
@@ -114,7 +114,7 @@ pub(super) fn merge_parts(partial: &[Statistics], channels: usize) -> Vec<Statis
     (0..channels).map(|c| parts().map(|part| part[c]).fold((0.0, 0.0, 0.0), merge)).collect()
 }
 
-impl<T: Element> Tape<'_, '_, T> {
+impl<T: WideElement> Tape<'_, '_, T> {
     /// Goes back through a pointwise convolution.
     pub(super) fn pointwise(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;
@@ -235,7 +235,7 @@ impl<T: Element> Tape<'_, '_, T> {
 ///
 /// # Safety
 /// The rows must be readable.
-unsafe fn gemm<T: Element>(a: Rows<'_, T>, b: Rows<'_, T>, pixels: usize, tile: usize, products: &mut [T]) {
+unsafe fn gemm<T: WideElement>(a: Rows<'_, T>, b: Rows<'_, T>, pixels: usize, tile: usize, products: &mut [T]) {
     let (m, k) = (a.offsets.len(), b.offsets.len());
     scratch::with((m + k) * tile, |copies: &mut [T]| {
         let (a_copy, b_copy) = copies.split_at_mut(m * tile);
@@ -248,13 +248,8 @@ unsafe fn gemm<T: Element>(a: Rows<'_, T>, b: Rows<'_, T>, pixels: usize, tile: 
         }
         // SAFETY: m x pixels times pixels x k, of rows `tile` apart, into m x k.
         unsafe {
-            T::gemm(
-                [m, pixels, k],
-                (a_copy.as_ptr(), tile, 1),
-                (b_copy.as_ptr(), 1, tile),
-                T::ONE,
-                (products.as_mut_ptr(), k, 1),
-            );
+            let (a, b) = ((a_copy.as_ptr(), tile, 1), (b_copy.as_ptr(), 1, tile));
+            T::gemm([m, pixels, k], a, b, (products.as_mut_ptr(), k, 1));
         }
     });
 }

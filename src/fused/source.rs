@@ -5,14 +5,14 @@ use std::ops::Range;
 
 use super::program::{Row, Source};
 use super::{Pass, Tape};
-use crate::kernels::Element;
+use crate::kernels::WideElement;
 use crate::kernels::activations::Activation;
 use crate::kernels::rows::{Activate, ActivateGrad, Kept, NormGrad};
 
 /// Sums of one row of a source over some pixels: the gradients by its norm's beta and gamma.
 pub(super) type NormSums = [f64; 2];
 
-impl<T: Element> Pass<'_, T> {
+impl<T: WideElement> Pass<'_, T> {
     /// The source's channel over some pixels: the value's own memory where that is all it is, else written to `buffer`;
     /// and to `slopes` the activation's derivatives, where [`Pass::keeps`] says so.
     ///
@@ -160,7 +160,7 @@ impl<T: Element> Pass<'_, T> {
     }
 }
 
-impl<T: Element> Tape<'_, '_, T> {
+impl<T: WideElement> Tape<'_, '_, T> {
     /// Gives the gradient by a source's channel over some pixels to the values that it was read from. `slopes` and `values`
     /// are what [`Pass::load`] wrote of them, if they are still there.
     ///

@@ -12,7 +12,7 @@ use super::{PARTS, Pass, Statistics, Tape, chunks};
 use crate::kernels::planes::{Correlate, CorrelateSums, MAX_TAP_ROWS, tap_rows};
 use crate::kernels::pointwise::{AddBias, ConvRows, Identity, Rows, SumSlots, slot};
 use crate::kernels::rows::Sum;
-use crate::kernels::{Element, writable};
+use crate::kernels::{WideElement, writable};
 use crate::ops::Shared;
 use crate::ops::phases::Phase;
 use crate::ops::planes::{Planes, Taps, images_together, merge};
@@ -63,7 +63,7 @@ pub(super) fn tap_order(conv: &Conv) -> Vec<Option<usize>> {
     (0..columns).flat_map(tap).collect()
 }
 
-impl<T: Element> Pass<'_, T> {
+impl<T: WideElement> Pass<'_, T> {
     /// Makes the value of a convolution, and its statistics.
     pub(super) fn spatial(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         let value = &self.program.values[step.value];
@@ -177,7 +177,7 @@ struct PhaseKernel<T> {
     weights: Vec<T>,
 }
 
-impl<T: Element> PhaseKernel<T> {
+impl<T: WideElement> PhaseKernel<T> {
     fn new(conv: &Conv, planes: &Planes, [vertical, horizontal]: [&Phase; 2], weights: &[T]) -> Self {
         let taps = depthwise(conv).then(|| Taps::new(planes, vertical, horizontal, conv.kernel[1]));
         let packed = if let Some(taps) = &taps {
@@ -195,7 +195,7 @@ impl<T: Element> PhaseKernel<T> {
     }
 }
 
-impl<T: Element> Tape<'_, '_, T> {
+impl<T: WideElement> Tape<'_, '_, T> {
     /// Goes back through a convolution.
     pub(super) fn spatial(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 
 use super::{Arguments, Program, backward, forward, infer};
 use crate::isa::Active;
-use crate::kernels::Element;
+use crate::kernels::WideElement;
 use crate::shape::Order;
 
 /// Values 0 to 7: the input (4 channels), a grouped convolution, a strided depthwise one of what a norm and swish make
@@ -37,7 +37,7 @@ fn integers() -> Vec<i64> {
     program
 }
 
-fn values<T: Element>(len: usize, seed: u64) -> Vec<T> {
+fn values<T: WideElement>(len: usize, seed: u64) -> Vec<T> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -47,7 +47,7 @@ fn values<T: Element>(len: usize, seed: u64) -> Vec<T> {
 }
 
 /// Calls `write` with memory that is full of NaN.
-fn filled<T: Element>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
+fn filled<T: WideElement>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
     let mut memory = vec![MaybeUninit::new(T::from_f64(f64::NAN)); len];
     write(&mut memory);
     // SAFETY: initialised above.
@@ -64,7 +64,7 @@ struct Case<T> {
 
 const COUNT: usize = 3;
 
-impl<T: Element> Case<T> {
+impl<T: WideElement> Case<T> {
     fn new() -> Self {
         let program = Program::parse(&integers()).unwrap();
         let parameters = values(program.parameters(), 2);

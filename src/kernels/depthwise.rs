@@ -137,7 +137,7 @@ impl<T: Element> Kernel for CheckedTapPixels<'_, T> {
 pub const MAX_TAPS: usize = 7;
 
 /// `sums[t][c] += sum over rows and pixels of g[c] * x[t][c]` for a rectangle of output pixels that see the same taps.
-pub struct TapSums<'a, T> {
+pub struct TapSums<'a, T: Element> {
     /// Number of channels.
     pub channels: usize,
     /// Rows and pixels in a row of the rectangle.
@@ -153,11 +153,11 @@ pub struct TapSums<'a, T> {
     /// Values from one row, and from one pixel, to the next.
     pub g_strides: [usize; 2],
     /// `channels` sums for each tap.
-    pub sums: &'a mut [T],
+    pub sums: &'a mut [T::Wide],
 }
 
 /// A [`TapSums`] that may run: see [`TapSums::promise`].
-pub struct CheckedTapSums<'a, T>(TapSums<'a, T>);
+pub struct CheckedTapSums<'a, T: Element>(TapSums<'a, T>);
 
 impl<'a, T: Element> TapSums<'a, T> {
     /// Turns the description into a kernel.
@@ -208,7 +208,9 @@ impl<'a, T: Element> TapSums<'a, T> {
         let mut sums = [[T::splat(isa, T::default()); V]; K];
         for (k, row) in sums.iter_mut().enumerate() {
             for (v, sum) in row.iter_mut().enumerate() {
-                *sum = load(sums_ptr.wrapping_add(k * self.channels + c + v * lanes));
+                let ptr = sums_ptr.wrapping_add(k * self.channels + c + v * lanes);
+                // SAFETY: inside `sums`, whose length was asserted.
+                *sum = unsafe { if TAIL { T::load_wide_masked(isa, mask, ptr) } else { T::load_wide(isa, ptr) } };
             }
         }
         for row in 0..self.size[0] {
@@ -228,7 +230,7 @@ impl<'a, T: Element> TapSums<'a, T> {
             for (v, sum) in row.into_iter().enumerate() {
                 let ptr = sums_ptr.wrapping_add(k * self.channels + c + v * lanes);
                 // SAFETY: inside `sums`, whose length was asserted.
-                unsafe { if TAIL { T::store_masked(isa, mask, ptr, sum) } else { T::store(isa, ptr, sum) } }
+                unsafe { if TAIL { T::store_wide_masked(isa, mask, ptr, sum) } else { T::store_wide(isa, ptr, sum) } }
             }
         }
     }

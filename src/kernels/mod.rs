@@ -6,6 +6,7 @@
 //! any group size runs at full width, and permuting channels (the interleave) is only another table of offsets.
 
 pub mod activations;
+mod bf16;
 pub mod depthwise;
 pub mod planes;
 pub mod pointwise;
@@ -18,7 +19,11 @@ use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
 use crate::isa::Isa;
 
-/// A floating-point type that kernels compute with: its vectors on any instruction set.
+/// A floating-point type that arrays hold, and how kernels compute with it: with its vectors on any instruction set.
+///
+/// bfloat16 is storage only: its vectors are those of float32, into which loads widen and from which stores round. So
+/// kernels know nothing of it but that sums which wait in memory, and weights that are packed anyway, are of type
+/// [`Element::Wide`].
 pub trait Element:
     Copy
     + Send
@@ -34,7 +39,9 @@ pub trait Element:
     + std::fmt::Debug
     + 'static
 {
-    /// A vector of `Self`.
+    /// What is computed with: `Self`, or float32 for what is narrower.
+    type Wide: WideElement;
+    /// A vector of `Wide`.
     type Vector<I: Isa>: Copy;
     /// A mask over a vector's first values.
     type Mask<I: Isa>: Copy;
@@ -45,11 +52,20 @@ pub trait Element:
     fn from_f64(value: f64) -> Self;
     /// The value itself.
     fn to_f64(self) -> f64;
+    /// The value itself.
+    fn widen(self) -> Self::Wide;
+    /// The nearest value to `value`; NaN stays NaN.
+    fn narrow(value: Self::Wide) -> Self;
     /// `self * a + b`, in one step where there is an instruction for it.
     fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self;
 
     /// A vector of equal values.
-    fn splat<I: Isa>(isa: I, value: Self) -> Self::Vector<I>;
+    #[inline(always)]
+    fn splat<I: Isa>(isa: I, value: Self) -> Self::Vector<I> {
+        Self::splat_wide(isa, value.widen())
+    }
+    /// A vector of equal values.
+    fn splat_wide<I: Isa>(isa: I, value: Self::Wide) -> Self::Vector<I>;
     /// `a * b + c`, fused where the instruction set has it.
     fn mul_add<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>, c: Self::Vector<I>) -> Self::Vector<I>;
     /// `a + b`.
@@ -71,7 +87,7 @@ pub trait Element:
     /// The values of `a` and `b` in turns.
     fn zip<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> [Self::Vector<I>; 2];
     /// The sum of a vector's values.
-    fn sum<I: Isa>(isa: I, a: Self::Vector<I>) -> Self;
+    fn sum<I: Isa>(isa: I, a: Self::Vector<I>) -> Self::Wide;
     /// Selects the first `len` values.
     fn mask<I: Isa>(isa: I, len: usize) -> Self::Mask<I>;
     /// The values that `mask` selects; the others are zero.
@@ -97,12 +113,32 @@ pub trait Element:
     /// # Safety
     /// The selected values must be writable at `ptr`.
     unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: Self::Vector<I>);
+    /// [`Element::load`] of wide values.
+    ///
+    /// # Safety
+    /// As for that.
+    unsafe fn load_wide<I: Isa>(isa: I, ptr: *const Self::Wide) -> Self::Vector<I>;
+    /// [`Element::store`] of wide values.
+    ///
+    /// # Safety
+    /// As for that.
+    unsafe fn store_wide<I: Isa>(isa: I, ptr: *mut Self::Wide, value: Self::Vector<I>);
+    /// [`Element::load_masked`] of wide values.
+    ///
+    /// # Safety
+    /// As for that.
+    unsafe fn load_wide_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *const Self::Wide) -> Self::Vector<I>;
+    /// [`Element::store_masked`] of wide values.
+    ///
+    /// # Safety
+    /// As for that.
+    unsafe fn store_wide_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self::Wide, value: Self::Vector<I>);
     /// Transposes a block of 8 x 8 values.
     ///
     /// # Safety
     /// As for [`Isa::transpose_f32`].
     unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize);
-    /// `c = alpha * a * b + beta * c` for matrices with strides `(row, column)`: matrixmultiply's GEMM.
+    /// `c += a * b` for matrices of `[m, k, n]` with strides `(row, column)`: matrixmultiply's GEMM.
     ///
     /// # Safety
     /// The three matrices must be in bounds, and `c` must overlap neither of the others.
@@ -110,16 +146,19 @@ pub trait Element:
         size: [usize; 3],
         a: (*const Self, usize, usize),
         b: (*const Self, usize, usize),
-        beta: Self,
-        c: (*mut Self, usize, usize),
+        c: (*mut Self::Wide, usize, usize),
     );
 
     /// How many values a vector holds.
     #[inline(always)]
     fn lanes<I: Isa>() -> usize {
-        size_of::<Self::Vector<I>>() / size_of::<Self>()
+        size_of::<Self::Vector<I>>() / size_of::<Self::Wide>()
     }
 }
+
+/// An [`Element`] that is computed with as it is stored.
+pub trait WideElement: Element<Wide = Self> {}
+impl<T: Element<Wide = T>> WideElement for T {}
 
 /// Memory that holds values as memory to be written.
 pub(crate) fn writable<T: Element>(values: &mut [T]) -> &mut [MaybeUninit<T>] {
@@ -127,191 +166,229 @@ pub(crate) fn writable<T: Element>(values: &mut [T]) -> &mut [MaybeUninit<T>] {
     unsafe { &mut *(values as *mut [T] as *mut [MaybeUninit<T>]) }
 }
 
-macro_rules! element {
-    ($t:ident, $vector:ident, $mask:ident, $len:ident, $splat:ident, $mul_add:ident, $add:ident, $sum:ident,
-     $sub:ident, $mul:ident, $at_least:ident, $at_most:ident, $less:ident, $select:ident, $between:ident, $load_masked:ident, $store_masked:ident,
-     $transpose:ident, $split:ident, $zip:ident, $gemm:path, $sigmoid:ident) => {
-        impl Element for $t {
-            type Vector<I: Isa> = I::$vector;
-            type Mask<I: Isa> = pulp::MemMask<I::$mask>;
-            const ONE: Self = 1.0;
+/// The vectors of an [`Element`] and the arithmetic on them, by pulp's functions.
+macro_rules! vectors {
+    ($wide:ident, $vector:ident, $mask:ident, $len:ident, $splat:ident, $mul_add:ident, $add:ident, $sum:ident,
+     $sub:ident, $mul:ident, $at_least:ident, $at_most:ident, $less:ident, $select:ident, $between:ident,
+     $load_masked:ident, $store_masked:ident, $split:ident, $zip:ident, $sigmoid:path) => {
+        type Wide = $wide;
+        type Vector<I: Isa> = I::$vector;
+        type Mask<I: Isa> = pulp::MemMask<I::$mask>;
 
-            #[inline(always)]
-            fn from_f64(value: f64) -> Self {
-                value as Self
-            }
-            #[inline(always)]
-            fn to_f64(self) -> f64 {
-                f64::from(self)
-            }
-            #[inline(always)]
-            fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self {
-                if I::FUSED_MULTIPLY_ADD { self.mul_add(a, b) } else { self * a + b }
-            }
+        #[inline(always)]
+        fn splat_wide<I: Isa>(isa: I, value: $wide) -> I::$vector {
+            isa.$splat(value)
+        }
+        #[inline(always)]
+        fn mul_add<I: Isa>(isa: I, a: I::$vector, b: I::$vector, c: I::$vector) -> I::$vector {
+            isa.$mul_add(a, b, c)
+        }
+        #[inline(always)]
+        fn add_vectors<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> I::$vector {
+            isa.$add(a, b)
+        }
+        #[inline(always)]
+        fn sub_vectors<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> I::$vector {
+            isa.$sub(a, b)
+        }
+        #[inline(always)]
+        fn mul_vectors<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> I::$vector {
+            isa.$mul(a, b)
+        }
+        #[inline(always)]
+        fn at_least<I: Isa>(isa: I, x: I::$vector, low: I::$vector) -> I::$vector {
+            isa.$at_least(x, low)
+        }
+        #[inline(always)]
+        fn at_most<I: Isa>(isa: I, x: I::$vector, high: I::$vector) -> I::$vector {
+            isa.$at_most(x, high)
+        }
+        #[inline(always)]
+        fn select_less<I: Isa>(isa: I, [a, b, yes, no]: [I::$vector; 4]) -> I::$vector {
+            isa.$select(isa.$less(a, b), yes, no)
+        }
+        #[inline(always)]
+        fn sigmoid<I: Isa, const N: usize>(isa: I, x: [I::$vector; N]) -> [I::$vector; N] {
+            $sigmoid(isa, x)
+        }
+        #[inline(always)]
+        fn split<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> [I::$vector; 2] {
+            isa.$split(a, b)
+        }
+        #[inline(always)]
+        fn zip<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> [I::$vector; 2] {
+            isa.$zip(a, b)
+        }
+        #[inline(always)]
+        fn sum<I: Isa>(isa: I, a: I::$vector) -> $wide {
+            isa.$sum(a)
+        }
+        #[inline(always)]
+        fn mask<I: Isa>(isa: I, len: usize) -> Self::Mask<I> {
+            // `new` drops pulp's jump table for masked loads: the plain masked instructions are wanted.
+            pulp::MemMask::new(isa.$between(0, len as $len).mask())
+        }
+        #[inline(always)]
+        fn keep_masked<I: Isa>(isa: I, mask: Self::Mask<I>, a: I::$vector) -> I::$vector {
+            isa.$select(mask.mask(), a, isa.$splat(0.0))
+        }
+        #[inline(always)]
+        unsafe fn load_wide<I: Isa>(_isa: I, ptr: *const $wide) -> I::$vector {
+            // SAFETY: the caller's promise; a vector is plain old data.
+            unsafe { ptr.cast::<I::$vector>().read_unaligned() }
+        }
+        #[inline(always)]
+        unsafe fn store_wide<I: Isa>(_isa: I, ptr: *mut $wide, value: I::$vector) {
+            // SAFETY: the caller's promise.
+            unsafe { ptr.cast::<I::$vector>().write_unaligned(value) }
+        }
+        #[inline(always)]
+        unsafe fn load_wide_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *const $wide) -> I::$vector {
+            // SAFETY: the caller's promise.
+            unsafe { isa.$load_masked(mask, ptr) }
+        }
+        #[inline(always)]
+        unsafe fn store_wide_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut $wide, value: I::$vector) {
+            // SAFETY: the caller's promise.
+            unsafe { isa.$store_masked(mask, ptr, value) }
+        }
+    };
+}
 
-            #[inline(always)]
-            fn splat<I: Isa>(isa: I, value: Self) -> I::$vector {
-                isa.$splat(value)
-            }
-            #[inline(always)]
-            fn mul_add<I: Isa>(isa: I, a: I::$vector, b: I::$vector, c: I::$vector) -> I::$vector {
-                isa.$mul_add(a, b, c)
-            }
-            #[inline(always)]
-            fn add_vectors<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> I::$vector {
-                isa.$add(a, b)
-            }
-            #[inline(always)]
-            fn sub_vectors<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> I::$vector {
-                isa.$sub(a, b)
-            }
-            #[inline(always)]
-            fn mul_vectors<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> I::$vector {
-                isa.$mul(a, b)
-            }
-            #[inline(always)]
-            fn at_least<I: Isa>(isa: I, x: I::$vector, low: I::$vector) -> I::$vector {
-                isa.$at_least(x, low)
-            }
-            #[inline(always)]
-            fn at_most<I: Isa>(isa: I, x: I::$vector, high: I::$vector) -> I::$vector {
-                isa.$at_most(x, high)
-            }
-            #[inline(always)]
-            fn select_less<I: Isa>(isa: I, [a, b, yes, no]: [I::$vector; 4]) -> I::$vector {
-                isa.$select(isa.$less(a, b), yes, no)
-            }
-            #[inline(always)]
-            fn sigmoid<I: Isa, const N: usize>(isa: I, x: [I::$vector; N]) -> [I::$vector; N] {
-                activations::$sigmoid(isa, x)
-            }
-            #[inline(always)]
-            fn split<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> [I::$vector; 2] {
-                isa.$split(a, b)
-            }
-            #[inline(always)]
-            fn zip<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> [I::$vector; 2] {
-                isa.$zip(a, b)
-            }
-            #[inline(always)]
-            fn sum<I: Isa>(isa: I, a: I::$vector) -> Self {
-                isa.$sum(a)
-            }
-            #[inline(always)]
-            fn mask<I: Isa>(isa: I, len: usize) -> Self::Mask<I> {
-                // `new` drops pulp's jump table for masked loads: the plain masked instructions are wanted.
-                pulp::MemMask::new(isa.$between(0, len as $len).mask())
-            }
-            #[inline(always)]
-            fn keep_masked<I: Isa>(isa: I, mask: Self::Mask<I>, a: I::$vector) -> I::$vector {
-                isa.$select(mask.mask(), a, isa.$splat(0.0))
-            }
-            #[inline(always)]
-            unsafe fn load<I: Isa>(_isa: I, ptr: *const Self) -> I::$vector {
-                // SAFETY: the caller's promise; a vector is plain old data.
-                unsafe { ptr.cast::<I::$vector>().read_unaligned() }
-            }
-            #[inline(always)]
-            unsafe fn store<I: Isa>(_isa: I, ptr: *mut Self, value: I::$vector) {
-                // SAFETY: the caller's promise.
-                unsafe { ptr.cast::<I::$vector>().write_unaligned(value) }
-            }
-            #[inline(always)]
-            unsafe fn load_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *const Self) -> I::$vector {
-                // SAFETY: the caller's promise.
-                unsafe { isa.$load_masked(mask, ptr) }
-            }
-            #[inline(always)]
-            unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: I::$vector) {
-                // SAFETY: the caller's promise.
-                unsafe { isa.$store_masked(mask, ptr, value) }
-            }
-            #[inline(always)]
-            unsafe fn transpose<I: Isa>(
-                isa: I,
-                src: *const Self,
-                src_stride: usize,
-                dst: *mut Self,
-                dst_stride: usize,
-            ) {
-                // SAFETY: the caller's promise.
-                unsafe { isa.$transpose(src, src_stride, dst, dst_stride) }
-            }
-            unsafe fn gemm(
-                [m, k, n]: [usize; 3],
-                a: (*const Self, usize, usize),
-                b: (*const Self, usize, usize),
-                beta: Self,
-                c: (*mut Self, usize, usize),
-            ) {
-                // SAFETY: the caller's promise. Strides fit `isize` because the matrices fit memory.
-                unsafe {
-                    $gemm(
-                        m,
-                        k,
-                        n,
-                        1.0,
-                        a.0,
-                        a.1 as isize,
-                        a.2 as isize,
-                        b.0,
-                        b.1 as isize,
-                        b.2 as isize,
-                        beta,
-                        c.0,
-                        c.1 as isize,
-                        c.2 as isize,
-                    )
-                }
+macro_rules! f32_vectors {
+    () => {
+        vectors!(
+            f32,
+            f32s,
+            m32s,
+            u32,
+            splat_f32s,
+            mul_add_e_f32s,
+            add_f32s,
+            reduce_sum_f32s,
+            sub_f32s,
+            mul_f32s,
+            at_least_f32s,
+            at_most_f32s,
+            less_than_f32s,
+            select_f32s,
+            mask_between_m32s,
+            mask_load_ptr_f32s,
+            mask_store_ptr_f32s,
+            split_f32s,
+            zip_f32s,
+            $crate::kernels::activations::sigmoid_f32
+        );
+    };
+}
+use {f32_vectors, vectors};
+
+/// The storage of an [`Element`] that is what it computes with.
+macro_rules! wide_storage {
+    ($t:ident, $transpose:ident, $gemm:path) => {
+        const ONE: Self = 1.0;
+
+        #[inline(always)]
+        fn from_f64(value: f64) -> Self {
+            value as Self
+        }
+        #[inline(always)]
+        fn to_f64(self) -> f64 {
+            f64::from(self)
+        }
+        #[inline(always)]
+        fn widen(self) -> Self {
+            self
+        }
+        #[inline(always)]
+        fn narrow(value: Self) -> Self {
+            value
+        }
+        #[inline(always)]
+        fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self {
+            if I::FUSED_MULTIPLY_ADD { self.mul_add(a, b) } else { self * a + b }
+        }
+        #[inline(always)]
+        unsafe fn load<I: Isa>(isa: I, ptr: *const Self) -> Self::Vector<I> {
+            // SAFETY: the caller's promise.
+            unsafe { Self::load_wide(isa, ptr) }
+        }
+        #[inline(always)]
+        unsafe fn store<I: Isa>(isa: I, ptr: *mut Self, value: Self::Vector<I>) {
+            // SAFETY: the caller's promise.
+            unsafe { Self::store_wide(isa, ptr, value) }
+        }
+        #[inline(always)]
+        unsafe fn load_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *const Self) -> Self::Vector<I> {
+            // SAFETY: the caller's promise.
+            unsafe { Self::load_wide_masked(isa, mask, ptr) }
+        }
+        #[inline(always)]
+        unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: Self::Vector<I>) {
+            // SAFETY: the caller's promise.
+            unsafe { Self::store_wide_masked(isa, mask, ptr, value) }
+        }
+        #[inline(always)]
+        unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize) {
+            // SAFETY: the caller's promise.
+            unsafe { isa.$transpose(src, src_stride, dst, dst_stride) }
+        }
+        unsafe fn gemm(
+            [m, k, n]: [usize; 3],
+            a: (*const Self, usize, usize),
+            b: (*const Self, usize, usize),
+            c: (*mut Self, usize, usize),
+        ) {
+            // SAFETY: the caller's promise. Strides fit `isize` because the matrices fit memory.
+            unsafe {
+                $gemm(
+                    m,
+                    k,
+                    n,
+                    1.0,
+                    a.0,
+                    a.1 as isize,
+                    a.2 as isize,
+                    b.0,
+                    b.1 as isize,
+                    b.2 as isize,
+                    1.0,
+                    c.0,
+                    c.1 as isize,
+                    c.2 as isize,
+                )
             }
         }
     };
 }
-element!(
-    f32,
-    f32s,
-    m32s,
-    u32,
-    splat_f32s,
-    mul_add_e_f32s,
-    add_f32s,
-    reduce_sum_f32s,
-    sub_f32s,
-    mul_f32s,
-    at_least_f32s,
-    at_most_f32s,
-    less_than_f32s,
-    select_f32s,
-    mask_between_m32s,
-    mask_load_ptr_f32s,
-    mask_store_ptr_f32s,
-    transpose_f32,
-    split_f32s,
-    zip_f32s,
-    matrixmultiply::sgemm,
-    sigmoid_f32
-);
-element!(
-    f64,
-    f64s,
-    m64s,
-    u64,
-    splat_f64s,
-    mul_add_e_f64s,
-    add_f64s,
-    reduce_sum_f64s,
-    sub_f64s,
-    mul_f64s,
-    at_least_f64s,
-    at_most_f64s,
-    less_than_f64s,
-    select_f64s,
-    mask_between_m64s,
-    mask_load_ptr_f64s,
-    mask_store_ptr_f64s,
-    transpose_f64,
-    split_f64s,
-    zip_f64s,
-    matrixmultiply::dgemm,
-    sigmoid_f64
-);
+
+impl Element for f32 {
+    f32_vectors!();
+    wide_storage!(f32, transpose_f32, matrixmultiply::sgemm);
+}
+
+impl Element for f64 {
+    vectors!(
+        f64,
+        f64s,
+        m64s,
+        u64,
+        splat_f64s,
+        mul_add_e_f64s,
+        add_f64s,
+        reduce_sum_f64s,
+        sub_f64s,
+        mul_f64s,
+        at_least_f64s,
+        at_most_f64s,
+        less_than_f64s,
+        select_f64s,
+        mask_between_m64s,
+        mask_load_ptr_f64s,
+        mask_store_ptr_f64s,
+        split_f64s,
+        zip_f64s,
+        activations::sigmoid_f64
+    );
+    wide_storage!(f64, transpose_f64, matrixmultiply::dgemm);
+}

@@ -13,7 +13,7 @@
 //! registers of the instruction set bounds both tiles; inner loops need `V + R` (or `A + B`) loads for `V * R` (`A * B`)
 //! multiply-adds, so from 2 x 2 on the arithmetic is the limit, not the loads.
 
-use super::Element;
+use super::{Element, WideElement};
 use crate::isa::{Isa, Kernel};
 
 /// The most output rows of one [`ConvRows`] tile.
@@ -73,13 +73,13 @@ impl<T: Element> Epilogue<T> for AddBias<'_, T> {
 }
 
 /// `y[r] = epilogue(sum over j of weights[j][r] * prologue(x[j]))` for `R` output rows over `pixels` pixels.
-pub struct ConvRows<'a, T, P, E> {
+pub struct ConvRows<'a, T: Element, P, E> {
     /// Input row `j` starts at `x + x_offsets[j]`.
     pub x: *const T,
     /// One offset for each input row.
     pub x_offsets: &'a [usize],
     /// Weights `[input row][output row]`, packed: `x_offsets.len() * y_offsets.len()` values.
-    pub weights: &'a [T],
+    pub weights: &'a [T::Wide],
     /// Output row `r` starts at `y + y_offsets[r]`.
     pub y: *mut T,
     /// One offset for each output row, at most [`MAX_ROWS`].
@@ -105,7 +105,7 @@ const fn tile_vectors(registers: usize, rows: usize) -> usize {
 }
 
 /// A [`ConvRows`] that may run: see [`ConvRows::promise`].
-pub struct CheckedConvRows<'a, T, P, E>(ConvRows<'a, T, P, E>);
+pub struct CheckedConvRows<'a, T: Element, P, E>(ConvRows<'a, T, P, E>);
 
 impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
     /// Turns the description into a kernel.
@@ -207,7 +207,7 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
             }
             for sums in &mut sums {
                 // SAFETY: the weights hold R values for each input row.
-                let w = T::splat(isa, unsafe { *weight });
+                let w = T::splat_wide(isa, unsafe { *weight });
                 // SAFETY: at most one past the end.
                 weight = unsafe { weight.add(1) };
                 for (sum, x) in sums.iter_mut().zip(x) {
@@ -261,7 +261,7 @@ pub struct Rows<'a, T> {
 }
 
 /// `sums[i][j] += sum over images and pixels of a[i] * b[j]`, as vectors of partial sums.
-pub struct DotRows<'a, T> {
+pub struct DotRows<'a, T: Element> {
     /// At most [`MAX_DOT_A`] rows.
     pub a: Rows<'a, T>,
     /// At most [`MAX_SINGLE_B`] rows beside a single `a` row, else at most what [`DotWidth`] says.
@@ -271,7 +271,7 @@ pub struct DotRows<'a, T> {
     /// Length of a row.
     pub pixels: usize,
     /// Slots of one cache line each, of which the first vector is used.
-    pub sums: &'a mut [T],
+    pub sums: &'a mut [T::Wide],
     /// The slot of the first pair of rows.
     pub first_slot: usize,
     /// Slots from one `a` row to the next.
@@ -284,7 +284,7 @@ pub const fn slot<T>() -> usize {
 }
 
 /// A [`DotRows`] that may run: see [`DotRows::promise`].
-pub struct CheckedDotRows<'a, T>(DotRows<'a, T>);
+pub struct CheckedDotRows<'a, T: Element>(DotRows<'a, T>);
 
 impl<'a, T: Element> DotRows<'a, T> {
     /// Turns the description into a kernel.
@@ -294,7 +294,7 @@ impl<'a, T: Element> DotRows<'a, T> {
     pub unsafe fn promise(self) -> CheckedDotRows<'a, T> {
         let (a, b) = (self.a.offsets.len(), self.b.offsets.len());
         assert!((1..=MAX_DOT_A).contains(&a) && (1..=MAX_SINGLE_B).contains(&b), "rows");
-        assert!(self.sums.len() >= (self.first_slot + (a - 1) * self.slot_stride + b) * slot::<T>(), "sums");
+        assert!(self.sums.len() >= (self.first_slot + (a - 1) * self.slot_stride + b) * slot::<T::Wide>(), "sums");
         CheckedDotRows(self)
     }
 
@@ -310,7 +310,7 @@ impl<'a, T: Element> DotRows<'a, T> {
         for (i, row) in sums.iter_mut().enumerate() {
             for (j, sum) in row.iter_mut().enumerate() {
                 // SAFETY: the slots were asserted, each at least a vector long.
-                *sum = unsafe { T::load(isa, slots.add((first + i * stride + j) * slot::<T>())) };
+                *sum = unsafe { T::load_wide(isa, slots.add((first + i * stride + j) * slot::<T::Wide>())) };
             }
         }
         let full = self.pixels / lanes * lanes;
@@ -346,7 +346,7 @@ impl<'a, T: Element> DotRows<'a, T> {
         for (i, row) in sums.into_iter().enumerate() {
             for (j, sum) in row.into_iter().enumerate() {
                 // SAFETY: as for the loads above.
-                unsafe { T::store(isa, slots.add((first + i * stride + j) * slot::<T>()), sum) };
+                unsafe { T::store_wide(isa, slots.add((first + i * stride + j) * slot::<T::Wide>()), sum) };
             }
         }
     }
@@ -383,7 +383,7 @@ impl<T: Element> Kernel for CheckedDotRows<'_, T> {
 /// Sums each slot's first vector into one value: the end of a series of [`DotRows`].
 pub struct SumSlots<'a, T>(pub &'a [T], pub &'a mut [T]);
 
-impl<T: Element> Kernel for SumSlots<'_, T> {
+impl<T: WideElement> Kernel for SumSlots<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -425,7 +425,7 @@ impl Kernel for ConvHeight {
 }
 
 /// The sums of the columns of a matrix whose rows are as long as the second slice: the bias gradient in NHWC.
-pub struct SumColumns<'a, T>(pub &'a [T], pub &'a mut [T]);
+pub struct SumColumns<'a, T: Element>(pub &'a [T], pub &'a mut [T::Wide]);
 
 impl<T: Element> Kernel for SumColumns<'_, T> {
     type Output = ();
@@ -443,7 +443,7 @@ impl<T: Element> Kernel for SumColumns<'_, T> {
                 sum = T::add_vectors(isa, sum, unsafe { T::load_masked(isa, mask, row.as_ptr().add(i * lanes)) });
             }
             // SAFETY: the mask selects the values of `out`.
-            unsafe { T::store_masked(isa, mask, out.as_mut_ptr(), sum) };
+            unsafe { T::store_wide_masked(isa, mask, out.as_mut_ptr(), sum) };
         }
     }
 }

@@ -531,47 +531,98 @@ impl<T: Element, I: Isa> Body<T, I> for Distances<T, T::Vector<I>> {
     }
 }
 
-/// Copies rows of a plane, which are too short for `memcpy` to be worth its call.
-pub struct CopyRows<'a, T> {
+/// Calls a function for each vector of rows: with where it stands in rows that are `pitches` apart, and its lanes.
+#[inline(always)]
+fn each_vector<T: Element, I: Isa>(
+    isa: I,
+    [rows, width]: [usize; 2],
+    pitches: [usize; 2],
+    mut call: impl FnMut([usize; 2], Lanes<T::Mask<I>>),
+) {
+    let vector = T::lanes::<I>();
+    let (whole, mask) = (width / vector * vector, T::mask(isa, width % vector));
+    for row in 0..rows {
+        let places = |at| pitches.map(|pitch| row * pitch + at);
+        for at in (0..whole).step_by(vector) {
+            call(places(at), Lanes::All);
+        }
+        if whole < width {
+            call(places(whole), Lanes::First(mask));
+        }
+    }
+}
+
+/// Where the last of some rows ends.
+fn end([rows, width]: [usize; 2], pitch: usize) -> usize {
+    rows.max(1) * pitch - pitch + width
+}
+
+/// Copies rows of a plane, which are too short for `memcpy` to be worth its call, to be computed with.
+pub struct WidenRows<'a, T: Element> {
     /// The rows, and the distance of their beginnings.
     pub x: (&'a [T], usize),
+    /// Where they go, likewise.
+    pub y: (&'a mut [MaybeUninit<T::Wide>], usize),
+    /// Number and length of the rows.
+    pub size: [usize; 2],
+}
+
+impl<T: Element> Kernel for WidenRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self { x: (x, x_pitch), y: (y, y_pitch), size } = self;
+        assert!(x.len() >= end(size, x_pitch) && y.len() >= end(size, y_pitch));
+        let (x, y) = (x.as_ptr(), y.as_mut_ptr().cast::<T::Wide>());
+        // SAFETY: the rows end inside the slices.
+        each_vector::<T, I>(isa, size, [x_pitch, y_pitch], |[from, to], lanes| unsafe {
+            match lanes {
+                Lanes::All => T::store_wide(isa, y.add(to), T::load(isa, x.add(from))),
+                Lanes::First(mask) => {
+                    T::store_wide_masked(isa, mask, y.add(to), T::load_masked(isa, mask, x.add(from)));
+                }
+            }
+        });
+    }
+}
+
+/// Copies rows of results back, rounded to what they are stored as: what [`WidenRows`] undoes.
+pub struct NarrowRows<'a, T: Element> {
+    /// The rows, and the distance of their beginnings.
+    pub x: (&'a [T::Wide], usize),
     /// Where they go, likewise.
     pub y: (&'a mut [MaybeUninit<T>], usize),
     /// Number and length of the rows.
     pub size: [usize; 2],
 }
 
-impl<T: Element> Kernel for CopyRows<'_, T> {
+impl<T: Element> Kernel for NarrowRows<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { x: (x, x_pitch), y: (y, y_pitch), size: [rows, width] } = self;
-        let end = |pitch: usize| rows.max(1) * pitch - pitch + width;
-        assert!(x.len() >= end(x_pitch) && y.len() >= end(y_pitch));
-        let vector = T::lanes::<I>();
-        let (whole, mask) = (width / vector * vector, T::mask(isa, width % vector));
-        for row in 0..rows {
-            // SAFETY: the rows end inside the slices.
-            unsafe {
-                let (x, y) = (x.as_ptr().add(row * x_pitch), y.as_mut_ptr().add(row * y_pitch).cast::<T>());
-                for at in (0..whole).step_by(vector) {
-                    T::store(isa, y.add(at), T::load(isa, x.add(at)));
-                }
-                if whole < width {
-                    T::store_masked(isa, mask, y.add(whole), T::load_masked(isa, mask, x.add(whole)));
+        let Self { x: (x, x_pitch), y: (y, y_pitch), size } = self;
+        assert!(x.len() >= end(size, x_pitch) && y.len() >= end(size, y_pitch));
+        let (x, y) = (x.as_ptr(), y.as_mut_ptr().cast::<T>());
+        // SAFETY: the rows end inside the slices.
+        each_vector::<T, I>(isa, size, [x_pitch, y_pitch], |[from, to], lanes| unsafe {
+            match lanes {
+                Lanes::All => T::store(isa, y.add(to), T::load_wide(isa, x.add(from))),
+                Lanes::First(mask) => {
+                    T::store_masked(isa, mask, y.add(to), T::load_wide_masked(isa, mask, x.add(from)));
                 }
             }
-        }
+        });
     }
 }
 
-/// Splits rows by the parity of their columns.
-pub struct SplitRows<'a, T> {
+/// [`WidenRows`] that splits the rows by the parity of their columns.
+pub struct SplitRows<'a, T: Element> {
     /// The rows, and the distance of their beginnings.
     pub x: (&'a [T], usize),
     /// Where the values at even and those at odd places go: rows with one distance.
-    pub y: ([&'a mut [T]; 2], usize),
+    pub y: ([&'a mut [T::Wide]; 2], usize),
     /// Number and length of the rows.
     pub size: [usize; 2],
 }
@@ -582,9 +633,8 @@ impl<T: Element> Kernel for SplitRows<'_, T> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let Self { x: (x, x_pitch), y: ([even, odd], y_pitch), size: [rows, width] } = self;
-        let before = |pitch: usize| rows.max(1) * pitch - pitch;
-        assert!(x.len() >= before(x_pitch) + width && even.len() >= before(y_pitch) + width.div_ceil(2));
-        assert!(odd.len() >= before(y_pitch) + width / 2);
+        assert!(x.len() >= end([rows, width], x_pitch) && even.len() >= end([rows, width.div_ceil(2)], y_pitch));
+        assert!(odd.len() >= end([rows, width / 2], y_pitch));
         let vector = T::lanes::<I>();
         let mask = |len: usize| T::mask(isa, len.min(vector));
         for at in (0..width).step_by(2 * vector) {
@@ -599,18 +649,18 @@ impl<T: Element> Kernel for SplitRows<'_, T> {
                     let low = T::load_masked(isa, x_masks[0], x);
                     let high = T::load_masked(isa, x_masks[1], x.wrapping_add(vector));
                     let [low, high] = T::split(isa, low, high);
-                    T::store_masked(isa, y_masks[0], even.as_mut_ptr().add(place), low);
-                    T::store_masked(isa, y_masks[1], odd.as_mut_ptr().wrapping_add(place), high);
+                    T::store_wide_masked(isa, y_masks[0], even.as_mut_ptr().add(place), low);
+                    T::store_wide_masked(isa, y_masks[1], odd.as_mut_ptr().wrapping_add(place), high);
                 }
             }
         }
     }
 }
 
-/// Puts rows together from their values at even and odd places: what [`SplitRows`] undoes.
-pub struct ZipRows<'a, T> {
+/// [`NarrowRows`] that puts rows together from their values at even and odd places: what [`SplitRows`] undoes.
+pub struct ZipRows<'a, T: Element> {
     /// Rows of the values at even and at odd places, with one distance.
-    pub x: ([&'a [T]; 2], usize),
+    pub x: ([&'a [T::Wide]; 2], usize),
     /// The rows, and the distance of their beginnings.
     pub y: (&'a mut [MaybeUninit<T>], usize),
     /// Number and length of the rows.
@@ -623,9 +673,8 @@ impl<T: Element> Kernel for ZipRows<'_, T> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let Self { x: ([even, odd], x_pitch), y: (y, y_pitch), size: [rows, width] } = self;
-        let before = |pitch: usize| rows.max(1) * pitch - pitch;
-        assert!(y.len() >= before(y_pitch) + width && even.len() >= before(x_pitch) + width.div_ceil(2));
-        assert!(odd.len() >= before(x_pitch) + width / 2);
+        assert!(y.len() >= end([rows, width], y_pitch) && even.len() >= end([rows, width.div_ceil(2)], x_pitch));
+        assert!(odd.len() >= end([rows, width / 2], x_pitch));
         let vector = T::lanes::<I>();
         let mask = |len: usize| T::mask(isa, len.min(vector));
         for at in (0..width).step_by(2 * vector) {
@@ -636,8 +685,8 @@ impl<T: Element> Kernel for ZipRows<'_, T> {
                 let place = row * x_pitch + at / 2;
                 // SAFETY: the rows end inside the slices; the masks leave out what is beyond.
                 unsafe {
-                    let low = T::load_masked(isa, x_masks[0], even.as_ptr().add(place));
-                    let high = T::load_masked(isa, x_masks[1], odd.as_ptr().wrapping_add(place));
+                    let low = T::load_wide_masked(isa, x_masks[0], even.as_ptr().add(place));
+                    let high = T::load_wide_masked(isa, x_masks[1], odd.as_ptr().wrapping_add(place));
                     let [low, high] = T::zip(isa, low, high);
                     let y = y.as_mut_ptr().cast::<T>().add(row * y_pitch + at);
                     T::store_masked(isa, y_masks[0], y, low);
@@ -690,14 +739,14 @@ mod tests {
                 let x: Vec<f32> = (0..rows * width).map(|i| i as f32).collect();
                 let half = width.div_ceil(2);
                 let (mut even, mut odd) = (vec![-1f32; rows * half], vec![-1f32; rows * half]);
-                isa.run(SplitRows { x: (&x, width), y: ([&mut even, &mut odd], half), size: [rows, width] });
+                isa.run(SplitRows::<f32> { x: (&x, width), y: ([&mut even, &mut odd], half), size: [rows, width] });
                 for (i, &x) in x.iter().enumerate() {
                     let (row, column) = (i / width, i % width);
                     assert_eq!([&even, &odd][column % 2][row * half + column / 2], x, "{}", isa.name());
                 }
                 let mut y = vec![-1f32; rows * width + 1];
                 let memory = super::super::writable(&mut y);
-                isa.run(ZipRows { x: ([&even, &odd], half), y: (memory, width), size: [rows, width] });
+                isa.run(ZipRows::<f32> { x: ([&even, &odd], half), y: (memory, width), size: [rows, width] });
                 assert_eq!(&y[..rows * width], &x, "{}", isa.name());
                 assert_eq!(y[rows * width], -1.0);
             }

@@ -13,7 +13,7 @@ use crate::isa::Active;
 use crate::kernels::depthwise::{MAX_TAPS, TapPixels, TapSums};
 use crate::kernels::planes::{Correlate, CorrelateSums};
 use crate::kernels::pointwise::{SumSlots, slot};
-use crate::kernels::rows::CopyRows;
+use crate::kernels::rows::WidenRows;
 use crate::kernels::{Element, writable};
 use crate::pool::{parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
@@ -170,19 +170,19 @@ impl<T: Element> Correlation<'_, T> {
         let block = images_together(pixels.max(out_pixels), count.div_ceil(parts));
         let planes = Planes::new([&self.vertical, &self.horizontal], block);
         let pairs = self.vertical.iter().flat_map(|v| self.horizontal.iter().map(move |h| (v, h)));
-        let weight = |c: usize| move |tap| self.weight[self.shape.weight_index(c, tap)];
+        let weight = |c: usize| move |tap| self.weight[self.shape.weight_index(c, tap)].widen();
         let pack = |taps: &Taps| (0..channels).flat_map(|c| taps.pack(weight(c))).collect::<Vec<_>>();
         let taps = pairs.map(|(v, h)| Taps::new(&planes, v, h, kernel)).map(|taps| (pack(&taps), taps));
         let taps: Vec<_> = taps.map(|(weights, taps)| (taps, weights)).collect();
         let sets = self.horizontal.len();
         let rows = self.vertical.iter().map(|phase| phase.count).max().unwrap_or(0);
-        let (padded_len, set) = (planes.len::<T>(), rows * planes.pitch);
+        let (padded_len, set) = (planes.len::<T::Wide>(), rows * planes.pitch);
         parallel_for(threads, tiles * parts, |task| {
             let (range, images) = (part(channels, tiles, task / parts), part(count, parts, task % parts));
             let sizes = [range.len() * padded_len, range.len() * sets * set];
-            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+            scratch::with(sizes.iter().sum(), |memory: &mut [T::Wide]| {
                 let [padded, results] = cut(memory, sizes);
-                padded.fill(T::default());
+                padded.fill(T::Wide::default());
                 for first in images.clone().step_by(block) {
                     let images = first..(first + block).min(images.end);
                     // Neighbouring channels' planes follow each other in memory.
@@ -202,7 +202,7 @@ impl<T: Element> Correlation<'_, T> {
                                     view: taps.view(padded),
                                     tap_rows: taps.rows,
                                     weights: &weights[c * taps.len()..][..taps.len()],
-                                    start: self.bias.map_or(T::default(), |bias| bias[c]),
+                                    start: self.bias.map_or(T::Wide::default(), |bias| bias[c].widen()),
                                     y: writable(result),
                                     y_pitch: planes.pitch,
                                     size: [vertical.count, planes.columns(images.len(), horizontal.count)],
@@ -262,14 +262,14 @@ pub fn grad_weight<T: Element>(
             let tiles = shape.channels.div_ceil(channels_together(pixels, shape.channels));
             parallel_for(threads, tiles, |task| {
                 // SAFETY: each channel's weights are written by one task.
-                let write = |c, tap, sum| unsafe { shared.ptr().add(shape.weight_index(c, tap)).write(sum) };
+                let write = |c, tap, sum| unsafe { shared.ptr().add(shape.weight_index(c, tap)).write(T::narrow(sum)) };
                 grad.planes(part(shape.channels, tiles, task), write);
             });
         }
         // Each part of the images has sums of its own, added up in order at the end.
         Order::Nhwc => {
             let parts = shape.count.clamp(1, MAX_PARTS);
-            let mut partial = vec![T::default(); parts * shape.weights()];
+            let mut partial = vec![T::Wide::default(); parts * shape.weights()];
             let shared = Shared(partial.as_mut_ptr());
             parallel_for(threads, parts, |task| {
                 let len = shape.weights();
@@ -279,8 +279,8 @@ pub fn grad_weight<T: Element>(
             });
             for (c, tap) in (0..shape.channels).flat_map(|c| (0..taps).map(move |tap| (c, tap))) {
                 let place = tap * shape.channels + c;
-                let sum = (0..parts).fold(T::default(), |sum, p| sum + partial[p * shape.weights() + place]);
-                grad_weight[shape.weight_index(c, tap)].write(sum);
+                let sum = (0..parts).fold(T::Wide::default(), |sum, p| sum + partial[p * shape.weights() + place]);
+                grad_weight[shape.weight_index(c, tap)].write(T::narrow(sum));
             }
         }
     }
@@ -297,7 +297,7 @@ struct WeightGrad<'a, T> {
 
 impl<T: Element> WeightGrad<'_, T> {
     /// NHWC: adds image `n` to `[tap][channel]` sums.
-    fn pixels(&self, n: usize, sums: &mut [T]) {
+    fn pixels(&self, n: usize, sums: &mut [T::Wide]) {
         let Depthwise { channels, kernel, stride, .. } = *self.shape;
         let (input, output) = (self.shape.horizontal.input, self.shape.horizontal.output);
         let x = self.x[n * self.shape.vertical.input * input * channels..].as_ptr();
@@ -332,20 +332,21 @@ impl<T: Element> WeightGrad<'_, T> {
     }
 
     /// NCHW: the sums of some channels over all images.
-    fn planes(&self, range: Range<usize>, mut write: impl FnMut(usize, usize, T)) {
+    fn planes(&self, range: Range<usize>, mut write: impl FnMut(usize, usize, T::Wide)) {
         let Depthwise { count, channels, kernel, .. } = *self.shape;
         let (pixels, size) =
             (self.vertical.input * self.horizontal.input, [self.vertical.count, self.horizontal.count]);
         let block = images_together(pixels, count);
         let planes = Planes::new([slice::from_ref(self.vertical), slice::from_ref(self.horizontal)], block);
         let taps = Taps::new(&planes, self.vertical, self.horizontal, kernel);
-        let (padded_len, grad_len, slots_len) = (planes.len::<T>(), size[0] * planes.pitch, taps.len() * slot::<T>());
+        let (padded_len, grad_len, slots_len) =
+            (planes.len::<T::Wide>(), size[0] * planes.pitch, taps.len() * slot::<T::Wide>());
         let lens = [range.len() * padded_len, range.len() * grad_len, range.len() * slots_len, taps.len()];
-        scratch::with(lens.iter().sum(), |memory: &mut [T]| {
+        scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
             let [padded, grads, slots, sums] = cut(memory, lens);
-            padded.fill(T::default());
-            grads.fill(T::default());
-            slots.fill(T::default());
+            padded.fill(T::Wide::default());
+            grads.fill(T::Wide::default());
+            slots.fill(T::Wide::default());
             for first in (0..count).step_by(block) {
                 let images = first..(first + block).min(count);
                 for (i, n) in images.clone().enumerate() {
@@ -355,7 +356,7 @@ impl<T: Element> WeightGrad<'_, T> {
                         planes.write(self.isa, i, &self.x[plane * pixels..][..pixels], padded);
                         let grad = &self.grad_output[plane * size[0] * size[1]..][..size[0] * size[1]];
                         let y = (writable(&mut grads[i * planes.step..]), planes.pitch);
-                        self.isa.run(CopyRows { x: (grad, size[1]), y, size });
+                        self.isa.run(WidenRows { x: (grad, size[1]), y, size });
                     }
                 }
                 let both = padded.chunks_exact(padded_len).zip(grads.chunks_exact(grad_len));

@@ -17,7 +17,7 @@ use super::phases::Phase;
 use crate::isa::Active;
 use crate::kernels::planes::{View, tap_rows};
 use crate::kernels::pointwise::slot;
-use crate::kernels::rows::{CopyRows, SplitRows, ZipRows};
+use crate::kernels::rows::{NarrowRows, SplitRows, WidenRows, ZipRows};
 use crate::kernels::{Element, writable};
 
 /// Pixels that are computed together, about: all that is done to them stays in the L1 cache.
@@ -101,7 +101,7 @@ impl Planes {
     }
 
     /// Writes an image's plane into the padded ones, which hold zeros where planes do not reach.
-    pub(crate) fn write<T: Element>(&self, isa: Active, image: usize, plane: &[T], padded: &mut [T]) {
+    pub(crate) fn write<T: Element>(&self, isa: Active, image: usize, plane: &[T], padded: &mut [T::Wide]) {
         let (stride, [top, left], width) = (self.stride, self.before, self.input[1]);
         // What lies beyond the last tap of the last output pixel is not read.
         let rows = self.input[0].min((stride * self.rows()).saturating_sub(top));
@@ -109,7 +109,7 @@ impl Planes {
         let start = image * self.step;
         if stride == 1 {
             let y = (writable(&mut padded[start + top * self.pitch + left..]), self.pitch);
-            isa.run(CopyRows { x: (plane, width), y, size: [rows, columns] });
+            isa.run(WidenRows { x: (plane, width), y, size: [rows, columns] });
             return;
         }
         // Rows of one parity at a time; an odd border puts the first pixel into an odd column.
@@ -206,13 +206,13 @@ pub(crate) fn merge<T: Element>(
     isa: Active,
     vertical: &Phase,
     sets: usize,
-    (results, set, pitch): (&[T], usize, usize),
+    (results, set, pitch): (&[T::Wide], usize, usize),
     plane: &mut [MaybeUninit<T>],
     width: usize,
 ) {
     let (start, step) = (vertical.first * width, vertical.out_step * width);
     if sets == 1 {
-        isa.run(CopyRows { x: (results, pitch), y: (&mut plane[start..], step), size: [vertical.count, width] });
+        isa.run(NarrowRows { x: (results, pitch), y: (&mut plane[start..], step), size: [vertical.count, width] });
         return;
     }
     let (even, odd) = results.split_at(set);

@@ -43,7 +43,7 @@ const PART_NANOSECONDS: f64 = 100_000.0;
 const MAX_PARTS: usize = 64;
 /// What starting and ending one partial sum costs beside the work itself is a fiftieth of this.
 const NANOSECONDS_PER_SUM: f64 = 100.0;
-/// Pixels that a bias gradient sums in the element type.
+/// Pixels that a bias gradient sums in the type that is computed with.
 const BIAS_TILE: usize = 64;
 /// Tasks for each thread: enough to even out threads of different speed.
 const TASKS_PER_THREAD: usize = 4;
@@ -116,8 +116,8 @@ struct Product {
 
 /// Weights in the order in which the kernels read them: for each group, for each block of output rows,
 /// `[input row][output row]`.
-struct Packed<'a, T> {
-    weights: &'a [T],
+struct Packed<'a, T: Element> {
+    weights: &'a [T::Wide],
     bias: Option<&'a [T]>,
     /// Ends of the blocks of output rows of a group.
     blocks: &'a [Range<usize>],
@@ -143,11 +143,11 @@ impl Product {
         let height = self.isa.run(ConvHeight);
         let count = self.group_out.div_ceil(height);
         let blocks: Vec<_> = (0..count).map(|i| part(self.group_out, count, i)).collect();
-        scratch::with(out.channels * self.group_in, |packed: &mut [T]| {
+        scratch::with(out.channels * self.group_in, |packed: &mut [T::Wide]| {
             let mut next = packed.iter_mut();
             for (g, block) in (0..self.groups).flat_map(|g| blocks.iter().map(move |block| (g, block))) {
                 for (i, o) in (0..self.group_in).flat_map(|i| block.clone().map(move |o| (i, o))) {
-                    *next.next().expect("as many as weights") = weight(g, o, i);
+                    *next.next().expect("as many as weights") = weight(g, o, i).widen();
                 }
             }
             let work = images_work::<T>(self.images, out, self.group_in);
@@ -167,7 +167,7 @@ impl Product {
         &self,
         threads: usize,
         x: &[T],
-        packed: &[T],
+        packed: &[T::Wide],
         bias: Option<&[T]>,
         blocks: &[Range<usize>],
         y: Shared<T>,
@@ -210,7 +210,7 @@ impl Product {
         &self,
         threads: usize,
         x: &[T],
-        packed: &[T],
+        packed: &[T::Wide],
         bias: Option<&[T]>,
         blocks: &[Range<usize>],
         y: Shared<T>,
@@ -330,7 +330,7 @@ pub fn grad_weight<T: Element>(
     }
     let grad = WeightGrad { isa, shape, images, places, cluster, x, grad_output };
     // One set of partial sums `[group][output channel][input channel]` for each part, added up in order at the end.
-    let mut partial = vec![T::default(); parts * shape.weights()];
+    let mut partial = vec![T::Wide::default(); parts * shape.weights()];
     let shared = Shared(partial.as_mut_ptr());
     parallel_for(threads, parts * group_parts, |task| {
         let (task, group_task) = (task / group_parts, task % group_parts);
@@ -345,8 +345,8 @@ pub fn grad_weight<T: Element>(
         }
     });
     for (i, g, o) in (0..shape.groups).flat_map(|g| (0..m * k).map(move |i| (i, g, i / k))) {
-        let sum = (0..parts).fold(T::default(), |sum, p| sum + partial[p * shape.weights() + g * m * k + i]);
-        grad_weight[shape.weight_index(g, o, i % k)].write(sum);
+        let sum = (0..parts).fold(T::Wide::default(), |sum, p| sum + partial[p * shape.weights() + g * m * k + i]);
+        grad_weight[shape.weight_index(g, o, i % k)].write(T::narrow(sum));
     }
 }
 
@@ -364,7 +364,7 @@ struct WeightGrad<'a, T> {
 
 impl<T: Element> WeightGrad<'_, T> {
     /// NCHW: adds images `range` to the sums of `groups`.
-    fn planes(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T]) {
+    fn planes(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T::Wide]) {
         let (k, m) = (self.shape.group_in(), self.shape.group_out());
         let Images { pixels, channels: c_in, .. } = self.images;
         let c_out = self.shape.out_channels;
@@ -379,13 +379,13 @@ impl<T: Element> WeightGrad<'_, T> {
                     unsafe {
                         let a = self.grad_output.as_ptr().add(n * c_out * pixels + places[0]);
                         let b = self.x.as_ptr().add((n * c_in + g * k) * pixels);
-                        T::gemm([m, pixels, k], (a, stride, 1), (b, 1, pixels), T::ONE, (sums.as_mut_ptr(), k, 1));
+                        T::gemm([m, pixels, k], (a, stride, 1), (b, 1, pixels), (sums.as_mut_ptr(), k, 1));
                     }
                 }
                 continue;
             }
-            scratch::with(m * k * slot::<T>(), |slots: &mut [T]| {
-                slots.fill(T::default());
+            scratch::with(m * k * slot::<T::Wide>(), |slots: &mut [T::Wide]| {
+                slots.fill(T::Wide::default());
                 for n in range.clone().step_by(batch) {
                     for start in (0..pixels).step_by(tile) {
                         // SAFETY: images n.. and pixels start.. exist, `batch` and `tile` cut at their ends.
@@ -405,7 +405,7 @@ impl<T: Element> WeightGrad<'_, T> {
     }
 
     /// NHWC: adds pixels `range` of all images to the sums of `groups`.
-    fn pixels(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T]) {
+    fn pixels(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T::Wide]) {
         let (k, m) = (self.shape.group_in(), self.shape.group_out());
         let (c_in, c_out) = (self.shape.in_channels, self.shape.out_channels);
         for (first, sums) in groups.clone().step_by(self.cluster).zip(sums.chunks_mut(self.cluster * m * k)) {
@@ -416,7 +416,7 @@ impl<T: Element> WeightGrad<'_, T> {
                 unsafe {
                     let a = self.grad_output.as_ptr().add(range.start * c_out + places[0]);
                     let b = self.x.as_ptr().add(range.start * c_in + first * k);
-                    T::gemm([m, range.len(), k], (a, stride, c_out), (b, c_in, 1), T::ONE, (sums.as_mut_ptr(), k, 1));
+                    T::gemm([m, range.len(), k], (a, stride, c_out), (b, c_in, 1), (sums.as_mut_ptr(), k, 1));
                 }
                 continue;
             }
@@ -428,11 +428,9 @@ impl<T: Element> WeightGrad<'_, T> {
             order.iter().enumerate().for_each(|(row, &c)| a_offsets[c] = row * DOT_TILE);
             let b_offsets: Vec<_> = (0..cluster.len() * k).map(|row| row * DOT_TILE).collect();
             let (rows_a, rows_b) = (places.len(), cluster.len() * k);
-            let size = (rows_a + rows_b) * DOT_TILE + cluster.len() * m * k * slot::<T>();
-            scratch::with(size, |memory: &mut [T]| {
-                let (slots, rows) = memory.split_at_mut(cluster.len() * m * k * slot::<T>());
+            let mut work = |slots: &mut [T::Wide], rows: &mut [T]| {
                 let (a_rows, b_rows) = rows.split_at_mut(rows_a * DOT_TILE);
-                slots.fill(T::default());
+                slots.fill(T::Wide::default());
                 for start in range.clone().step_by(DOT_TILE) {
                     let length = DOT_TILE.min(range.end - start);
                     for run in order.chunk_by(|&a, &b| places[a] + 1 == places[b]) {
@@ -453,15 +451,17 @@ impl<T: Element> WeightGrad<'_, T> {
                         let src = self.x.as_ptr().add(start * c_in + cluster.start * k);
                         Transpose::gather([length, rows_b], src, c_in, b_rows.as_mut_ptr(), DOT_TILE)
                     });
-                    for i in 0..cluster.len() {
+                    for (i, slots) in slots.chunks_exact_mut(m * k * slot::<T::Wide>()).enumerate() {
                         let a = Rows { base: a_rows.as_ptr(), offsets: &a_offsets[i * m..][..m], image_stride: 0 };
                         let b = Rows { base: b_rows.as_ptr(), offsets: &b_offsets[i * k..][..k], image_stride: 0 };
-                        let slots = &mut slots[i * m * k * slot::<T>()..][..m * k * slot::<T>()];
                         // SAFETY: the rows hold `length` values each.
                         unsafe { products(self.isa, a, b, [1, length], slots) };
                     }
                 }
                 self.isa.run(SumSlots(slots, sums));
+            };
+            scratch::with(cluster.len() * m * k * slot::<T::Wide>(), |slots| {
+                scratch::with((rows_a + rows_b) * DOT_TILE, |rows| work(slots, rows));
             });
         }
     }
@@ -476,7 +476,7 @@ pub(crate) unsafe fn products<T: Element>(
     a: Rows<'_, T>,
     b: Rows<'_, T>,
     [images, pixels]: [usize; 2],
-    slots: &mut [T],
+    slots: &mut [T::Wide],
 ) {
     let (m, k) = (a.offsets.len(), b.offsets.len());
     let width = if m == 1 { MAX_SINGLE_B } else { isa.run(DotWidth) };
@@ -528,7 +528,7 @@ pub fn grad_bias<T: Element>(
         });
         return;
     }
-    // NHWC: sums of short columns in the element type, these in float64.
+    // NHWC: sums of short columns in the type that is computed with, these in float64.
     let parts = if threads == 1 { 1 } else { MAX_PARTS };
     let mut partial = vec![0f64; parts * channels];
     let sums = Shared(partial.as_mut_ptr());
@@ -536,7 +536,7 @@ pub fn grad_bias<T: Element>(
         // SAFETY: each task has sums of its own.
         let sums = unsafe { std::slice::from_raw_parts_mut(sums.ptr().add(task * channels), channels) };
         let range = part(count * pixels, parts, task);
-        scratch::with(channels, |columns: &mut [T]| {
+        scratch::with(channels, |columns: &mut [T::Wide]| {
             for rows in grad_output[range.start * channels..range.end * channels].chunks(BIAS_TILE * channels) {
                 isa.run(SumColumns(rows, columns));
                 sums.iter_mut().zip(&*columns).for_each(|(sum, value)| *sum += value.to_f64());

@@ -2,6 +2,8 @@
 
 use std::mem::MaybeUninit;
 
+use half::bf16;
+
 use super::{depthwise, interleave, pointwise};
 use crate::isa::Active;
 use crate::kernels::Element;
@@ -29,12 +31,21 @@ fn run<T: Element>(len: usize, operation: impl FnOnce(&mut [MaybeUninit<T>])) ->
 }
 
 fn check<T: Element>(actual: &[T], expected: &[f64], what: &dyn Fn() -> String) {
-    let tolerance = if size_of::<T>() == 4 { 2e-5 } else { 1e-13 };
+    // Of the largest value, for sums in another order; and of each value, where it is rounded to 8 bits at the end.
+    let (tolerance, rounding) = match size_of::<T>() {
+        2 => (2e-5, 1.0 / 256.0),
+        4 => (2e-5, 0.0),
+        _ => (1e-13, 0.0),
+    };
     let scale = expected.iter().fold(1f64, |max, value| max.max(value.abs()));
     assert_eq!(actual.len(), expected.len());
     for (i, (actual, expected)) in actual.iter().zip(expected).enumerate() {
         let error = (actual.to_f64() - expected).abs();
-        assert!(error <= tolerance * scale, "{}: value {i} is {actual:?}, expected {expected}", what());
+        assert!(
+            error <= tolerance * scale + rounding * expected.abs(),
+            "{}: value {i} is {actual:?}, expected {expected}",
+            what()
+        );
     }
 }
 
@@ -101,6 +112,7 @@ fn pointwise_matches_the_reference() {
                 for layout in [WeightLayout::Oi, WeightLayout::Io] {
                     let shape = Pointwise::new(c_in, c_out, groups, step, layout).unwrap();
                     let images = Images { count, pixels, channels: c_in, order };
+                    pointwise_case::<bf16>(isa, &shape, images);
                     pointwise_case::<f32>(isa, &shape, images);
                     pointwise_case::<f64>(isa, &shape, images);
                 }
@@ -160,6 +172,7 @@ fn depthwise_matches_the_reference() {
                         let layout = WeightLayout::Io;
                         let shape =
                             Depthwise::new([count, channels], size, kernel, stride, padding, order, layout).unwrap();
+                        depthwise_case::<bf16>(isa, &shape);
                         depthwise_case::<f32>(isa, &shape);
                         depthwise_case::<f64>(isa, &shape);
                     }

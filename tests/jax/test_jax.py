@@ -192,7 +192,7 @@ def test_interleave(channels, step, layout):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_floats_are_computed_in_float32(dtype):
+def test_narrow_floats_are_summed_in_float32(dtype):
     ours, _, args = pointwise_case(POINTWISE[0], "NHWC", dtype)
     narrow = ours(*args)
     assert narrow.dtype == dtype
@@ -267,7 +267,7 @@ def test_handlers_refuse_what_does_not_fit():
         jax.errors.JaxRuntimeError, match=r"weight has the sizes \[6, 4\], expected \[5, 8\]"
     ):
         call(X, W, shape=(2, 5, 4, 4), **{**attributes, "groups": np.int64(1)})
-    with pytest.raises(jax.errors.JaxRuntimeError, match="expected float32 or float64"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="expected float32, float64 or bfloat16"):
         call(X, W, dtype=np.float16, **attributes)
     with pytest.raises(jax.errors.JaxRuntimeError, match="differ in type"):
         call(X.astype(np.float64), W, **attributes)

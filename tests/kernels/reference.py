@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
 Padding = str | int | tuple[tuple[int, int], tuple[int, int]]
 
-# Largest error allowed, relative to the largest magnitude of the exact result (or 1).
-TOLERANCE = {np.dtype(np.float32): 2e-5, np.dtype(np.float64): 1e-13}
+DTYPES = ["float32", "float64", "bfloat16"]
+# Largest error allowed: relative to the largest magnitude of the exact result (or 1), as sums have
+# another order; and to each value, where that is rounded to fewer bits than the sum has.
+TOLERANCE = {
+    np.dtype(np.float32): (2e-5, 0.0),
+    np.dtype(np.float64): (1e-13, 0.0),
+    np.dtype(ml_dtypes.bfloat16): (2e-5, 2.0**-8),
+}
 
 
 def interleaved(channels: int, step: int) -> list[int]:
@@ -80,25 +87,27 @@ def depthwise_padding(
 def depthwise_conv(
     x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: Padding
 ) -> Array:
+    x, weight = x.astype(np.float64), weight.astype(np.float64)
     kernel = weight.shape[1]
     pads = depthwise_padding(x.shape[2:], kernel, stride, padding)
-    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), *pads))
+    padded = np.pad(x, ((0, 0), (0, 0), *pads))
     height, width = ((s - kernel) // stride + 1 for s in padded.shape[2:])
     y = np.zeros((*x.shape[:2], height, width))
     for i in range(kernel):
         for j in range(kernel):
             seen = padded[:, :, i : i + stride * height : stride, j : j + stride * width : stride]
-            y += weight[:, i, j, None, None].astype(np.float64) * seen[:, :, :height, :width]
-    return y if bias is None else y + bias[:, None, None]
+            y += weight[:, i, j, None, None] * seen[:, :, :height, :width]
+    return y if bias is None else y + bias.astype(np.float64)[:, None, None]
 
 
 def depthwise_conv_grads(
     x: Array, weight: Array, grad_output: Array, *, stride: int = 1, padding: Padding
 ) -> tuple[Array, Array]:
     """Gradients by input and weight."""
+    x, weight, grad_output = (a.astype(np.float64) for a in (x, weight, grad_output))
     kernel = weight.shape[1]
     pads = depthwise_padding(x.shape[2:], kernel, stride, padding)
-    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), *pads))
+    padded = np.pad(x, ((0, 0), (0, 0), *pads))
     height, width = grad_output.shape[2:]
     grad_padded, grad_weight = np.zeros_like(padded), np.zeros(weight.shape)
     for i in range(kernel):
@@ -119,6 +128,7 @@ def assert_close(actual: Array, expected: Array, what: str = "") -> None:
     )
     if actual.size:
         scale = max(1.0, float(np.abs(expected).max()))
-        error = float(np.abs(actual - expected).max())
+        relative, rounding = TOLERANCE[actual.dtype]
+        error = np.abs(actual.astype(np.float64) - expected) - rounding * np.abs(expected)
         # "not <=" so that NaN fails.
-        assert error <= TOLERANCE[actual.dtype] * scale, f"{what}: error {error}, scale {scale}"
+        assert error.max() <= relative * scale, f"{what}: error {error.max()}, scale {scale}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import ml_dtypes  # noqa: F401  NumPy's bfloat16
 import numpy as np
 import pytest
 
@@ -33,11 +34,13 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: kconv.pointwise_conv(X, W, groups=2, out=X), ValueError, r"out has shape \[2, 6, 5, 5\], expected \[2, 4, 5, 5\]"),
     (lambda: kconv.pointwise_conv(X, W, groups=2, out=READ_ONLY), ValueError, "out is not writable"),
     (lambda: kconv.pointwise_conv(X, W, groups=2, out=G.astype("d")), TypeError, "out is float64, expected float32"),
-    (lambda: kconv.pointwise_conv(X.astype("i4"), W), TypeError, "x is an array of int32, expected a float32 or float64"),
+    (lambda: kconv.pointwise_conv(X.astype("i4"), W), TypeError, "x is an array of int32, expected a NumPy array of float32, float64 or bfloat16"),
     (lambda: kconv.pointwise_conv(X.astype("f2"), W), TypeError, "x is an array of float16"),
     (lambda: kconv.pointwise_conv(X.astype(">f4"), W), TypeError, "x is an array of >f4"),
-    (lambda: kconv.pointwise_conv(X.tolist(), W), TypeError, "x is list, expected a float32 or float64 NumPy array"),
+    (lambda: kconv.pointwise_conv(X.tolist(), W), TypeError, "x is list, expected a NumPy array of float32"),
     (lambda: kconv.pointwise_conv(X, W.astype("d"), groups=2), TypeError, "weight is float64, expected float32"),
+    (lambda: kconv.pointwise_conv(X, W.astype("bfloat16"), groups=2), TypeError, "weight is bfloat16, expected float32"),
+    (lambda: kconv.pointwise_conv(X.astype("bfloat16"), W, groups=2), TypeError, "weight is float32, expected bfloat16"),
     (lambda: kconv.pointwise_conv(X[:, :0], W), ValueError, "in_channels=0"),
     (lambda: kconv.pointwise_conv(X, W, groups="2"), TypeError, "groups is str, expected an integer"),
     (lambda: kconv.pointwise_conv(X, W, groups=2**70), ValueError, f"groups={2**70}, expected an integer of 64 bits"),

@@ -26,7 +26,7 @@ SHAPES = [
 PADDINGS = ["same", "valid", 1, ((0, 1), (2, 0))]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

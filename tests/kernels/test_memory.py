@@ -91,9 +91,8 @@ def test_capsules_that_nobody_takes_are_freed() -> None:
 @pytest.mark.parametrize(
     ("dtype", "words"),
     [
-        (torch.bfloat16, "x is a tensor of bfloat16, expected a float"),
-        (torch.float16, "x is a tensor of float16, expected a float"),
-        (torch.int32, "x is a tensor of DLPack type 0 with 32 bits, expected a float"),
+        (torch.float16, "x is a tensor of float16, expected a NumPy array of float"),
+        (torch.int32, "x is a tensor of DLPack type 0 with 32 bits, expected a NumPy array"),
     ],
 )
 def test_capsules_of_other_types(dtype: torch.dtype, words: str) -> None:

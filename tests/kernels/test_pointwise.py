@@ -64,7 +64,7 @@ def nan_like(x: np.ndarray) -> np.ndarray:
     return np.full_like(x, np.nan, subok=False)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_conv_and_gradients(shape: tuple[int, ...], dtype: str) -> None:
     a = arrays(shape, dtype)
@@ -114,7 +114,7 @@ def test_memory_order_is_kept_and_nothing_is_copied_back() -> None:
     assert kconv.pointwise_conv(a["x"], a["weight"], groups=2).flags.c_contiguous
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", reference.DTYPES)
 def test_any_strides(dtype: str) -> None:
     a = arrays((4, 12, 8, 4, 10, 6), dtype)
     kw = {"groups": 2, "interleave": 3}
@@ -164,6 +164,28 @@ def test_nan_and_infinity_pass_through() -> None:
     np.testing.assert_array_equal(y, x)
 
 
+def test_bfloat16_is_rounded_once() -> None:
+    """Products of two have 16 bits; these are rounded to 8, ties to even, as ml_dtypes rounds."""
+    bits = np.arange(0, 1 << 16, 7, np.uint16)  # of every exponent, NaN and infinity among them
+    x = bits.view("bfloat16").reshape(1, 1, 1, -1)
+    for factor in (1.0, 1.0078125, -0.3359375, 3.0):
+        weight = np.full((1, 1), factor, "bfloat16")
+        with np.errstate(invalid="ignore", over="ignore"):
+            exact = x.astype(np.float32) * weight.astype(np.float32)
+        y = kconv.pointwise_conv(x, weight)
+        np.testing.assert_array_equal(y.astype(float), exact.astype("bfloat16").astype(float))
+
+
+def test_bfloat16_is_summed_in_float32() -> None:
+    x = np.ones((3, 2, 100, 100), "bfloat16")  # 256 + 1 is 256 in bfloat16
+    for memory in (np.ascontiguousarray, channels_last):
+        assert kconv.pointwise_conv_grad_bias(memory(x)).tolist() == [29952.0, 29952.0]
+        weight = kconv.pointwise_conv_grad_weight(memory(x), memory(x))
+        assert (weight.astype(float) == 29952).all()
+        weight = kconv.depthwise_conv_grad_weight(memory(x), memory(x), 3)
+        assert weight[:, 1, 1].tolist() == [29952.0, 29952.0]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_finite_differences(dtype: str) -> None:
     """The gradients are those of the forward function itself, which is linear in each argument."""
@@ -191,7 +213,7 @@ def test_finite_differences(dtype: str) -> None:
 @pytest.mark.parametrize("step", [1, 2, 3, 8, 40])
 def test_interleave(channels: int, step: int) -> None:
     rng = np.random.default_rng(0)
-    for dtype in ("float32", "float64"):
+    for dtype in reference.DTYPES:
         x = rng.standard_normal((2, channels, 3, 5)).astype(dtype)
         for memory in (np.ascontiguousarray, channels_last, lambda v: v[:, :, ::-1]):
             expected = reference.interleave(memory(x), step)

@@ -51,6 +51,20 @@ def test_import_loads_no_framework() -> None:
     assert run.stdout.strip() == "[]"
 
 
+def test_bfloat16_needs_no_ml_dtypes() -> None:
+    code = """if True:
+        import sys, torch, kconv, numpy as np
+        from torch.utils.dlpack import from_dlpack, to_dlpack
+        x, weight = torch.ones(1, 2, 2, 2).bfloat16(), torch.ones(3, 2).bfloat16()
+        y = from_dlpack(kconv.pointwise_conv(to_dlpack(x), to_dlpack(weight)))
+        print(y.dtype, y.sum().item(), "ml_dtypes" in sys.modules)
+        kconv.pointwise_conv(to_dlpack(x), np.ones((3, 2), np.float32))
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["torch.bfloat16", "24.0", "False"]
+    assert "TypeError: weight is float32, expected bfloat16 as the other arrays" in run.stderr
+
+
 def test_submodules_are_imported_when_used() -> None:
     code = "import kconv; print(kconv.models.count(kconv.models.create('keffnet_b0')).total)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -194,7 +194,7 @@ def test_interleave(channels, step, layout):
 
 
 @pytest.mark.parametrize("dtype", [tf.bfloat16, tf.float16])
-def test_narrow_floats_are_computed_in_float32(dtype):
+def test_narrow_floats_are_summed_in_float32(dtype):
     ours, _, args = pointwise_case(POINTWISE[0], "NHWC")
     args = [tf.cast(a, dtype) for a in args]
     with tf.GradientTape() as tape:

@@ -114,6 +114,24 @@ def test_other_devices_and_types(layer):
     torch.testing.assert_close(narrow.float(), layer(x), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("layer", LAYERS[:4], ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_bfloat16_forward_and_backward(layer, memory_format):
+    """Each of the results is that of float64 but for its own rounding to 8 bits."""
+    narrow = copy.deepcopy(layer).bfloat16()
+    x = torch.randn(3, 6, 9, 8).bfloat16().to(memory_format=memory_format)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        module = copy.deepcopy(narrow).to(dtype)
+        image = x.detach().to(dtype).requires_grad_()
+        y = module(image)
+        y.backward(torch.linspace(-1, 1, y.numel()).bfloat16().to(dtype).view_as(y))
+        results.append([y, image.grad, *(parameter.grad for parameter in module.parameters())])
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype is torch.bfloat16
+        torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)
+
+
 def test_arguments_of_parameters():
     layer = PointwiseConv2d(4, 4, device="meta", dtype=torch.float64)
     assert layer.weight.is_meta

@@ -44,7 +44,7 @@ def ffi_available() -> bool:
 def call(
     kernel: str, result: jax.ShapeDtypeStruct, *operands: jax.Array, **attributes: Any
 ) -> jax.Array:
-    """Call the function of :mod:`kconv` of that name on float32 or float64 operands."""
+    """Call the function of :mod:`kconv` of that name on float32, float64 or bfloat16 operands."""
     if ffi_available():
         encoded = {
             name: _encode(value)

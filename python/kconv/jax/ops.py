@@ -57,7 +57,7 @@ def pointwise_conv(
         weight_layout: order of the axes of ``weight``.
 
     Returns:
-        Like ``x`` with C_out channels. bfloat16 and float16 are computed in float32.
+        Like ``x`` with C_out channels. bfloat16 is summed in float32, float16 computed in it.
 
     Raises:
         ValueError: shapes, groups or step that do not fit together.
@@ -103,7 +103,8 @@ def depthwise_conv(
         weight_layout: order of the axes of ``weight``.
 
     Returns:
-        (N, C, H_out, W_out), or (N, H_out, W_out, C). bfloat16 and float16 are computed in float32.
+        (N, C, H_out, W_out), or (N, H_out, W_out, C). bfloat16 is summed in float32, float16
+        computed in it.
 
     Raises:
         ValueError: shapes, stride or padding that do not fit together.
@@ -215,7 +216,7 @@ def _without_unit_axes(kernel: str, weight: Shape, weight_layout: WeightLayout) 
 
 
 def _compute_dtype(*arrays: jax.Array | None) -> np.dtype[Any]:
-    """float64 if all are, else float32, or TypeError."""
+    """float64 or bfloat16 if all are, else float32, or TypeError."""
     dtypes = [jnp.result_type(array) for array in arrays if array is not None]
     for dtype in dtypes:
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -223,7 +224,8 @@ def _compute_dtype(*arrays: jax.Array | None) -> np.dtype[Any]:
     wide = [dtype == np.float64 for dtype in dtypes]
     if any(wide) and not all(wide):
         raise TypeError(f"cannot mix the dtypes {', '.join(map(str, dtypes))}: cast one of them")
-    return np.dtype(np.float64 if wide[0] else np.float32)
+    native = wide[0] or all(dtype == jnp.bfloat16 for dtype in dtypes)
+    return dtypes[0] if native else np.dtype(np.float32)
 
 
 # Differentiation: the triangle of the module's docstring, plus the bias, which only adds.

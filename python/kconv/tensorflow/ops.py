@@ -49,7 +49,7 @@ def pointwise_conv(
         weight_layout: order of the axes of ``weight``.
 
     Returns:
-        Like ``x`` with C_out channels. bfloat16 and float16 are computed in float32.
+        Like ``x`` with C_out channels. bfloat16 is summed in float32, float16 computed in it.
 
     Raises:
         ValueError: an unknown layout.
@@ -110,7 +110,8 @@ def depthwise_conv(
         weight_layout: order of the axes of ``weight``.
 
     Returns:
-        (N, C, H_out, W_out), or (N, H_out, W_out, C). bfloat16 and float16 are computed in float32.
+        (N, C, H_out, W_out), or (N, H_out, W_out, C). bfloat16 is summed in float32, float16
+        computed in it.
 
     Raises:
         ValueError: an unknown layout or padding.
@@ -223,7 +224,8 @@ def _apply(
             raise TypeError(f"expected a floating-point dtype, got {tensor.dtype.name}")
     if inside_xla():
         return plain(*present)
-    if dtype in (tf.float32, tf.float64):
+    narrow = dtype == tf.bfloat16 and all(tensor.dtype == dtype for tensor in present)
+    if narrow or dtype in (tf.float32, tf.float64):
         return native(*present)
     return tf.cast(native(*(tf.cast(tensor, tf.float32) for tensor in present)), dtype)
 

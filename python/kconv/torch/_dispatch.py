@@ -35,8 +35,7 @@ __all__ = ["KernelOp"]
 
 _LIBRARY = torch.library.Library("kconv", "DEF")
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_WIDE = frozenset({torch.float32, torch.float64})
-_NARROW = ({torch.bfloat16}, {torch.float16})
+_NATIVE = frozenset({torch.bfloat16, torch.float32, torch.float64})
 
 Derivative = Callable[..., Tensor]
 """``(grad, *other_tensors, shape, *geometry)`` to the gradient by a tensor of that shape."""
@@ -48,7 +47,7 @@ class KernelOp:
     Args:
         schema: name and signature in PyTorch's schema language: the tensors, an optional bias, then
             the geometry.
-        kernel: computes the result from float32 or float64 CPU tensors.
+        kernel: computes the result from CPU tensors of bfloat16, float32 or float64.
         fake: gives an empty result of the right shape and memory order, and checks the shapes.
         images: for each tensor the kernel is linear in, whether it is an image (N, C, H, W) or a
             weight (C, ...); a bias is not counted.
@@ -106,11 +105,11 @@ class KernelOp:
         return self._compute(*args)
 
     def _compute(self, *args: Any) -> Tensor:
-        """Runs the kernel, which checks the dtypes; 16-bit tensors are computed through float32."""
-        if args[0].dtype in _WIDE:
+        """Runs the kernel, which checks the dtypes; float16 is computed through float32."""
+        if args[0].dtype in _NATIVE:
             return self.kernel(*args)
         tensors = args[: self._leading]
-        if {t.dtype for t in tensors if t is not None} not in _NARROW:
+        if {t.dtype for t in tensors if t is not None} != {torch.float16}:
             raise TypeError(
                 f"{self.name}: all tensors must have one floating dtype of 16 to 64 bits, "
                 f"got {', '.join(str(t.dtype) for t in tensors if t is not None)}"

@@ -8,6 +8,7 @@ use crate::bindings::call::{Array, Buffer, Call, Float, Output};
 use crate::error::Result;
 use crate::fused::{self, Arguments, Program};
 use crate::isa;
+use crate::kernels::WideElement;
 
 /// Programs that have been read, at most.
 const REMEMBERED: usize = 64;
@@ -38,7 +39,7 @@ fn count(call: &Call<'_>, what: &str, array: &Array, size: [usize; 3]) -> Result
 }
 
 /// `x, parameters, masks, statistics -> y, statistics, workspace`; masks and statistics may be empty.
-pub fn fused_forward<T: Float>(
+pub fn fused_forward<T: Float + WideElement>(
     call: &Call<'_>,
     output: Output<'_>,
     statistics: Output<'_>,
@@ -65,7 +66,7 @@ pub fn fused_forward<T: Float>(
 }
 
 /// `x, parameters, statistics -> y`.
-pub fn fused_infer<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
+pub fn fused_infer<T: Float + WideElement>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
     let program = program(call)?;
     let [x, parameters, statistics] = call.operands()?;
     let [input_size, output_size] = program.sizes();
@@ -79,7 +80,11 @@ pub fn fused_infer<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> 
 
 /// `grad_output, parameters, masks, statistics, workspace -> grad_parameters, grad_x`; the latter is empty where the
 /// program does not want it.
-pub fn fused_backward<T: Float>(call: &Call<'_>, grad_parameters: Output<'_>, grad_x: Output<'_>) -> Result<()> {
+pub fn fused_backward<T: Float + WideElement>(
+    call: &Call<'_>,
+    grad_parameters: Output<'_>,
+    grad_x: Output<'_>,
+) -> Result<()> {
     let program = program(call)?;
     let [grad, parameters, masks, statistics, workspace] = call.operands()?;
     let [input_size, output_size] = program.sizes();
@@ -135,7 +140,7 @@ fn images(call: &Call<'_>, program: &Program, x: &Array) -> Result<(usize, Vec<u
     Ok((n, in_order(order(call)?, [n, channels, height, width]).to_vec()))
 }
 
-fn arguments<'a, T: Float>(
+fn arguments<'a, T: Float + WideElement>(
     call: &Call<'_>,
     program: &'a Program,
     count: usize,

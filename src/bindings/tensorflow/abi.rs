@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
 use std::sync::OnceLock;
 
-use crate::bindings::arrays::Dtype;
+use crate::bindings::arrays::{Dtype, by_dtype};
 use crate::bindings::call::{Array, Attribute, Attributes, Buffer, Call, Output};
 use crate::error::{Error, Result, bail};
 
@@ -18,8 +18,9 @@ pub type Opaque = *mut c_void;
 const OK: c_int = 0;
 const INVALID_ARGUMENT: c_int = 3;
 const INTERNAL: c_int = 13;
-const FLOAT: c_int = 1;
-const DOUBLE: c_int = 2;
+/// The types of tensors, TensorFlow's codes of them, and what distinguishes the names of their kernels.
+const TYPES: [(Dtype, c_int, &str); 3] =
+    [(Dtype::F32, 1, "Float"), (Dtype::F64, 2, "Double"), (Dtype::BF16, 14, "Bfloat16")];
 
 /// Declares the functions by their names and types, and how to look them up.
 macro_rules! api {
@@ -91,7 +92,7 @@ api! {
 /// Makes a kernel for a node of a graph: from a `TF_OpKernelConstruction` to a [`Kernel`].
 pub type Create = unsafe extern "C" fn(Opaque) -> Opaque;
 type InferShape = unsafe extern "C" fn(Opaque, Opaque);
-type Body = fn(&Call<'_>, Vec<Output<'_>>) -> Result<()>;
+type Body = fn(Dtype, &Call<'_>, Vec<Output<'_>>) -> Result<()>;
 
 static API: OnceLock<Api> = OnceLock::new();
 
@@ -118,22 +119,20 @@ pub fn load(path: &str) -> Result<bool> {
     Ok(API.set(api).is_ok())
 }
 
-/// An operation to be registered with TensorFlow, for float32 and float64.
+/// An operation to be registered with TensorFlow, for all of [`TYPES`].
 pub struct Operation {
     /// Its name in CamelCase.
     pub name: &'static str,
     /// Its inputs: "x: T", or "x: biases * T" for any number of them.
     pub inputs: &'static [&'static str],
-    /// Its attributes beside "T: {float, double}", of the types int, list(int) and string.
+    /// Its attributes beside "T", of the types int, list(int) and string.
     pub attributes: &'static [&'static str],
     /// Its outputs: "output: T".
     pub outputs: &'static [&'static str],
     /// The shapes of its outputs.
     pub result: ResultShape,
-    /// Computes the outputs of float32 inputs.
-    pub single: Body,
-    /// Computes the outputs of float64 inputs.
-    pub double: Body,
+    /// Computes the outputs.
+    pub body: Body,
 }
 
 /// The shapes of an operation's outputs.
@@ -166,7 +165,7 @@ pub fn register(operation: &'static Operation, create: Create) -> Result<()> {
         for output in operation.outputs {
             (api.TF_OpDefinitionBuilderAddOutput)(builder, text(output).as_ptr());
         }
-        (api.TF_OpDefinitionBuilderAddAttr)(builder, c"T: {float, double}".as_ptr());
+        (api.TF_OpDefinitionBuilderAddAttr)(builder, c"T: {bfloat16, float, double}".as_ptr());
         for attribute in operation.attributes {
             (api.TF_OpDefinitionBuilderAddAttr)(builder, text(attribute).as_ptr());
         }
@@ -177,7 +176,7 @@ pub fn register(operation: &'static Operation, create: Create) -> Result<()> {
         (api.TF_RegisterOpDefinition)(builder, status.0);
     }
     status.check()?;
-    for (dtype, suffix) in [(FLOAT, "Float"), (DOUBLE, "Double")] {
+    for (_, dtype, suffix) in TYPES {
         // SAFETY: as above.
         unsafe {
             let builder = (api.TF_NewKernelBuilder)(name.as_ptr(), c"CPU".as_ptr(), create, compute, delete_kernel);
@@ -311,10 +310,9 @@ unsafe fn run(kernel: &Kernel, context: Opaque) -> Result<()> {
         operands.pop();
     }
     let dtype = operands[0].dtype();
-    let (code, width, body) = match dtype {
-        Dtype::F32 => (FLOAT, 4, kernel.operation.single),
-        Dtype::F64 => (DOUBLE, 8, kernel.operation.double),
-    };
+    let width = by_dtype!(dtype, T => size_of::<T>());
+    // SAFETY: a tensor of this call.
+    let code = unsafe { (api.TF_TensorType)(tensors[0].0) };
     let allocate = |(index, dims): (usize, &Vec<usize>)| {
         let sizes: Vec<_> = dims.iter().map(|&size| size as i64).collect();
         let (axes, bytes) = (sizes.len() as c_int, width * dims.iter().product::<usize>());
@@ -329,7 +327,7 @@ unsafe fn run(kernel: &Kernel, context: Opaque) -> Result<()> {
         Ok(unsafe { Output::new(Array::new(dtype, dims)?, (api.TF_TensorData)(tensor.0)) })
     };
     let outputs = results.iter().zip(&shapes).map(output).collect::<Result<Vec<_>>>()?;
-    body(&Call::new(&operands, kernel), outputs)
+    (kernel.operation.body)(dtype, &Call::new(&operands, kernel), outputs)
 }
 
 /// A `TF_Tensor` that is ours to delete; its memory is TensorFlow's.
@@ -340,10 +338,9 @@ impl Tensor {
         let api = api();
         // SAFETY: a tensor lives as long as `self`, and its values do not change during a call.
         unsafe {
-            let dtype = match (api.TF_TensorType)(self.0) {
-                FLOAT => Dtype::F32,
-                DOUBLE => Dtype::F64,
-                code => bail!("expected float32 or float64, got TensorFlow's type {code}"),
+            let code = (api.TF_TensorType)(self.0);
+            let Some((dtype, ..)) = TYPES.into_iter().find(|(_, known, _)| *known == code) else {
+                bail!("expected float32, float64 or bfloat16, got TensorFlow's type {code}")
             };
             let axes = 0..(api.TF_NumDims)(self.0);
             let dims: Vec<_> = axes.map(|axis| (api.TF_Dim)(self.0, axis) as usize).collect();

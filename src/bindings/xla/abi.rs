@@ -28,6 +28,7 @@ const ATTRIBUTE_STRING: c_int = 4;
 const TYPE_I64: c_int = 5;
 const TYPE_F32: c_int = 11;
 const TYPE_F64: c_int = 12;
+const TYPE_BF16: c_int = 16;
 const ERROR_INVALID_ARGUMENT: c_int = 3;
 const ERROR_INTERNAL: c_int = 13;
 
@@ -246,7 +247,8 @@ impl RawBuffer {
         let dtype = match self.dtype {
             TYPE_F32 => Dtype::F32,
             TYPE_F64 => Dtype::F64,
-            code => bail!("expected float32 or float64, got XLA's type {code}"),
+            TYPE_BF16 => Dtype::BF16,
+            code => bail!("expected float32, float64 or bfloat16, got XLA's type {code}"),
         };
         // SAFETY: XLA passes `rank` sizes, valid for the call; they are not negative.
         Array::new(dtype, unsafe { values(self.dims.cast(), self.rank as usize) })

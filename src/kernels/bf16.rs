@@ -1,0 +1,171 @@
+//! bfloat16, the upper half of a float32: storage of half the bytes, for kernels that compute in float32.
+
+use half::bf16;
+use pulp::Scalar;
+
+use super::{Element, f32_vectors, vectors};
+use crate::isa::Isa;
+use crate::scratch;
+
+/// Length of the matrices' common axis over which [`Element::gemm`] widens at once: a group's rows stay in the L2 cache.
+const WIDENED: usize = 256;
+
+/// Floats from the bits of bfloat16 values.
+#[inline(always)]
+fn widened<I: Isa>(isa: I, bits: I::u32s) -> I::f32s {
+    isa.transmute_f32s_u32s(isa.wrapping_dyn_shl_u32s(bits, isa.splat_u32s(16)))
+}
+
+/// The bits of the nearest bfloat16 values, those with an even last bit between two; NaN stays NaN.
+#[inline(always)]
+fn rounded<I: Isa>(isa: I, x: I::f32s) -> I::u32s {
+    let (sixteen, bits) = (isa.splat_u32s(16), isa.transmute_u32s_f32s(x));
+    // Adding half of the last bit that stays, or just less where that bit is even, carries where there is more.
+    let last = isa.and_u32s(isa.wrapping_dyn_shr_u32s(bits, sixteen), isa.splat_u32s(1));
+    let nearest = isa.add_u32s(bits, isa.add_u32s(isa.splat_u32s(0x7fff), last));
+    // What makes a number NaN may all be in the half that goes: this bit stays.
+    let nan = isa.or_u32s(bits, isa.splat_u32s(0x40_0000));
+    isa.wrapping_dyn_shr_u32s(isa.select_u32s(isa.equal_f32s(x, x), nearest, nan), sixteen)
+}
+
+impl Element for bf16 {
+    f32_vectors!();
+    const ONE: Self = Self::ONE;
+
+    #[inline(always)]
+    fn from_f64(value: f64) -> Self {
+        Self::from_f64(value)
+    }
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self.widen().into()
+    }
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        widened(Scalar::new(), self.to_bits().into())
+    }
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        Self::from_bits(rounded(Scalar::new(), value) as u16)
+    }
+    #[inline(always)]
+    fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self {
+        Self::narrow(self.widen().times_plus::<I>(a.widen(), b.widen()))
+    }
+    #[inline(always)]
+    unsafe fn load<I: Isa>(isa: I, ptr: *const Self) -> I::f32s {
+        // SAFETY: the caller's promise.
+        widened(isa, unsafe { isa.load_u16s(ptr.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn store<I: Isa>(isa: I, ptr: *mut Self, value: I::f32s) {
+        // SAFETY: the caller's promise.
+        unsafe { isa.store_u16s(ptr.cast(), rounded(isa, value)) }
+    }
+    #[inline(always)]
+    unsafe fn load_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *const Self) -> I::f32s {
+        // SAFETY: the caller's promise.
+        widened(isa, unsafe { isa.load_masked_u16s(mask, ptr.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: I::f32s) {
+        // SAFETY: the caller's promise.
+        unsafe { isa.store_masked_u16s(mask, ptr.cast(), rounded(isa, value)) }
+    }
+    #[inline(always)]
+    unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { isa.transpose_u16(src.cast(), src_stride, dst.cast(), dst_stride) }
+    }
+    unsafe fn gemm(
+        [m, k, n]: [usize; 3],
+        a: (*const Self, usize, usize),
+        b: (*const Self, usize, usize),
+        c: (*mut f32, usize, usize),
+    ) {
+        scratch::with((m + n) * WIDENED.min(k), |memory: &mut [f32]| {
+            for start in (0..k).step_by(WIDENED) {
+                let len = WIDENED.min(k - start);
+                let (wide_a, rest) = memory.split_at_mut(m * len);
+                let wide_b = &mut rest[..n * len];
+                // SAFETY: the caller's promise: columns `start..` of a, rows `start..` of b, and all of c.
+                unsafe {
+                    let a = widen_matrix([m, len], (a.0.add(start * a.2), a.1, a.2), wide_a);
+                    let b = widen_matrix([len, n], (b.0.add(start * b.1), b.1, b.2), wide_b);
+                    f32::gemm([m, len, n], a, b, c);
+                }
+            }
+        });
+    }
+}
+
+/// A dense copy of a matrix in float32, in the order of axes in which the matrix lies in memory.
+///
+/// # Safety
+/// The matrix must be readable.
+unsafe fn widen_matrix(
+    [rows, columns]: [usize; 2],
+    (from, row, column): (*const bf16, usize, usize),
+    to: &mut [f32],
+) -> (*const f32, usize, usize) {
+    let by_rows = column <= row;
+    let ((outer, outer_stride), (inner, inner_stride)) =
+        if by_rows { ((rows, row), (columns, column)) } else { ((columns, column), (rows, row)) };
+    for (i, to) in to.chunks_exact_mut(inner.max(1)).take(outer).enumerate() {
+        for (j, to) in to.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *to = unsafe { *from.add(i * outer_stride + j * inner_stride) }.widen();
+        }
+    }
+    if by_rows { (to.as_ptr(), columns, 1) } else { (to.as_ptr(), 1, rows) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::{Active, Kernel};
+
+    /// Rounds 16 floats, and widens the results.
+    struct There([f32; 16]);
+
+    impl Kernel for There {
+        type Output = ([bf16; 16], [f32; 16]);
+
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) -> ([bf16; 16], [f32; 16]) {
+            let (mut narrow, mut wide) = ([bf16::ZERO; 16], [0.0; 16]);
+            for start in (0..16).step_by(bf16::lanes::<I>()) {
+                // SAFETY: a vector's values, which are divisors of 16, inside the arrays.
+                unsafe {
+                    bf16::store(isa, narrow.as_mut_ptr().add(start), bf16::load_wide(isa, self.0.as_ptr().add(start)));
+                    bf16::store_wide(isa, wide.as_mut_ptr().add(start), bf16::load(isa, narrow.as_ptr().add(start)));
+                }
+            }
+            (narrow, wide)
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_rounds_to_the_nearest() {
+        let step = 997;
+        // Between two values, by a little less and more than half; the largest and the smallest; infinities and NaN.
+        #[rustfmt::skip]
+        let edges = [
+            0x3f80_7fff, 0x3f80_8000, 0x3f80_8001, 0x3f81_7fff, 0x3f81_8000, 0x3f81_8001, 0x7f7f_7fff, 0x7f7f_8000, 1,
+            0x8000, 0x8000_0000, 0x7f80_0000, 0xff80_0000, 0x7f80_0001, 0xffff_ffff, 0x7fc0_0000,
+        ];
+        let numbers = (0..u32::MAX - 16 * step).step_by(16 * step as usize);
+        let vectors = numbers.map(|first| std::array::from_fn(|i| first + i as u32 * step)).chain([edges]);
+        let all = Active::available();
+        for x in vectors.map(|bits: [u32; 16]| bits.map(f32::from_bits)) {
+            for isa in &all {
+                let (narrow, wide) = isa.run(There(x));
+                for ((x, narrow), wide) in x.into_iter().zip(narrow).zip(wide) {
+                    assert_eq!(narrow.to_bits(), bf16::from_f32(x).to_bits(), "{} {x:?}", isa.name());
+                    assert_eq!(wide.to_bits(), u32::from(narrow.to_bits()) << 16, "{} {x:?}", isa.name());
+                    assert_eq!(<bf16 as Element>::narrow(x).to_bits(), narrow.to_bits());
+                }
+            }
+        }
+    }
+}
