@@ -165,7 +165,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     );
                     if gemm {
                         // SAFETY: rows of these pixels.
-                        unsafe { self::gemm(rows_a, rows_b, pixels.len(), tile, weight_sums) };
+                        unsafe { self::gemm(pass.isa, rows_a, rows_b, pixels.len(), tile, weight_sums) };
                     } else {
                         // SAFETY: as above.
                         unsafe { products(pass.isa, rows_a, rows_b, [1, pixels.len()], slots) };
@@ -235,7 +235,14 @@ impl<T: WideElement> Tape<'_, '_, T> {
 ///
 /// # Safety
 /// The rows must be readable.
-unsafe fn gemm<T: WideElement>(a: Rows<'_, T>, b: Rows<'_, T>, pixels: usize, tile: usize, products: &mut [T]) {
+unsafe fn gemm<T: WideElement>(
+    isa: Active,
+    a: Rows<'_, T>,
+    b: Rows<'_, T>,
+    pixels: usize,
+    tile: usize,
+    products: &mut [T],
+) {
     let (m, k) = (a.offsets.len(), b.offsets.len());
     scratch::with((m + k) * tile, |copies: &mut [T]| {
         let (a_copy, b_copy) = copies.split_at_mut(m * tile);
@@ -249,7 +256,7 @@ unsafe fn gemm<T: WideElement>(a: Rows<'_, T>, b: Rows<'_, T>, pixels: usize, ti
         // SAFETY: m x pixels times pixels x k, of rows `tile` apart, into m x k.
         unsafe {
             let (a, b) = ((a_copy.as_ptr(), tile, 1), (b_copy.as_ptr(), 1, tile));
-            T::gemm([m, pixels, k], a, b, (products.as_mut_ptr(), k, 1));
+            T::gemm(isa, [m, pixels, k], a, b, (products.as_mut_ptr(), k, 1));
         }
     });
 }

@@ -4,7 +4,7 @@ use half::bf16;
 use pulp::Scalar;
 
 use super::{Element, f32_vectors, vectors};
-use crate::isa::Isa;
+use crate::isa::{Active, Isa, Kernel};
 use crate::scratch;
 
 /// Length of the matrices' common axis over which [`Element::gemm`] widens at once: a group's rows stay in the L2 cache.
@@ -78,6 +78,7 @@ impl Element for bf16 {
         unsafe { isa.transpose_u16(src.cast(), src_stride, dst.cast(), dst_stride) }
     }
     unsafe fn gemm(
+        isa: Active,
         [m, k, n]: [usize; 3],
         a: (*const Self, usize, usize),
         b: (*const Self, usize, usize),
@@ -90,40 +91,55 @@ impl Element for bf16 {
                 let wide_b = &mut rest[..n * len];
                 // SAFETY: the caller's promise: columns `start..` of a, rows `start..` of b, and all of c.
                 unsafe {
-                    let a = widen_matrix([m, len], (a.0.add(start * a.2), a.1, a.2), wide_a);
-                    let b = widen_matrix([len, n], (b.0.add(start * b.1), b.1, b.2), wide_b);
-                    f32::gemm([m, len, n], a, b, c);
+                    let a = isa.run(Widen { size: [m, len], from: (a.0.add(start * a.2), a.1, a.2), to: wide_a });
+                    let b = isa.run(Widen { size: [len, n], from: (b.0.add(start * b.1), b.1, b.2), to: wide_b });
+                    f32::gemm(isa, [m, len, n], a, b, c);
                 }
             }
         });
     }
 }
 
-/// A dense copy of a matrix in float32, in the order of axes in which the matrix lies in memory.
-///
-/// # Safety
-/// The matrix must be readable.
-unsafe fn widen_matrix(
-    [rows, columns]: [usize; 2],
-    (from, row, column): (*const bf16, usize, usize),
-    to: &mut [f32],
-) -> (*const f32, usize, usize) {
-    let by_rows = column <= row;
-    let ((outer, outer_stride), (inner, inner_stride)) =
-        if by_rows { ((rows, row), (columns, column)) } else { ((columns, column), (rows, row)) };
-    for (i, to) in to.chunks_exact_mut(inner.max(1)).take(outer).enumerate() {
-        for (j, to) in to.iter_mut().enumerate() {
-            // SAFETY: the caller's promise.
-            *to = unsafe { *from.add(i * outer_stride + j * inner_stride) }.widen();
+/// Copies a matrix of `size`, readable as [`Element::gemm`] promises, into a dense one of float32, in the order of axes in
+/// which it lies in memory; gives the place and strides of that.
+struct Widen<'a> {
+    size: [usize; 2],
+    from: (*const bf16, usize, usize),
+    to: &'a mut [f32],
+}
+
+impl Kernel for Widen<'_> {
+    type Output = (*const f32, usize, usize);
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> Self::Output {
+        let Self { size: [rows, columns], from: (from, row, column), to } = self;
+        let by_rows = column <= row;
+        let ((outer, outer_stride), (inner, inner_stride)) =
+            if by_rows { ((rows, row), (columns, column)) } else { ((columns, column), (rows, row)) };
+        let lanes = bf16::lanes::<I>();
+        for (i, to) in to.chunks_exact_mut(inner.max(1)).take(outer).enumerate() {
+            // SAFETY: inside the matrix, by the promise of `gemm`.
+            unsafe {
+                let from = from.add(i * outer_stride);
+                if inner_stride > 1 {
+                    to.iter_mut().enumerate().for_each(|(j, to)| *to = (*from.add(j * inner_stride)).widen());
+                    continue;
+                }
+                for (j, to) in to.chunks_mut(lanes).enumerate() {
+                    let mask = bf16::mask(isa, to.len());
+                    let values = bf16::load_masked(isa, mask, from.add(j * lanes));
+                    bf16::store_wide_masked(isa, mask, to.as_mut_ptr(), values);
+                }
+            }
         }
+        if by_rows { (to.as_ptr(), columns, 1) } else { (to.as_ptr(), 1, rows) }
     }
-    if by_rows { (to.as_ptr(), columns, 1) } else { (to.as_ptr(), 1, rows) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::isa::{Active, Kernel};
 
     /// Rounds 16 floats, and widens the results.
     struct There([f32; 16]);

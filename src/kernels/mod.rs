@@ -17,7 +17,7 @@ pub mod transpose;
 use std::mem::MaybeUninit;
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
-use crate::isa::Isa;
+use crate::isa::{Active, Isa};
 
 /// A floating-point type that arrays hold, and how kernels compute with it: with its vectors on any instruction set.
 ///
@@ -138,11 +138,13 @@ pub trait Element:
     /// # Safety
     /// As for [`Isa::transpose_f32`].
     unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize);
-    /// `c += a * b` for matrices of `[m, k, n]` with strides `(row, column)`: matrixmultiply's GEMM.
+    /// `c += a * b` for matrices of `[m, k, n]` with strides `(row, column)`: matrixmultiply's GEMM, which chooses the
+    /// instruction set itself; `isa` is for what is to be widened before.
     ///
     /// # Safety
     /// The three matrices must be in bounds, and `c` must overlap neither of the others.
     unsafe fn gemm(
+        isa: Active,
         size: [usize; 3],
         a: (*const Self, usize, usize),
         b: (*const Self, usize, usize),
@@ -334,6 +336,7 @@ macro_rules! wide_storage {
             unsafe { isa.$transpose(src, src_stride, dst, dst_stride) }
         }
         unsafe fn gemm(
+            _isa: Active,
             [m, k, n]: [usize; 3],
             a: (*const Self, usize, usize),
             b: (*const Self, usize, usize),

@@ -379,7 +379,7 @@ impl<T: Element> WeightGrad<'_, T> {
                     unsafe {
                         let a = self.grad_output.as_ptr().add(n * c_out * pixels + places[0]);
                         let b = self.x.as_ptr().add((n * c_in + g * k) * pixels);
-                        T::gemm([m, pixels, k], (a, stride, 1), (b, 1, pixels), (sums.as_mut_ptr(), k, 1));
+                        T::gemm(self.isa, [m, pixels, k], (a, stride, 1), (b, 1, pixels), (sums.as_mut_ptr(), k, 1));
                     }
                 }
                 continue;
@@ -416,7 +416,8 @@ impl<T: Element> WeightGrad<'_, T> {
                 unsafe {
                     let a = self.grad_output.as_ptr().add(range.start * c_out + places[0]);
                     let b = self.x.as_ptr().add(range.start * c_in + first * k);
-                    T::gemm([m, range.len(), k], (a, stride, c_out), (b, c_in, 1), (sums.as_mut_ptr(), k, 1));
+                    let (a, b) = ((a, stride, c_out), (b, c_in, 1));
+                    T::gemm(self.isa, [m, range.len(), k], a, b, (sums.as_mut_ptr(), k, 1));
                 }
                 continue;
             }
