@@ -531,27 +531,6 @@ impl<T: Element, I: Isa> Body<T, I> for Distances<T, T::Vector<I>> {
     }
 }
 
-/// Calls a function for each vector of rows: with where it stands in rows that are `pitches` apart, and its lanes.
-#[inline(always)]
-fn each_vector<T: Element, I: Isa>(
-    isa: I,
-    [rows, width]: [usize; 2],
-    pitches: [usize; 2],
-    mut call: impl FnMut([usize; 2], Lanes<T::Mask<I>>),
-) {
-    let vector = T::lanes::<I>();
-    let (whole, mask) = (width / vector * vector, T::mask(isa, width % vector));
-    for row in 0..rows {
-        let places = |at| pitches.map(|pitch| row * pitch + at);
-        for at in (0..whole).step_by(vector) {
-            call(places(at), Lanes::All);
-        }
-        if whole < width {
-            call(places(whole), Lanes::First(mask));
-        }
-    }
-}
-
 /// Where the last of some rows ends.
 fn end([rows, width]: [usize; 2], pitch: usize) -> usize {
     rows.max(1) * pitch - pitch + width
@@ -574,16 +553,32 @@ impl<T: Element> Kernel for WidenRows<'_, T> {
     fn run<I: Isa>(self, isa: I) {
         let Self { x: (x, x_pitch), y: (y, y_pitch), size } = self;
         assert!(x.len() >= end(size, x_pitch) && y.len() >= end(size, y_pitch));
-        let (x, y) = (x.as_ptr(), y.as_mut_ptr().cast::<T::Wide>());
-        // SAFETY: the rows end inside the slices.
-        each_vector::<T, I>(isa, size, [x_pitch, y_pitch], |[from, to], lanes| unsafe {
-            match lanes {
-                Lanes::All => T::store_wide(isa, y.add(to), T::load(isa, x.add(from))),
-                Lanes::First(mask) => {
-                    T::store_wide_masked(isa, mask, y.add(to), T::load_masked(isa, mask, x.add(from)));
+        for row in 0..size[0] {
+            // SAFETY: the rows end inside the slices.
+            unsafe {
+                let (x, y) = (x.as_ptr().add(row * x_pitch), y.as_mut_ptr().add(row * y_pitch).cast());
+                run(isa, size[1], &mut Widen::<T>(x, y));
+            }
+        }
+    }
+}
+
+struct Widen<T: Element>(*const T, *mut T::Wide);
+
+impl<T: Element, I: Isa> Body<T, I> for Widen<T> {
+    #[inline(always)]
+    unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
+        for i in 0..N {
+            let at = at + i * T::lanes::<I>();
+            // SAFETY: the caller's promise.
+            unsafe {
+                let [value] = load::<T, I, 1>(isa, self.0.add(at), lanes);
+                match lanes {
+                    Lanes::All => T::store_wide(isa, self.1.add(at), value),
+                    Lanes::First(mask) => T::store_wide_masked(isa, mask, self.1.add(at), value),
                 }
             }
-        });
+        }
     }
 }
 
@@ -604,16 +599,32 @@ impl<T: Element> Kernel for NarrowRows<'_, T> {
     fn run<I: Isa>(self, isa: I) {
         let Self { x: (x, x_pitch), y: (y, y_pitch), size } = self;
         assert!(x.len() >= end(size, x_pitch) && y.len() >= end(size, y_pitch));
-        let (x, y) = (x.as_ptr(), y.as_mut_ptr().cast::<T>());
-        // SAFETY: the rows end inside the slices.
-        each_vector::<T, I>(isa, size, [x_pitch, y_pitch], |[from, to], lanes| unsafe {
-            match lanes {
-                Lanes::All => T::store(isa, y.add(to), T::load_wide(isa, x.add(from))),
-                Lanes::First(mask) => {
-                    T::store_masked(isa, mask, y.add(to), T::load_wide_masked(isa, mask, x.add(from)));
-                }
+        for row in 0..size[0] {
+            // SAFETY: the rows end inside the slices.
+            unsafe {
+                let (x, y) = (x.as_ptr().add(row * x_pitch), y.as_mut_ptr().add(row * y_pitch).cast());
+                run(isa, size[1], &mut Narrow::<T>(x, y));
             }
-        });
+        }
+    }
+}
+
+struct Narrow<T: Element>(*const T::Wide, *mut T);
+
+impl<T: Element, I: Isa> Body<T, I> for Narrow<T> {
+    #[inline(always)]
+    unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
+        for i in 0..N {
+            let at = at + i * T::lanes::<I>();
+            // SAFETY: the caller's promise.
+            unsafe {
+                let value = match lanes {
+                    Lanes::All => T::load_wide(isa, self.0.add(at)),
+                    Lanes::First(mask) => T::load_wide_masked(isa, mask, self.0.add(at)),
+                };
+                store(isa, self.1.add(at), lanes, [value]);
+            }
+        }
     }
 }
 

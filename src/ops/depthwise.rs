@@ -217,7 +217,7 @@ impl<T: Element> Correlation<'_, T> {
                                     slice::from_raw_parts_mut(y, out_pixels)
                                 };
                                 let results = (&results[i * planes.step..], set, planes.pitch);
-                                merge(self.isa, vertical, sets, results, plane, width);
+                                merge::<T>(self.isa, vertical, sets, results, plane, width);
                             }
                         }
                     }
