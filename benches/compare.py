@@ -59,8 +59,9 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "kmobilenet_v3": ("kmobilenet_v3_large", {"ktype": "D6_16ch"}, 16),
 }
 PEERS = ("torch-nchw", "torch-nhwc", "torch-einsum", "jax-conv", "jax-einsum", "numpy-einsum")
-# kconv, allocating and not; in the same two ways, the convolution without the fused interleave.
-OURS = ("kconv", "kconv-out", "without", "without-out")
+# kconv, allocating and not; in the same two ways, the convolution without the fused interleave, and
+# beside bfloat16 the same call in float32.
+OURS = ("kconv", "kconv-out", "without", "without-out", "float32", "float32-out")
 # XLA's grouped convolutions can take thousands of times as long as the others: one turn is enough.
 ONE_TURN = ("jax-conv",)
 
@@ -108,6 +109,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.layout: str = options.layout
+        if options.dtype == "bfloat16":
+            __import__("ml_dtypes")  # tells NumPy
         self.dtype = np.dtype(options.dtype)
         self.patience: float = options.patience
         self.rng = np.random.default_rng(0)
@@ -132,9 +135,14 @@ class Bench:
             jax.config.update("jax_enable_x64", True)
         return found
 
+    def random(self, *shape: int) -> Array:
+        """Random values."""
+        drawn = np.float64 if self.dtype == np.float64 else np.float32
+        return self.rng.standard_normal(shape, drawn).astype(self.dtype, copy=False)
+
     def array(self, n: int, c: int, h: int, w: int) -> Array:
         """Random images, (N, C, H, W), in the memory order of the layout."""
-        x = self.rng.standard_normal((n, c, h, w), self.dtype)
+        x = self.random(n, c, h, w)
         return x if self.layout == "NCHW" else as_nhwc(x)
 
     def pointwise(
@@ -142,7 +150,7 @@ class Bench:
     ) -> Iterator[tuple[str, Calls]]:
         c_in, c_out, groups = layer.in_channels, layer.filters, layer.groups
         x, g = self.array(n, c_in, *size), self.array(n, c_out, *size)
-        w = self.rng.standard_normal((c_out, c_in // groups), self.dtype)
+        w = self.random(c_out, c_in // groups)
         kw = {"groups": groups}
         calls = {
             "forward": ours(kconv.pointwise_conv, x, w, like=g, **kw),
@@ -170,7 +178,7 @@ class Bench:
         c, k, stride = layer.in_channels, layer.kernel_size, layer.strides
         pad = k // 2 if layer.padding == "same" else 0
         x = self.array(n, c, *size)
-        w = self.rng.standard_normal((c, k, k), self.dtype)
+        w = self.random(c, k, k)
         kw = {"stride": stride, "padding": pad}
         g = self.array(n, c, *kconv.depthwise_conv(x[:1, :1], w[:1], **kw).shape[2:])
         calls = {
@@ -190,14 +198,14 @@ class Bench:
             return
         x = self.array(n, layer.in_channels, *size)
         g = self.array(n, layer.filters, *size)
-        w = self.rng.standard_normal((layer.filters, layer.in_channels // layer.groups), self.dtype)
+        w = self.random(layer.filters, layer.in_channels // layer.groups)
         step = layer.filters // layer.groups
         fused = partial(kconv.pointwise_conv, groups=layer.groups, interleave=step)
         plain = partial(kconv.pointwise_conv, groups=layer.groups)
         assert np.array_equal(fused(x, w), kconv.interleave(plain(x, w), step))
         calls = ours(fused, x, w, like=g)
-        without = ours(plain, x, w, like=g)
-        yield "forward", calls | {"without" + name[5:]: call for name, call in without.items()}
+        call = ours(plain, x, w, like=g)
+        yield "forward", calls | {"without": call["kconv"], "without-out": call["kconv-out"]}
 
     def _torch(
         self,
@@ -216,7 +224,7 @@ class Bench:
             import torch
 
             form = torch.channels_last if peer == "torch-nhwc" else torch.contiguous_format
-            tx, tw, tg = (torch.from_numpy(a).contiguous(memory_format=form) for a in (x, w, g))
+            tx, tw, tg = (tensor(a).contiguous(memory_format=form) for a in (x, w, g))
             calls["forward"][peer] = lambda tx=tx, tw=tw: torch.nn.functional.conv2d(
                 tx, tw, None, stride, padding, 1, groups
             )
@@ -349,7 +357,12 @@ class Bench:
 def ours(function: Callable[..., Array], *arguments: Any, like: Array, **options: Any) -> Calls:
     """kconv's call with a result that it allocates, and with one like an array that is there."""
     call = partial(function, *arguments, **options)
-    return {"kconv": call, "kconv-out": partial(call, out=np.copy(like, order="K"))}
+    calls = {"kconv": call, "kconv-out": partial(call, out=np.copy(like, order="K"))}
+    if like.dtype == "bfloat16":
+        wide = [a.astype(np.float32) if isinstance(a, np.ndarray) else a for a in arguments]
+        call = partial(function, *wide, **options)
+        calls |= {"float32": call, "float32-out": partial(call, out=like.astype(np.float32))}
+    return calls
 
 
 def sum_of(rows: list[Row]) -> Row:
@@ -370,12 +383,21 @@ def as_nhwc(x: Array) -> Array:
     return np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
 
 
+def tensor(a: Array) -> Any:
+    """PyTorch's tensor of the same memory."""
+    import torch
+
+    if a.dtype == "bfloat16":
+        return torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(a)
+
+
 def einsum(peer: str, equation: str, a: Array, b: Array) -> Call:
     """A grouped product by PyTorch's, JAX's or NumPy's einsum."""
     if peer == "torch-einsum":
         import torch
 
-        ta, tb = torch.from_numpy(a), torch.from_numpy(b)
+        ta, tb = tensor(a), tensor(b)
         return lambda: torch.einsum(equation, ta, tb)
     if peer == "jax-einsum":
         import jax
@@ -389,12 +411,17 @@ def einsum(peer: str, equation: str, a: Array, b: Array) -> Call:
 def check(label: str, operation: str, calls: Calls) -> None:
     """Stops unless all peers give kconv's result."""
     ours = np.array(calls["kconv"]())
+    narrow = ours.dtype == "bfloat16"
+    ours = ours.astype(np.float32) if narrow else ours
     for name, call in calls.items():
         if name in ("kconv", "without", "without-out"):
             continue
-        theirs = np.asarray(call()).reshape(ours.shape)
+        result = call()
+        # PyTorch gives NumPy no bfloat16.
+        theirs = result.float() if narrow and name.startswith("torch") else result
+        theirs = np.asarray(theirs, ours.dtype).reshape(ours.shape)
         error = np.abs(ours - theirs).max() / np.abs(ours).max()
-        if not error < 1e-4:
+        if not error < (2e-2 if narrow else 1e-4):
             sys.exit(f"{label} {operation}: kconv and {name} differ by {error:.1e}")
 
 
@@ -540,7 +567,7 @@ def main() -> None:
     )
     parser.add_argument("operation", nargs="?", choices=operations, default="pointwise")
     parser.add_argument("--layout", choices=("NCHW", "NHWC"), default="NCHW")
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=kconv.get_num_threads())
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["keffnet32"])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)

@@ -10,7 +10,7 @@ use crate::isa::{Isa, Kernel};
 const PIXELS: usize = 4;
 
 /// `y[p][c] = bias[c] + sum over taps t of w[t][c] * x[p][t][c]` for a run of pixels `p` and all channels `c`.
-pub struct TapPixels<'a, T> {
+pub struct TapPixels<'a, T: Element> {
     /// Number of channels.
     pub channels: usize,
     /// Number of output pixels.
@@ -22,7 +22,7 @@ pub struct TapPixels<'a, T> {
     /// Values from one pixel's input to the next one's.
     pub x_stride: usize,
     /// The weights, `channels` for each tap.
-    pub weights: &'a [T],
+    pub weights: &'a [T::Wide],
     /// `channels` values.
     pub bias: Option<&'a [T]>,
     /// The output.
@@ -32,7 +32,7 @@ pub struct TapPixels<'a, T> {
 }
 
 /// A [`TapPixels`] that may run: see [`TapPixels::promise`].
-pub struct CheckedTapPixels<'a, T>(TapPixels<'a, T>);
+pub struct CheckedTapPixels<'a, T: Element>(TapPixels<'a, T>);
 
 impl<'a, T: Element> TapPixels<'a, T> {
     /// Turns the description into a kernel.
@@ -94,7 +94,9 @@ impl<'a, T: Element> TapPixels<'a, T> {
             let x = self.x.wrapping_add(x + p * self.x_stride + c);
             let w = self.weights.as_ptr().wrapping_add(w + c);
             for v in 0..V {
-                let weight = load(w.wrapping_add(v * lanes));
+                let w = w.wrapping_add(v * lanes);
+                // SAFETY: inside the weights, whose number was asserted.
+                let weight = unsafe { if TAIL { T::load_wide_masked(isa, mask, w) } else { T::load_wide(isa, w) } };
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let value = load(x.wrapping_add(i * self.x_stride + v * lanes));
                     sums[v] = T::mul_add(isa, weight, value, sums[v]);

@@ -94,9 +94,9 @@ fn correlate<T: Element>(
     let work = Correlation { isa, shape, vertical, horizontal, output, x, weight, bias, y: Shared::new(y) };
     match shape.order {
         Order::Nchw => work.planes(threads),
-        Order::Nhwc => scratch::with(shape.weights(), |weights: &mut [T]| {
+        Order::Nhwc => scratch::with(shape.weights(), |weights: &mut [T::Wide]| {
             for (tap, c) in (0..taps).flat_map(|tap| (0..shape.channels).map(move |c| (tap, c))) {
-                weights[tap * shape.channels + c] = weight[shape.weight_index(c, tap)];
+                weights[tap * shape.channels + c] = weight[shape.weight_index(c, tap)].widen();
             }
             work.pixels(weights, threads);
         }),
@@ -105,7 +105,7 @@ fn correlate<T: Element>(
 
 impl<T: Element> Correlation<'_, T> {
     /// NHWC: runs of pixels that see the same taps; weights are `[tap][channel]`.
-    fn pixels(&self, weights: &[T], threads: usize) {
+    fn pixels(&self, weights: &[T::Wide], threads: usize) {
         let Depthwise { count, channels, kernel: kernel_size, .. } = *self.shape;
         let [height, width] = self.output;
         let input = [self.vertical[0].input, self.horizontal[0].input];
