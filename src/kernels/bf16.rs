@@ -16,16 +16,22 @@ fn widened<I: Isa>(isa: I, bits: I::u32s) -> I::f32s {
     isa.transmute_f32s_u32s(isa.wrapping_dyn_shl_u32s(bits, isa.splat_u32s(16)))
 }
 
-/// The bits of the nearest bfloat16 values, those with an even last bit between two; NaN stays NaN.
+/// The bits of the nearest bfloat16 values, those with an even last bit between two, in the upper half; NaN stays NaN.
 #[inline(always)]
-fn rounded<I: Isa>(isa: I, x: I::f32s) -> I::u32s {
-    let (sixteen, bits) = (isa.splat_u32s(16), isa.transmute_u32s_f32s(x));
+fn rounded_upper<I: Isa>(isa: I, x: I::f32s) -> I::u32s {
+    let bits = isa.transmute_u32s_f32s(x);
     // Adding half of the last bit that stays, or just less where that bit is even, carries where there is more.
-    let last = isa.and_u32s(isa.wrapping_dyn_shr_u32s(bits, sixteen), isa.splat_u32s(1));
+    let last = isa.and_u32s(isa.wrapping_dyn_shr_u32s(bits, isa.splat_u32s(16)), isa.splat_u32s(1));
     let nearest = isa.add_u32s(bits, isa.add_u32s(isa.splat_u32s(0x7fff), last));
     // What makes a number NaN may all be in the half that goes: this bit stays.
     let nan = isa.or_u32s(bits, isa.splat_u32s(0x40_0000));
-    isa.wrapping_dyn_shr_u32s(isa.select_u32s(isa.equal_f32s(x, x), nearest, nan), sixteen)
+    isa.select_u32s(isa.equal_f32s(x, x), nearest, nan)
+}
+
+/// As [`rounded_upper`], in the lower half, the upper one being zero.
+#[inline(always)]
+fn rounded<I: Isa>(isa: I, x: I::f32s) -> I::u32s {
+    isa.wrapping_dyn_shr_u32s(rounded_upper(isa, x), isa.splat_u32s(16))
 }
 
 impl Element for bf16 {
@@ -71,6 +77,23 @@ impl Element for bf16 {
     unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: I::f32s) {
         // SAFETY: the caller's promise.
         unsafe { isa.store_masked_u16s(mask, ptr.cast(), rounded(isa, value)) }
+    }
+    // The values at even places are the lower halves of 32 bits, those at odd ones the upper halves: either is one
+    // instruction away, where loading them in order takes two and one of them a shuffle.
+    #[inline(always)]
+    unsafe fn load_part<I: Isa>(isa: I, ptr: *const Self, part: usize) -> I::f32s {
+        // SAFETY: the caller's promise; as many bytes.
+        let pairs = unsafe { ptr.cast::<I::u32s>().read_unaligned() };
+        match part {
+            0 => widened(isa, pairs),
+            _ => isa.transmute_f32s_u32s(isa.and_u32s(pairs, isa.splat_u32s(0xffff_0000))),
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_parts<I: Isa>(isa: I, ptr: *mut Self, [even, odd]: [I::f32s; 2]) {
+        let odd = isa.and_u32s(rounded_upper(isa, odd), isa.splat_u32s(0xffff_0000));
+        // SAFETY: the caller's promise; as many bytes.
+        unsafe { ptr.cast::<I::u32s>().write_unaligned(isa.or_u32s(rounded(isa, even), odd)) };
     }
     #[inline(always)]
     unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize) {

@@ -113,6 +113,16 @@ pub trait Element:
     /// # Safety
     /// The selected values must be writable at `ptr`.
     unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: Self::Vector<I>);
+    /// Loads part 0 or 1 of the values of two vectors: one half of them, in the order that is the fastest.
+    ///
+    /// # Safety
+    /// Two vectors' values must be readable at `ptr`.
+    unsafe fn load_part<I: Isa>(isa: I, ptr: *const Self, part: usize) -> Self::Vector<I>;
+    /// Stores the two parts that [`Element::load_part`] loads.
+    ///
+    /// # Safety
+    /// Two vectors' values must be writable at `ptr`.
+    unsafe fn store_parts<I: Isa>(isa: I, ptr: *mut Self, parts: [Self::Vector<I>; 2]);
     /// [`Element::load`] of wide values.
     ///
     /// # Safety
@@ -329,6 +339,19 @@ macro_rules! wide_storage {
         unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: Self::Vector<I>) {
             // SAFETY: the caller's promise.
             unsafe { Self::store_wide_masked(isa, mask, ptr, value) }
+        }
+        #[inline(always)]
+        unsafe fn load_part<I: Isa>(isa: I, ptr: *const Self, part: usize) -> Self::Vector<I> {
+            // SAFETY: the caller's promise.
+            unsafe { Self::load(isa, ptr.add(part * Self::lanes::<I>())) }
+        }
+        #[inline(always)]
+        unsafe fn store_parts<I: Isa>(isa: I, ptr: *mut Self, [first, second]: [Self::Vector<I>; 2]) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                Self::store(isa, ptr, first);
+                Self::store(isa, ptr.add(Self::lanes::<I>()), second);
+            }
         }
         #[inline(always)]
         unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize) {

@@ -186,6 +186,8 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
     ) {
         let lanes = T::lanes::<I>();
         let zero = T::splat(isa, T::default());
+        // Whole vectors come in pairs, as far as there are two.
+        let paired = const { (V - TAIL as usize) / 2 * 2 };
         let mut sums = [[zero; V]; R];
         for (r, row) in sums.iter_mut().enumerate() {
             *row = [self.epilogue.start(isa, r); V];
@@ -201,7 +203,13 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
                 // SAFETY: inside input row j.
                 let value = unsafe {
                     let ptr = self.x.add(offset + p + v * lanes);
-                    if TAIL && v == V - 1 { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) }
+                    if v < paired {
+                        T::load_part(isa, ptr.sub(v % 2 * lanes), v % 2)
+                    } else if TAIL && v == V - 1 {
+                        T::load_masked(isa, mask, ptr)
+                    } else {
+                        T::load(isa, ptr)
+                    }
                 };
                 *x = self.prologue.apply(isa, row, value);
             }
@@ -216,12 +224,23 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
             }
         }
         for (r, row) in sums.into_iter().enumerate() {
-            for (v, sum) in row.into_iter().enumerate() {
-                let value = self.epilogue.finish(isa, r, sum);
+            let mut values = row;
+            for value in &mut values {
+                *value = self.epilogue.finish(isa, r, *value);
+            }
+            for (v, &value) in values.iter().enumerate() {
                 // SAFETY: inside output row r; R offsets were asserted.
                 unsafe {
                     let ptr = self.y.add(*self.y_offsets.get_unchecked(r) + p + v * lanes);
-                    if TAIL && v == V - 1 { T::store_masked(isa, mask, ptr, value) } else { T::store(isa, ptr, value) }
+                    if v < paired {
+                        if v % 2 == 0 {
+                            T::store_parts(isa, ptr, [value, values[v + 1]]);
+                        }
+                    } else if TAIL && v == V - 1 {
+                        T::store_masked(isa, mask, ptr, value);
+                    } else {
+                        T::store(isa, ptr, value);
+                    }
                 }
             }
         }
@@ -283,6 +302,31 @@ pub const fn slot<T>() -> usize {
     64 / size_of::<T>()
 }
 
+/// Which values of a row make a vector.
+#[derive(Clone, Copy)]
+enum Load<M> {
+    /// A part of two vectors' values: sums do not depend on the order.
+    Part(usize),
+    All,
+    First(M),
+}
+
+impl<M> Load<M> {
+    /// # Safety
+    /// The values must be readable at `ptr`.
+    #[inline(always)]
+    unsafe fn from<T: Element<Mask<I> = M>, I: Isa>(self, isa: I, ptr: *const T) -> T::Vector<I> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Part(part) => T::load_part(isa, ptr, part),
+                Self::All => T::load(isa, ptr),
+                Self::First(mask) => T::load_masked(isa, mask, ptr),
+            }
+        }
+    }
+}
+
 /// A [`DotRows`] that may run: see [`DotRows::promise`].
 pub struct CheckedDotRows<'a, T: Element>(DotRows<'a, T>);
 
@@ -296,6 +340,33 @@ impl<'a, T: Element> DotRows<'a, T> {
         assert!((1..=MAX_DOT_A).contains(&a) && (1..=MAX_SINGLE_B).contains(&b), "rows");
         assert!(self.sums.len() >= (self.first_slot + (a - 1) * self.slot_stride + b) * slot::<T::Wide>(), "sums");
         CheckedDotRows(self)
+    }
+
+    /// Adds the products of one vector of each row, which `load` tells to load from the rows' places on.
+    ///
+    /// # Safety
+    /// As for [`DotRows::promise`]; `A` and `B` must be the numbers of rows, and the values inside them.
+    #[inline(always)]
+    unsafe fn step<I: Isa, const A: usize, const B: usize>(
+        &self,
+        isa: I,
+        [a, b]: [*const T; 2],
+        load: Load<T::Mask<I>>,
+        sums: &mut [[T::Vector<I>; B]; A],
+    ) {
+        let mut bs = [T::splat(isa, T::default()); B];
+        // SAFETY: the caller's promise.
+        unsafe {
+            for (j, value) in bs.iter_mut().enumerate() {
+                *value = load.from(isa, b.add(*self.b.offsets.get_unchecked(j)));
+            }
+            for (i, row) in sums.iter_mut().enumerate() {
+                let value = load.from(isa, a.add(*self.a.offsets.get_unchecked(i)));
+                for (sum, b) in row.iter_mut().zip(bs) {
+                    *sum = T::mul_add(isa, value, b, *sum);
+                }
+            }
+        }
     }
 
     /// # Safety
@@ -320,27 +391,18 @@ impl<'a, T: Element> DotRows<'a, T> {
             let (a, b) =
                 unsafe { (self.a.base.add(n * self.a.image_stride), self.b.base.add(n * self.b.image_stride)) };
             let mut p = 0;
-            while p < self.pixels {
-                let tail = p == full;
-                let mut bs = [zero; B];
-                for (j, value) in bs.iter_mut().enumerate() {
-                    // SAFETY: inside the row; the tail is masked.
-                    *value = unsafe {
-                        let ptr = b.add(*self.b.offsets.get_unchecked(j) + p);
-                        if tail { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) }
-                    };
+            // SAFETY: inside the rows; the tail is masked.
+            unsafe {
+                while p + 2 * lanes <= self.pixels {
+                    self.step(isa, [a, b].map(|row| row.add(p)), Load::Part(0), &mut sums);
+                    self.step(isa, [a, b].map(|row| row.add(p)), Load::Part(1), &mut sums);
+                    p += 2 * lanes;
                 }
-                for (i, row) in sums.iter_mut().enumerate() {
-                    // SAFETY: inside the row; the tail is masked.
-                    let value = unsafe {
-                        let ptr = a.add(*self.a.offsets.get_unchecked(i) + p);
-                        if tail { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) }
-                    };
-                    for (sum, b) in row.iter_mut().zip(bs) {
-                        *sum = T::mul_add(isa, value, b, *sum);
-                    }
+                while p < self.pixels {
+                    let load = if p == full { Load::First(mask) } else { Load::All };
+                    self.step(isa, [a, b].map(|row| row.add(p)), load, &mut sums);
+                    p += lanes;
                 }
-                p += lanes;
             }
         }
         for (i, row) in sums.into_iter().enumerate() {
