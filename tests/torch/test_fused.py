@@ -155,6 +155,10 @@ def test_what_happens_between_the_modules_is_seen():
     torch.testing.assert_close(seeded(fused, x), seeded(plain, x))
     with torch.autocast("cpu", torch.bfloat16):
         assert fused.float()(x.float()).dtype == torch.bfloat16
+    # Fused operations have no bfloat16, so its layers run one by one.
+    narrow = [seeded(net.bfloat16(), x.bfloat16()) for net in (fused, plain)]
+    assert narrow[0].dtype == torch.bfloat16
+    torch.testing.assert_close(*narrow)
 
 
 def test_copies_and_pickles_are_fused_too():
