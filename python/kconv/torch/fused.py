@@ -75,6 +75,7 @@ class FusedSegment:
         }
         self._parameters = [(layer, weight.get(name, name)) for layer, name in program.parameters]
         self._norms = [norm.name for norm in program.norms]
+        self._programs: dict[tuple[int, int], Program] = {}
 
     def __call__(self, modules: Mapping[str, nn.Module], x: Tensor) -> Tensor | None:
         """The segment's output, or None where its modules must run one by one.
@@ -90,17 +91,23 @@ class FusedSegment:
         Returns:
             (N, C, H, W), or (N, C) where the segment ends in a mean over the pixels.
         """
-        norms: list[Any] = [modules[name] for name in self._norms]
-        parameters = [getattr(modules[layer], name) for layer, name in self._parameters]
-        training = norms[0].training if norms else False
         if not (_eager(x) and self._untouched(modules)):
             return None
+        norms: list[Any] = [modules[name] for name in self._norms]
+        # Straight from where modules keep them: a fifth of the time of `getattr`.
+        parameters: list[Any] = [
+            modules[layer]._parameters[name] for layer, name in self._parameters
+        ]
+        training = norms[0].training if norms else False
         if not all(p.dtype is x.dtype and p.device == x.device for p in parameters):
             return None
         if not all(norm.training is training and norm.track_running_stats for norm in norms):
             return None
-        program = self.segment.program((x.shape[2], x.shape[3]), "OI")
-        flat = torch.cat([parameter.reshape(-1) for parameter in parameters])
+        size = (x.shape[2], x.shape[3])
+        program = self._programs.get(size)
+        if program is None:
+            program = self._programs[size] = self.segment.program(size, "OI")
+        flat = torch._utils._flatten_dense_tensors(parameters)
         masks = _masks([modules[name] for name in self._drops], x)
         y, used = fused(
             program, "NCHW", x, flat, masks, None if training else _running_statistics(norms, x)
@@ -121,7 +128,7 @@ class FusedSegment:
 
 def _kind(module: nn.Module) -> tuple[type, float | None]:
     """What the operation assumes; `compress` puts batch norms of another epsilon into a block."""
-    return type(module), getattr(module, "eps", None)
+    return type(module), module.__dict__.get("eps")
 
 
 def _eager(x: Tensor) -> bool:
@@ -144,8 +151,8 @@ def _running_statistics(norms: list[Any], x: Tensor) -> Tensor:
     """(2, channels of all norms) means and variances."""
     if not norms:
         return x.new_zeros(2, 0)
-    means = torch.cat([norm.running_mean for norm in norms])
-    return torch.stack([means, torch.cat([norm.running_var for norm in norms])])
+    rows = ([norm._buffers[name] for norm in norms] for name in ("running_mean", "running_var"))
+    return torch.cat([torch.cat(row) for row in rows]).view(2, -1)
 
 
 def _masks(drops: list[nn.Module], x: Tensor) -> Tensor | None:
