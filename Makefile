@@ -68,6 +68,22 @@ valgrind: ## Run cargo's tests under valgrind; a minute
 	$(CHECKED) cargo test --quiet --config "target.'cfg(all())'.runner='$(VALGRIND)'" \
 	  --lib -- --test-threads 1 --skip every_task_runs_once
 
+# A nightly toolchain's files, where there is one; rustup is not to install it unasked.
+NIGHTLY = $(shell RUSTUP_AUTO_INSTALL=0 rustc +nightly --print sysroot 2>/dev/null)/lib/rustlib
+# Miri keeps the environment from the tests unless told otherwise.
+MIRIFLAGS := -Zmiri-env-forward=KCONV_ISA -Zmiri-env-forward=KCONV_NUM_THREADS
+
+.PHONY: miri
+miri: ## Run cargo's tests under Miri; minutes
+	@if [ -d "$(NIGHTLY)/src" ] && cargo +nightly miri --version >/dev/null 2>&1; then \
+	  $(CHECKED) MIRIFLAGS="$(MIRIFLAGS)" cargo +nightly miri test --quiet --lib; \
+	else \
+	  echo "make miri: skipped, there is no nightly toolchain with the components miri and rust-src"; \
+	fi
+
+.PHONY: sanitize
+sanitize: valgrind miri ## Run both
+
 .PHONY: bench
 bench: $(DEV) ## Time the kernels beside other libraries
 	for what in pointwise interleave depthwise memory frameworks; do $(BIN)/python benches/compare.py $$what || exit; done

@@ -59,12 +59,13 @@ impl Block {
 /// # Safety
 /// The memory must be allocated.
 unsafe fn advise_huge_pages(start: *mut u8, size: usize) {
-    #[cfg(target_os = "linux")]
+    // Miri has no `madvise`.
+    #[cfg(all(target_os = "linux", not(miri)))]
     // SAFETY: advice on whole pages of memory that exists; it does not change what the memory holds.
     unsafe {
         libc::madvise(start.cast(), size, libc::MADV_HUGEPAGE);
     }
-    #[cfg(not(target_os = "linux"))]
+    #[cfg(any(not(target_os = "linux"), miri))]
     let _ = (start, size);
 }
 
@@ -150,8 +151,8 @@ impl Memory {
     pub fn try_new<T: Element>(len: usize) -> Option<Self> {
         let size = len.checked_mul(size_of::<T>()).filter(|&size| size <= LARGEST)?.next_multiple_of(LINE).max(LINE);
         let block = if size < RECYCLED { Block::new(size) } else { Self::recycled(size) }?;
-        if cfg!(debug_assertions) {
-            // NaN shows where something is read that nobody has written.
+        if cfg!(debug_assertions) && !cfg!(miri) {
+            // NaN shows where something is read that nobody has written. Miri sees that by itself.
             // SAFETY: the block's own memory.
             unsafe { block.start.write_bytes(0xff, block.size) };
         }
@@ -224,7 +225,7 @@ mod tests {
     // One test, as the blocks are the process's: no other test of this crate asks for sizes like these.
     #[test]
     fn large_memory_is_recycled_and_bounded() {
-        const LEN: usize = 64 << 20;
+        const LEN: usize = if cfg!(miri) { 4 << 20 } else { 64 << 20 };
         let address = |memory: &mut Memory| memory.as_mut::<f32>(LEN).as_ptr().addr();
         let mut first = Memory::new::<f32>(LEN);
         let place = address(&mut first);

@@ -111,9 +111,12 @@ pub fn parallel_for(threads: usize, tasks: usize, task: impl Fn(usize) + Sync) {
 /// Calls `body` on one of the pool's own threads, where each [`parallel_for`] of as many threads saves its caller's way
 /// into the pool and back: for work that calls it many times.
 pub fn on_worker<R: Send>(threads: usize, body: impl FnOnce() -> R + Send) -> R {
-    match pool(threads).filter(|_| threads > 1) {
-        Some(workers) => workers.install(body),
-        None => body(),
+    if threads > 1
+        && let Some(workers) = pool(threads)
+    {
+        workers.install(body)
+    } else {
+        body()
     }
 }
 
@@ -127,6 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no pthread_atfork")]
     fn every_task_runs_once() {
         for threads in [1, 2, 5] {
             let counts: Vec<_> = (0..100).map(|_| AtomicUsize::new(0)).collect();

@@ -253,7 +253,7 @@ mod tests {
 
     #[test]
     fn exponential_and_sigmoid_over_the_whole_range() {
-        let step = 997;
+        let step = if cfg!(miri) { 4_000_037 } else { 997 };
         for isa in Active::available() {
             for first in (0..u32::MAX - 16 * step).step_by(16 * step as usize) {
                 let x: [f32; 16] = std::array::from_fn(|i| f32::from_bits(first + i as u32 * step));

@@ -81,7 +81,9 @@ mod tests {
     #[test]
     fn every_size_around_the_block() {
         for isa in Active::available() {
-            for (rows, cols) in (0..20).flat_map(|r| (0..20).map(move |c| (r, c))) {
+            // Few under Miri, which needs a millisecond for each value.
+            let sizes = (0..20).filter(|size| !cfg!(miri) || [0, 1, 8, 11, 17].contains(size));
+            for (rows, cols) in sizes.clone().flat_map(|r| sizes.clone().map(move |c| (r, c))) {
                 let src: Vec<f32> = (0..rows * cols).map(|i| i as f32).collect();
                 for make in [Transpose::gather, Transpose::scatter] {
                     let mut dst = vec![f32::NAN; rows * cols];
