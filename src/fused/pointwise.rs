@@ -122,7 +122,8 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let weights = &pass.parameters[conv.weight..][..conv.weights()];
         let packed = Packed::new(pass.isa, groups, k, m, |g, i, o| weights[conv.index(g, o, i, 0)]);
         let pixels = step.source.pixels();
-        let tile = tile_pixels(3 * k + m);
+        let most = step.source.most_rows;
+        let tile = tile_pixels((2 + most) * k + m);
         let parts = pass.parts(pixels);
         let mut partial = vec![T::default(); parts * groups * m * k];
         let mut bias = vec![0.0; parts * groups * m];
@@ -131,7 +132,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let y_offsets: Vec<_> = (0..k).map(|i| i * tile).collect();
         self.give_back(&step.source, groups, parts, |this, g, images, p, sums| {
             let slots = if gemm { 0 } else { m * k * slot::<T>() };
-            let sizes = [slots, k * tile, m * tile, k * tile, k * tile];
+            let sizes = [slots, k * tile, m * tile, k * tile, k * most * tile];
             scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
                 let [slots, x_rows, grad_rows, grad_x, slopes] = cut(memory, sizes);
                 slots.fill(T::default());
@@ -196,7 +197,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         let (own, rest) = sums.split_at_mut(rows);
                         sums = rest;
                         let row = i * tile..i * tile + pixels.len();
-                        let (slopes, values) = (Some(&slopes[row.clone()]), Some(&x_rows[row]));
+                        let (slopes, values) = (Some(&slopes[i * most * tile..]), Some(&x_rows[row]));
                         let grad = &grad[..pixels.len()];
                         // SAFETY: the group's channels and these images are this task's own.
                         unsafe { this.give(&step.source, g * k + i, pixels.clone(), grad, slopes, values, own) };

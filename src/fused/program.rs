@@ -78,6 +78,8 @@ pub(super) struct Source {
     pub rows: Vec<Row>,
     /// Rows of channel `c`: `starts[c]..starts[c + 1]`.
     pub starts: Vec<usize>,
+    /// The most rows of a channel.
+    pub most_rows: usize,
 }
 
 impl Source {
@@ -494,7 +496,8 @@ impl Program {
             *end += rows.len();
             Some(*end)
         }));
-        Ok(Source { height, width, rows: places.into_iter().flatten().collect(), starts })
+        let most_rows = places.iter().map(Vec::len).max().unwrap_or(0);
+        Ok(Source { height, width, rows: places.into_iter().flatten().collect(), starts, most_rows })
     }
 
     /// What follows from who reads what.

@@ -14,7 +14,7 @@ pub(super) type NormSums = [f64; 2];
 
 impl<T: WideElement> Pass<'_, T> {
     /// The source's channel over some pixels: the value's own memory where that is all it is, else written to `buffer`;
-    /// and to `slopes` the activation's derivatives, where [`Pass::keeps`] says so.
+    /// and to `slopes` the derivatives of each of its rows' activations, one row after the other.
     ///
     /// # Safety
     /// The values that the source reads must have been written, and not be written while the result is in use.
@@ -39,11 +39,10 @@ impl<T: WideElement> Pass<'_, T> {
         }
     }
 
-    /// Whether the derivatives of a channel's activation are worth keeping from when it is read to when its gradient is
-    /// given back.
-    fn keeps(&self, source: &Source, channel: usize) -> bool {
-        let rows = &source.rows[source.starts[channel]..source.starts[channel + 1]];
-        matches!(rows, [row] if row.activation != Activation::Identity && !self.is_finished(row))
+    /// Whether the derivatives of a row's activation are worth keeping from when it is read to when its gradient is given
+    /// back.
+    fn keeps(&self, row: &Row) -> bool {
+        row.activation != Activation::Identity && !self.is_finished(row)
     }
 
     /// Rows of a source's channels over some pixels, `tile` apart in `buffer` unless they are all values' own memory: the
@@ -70,7 +69,7 @@ impl<T: WideElement> Pass<'_, T> {
             return self.start.ptr();
         }
         for (i, (offset, y)) in offsets.iter_mut().zip(buffer.chunks_exact_mut(tile)).enumerate() {
-            let slopes = slopes.as_deref_mut().map(|slopes| &mut slopes[i * tile..][..pixels.len()]);
+            let slopes = slopes.as_deref_mut().map(|slopes| &mut slopes[i * source.most_rows * tile..]);
             // SAFETY: the caller's promise.
             unsafe { self.fill(source, first + i, pixels.clone(), &mut y[..pixels.len()], slopes) };
             *offset = i * tile;
@@ -88,14 +87,15 @@ impl<T: WideElement> Pass<'_, T> {
         channel: usize,
         pixels: Range<usize>,
         y: &mut [T],
-        slopes: Option<&mut [T]>,
+        mut slopes: Option<&mut [T]>,
     ) {
-        let mut slopes = slopes.filter(|_| self.keeps(source, channel));
         let rows = &source.rows[source.starts[channel]..source.starts[channel + 1]];
+        let len = pixels.len();
         for (index, row) in rows.iter().enumerate() {
             for (pixels, place) in self.segments(row, source.pixels(), &pixels) {
                 // SAFETY: the caller's promise.
                 let x = unsafe { self.row(row.value, row.channel, pixels.clone()) };
+                let slopes = slopes.as_deref_mut().filter(|_| self.keeps(row));
                 self.isa.run(Activate {
                     activation: if self.is_finished(row) { Activation::Identity } else { row.activation },
                     x,
@@ -103,7 +103,7 @@ impl<T: WideElement> Pass<'_, T> {
                     factor: self.factor(row, pixels.start / source.pixels()),
                     add: index > 0,
                     y: &mut y[place..][..x.len()],
-                    slopes: slopes.as_deref_mut().map(|slopes| &mut slopes[place..][..x.len()]),
+                    slopes: slopes.map(|slopes| &mut slopes[index * len + place..][..x.len()]),
                 });
             }
         }
@@ -176,9 +176,9 @@ impl<T: WideElement> Tape<'_, '_, T> {
         values: Option<&[T]>,
         sums: &mut [NormSums],
     ) {
-        let slopes = slopes.filter(|_| self.pass.keeps(source, channel));
-        let range = source.starts[channel]..source.starts[channel + 1];
-        for (row, sums) in source.rows[range].iter().zip(sums) {
+        let rows = &source.rows[source.starts[channel]..source.starts[channel + 1]];
+        let (values, len) = (values.filter(|_| rows.len() == 1), pixels.len());
+        for (index, (row, sums)) in rows.iter().zip(sums).enumerate() {
             for (pixels, place) in self.pass.segments(row, source.pixels(), &pixels) {
                 let image = pixels.start / source.pixels();
                 // SAFETY: the value was written in the forward pass; its gradient's row is this task's own.
@@ -189,9 +189,9 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     )
                 };
                 let factor = self.pass.factor(row, image);
-                let usable = factor != T::default() && (row.gate.is_none() || values.is_some());
+                let usable = factor != T::default() && (row.gate.is_none() || values.is_some()) && self.pass.keeps(row);
                 let kept = slopes.filter(|_| usable).map(|slopes| Kept {
-                    slopes: &slopes[place..][..x.len()],
+                    slopes: &slopes[index * len + place..][..x.len()],
                     values: values.filter(|_| row.gate.is_some()).map(|values| &values[place..][..x.len()]),
                 });
                 let result = self.pass.isa.run(ActivateGrad {

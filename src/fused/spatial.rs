@@ -6,9 +6,10 @@
 //!
 //! The backward pass holds the gradient's planes likewise.
 
-use super::pointwise::merge_parts;
+use super::pointwise::{Packed, merge_parts};
 use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, chunks};
+use crate::isa::Active;
 use crate::kernels::planes::{Correlate, CorrelateSums, MAX_TAP_ROWS, tap_rows};
 use crate::kernels::pointwise::{AddBias, ConvRows, Identity, Rows, SumSlots, slot};
 use crate::kernels::rows::Sum;
@@ -173,24 +174,25 @@ struct PhaseKernel<T> {
     taps: Option<Taps>,
     /// The views of other kernels.
     views: Vec<usize>,
-    /// For each channel of the input, the weights of either.
-    weights: Vec<T>,
+    /// For each of a group's input channels, the weights of either.
+    weights: Packed<T>,
 }
 
 impl<T: WideElement> PhaseKernel<T> {
-    fn new(conv: &Conv, planes: &Planes, [vertical, horizontal]: [&Phase; 2], weights: &[T]) -> Self {
+    fn new(isa: Active, conv: &Conv, planes: &Planes, [vertical, horizontal]: [&Phase; 2], weights: &[T]) -> Self {
         let taps = depthwise(conv).then(|| Taps::new(planes, vertical, horizontal, conv.kernel[1]));
-        let packed = if let Some(taps) = &taps {
-            (0..conv.groups).flat_map(|c| taps.pack(move |tap| weights[conv.index(c, 0, 0, tap)])).collect()
+        let order: Vec<_> = if let Some(taps) = &taps {
+            taps.order().to_vec()
         } else {
-            let seen = || {
-                let places = |&(y, _): &(usize, isize)| horizontal.taps.iter().map(move |&(x, _)| [y, x]);
-                vertical.taps.iter().flat_map(places).map(|[y, x]| y * conv.kernel[1] + x)
-            };
-            let channels = (0..conv.groups).flat_map(|g| (0..conv.group_in).map(move |i| (g, i)));
-            let rows = channels.flat_map(|(g, i)| (0..conv.group_out).map(move |o| (g, i, o)));
-            rows.flat_map(|(g, i, o)| seen().map(move |tap| weights[conv.index(g, o, i, tap)])).collect()
+            let row =
+                |&(y, _): &(usize, isize)| horizontal.taps.iter().map(move |&(x, _)| Some(y * conv.kernel[1] + x));
+            vertical.taps.iter().flat_map(row).collect()
         };
+        let weight = |g, i, row: usize| {
+            let (o, tap) = (row / order.len(), order[row % order.len()]);
+            tap.map_or(T::default(), |tap| weights[conv.index(g, o, i, tap)])
+        };
+        let packed = Packed::new(isa, conv.groups, conv.group_in, conv.group_out * order.len(), weight);
         Self { taps, views: views::<T>(planes, vertical, horizontal, conv.group_out), weights: packed }
     }
 }
@@ -204,10 +206,11 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let (groups, k, m) = (conv.groups, conv.group_in, conv.group_out);
         let parts = pass.image_parts(groups);
         let block = images_together(pixels, pass.count.div_ceil(parts));
+        let most = step.source.most_rows;
         let phases = Phases::new(step, conv, size);
         let [planes, grad_planes] = Planes::pair(both(&phases.forward), both(&phases.backward), block);
         let weights = &pass.parameters[conv.weight..][..conv.weights()];
-        let kernel = |(v, h)| PhaseKernel::new(conv, &grad_planes, [v, h], weights);
+        let kernel = |(v, h)| PhaseKernel::new(pass.isa, conv, &grad_planes, [v, h], weights);
         let kernels: Vec<_> = pairs(&phases.backward).filter(|_| step.differentiate).map(kernel).collect();
         let (vertical, horizontal) = (&phases.forward[0][0], &phases.forward[1][0]);
         let taps = depthwise(conv).then(|| Taps::new(&planes, vertical, horizontal, conv.kernel[1]));
@@ -221,8 +224,9 @@ impl<T: WideElement> Tape<'_, '_, T> {
             slots * slot::<T>(),
             k * planes.len::<T>(),
             m * grad_planes.len::<T>(),
-            sets * rows * planes.pitch,
+            sets * k * rows * planes.pitch,
             (block * pixels.max(out_pixels)).max(slots),
+            k * most * block * pixels,
             k * block * pixels,
         ];
         let mut partial = vec![T::default(); parts * conv.weights()];
@@ -230,7 +234,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
         self.give_back(&step.source, groups, parts, |this, g, images, p, sums| {
             scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-                let [slots, padded, grads, results, buffer, slopes] = cut(memory, sizes);
+                let [slots, padded, grads, results, buffer, slopes, grad_x] = cut(memory, sizes);
                 slots.fill(T::default());
                 padded.fill(T::default());
                 grads.fill(T::default());
@@ -259,7 +263,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     }
                     let range = images.start * pixels..images.end * pixels;
                     for (i, padded) in padded.chunks_exact_mut(planes.len::<T>()).enumerate() {
-                        let slopes = step.differentiate.then_some(&mut slopes[i * block * pixels..][..range.len()]);
+                        let slopes = step.differentiate.then_some(&mut slopes[i * most * block * pixels..]);
                         // SAFETY: the forward pass wrote the values.
                         let source = unsafe { pass.load(&step.source, g * k + i, range.clone(), buffer, slopes) };
                         for (i, plane) in source.chunks_exact(pixels).enumerate() {
@@ -287,14 +291,22 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     if !step.differentiate {
                         continue;
                     }
+                    this.planes(
+                        &kernels,
+                        &phases.backward,
+                        &grad_planes,
+                        (g, k),
+                        grads,
+                        results,
+                        &mut grad_x[..k * range.len()],
+                        step,
+                    );
                     let mut sums = &mut *sums;
-                    for i in 0..k {
-                        let grad = &mut buffer[..range.len()];
-                        this.planes(&kernels, &phases.backward, &grad_planes, g * k + i, grads, results, grad, step);
+                    for (i, grad) in grad_x.chunks_exact(range.len()).take(k).enumerate() {
                         let rows = step.source.starts[g * k + i + 1] - step.source.starts[g * k + i];
                         let (own, rest) = sums.split_at_mut(rows);
                         sums = rest;
-                        let slopes = Some(&slopes[i * block * pixels..][..range.len()]);
+                        let slopes = Some(&slopes[i * most * block * pixels..]);
                         // SAFETY: the group's channels and these images are this task's own.
                         unsafe { this.give(&step.source, g * k + i, range.clone(), grad, slopes, None, own) };
                     }
@@ -311,46 +323,49 @@ impl<T: WideElement> Tape<'_, '_, T> {
         self.write_weights(conv, parts, &partial, &bias);
     }
 
-    /// The gradient by one channel's planes of some images, from the group's planes of the gradient.
+    /// The gradient by the planes of some images of all of a group's input channels, from the group's planes of the
+    /// gradient by the output.
     fn planes(
         &self,
         kernels: &[PhaseKernel<T>],
         phases: &[Vec<Phase>; 2],
         planes: &Planes,
-        channel: usize,
+        (group, channels): (usize, usize),
         grads: &[T],
         results: &mut [T],
-        grad: &mut [T],
+        grad_x: &mut [T],
         step: &Step,
     ) {
         let (width, pixels, isa) = (step.source.width, step.source.pixels(), self.pass.isa);
-        let images = grad.len() / pixels;
         let [vertical, horizontal] = phases;
-        let set = results.len() / horizontal.len();
+        let images = grad_x.len() / pixels / channels;
+        let (set, rows) = (results.len() / horizontal.len(), results.len() / horizontal.len() / channels);
+        let y_offsets = rows_of(channels, rows);
         for (vertical, kernels) in vertical.iter().zip(kernels.chunks_exact(horizontal.len())) {
-            for ((phase, kernel), result) in horizontal.iter().zip(kernels).zip(results.chunks_exact_mut(set)) {
+            for ((phase, kernel), results) in horizontal.iter().zip(kernels).zip(results.chunks_exact_mut(set)) {
                 let columns = planes.columns(images, phase.count);
-                if let Some(taps) = &kernel.taps {
-                    isa.run(Correlate {
-                        view: taps.view(grads),
-                        tap_rows: taps.rows,
-                        weights: &kernel.weights[channel * taps.len()..][..taps.len()],
-                        start: T::default(),
-                        y: writable(result),
-                        y_pitch: planes.pitch,
-                        size: [vertical.count, columns],
-                    });
-                } else if kernel.views.is_empty() {
-                    result.fill(T::default());
-                } else {
-                    // SAFETY: views of the planes end inside them; `result` holds the phase's rows.
+                for block in &kernel.weights.blocks {
+                    let weights = kernel.weights.block(group, block);
+                    if let Some(taps) = &kernel.taps {
+                        isa.run(Correlate {
+                            view: taps.view(grads),
+                            tap_rows: taps.rows,
+                            weights,
+                            start: T::default(),
+                            y: writable(results),
+                            y_pitch: planes.pitch,
+                            size: [vertical.count, columns],
+                        });
+                        continue;
+                    }
+                    // SAFETY: views of the planes end inside them; `results` hold the phase's rows.
                     let kernel = unsafe {
                         ConvRows {
                             x: grads.as_ptr(),
                             x_offsets: &kernel.views,
-                            weights: &kernel.weights[channel * kernel.views.len()..][..kernel.views.len()],
-                            y: result.as_mut_ptr(),
-                            y_offsets: &[0],
+                            weights,
+                            y: results.as_mut_ptr(),
+                            y_offsets: &y_offsets[block.clone()],
                             pixels: (vertical.count - 1) * planes.pitch + columns,
                             prologue: Identity,
                             epilogue: AddBias(None),
@@ -360,9 +375,11 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     isa.run(kernel);
                 }
             }
-            for (image, plane) in grad.chunks_exact_mut(pixels).enumerate() {
-                let results = (&results[image * planes.step..], set, planes.pitch);
-                merge(isa, vertical, horizontal.len(), results, writable(plane), width);
+            for (i, grad_x) in grad_x.chunks_exact_mut(images * pixels).enumerate() {
+                for (image, plane) in grad_x.chunks_exact_mut(pixels).enumerate() {
+                    let results = (&results[i * rows + image * planes.step..], set, planes.pitch);
+                    merge(isa, vertical, horizontal.len(), results, writable(plane), width);
+                }
             }
         }
     }

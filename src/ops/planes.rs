@@ -176,6 +176,11 @@ impl Taps {
         self.taps.iter().map(move |tap| tap.map_or(T::default(), &kernel))
     }
 
+    /// Taps of the kernel, `[column][row]`; none where there is code for more rows than the kernel has.
+    pub(crate) fn order(&self) -> &[Option<usize>] {
+        &self.taps
+    }
+
     /// How many weights [`Taps::pack`] gives.
     pub(crate) fn len(&self) -> usize {
         self.taps.len()
