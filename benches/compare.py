@@ -66,6 +66,18 @@ OURS = ("kconv", "kconv-out", "without", "without-out", "float32", "float32-out"
 ONE_TURN = ("jax-conv",)
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution as other libraries know it: (N, C, H, W) images and gradient, OIHW weights."""
+
+    x: Array
+    w: Array
+    g: Array
+    groups: int
+    padding: tuple[int, int]
+    stride: int
+
+
 @dataclass
 class Row:
     """One operation of one layer."""
@@ -157,8 +169,7 @@ class Bench:
             "grad_input": ours(kconv.pointwise_conv_grad_input, g, w, like=x, **kw),
             "grad_weight": ours(kconv.pointwise_conv_grad_weight, x, g, like=w, **kw),
         }
-        self._torch(calls, x, w[:, :, None, None], g, groups, (0, 0), 1)
-        self._jax(calls, x, w[:, :, None, None], g, groups, (0, 0), 1)
+        self._convolutions(calls, Convolution(x, w[:, :, None, None], g, groups, (0, 0), 1))
         einsums = [peer for peer in self.peers if peer.endswith("einsum")]
         xs, gs = (np.ascontiguousarray(a).reshape(n, groups, -1, size[0] * size[1]) for a in (x, g))
         ws = w.reshape(groups, c_out // groups, -1)
@@ -186,8 +197,7 @@ class Bench:
             "grad_input": ours(kconv.depthwise_conv_grad_input, g, w, size, like=x, **kw),
             "grad_weight": ours(kconv.depthwise_conv_grad_weight, x, g, k, like=w, **kw),
         }
-        self._torch(calls, x, w[:, None], g, c, (pad, pad), stride)
-        self._jax(calls, x, w[:, None], g, c, (pad, pad), stride)
+        self._convolutions(calls, Convolution(x, w[:, None], g, c, (pad, pad), stride))
         yield from calls.items()
 
     def interleave(
@@ -207,16 +217,12 @@ class Bench:
         call = ours(plain, x, w, like=g)
         yield "forward", calls | {"without": call["kconv"], "without-out": call["kconv-out"]}
 
-    def _torch(
-        self,
-        calls: dict[str, Calls],
-        x: Array,
-        w: Array,
-        g: Array,
-        groups: int,
-        padding: tuple[int, int],
-        stride: int,
-    ) -> None:
+    def _convolutions(self, calls: dict[str, Calls], conv: Convolution) -> None:
+        """The peers that have the convolution itself."""
+        self._torch(calls, conv)
+        self._jax(calls, conv)
+
+    def _torch(self, calls: dict[str, Calls], conv: Convolution) -> None:
         """PyTorch's convolution and its gradients, in either memory format."""
         for peer in ("torch-nchw", "torch-nhwc"):
             if peer not in self.peers:
@@ -224,7 +230,9 @@ class Bench:
             import torch
 
             form = torch.channels_last if peer == "torch-nhwc" else torch.contiguous_format
-            tx, tw, tg = (tensor(a).contiguous(memory_format=form) for a in (x, w, g))
+            arrays = (conv.x, conv.w, conv.g)
+            tx, tw, tg = (tensor(a).contiguous(memory_format=form) for a in arrays)
+            padding, stride, groups = conv.padding, conv.stride, conv.groups
             calls["forward"][peer] = lambda tx=tx, tw=tw: torch.nn.functional.conv2d(
                 tx, tw, None, stride, padding, 1, groups
             )
@@ -238,21 +246,13 @@ class Bench:
                     )[mask.index(True)]
                 )
 
-    def _jax(
-        self,
-        calls: dict[str, Calls],
-        x: Array,
-        w: Array,
-        g: Array,
-        groups: int,
-        padding: tuple[int, int],
-        stride: int,
-    ) -> None:
+    def _jax(self, calls: dict[str, Calls], conv: Convolution) -> None:
         """JAX's convolution and its gradients, where a call is not beyond the user's patience."""
         if "jax-conv" not in self.peers:
             return
         import jax
 
+        x, w, g = conv.x, conv.w, conv.g
         if self.layout == "NHWC":
             x, g, w = x.transpose(0, 2, 3, 1), g.transpose(0, 2, 3, 1), w.transpose(2, 3, 1, 0)
         axes = ("NCHW", "OIHW", "NCHW") if self.layout == "NCHW" else ("NHWC", "HWIO", "NHWC")
@@ -261,10 +261,10 @@ class Bench:
             return jax.lax.conv_general_dilated(
                 x,
                 w,
-                (stride, stride),
-                [(side, side) for side in padding],
+                (conv.stride, conv.stride),
+                [(side, side) for side in conv.padding],
                 dimension_numbers=axes,
-                feature_group_count=groups,
+                feature_group_count=conv.groups,
             )
 
         def by_input(x: Any, w: Any, g: Any) -> Any:

@@ -38,14 +38,17 @@ impl fmt::Display for Dtype {
     }
 }
 
-/// Evaluates an expression with the type that a [`Dtype`] stands for.
+/// Evaluates an expression with the type that a [`Dtype`] stands for; or another one for bfloat16.
 macro_rules! by_dtype {
     ($dtype:expr, $T:ident => $body:expr) => {
+        $crate::bindings::arrays::by_dtype!($dtype, $T => $body, narrow => {
+            type $T = half::bf16;
+            $body
+        })
+    };
+    ($dtype:expr, $T:ident => $body:expr, narrow => $narrow:expr) => {
         match $dtype {
-            $crate::bindings::arrays::Dtype::BF16 => {
-                type $T = half::bf16;
-                $body
-            }
+            $crate::bindings::arrays::Dtype::BF16 => $narrow,
             $crate::bindings::arrays::Dtype::F32 => {
                 type $T = f32;
                 $body
@@ -62,19 +65,9 @@ pub(super) use by_dtype;
 /// As [`by_dtype`], for fused networks, which compute with what they store.
 macro_rules! by_wide_dtype {
     ($dtype:expr, $T:ident => $body:expr) => {
-        match $dtype {
-            $crate::bindings::arrays::Dtype::BF16 => {
-                Err($crate::error::Error::new("got bfloat16, expected float32 or float64 for a fused network").into())
-            }
-            $crate::bindings::arrays::Dtype::F32 => {
-                type $T = f32;
-                $body
-            }
-            $crate::bindings::arrays::Dtype::F64 => {
-                type $T = f64;
-                $body
-            }
-        }
+        $crate::bindings::arrays::by_dtype!($dtype, $T => $body, narrow => {
+            Err($crate::error::Error::new("got bfloat16, expected float32 or float64 for a fused network").into())
+        })
     };
 }
 pub(super) use by_wide_dtype;

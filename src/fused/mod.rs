@@ -124,11 +124,8 @@ impl<T: WideElement> Arguments<'_, T> {
         let packed = |step: &Step| match &step.kind {
             Kind::Conv(conv) => {
                 let weights = &self.parameters[conv.weight..][..conv.weights()];
-                let taps = spatial::tap_order(conv);
-                let weight = |g, o, i: usize| {
-                    taps[i % taps.len()].map_or(T::default(), |tap| weights[conv.index(g, o, i / taps.len(), tap)])
-                };
-                Some(Packed::new(self.isa, conv.groups, conv.group_out, conv.group_in * taps.len(), weight))
+                let (taps, weight) = (spatial::tap_order(conv), |g, o, i, tap| weights[conv.index(g, o, i, tap)]);
+                Some(Packed::of_taps(self.isa, conv.groups, conv.group_out, conv.group_in, &taps, weight))
             }
             Kind::Copy | Kind::Mean => None,
         };

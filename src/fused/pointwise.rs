@@ -53,6 +53,21 @@ impl<T: WideElement> Packed<T> {
         Self { weights, group: outputs * inputs, inputs, blocks }
     }
 
+    /// Packs `weight(group, output row, input channel, tap)`, an input row being a channel seen through one of `taps`; a
+    /// tap that is none weighs nothing.
+    pub fn of_taps(
+        isa: Active,
+        groups: usize,
+        outputs: usize,
+        channels: usize,
+        taps: &[Option<usize>],
+        weight: impl Fn(usize, usize, usize, usize) -> T,
+    ) -> Self {
+        Self::new(isa, groups, outputs, channels * taps.len(), |g, o, row| {
+            taps[row % taps.len()].map_or(T::default(), |tap| weight(g, o, row / taps.len(), tap))
+        })
+    }
+
     /// The weights of a block of a group.
     pub fn block(&self, group: usize, block: &Range<usize>) -> &[T] {
         &self.weights[group * self.group..][block.start * self.inputs..block.end * self.inputs]

@@ -10,13 +10,13 @@ use super::pointwise::{Packed, merge_parts};
 use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, chunks};
 use crate::isa::Active;
-use crate::kernels::planes::{Correlate, CorrelateSums, MAX_TAP_ROWS, tap_rows};
+use crate::kernels::planes::{Correlate, CorrelateSums, MAX_TAP_ROWS};
 use crate::kernels::pointwise::{AddBias, ConvRows, Identity, Rows, SumSlots, slot};
 use crate::kernels::rows::Sum;
 use crate::kernels::{WideElement, writable};
 use crate::ops::Shared;
 use crate::ops::phases::Phase;
-use crate::ops::planes::{Planes, Taps, images_together, merge};
+use crate::ops::planes::{Planes, Taps, forward_order, images_together, merge};
 use crate::ops::pointwise::products;
 use crate::pool::part;
 use crate::scratch::{self, cut};
@@ -56,12 +56,7 @@ fn depthwise(conv: &Conv) -> bool {
 /// The taps of a convolution's kernel in the order in which the forward pass reads them: that of [`Taps`] where it is a
 /// depthwise one.
 pub(super) fn tap_order(conv: &Conv) -> Vec<Option<usize>> {
-    let [rows, columns] = conv.kernel;
-    if !depthwise(conv) {
-        return (0..conv.taps()).map(Some).collect();
-    }
-    let tap = |x: usize| (0..tap_rows(rows, conv.stride)).map(move |y| (y < rows).then_some(y * columns + x));
-    (0..columns).flat_map(tap).collect()
+    if depthwise(conv) { forward_order(conv.kernel, conv.stride) } else { (0..conv.taps()).map(Some).collect() }
 }
 
 impl<T: WideElement> Pass<'_, T> {
@@ -96,9 +91,7 @@ impl<T: WideElement> Pass<'_, T> {
                         let range = images.start * pixels..images.end * pixels;
                         // SAFETY: sources are values of earlier steps.
                         let source = unsafe { self.load(&step.source, g * k + i, range, buffer, None) };
-                        for (i, plane) in source.chunks_exact(pixels).enumerate() {
-                            planes.write(self.isa, i, plane, padded);
-                        }
+                        planes.write_all(self.isa, source, padded);
                     }
                     let columns = planes.columns(images.len(), value.width);
                     if let Some(taps) = &taps {
@@ -188,11 +181,8 @@ impl<T: WideElement> PhaseKernel<T> {
                 |&(y, _): &(usize, isize)| horizontal.taps.iter().map(move |&(x, _)| Some(y * conv.kernel[1] + x));
             vertical.taps.iter().flat_map(row).collect()
         };
-        let weight = |g, i, row: usize| {
-            let (o, tap) = (row / order.len(), order[row % order.len()]);
-            tap.map_or(T::default(), |tap| weights[conv.index(g, o, i, tap)])
-        };
-        let packed = Packed::new(isa, conv.groups, conv.group_in, conv.group_out * order.len(), weight);
+        let weight = |g, i, o, tap| weights[conv.index(g, o, i, tap)];
+        let packed = Packed::of_taps(isa, conv.groups, conv.group_in, conv.group_out, &order, weight);
         Self { taps, views: views::<T>(planes, vertical, horizontal, conv.group_out), weights: packed }
     }
 }
@@ -254,9 +244,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         let range = images.start * out_pixels..images.end * out_pixels;
                         // SAFETY: all that read the value come later in the program and have given their gradients.
                         let grad = unsafe { this.take(step.value, g * m + o, range, buffer) };
-                        for (i, plane) in grad.chunks_exact(out_pixels).enumerate() {
-                            grad_planes.write(pass.isa, i, plane, planes);
-                        }
+                        grad_planes.write_all(pass.isa, grad, planes);
                         if conv.bias.is_some() {
                             *bias += pass.isa.run(Sum(grad));
                         }
@@ -266,9 +254,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         let slopes = step.differentiate.then_some(&mut slopes[i * most * block * pixels..]);
                         // SAFETY: the forward pass wrote the values.
                         let source = unsafe { pass.load(&step.source, g * k + i, range.clone(), buffer, slopes) };
-                        for (i, plane) in source.chunks_exact(pixels).enumerate() {
-                            planes.write(pass.isa, i, plane, padded);
-                        }
+                        planes.write_all(pass.isa, source, padded);
                     }
                     let columns = planes.columns(images.len(), value.width);
                     // The gradient is zero between the images and between the rows.

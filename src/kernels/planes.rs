@@ -38,6 +38,25 @@ pub const fn tap_rows(kernel: usize, stride: usize) -> usize {
     }
 }
 
+/// Evaluates an expression with the constants that stand for a stride and what [`tap_rows`] gives: rows of taps, rows of
+/// the output that a row of the input takes part in, and the stride.
+macro_rules! with_rows {
+    ($stride:expr, $rows:expr, $K:ident $J:ident $S:ident => $body:expr) => {
+        with_rows!($stride, $rows, $K $J $S => $body, 2 2 1, 3 3 1, 4 4 1, 5 5 1, 7 7 1, 3 2 2, 5 3 2, 7 4 2)
+    };
+    ($stride:expr, $rows:expr, $K:ident $J:ident $S:ident => $body:expr, $($k:literal $j:literal $s:literal),*) => {
+        match ($stride, $rows) {
+            $(($s, $k) => {
+                const $K: usize = $k;
+                const $J: usize = $j;
+                const $S: usize = $s;
+                $body
+            })*
+            (stride, rows) => unreachable!("{rows} rows of taps at stride {stride}: see tap_rows"),
+        }
+    };
+}
+
 /// Padded planes as a kernel's taps see them. Row `i` starts at `i % stride * part + i / stride * pitch`.
 #[derive(Clone)]
 pub struct View<'a, T> {
@@ -191,17 +210,7 @@ impl<T: Element> Kernel for Correlate<'_, T> {
         self.view.check::<I>(columns);
         assert_eq!(self.weights.len(), self.view.columns.len() * self.tap_rows, "weights");
         assert!(self.y.len() >= (rows - 1) * self.y_pitch + columns, "y");
-        match (self.view.stride, self.tap_rows) {
-            (1, 2) => self.rows::<I, 2, 2, 1>(isa),
-            (1, 3) => self.rows::<I, 3, 3, 1>(isa),
-            (1, 4) => self.rows::<I, 4, 4, 1>(isa),
-            (1, 5) => self.rows::<I, 5, 5, 1>(isa),
-            (1, 7) => self.rows::<I, 7, 7, 1>(isa),
-            (2, 3) => self.rows::<I, 3, 2, 2>(isa),
-            (2, 5) => self.rows::<I, 5, 3, 2>(isa),
-            (2, 7) => self.rows::<I, 7, 4, 2>(isa),
-            (stride, rows) => unreachable!("{rows} rows of taps at stride {stride}: see tap_rows"),
-        }
+        with_rows!(self.view.stride, self.tap_rows, K J S => self.rows::<I, K, J, S>(isa));
     }
 }
 
@@ -323,16 +332,6 @@ impl<T: Element> Kernel for CorrelateSums<'_, T> {
         self.view.check::<I>(columns);
         assert_eq!(self.slots.len(), self.view.columns.len() * self.tap_rows * slot::<T>(), "slots");
         assert!(self.g.len() >= (rows - 1) * self.g_pitch + columns, "g");
-        match (self.view.stride, self.tap_rows) {
-            (1, 2) => self.rows::<I, 2, 2, 1>(isa),
-            (1, 3) => self.rows::<I, 3, 3, 1>(isa),
-            (1, 4) => self.rows::<I, 4, 4, 1>(isa),
-            (1, 5) => self.rows::<I, 5, 5, 1>(isa),
-            (1, 7) => self.rows::<I, 7, 7, 1>(isa),
-            (2, 3) => self.rows::<I, 3, 2, 2>(isa),
-            (2, 5) => self.rows::<I, 5, 3, 2>(isa),
-            (2, 7) => self.rows::<I, 7, 4, 2>(isa),
-            (stride, rows) => unreachable!("{rows} rows of taps at stride {stride}: see tap_rows"),
-        }
+        with_rows!(self.view.stride, self.tap_rows, K J S => self.rows::<I, K, J, S>(isa));
     }
 }

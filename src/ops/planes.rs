@@ -100,6 +100,13 @@ impl Planes {
         (images - 1) * self.step + width
     }
 
+    /// Writes the planes of images that follow each other, the first one's first.
+    pub(crate) fn write_all<T: Element>(&self, isa: Active, planes: &[T], padded: &mut [T::Wide]) {
+        for (image, plane) in planes.chunks_exact(self.input[0] * self.input[1]).enumerate() {
+            self.write(isa, image, plane, padded);
+        }
+    }
+
     /// Writes an image's plane into the padded ones, which hold zeros where planes do not reach.
     pub(crate) fn write<T: Element>(&self, isa: Active, image: usize, plane: &[T], padded: &mut [T::Wide]) {
         let (stride, [top, left], width) = (self.stride, self.before, self.input[1]);
@@ -127,6 +134,23 @@ impl Planes {
     }
 }
 
+/// The order in which depthwise kernels read taps, `[column][row]`: the kernel's columns that are seen, and for each of
+/// `rows` rows the kernel's, or none where there is code for more of them.
+fn tap_order(
+    columns: impl Iterator<Item = usize>,
+    rows: usize,
+    row: impl Fn(usize) -> Option<usize>,
+    width: usize,
+) -> Vec<Option<usize>> {
+    let row = &row;
+    columns.flat_map(|x| (0..rows).map(move |r| row(r).map(|y| y * width + x))).collect()
+}
+
+/// The order of a depthwise convolution's own taps: that of the [`Taps`] of its only phases.
+pub(crate) fn forward_order([height, width]: [usize; 2], stride: usize) -> Vec<Option<usize>> {
+    tap_order(0..width, tap_rows(height, stride), |r| (r < height).then_some(r), width)
+}
+
 /// The taps of a depthwise kernel through which the pixels of a vertical and a horizontal phase see padded planes.
 pub(crate) struct Taps {
     /// The first row that is seen.
@@ -151,12 +175,8 @@ impl Taps {
         let rows = tap_rows(span + 1, planes.stride);
         let below = (planes.stride * planes.rows()).saturating_add_signed(-top).saturating_sub(planes.before[0]);
         let place = |pixel: usize| (pixel as isize - top).max(0).min(below as isize) as usize;
-        let row = |r: usize| vertical.taps.iter().find(|&&(_, offset)| offset == top + r as isize);
-        let taps = horizontal
-            .taps
-            .iter()
-            .flat_map(|&(x, _)| (0..rows).map(move |r| row(r).map(|&(y, _)| y * width + x)))
-            .collect();
+        let row = |r: usize| vertical.taps.iter().find(|&&(_, offset)| offset == top + r as isize).map(|&(y, _)| y);
+        let taps = tap_order(horizontal.taps.iter().map(|&(x, _)| x), rows, row, width);
         let seen = !vertical.taps.is_empty();
         let first = planes.tap([top, -(planes.before[1] as isize)]);
         Self {

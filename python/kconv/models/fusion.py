@@ -20,7 +20,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cached_property
 from typing import Literal
 
 from kconv.ktypes import interleave_index
@@ -115,7 +115,15 @@ class Segment:
 
     def program(self, size: tuple[int, int], weight_layout: WeightLayout) -> Program:
         """The segment's program for images of (height, width)."""
-        return _lower(self, size, weight_layout)
+        key = (size, weight_layout)
+        if key not in self._programs:
+            self._programs[key] = _Lowering(self, size).finish(weight_layout)
+        return self._programs[key]
+
+    @cached_property
+    def _programs(self) -> dict[tuple[tuple[int, int], WeightLayout], Program]:
+        """Those made so far: to look one up by the segment itself takes a hash of all its layers."""
+        return {}
 
 
 def partition(graph: Graph) -> list[Layer | Segment]:
@@ -413,11 +421,6 @@ class _Lowering:
     def _stored(self, value: int) -> Tensor:
         channels, height, width = self.values[value]
         return Tensor((Term(0, tuple(range(channels)), value),), channels, (height, width))
-
-
-@cache
-def _lower(segment: Segment, size: tuple[int, int], weight_layout: WeightLayout) -> Program:
-    return _Lowering(segment, size).finish(weight_layout)
 
 
 def _each(x: Tensor, change: object) -> Tensor:

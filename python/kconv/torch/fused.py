@@ -75,7 +75,6 @@ class FusedSegment:
         }
         self._parameters = [(layer, weight.get(name, name)) for layer, name in program.parameters]
         self._norms = [norm.name for norm in program.norms]
-        self._programs: dict[tuple[int, int], Program] = {}
 
     def __call__(self, modules: Mapping[str, nn.Module], x: Tensor) -> Tensor | None:
         """The segment's output, or None where its modules must run one by one.
@@ -103,10 +102,7 @@ class FusedSegment:
             return None
         if not all(norm.training is training and norm.track_running_stats for norm in norms):
             return None
-        size = (x.shape[2], x.shape[3])
-        program = self._programs.get(size)
-        if program is None:
-            program = self._programs[size] = self.segment.program(size, "OI")
+        program = self.segment.program((x.shape[2], x.shape[3]), "OI")
         flat = torch._utils._flatten_dense_tensors(parameters)
         masks = _masks([modules[name] for name in self._drops], x)
         y, used = fused(
