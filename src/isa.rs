@@ -18,6 +18,9 @@ use crate::error::{Result, bail};
 pub trait Isa: pulp::Simd {
     /// Whether there is an instruction for `a * b + c`; without one the compiler calls a function for it.
     const FUSED_MULTIPLY_ADD: bool;
+    /// Whether there are instructions for [`Isa::look_up_f32s`], [`Isa::scale_f32s`] and
+    /// [`Isa::estimate_reciprocal_f32s`].
+    const EXPONENTIALS: bool = false;
 
     /// Asks for the cache line at `ptr`, which need not be readable; nothing where there is no such instruction.
     #[inline(always)]
@@ -48,6 +51,31 @@ pub trait Isa: pulp::Simd {
     #[inline(always)]
     fn hold_f32s<const N: usize>(self, vectors: [Self::f32s; N]) -> [Self::f32s; N] {
         if N > 1 { std::hint::black_box(vectors) } else { vectors }
+    }
+    /// `table[index % 32]` of each lane.
+    #[inline(always)]
+    fn look_up_f32s(self, table: &[f32; 32], index: Self::u32s) -> Self::f32s {
+        let mut values = self.splat_f32s(0.0);
+        let indices = cast_slice::<_, u32>(std::slice::from_ref(&index));
+        for (value, index) in cast_slice_mut::<_, f32>(std::slice::from_mut(&mut values)).iter_mut().zip(indices) {
+            *value = table[*index as usize % 32];
+        }
+        values
+    }
+    /// `a * 2^floor(n)` for normal numbers `a` and `n` from -160 to 60, rounded once where it is below all normal numbers.
+    #[inline(always)]
+    fn scale_f32s(self, a: Self::f32s, n: Self::f32s) -> Self::f32s {
+        let (mut values, powers) = (a, cast_slice::<_, f32>(std::slice::from_ref(&n)));
+        for (value, power) in cast_slice_mut::<_, f32>(std::slice::from_mut(&mut values)).iter_mut().zip(powers) {
+            // In doubles nothing of this is too small.
+            *value = (f64::from(*value) * f64::from_bits(((power.floor() as i64 + 1023) as u64) << 52)) as f32;
+        }
+        values
+    }
+    /// `1 / x` for normal numbers `x`, at most 2^-14 off, relatively.
+    #[inline(always)]
+    fn estimate_reciprocal_f32s(self, x: Self::f32s) -> Self::f32s {
+        self.div_f32s(self.splat_f32s(1.0), x)
     }
     /// The values of `a` and `b` at even places, and those at odd ones.
     #[inline(always)]
@@ -436,6 +464,26 @@ mod x86 {
         }
     });
     avx!(pulp::x86::V4 {
+        const EXPONENTIALS: bool = true;
+
+        #[inline(always)]
+        fn look_up_f32s(self, table: &[f32; 32], index: Self::u32s) -> Self::f32s {
+            // SAFETY: the token proves AVX-512; the table has two vectors' values.
+            unsafe {
+                let (low, high) = (_mm512_loadu_ps(table.as_ptr()), _mm512_loadu_ps(table.as_ptr().add(16)));
+                cast(_mm512_permutex2var_ps(low, cast(index), high))
+            }
+        }
+        #[inline(always)]
+        fn scale_f32s(self, a: Self::f32s, n: Self::f32s) -> Self::f32s {
+            // SAFETY: the token proves AVX-512.
+            cast(unsafe { _mm512_scalef_ps(cast(a), cast(n)) })
+        }
+        #[inline(always)]
+        fn estimate_reciprocal_f32s(self, x: Self::f32s) -> Self::f32s {
+            // SAFETY: the token proves AVX-512.
+            cast(unsafe { _mm512_rcp14_ps(cast(x)) })
+        }
         #[inline(always)]
         fn hold_f32s<const N: usize>(self, mut vectors: [Self::f32s; N]) -> [Self::f32s; N] {
             // `black_box` goes through memory: 10 instead of 8 ns for a vector's swish.
@@ -689,6 +737,44 @@ mod tests {
             let (copied, rest) = to.split_at(len);
             assert!(copied.iter().zip(&from).all(|(to, from)| to == from || *to == 2 * from), "{} {len}", isa.name());
             assert!(rest.iter().all(|value| *value == 7), "{} {len}", isa.name());
+        }
+    }
+
+    /// A table's values, their multiples by powers of two, and reciprocals: of each place's number.
+    struct Exponentials<'a>(&'a [f32; 32], [&'a mut [f32]; 3]);
+    impl Kernel for Exponentials<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) {
+            let Self(table, [found, scaled, reciprocals]) = self;
+            for at in (0..found.len()).step_by(size_of::<I::f32s>() / 4) {
+                let numbers: [f32; 16] = std::array::from_fn(|i| (at + i) as f32);
+                let bits: [u32; 16] = std::array::from_fn(|i| (at + i) as u32);
+                let numbers: I::f32s = cast_slice(&numbers)[0];
+                let value = isa.look_up_f32s(table, cast_slice(&bits)[0]);
+                let powers = isa.sub_f32s(numbers, isa.splat_f32s(150.5));
+                let results = [value, isa.scale_f32s(value, powers), isa.estimate_reciprocal_f32s(numbers)];
+                for (to, result) in [&mut *found, &mut *scaled, &mut *reciprocals].into_iter().zip(results) {
+                    let result = cast_slice::<_, f32>(std::slice::from_ref(&result));
+                    to[at..at + result.len()].copy_from_slice(result);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn tables_powers_and_reciprocals() {
+        let table: [f32; 32] = std::array::from_fn(|i| 1.0 + i as f32 / 32.0);
+        for isa in Active::available() {
+            let (mut found, mut scaled, mut reciprocals) = ([0.0; 192], [0.0; 192], [0.0; 192]);
+            isa.run(Exponentials(&table, [&mut found, &mut scaled, &mut reciprocals]));
+            for i in 0..192 {
+                assert_eq!(found[i], table[i % 32], "{}", isa.name());
+                // i - 150.5 rounded down.
+                let power = f64::from(table[i % 32]) * 2f64.powi(i as i32 - 151);
+                assert_eq!(scaled[i], power as f32, "{} {i}", isa.name());
+                assert!(i == 0 || (reciprocals[i] * i as f32 - 1.0).abs() <= 2f32.powi(-14), "{} {i}", isa.name());
+            }
         }
     }
 

@@ -43,6 +43,12 @@ impl FusedProgram {
         self.0.norm_channels()
     }
 
+    /// Values that :meth:`forward` keeps for :meth:`backward`, an image.
+    #[getter]
+    fn workspace(&self) -> usize {
+        self.0.workspace_len(1)
+    }
+
     /// What each step does and how long it has taken since the last call.
     ///
     /// Returns:

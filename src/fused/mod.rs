@@ -26,6 +26,7 @@ mod spatial;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
@@ -37,7 +38,7 @@ use self::program::{Kind, Slots, Source, Step, timed};
 use crate::isa::Active;
 use crate::kernels::WideElement;
 use crate::kernels::activations::Activation;
-use crate::kernels::rows::{ActivateInPlace, Moments, Sum};
+use crate::kernels::rows::{ActivateInPlace, ActivateMeans, Moments, Sum};
 use crate::kernels::transpose::Transpose;
 use crate::memory;
 use crate::ops::Shared;
@@ -278,6 +279,8 @@ pub fn backward<T: WideElement>(
                 norm_sums: vec![[0.0; 2]; program.norm_channels()],
                 grad_parameters: Shared::new(grad_parameters),
                 norm_grads: Vec::new(),
+                mean_grads: Vec::new(),
+                waiting: HashMap::new(),
             };
             for value in (0..program.values.len()).filter(|&value| program.values[value].zeroed) {
                 tape.clear(value);
@@ -322,7 +325,7 @@ impl<'a, T: WideElement> Pass<'a, T> {
     /// Writes what lies between the values in the workspace, so that all of it may be handed on as values.
     fn clear_gaps(&self) {
         for (value, &place) in self.program.values.iter().zip(&self.places) {
-            let image = value.channels * value.pixels();
+            let image = value.kept();
             let len = self.count * image;
             // SAFETY: in the workspace, each value's place is a multiple of 16 long and its own.
             unsafe { self.start.ptr().add(place + len).write_bytes(0, self.count * image.next_multiple_of(16) - len) };
@@ -431,20 +434,32 @@ impl<'a, T: WideElement> Pass<'a, T> {
     }
 
     fn mean(&self, step: &Step) {
-        let pixels = step.source.pixels();
+        let (pixels, channels) = (step.source.pixels(), step.source.channels());
         let rows = self.rows(step.value);
-        self.for_tasks(step.source.channels(), 1, |c, _| {
+        let waits = !self.finished && self.program.values[step.value].kept_rows > 1;
+        self.for_tasks(channels, 1, |c, _| {
+            // SAFETY: row c of the value and those of its slopes are this task's own.
+            let own = |set: usize| unsafe {
+                std::slice::from_raw_parts_mut(rows.ptr().add((set * channels + c) * self.count), self.count)
+            };
+            if waits {
+                let row = &step.source.rows[c];
+                // SAFETY: sources are earlier values.
+                let x = unsafe { self.row(row.value, row.channel, 0..self.count * pixels) };
+                let moments = row.norm.map_or((T::default(), T::default()), |norm| self.moments[norm]);
+                let (means, slopes) = (own(0), [own(1), own(2)]);
+                let (activation, affine) = (row.activation, self.affine(row));
+                return self.isa.run(ActivateMeans { activation, x, affine, moments, means, slopes });
+            }
             scratch::with(pixels, |buffer: &mut [T]| {
-                for n in 0..self.count {
+                for (n, mean) in own(0).iter_mut().enumerate() {
                     // SAFETY: sources are earlier values.
                     let row = unsafe { self.load(&step.source, c, n * pixels..(n + 1) * pixels, buffer, None) };
-                    let mean = self.isa.run(Sum(row)) / pixels as f64;
-                    // SAFETY: row c of the value is this task's own.
-                    unsafe { rows.ptr().add(c * self.count + n).write(T::from_f64(mean)) };
+                    *mean = T::from_f64(self.isa.run(Sum(row)) / pixels as f64);
                 }
-                // SAFETY: just written.
-                unsafe { self.finish(step.value, c, 0..self.count) };
             });
+            // SAFETY: just written.
+            unsafe { self.finish(step.value, c, 0..self.count) };
         });
     }
 
@@ -557,6 +572,10 @@ struct Tape<'p, 'a, T> {
     grad_parameters: Shared<T>,
     /// See [`Tape::look_at`]; empty where nothing is lacking.
     norm_grads: Vec<[T; 3]>,
+    /// What a mean has yet to add to the gradient at hand, the derivatives of its activation apart: `[channel][image]`.
+    mean_grads: Vec<T>,
+    /// The same of values that are yet to come.
+    waiting: HashMap<usize, Vec<T>>,
 }
 
 impl<T: WideElement> Tape<'_, '_, T> {
@@ -586,9 +605,10 @@ impl<T: WideElement> Tape<'_, '_, T> {
     }
 
     /// Finds what a value's gathered gradient lacks: slope, mean and shift of each channel that take the statistics of the
-    /// norms that read it into account (see the module's page). All that read the value must have given their gradients.
+    /// norms that read it into account (see the module's page), and the gradient of a mean of it. All that read the value must have given their gradients.
     fn look_at(&mut self, value: usize) {
         let data = &self.pass.program.values[value];
+        self.mean_grads = self.waiting.remove(&value).unwrap_or_default();
         self.norm_grads.clear();
         if self.frozen || !data.normed {
             return;
@@ -668,6 +688,9 @@ impl<T: WideElement> Tape<'_, '_, T> {
 
     fn mean(&mut self, step: &Step) {
         let (pixels, parts) = (step.source.pixels(), self.pass.parts(step.source.pixels()));
+        if self.pass.program.values[step.value].kept_rows > 1 {
+            return self.wait(step);
+        }
         self.give_back(&step.source, step.source.channels(), parts, |this, c, images, _, sums| {
             scratch::with(pixels + 1, |buffer: &mut [T]| {
                 let (one, row) = buffer.split_at_mut(1);
@@ -683,10 +706,33 @@ impl<T: WideElement> Tape<'_, '_, T> {
         });
     }
 
+    /// Leaves a mean's gradient to the step that makes what it reads (see `Program::wait`): only the sums that norms want are
+    /// known at once, because the forward pass has kept the means of the slopes.
+    fn wait(&mut self, step: &Step) {
+        let (count, channels, pixels) = (self.pass.count, step.source.channels(), step.source.pixels());
+        let mut grads = vec![T::default(); channels * count];
+        for (c, (row, grads)) in step.source.rows.iter().zip(grads.chunks_exact_mut(count)).enumerate() {
+            // SAFETY: as in `copy`; the forward pass wrote the slopes.
+            let [slopes, normalised] = unsafe {
+                let mut own = vec![T::default(); count];
+                grads.copy_from_slice(self.take(step.value, c, 0..count, &mut own));
+                [1, 2].map(|set| self.pass.row(step.value, set * channels + c, 0..count))
+            };
+            if let Some(norm) = row.norm {
+                for (sum, slopes) in self.norm_sums[norm].iter_mut().zip([slopes, normalised]) {
+                    *sum += grads.iter().zip(slopes).map(|(grad, slope)| grad.to_f64() * slope.to_f64()).sum::<f64>();
+                }
+            }
+            let scale = self.pass.affine(row).0 / T::from_f64(pixels as f64);
+            grads.iter_mut().for_each(|grad| *grad = *grad * scale);
+        }
+        self.waiting.insert(step.source.rows[0].value, grads);
+    }
+
     /// Replaces a value's gathered gradient by the gradient itself.
     fn finish(&mut self, value: usize) {
         self.look_at(value);
-        if self.norm_grads.is_empty() {
+        if self.is_gradient() {
             return;
         }
         let this = &*self;

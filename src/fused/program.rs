@@ -27,12 +27,21 @@ pub(super) struct Value {
     pub view: Option<View>,
     /// The batch norms' channels that read it: (own channel, channel of all norms).
     pub norms: Vec<(usize, usize)>,
+    /// The mean whose gradient waits until this value's own is read, which saves a pass over both: see [`Program::wait`].
+    pub mean: Option<usize>,
+    /// Rows that are kept for each channel: those of a mean that waits are followed by the ones of its slopes.
+    pub kept_rows: usize,
 }
 
 impl Value {
     /// Pixels of an image.
     pub fn pixels(&self) -> usize {
         self.height * self.width
+    }
+
+    /// Values of an image that are kept.
+    pub fn kept(&self) -> usize {
+        self.kept_rows * self.channels * self.pixels()
     }
 }
 
@@ -319,7 +328,17 @@ impl Program {
             if channels == 0 || channels * height * width > LARGEST * LARGEST {
                 bail!("the program has a value of {channels} channels, {height}x{width}");
             }
-            values.push(Value { channels, height, width, normed: false, zeroed: false, view: None, norms: Vec::new() });
+            values.push(Value {
+                channels,
+                height,
+                width,
+                normed: false,
+                zeroed: false,
+                view: None,
+                norms: Vec::new(),
+                mean: None,
+                kept_rows: 1,
+            });
         }
         if count < 2 {
             bail!("the program has {count} values, expected the input and at least one step");
@@ -557,7 +576,9 @@ impl Program {
         }
         let mut seen: Vec<Vec<bool>> = self.values.iter().map(|v| vec![v.zeroed; v.channels]).collect();
         seen[self.output].fill(true);
-        for step in self.steps.iter_mut().rev().filter(|step| step.differentiate) {
+        self.wait();
+        let waits: Vec<_> = self.values.iter().filter_map(|value| value.mean).collect();
+        for step in self.steps.iter_mut().rev().filter(|step| step.differentiate && !waits.contains(&step.value)) {
             for row in &mut step.source.rows {
                 row.first = !std::mem::replace(&mut seen[row.value][row.channel], true);
             }
@@ -565,6 +586,31 @@ impl Program {
         self.view();
         self.place();
         Ok(())
+    }
+
+    /// Finds the means that leave their gradient to the step that makes what they read: it is the same for all pixels of an
+    /// image but for the activation's derivative. Others must read all of that too, so that there is a gradient to add to.
+    fn wait(&mut self) {
+        for step in self.steps.iter().filter(|step| matches!(step.kind, Kind::Mean)) {
+            let rows = &step.source.rows;
+            let Row { value, activation, .. } = rows[0];
+            let channels = self.values[value].channels;
+            let alike = |(channel, row): (usize, &Row)| {
+                (row.value, row.channel, row.activation) == (value, channel, activation)
+                    && row.gate.is_none()
+                    && row.mask.is_none()
+            };
+            let whole = [rows.len(), step.source.channels()] == [channels; 2] && rows.iter().enumerate().all(alike);
+            // Whether gradients are wanted does not matter: the size of what is kept must not depend on it.
+            let mut read = vec![false; channels];
+            for other in self.steps.iter().filter(|other| other.value != step.value) {
+                other.source.rows.iter().filter(|row| row.value == value).for_each(|row| read[row.channel] = true);
+            }
+            if whole && self.values[value].mean.is_none() && read.iter().all(|&read| read) {
+                self.values[value].mean = Some(step.value);
+                self.values[step.value].kept_rows = 3;
+            }
+        }
     }
 
     /// Finds the values that all readers read alike.
@@ -610,7 +656,8 @@ impl Program {
             let size = |value: usize| self.values[value].channels * self.values[value].pixels();
             (0..steps).map(|value| life(value).map_or((0, 0..0), |life| (size(value), life))).collect()
         };
-        let kept = Slots::new(&things(&|_| Some(0..steps)));
+        let kept: Vec<_> = self.values.iter().map(|value| (value.kept(), 0..steps)).collect();
+        let kept = Slots::new(&kept);
         let reused = Slots::new(&things(&|value| Some(value..last[value])));
         let gradients = Slots::new(&things(&|value| {
             let end = if self.values[value].zeroed { steps } else { last[value] };

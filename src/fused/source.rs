@@ -7,7 +7,7 @@ use super::program::{Row, Source};
 use super::{Pass, Tape};
 use crate::kernels::WideElement;
 use crate::kernels::activations::Activation;
-use crate::kernels::rows::{Activate, ActivateGrad, Kept, NormGrad};
+use crate::kernels::rows::{Activate, ActivateGrad, Factors, Kept, MeanGrad, NormGrad};
 
 /// Sums of one row of a source over some pixels: the gradients by its norm's beta and gamma.
 pub(super) type NormSums = [f64; 2];
@@ -92,38 +92,20 @@ impl<T: WideElement> Pass<'_, T> {
         let rows = &source.rows[source.starts[channel]..source.starts[channel + 1]];
         let len = pixels.len();
         for (index, row) in rows.iter().enumerate() {
-            for (pixels, place) in self.segments(row, source.pixels(), &pixels) {
-                // SAFETY: the caller's promise.
-                let x = unsafe { self.row(row.value, row.channel, pixels.clone()) };
-                let slopes = slopes.as_deref_mut().filter(|_| self.keeps(row));
-                self.isa.run(Activate {
-                    activation: if self.is_finished(row) { Activation::Identity } else { row.activation },
-                    x,
-                    affine: self.affine(row),
-                    factor: self.factor(row, pixels.start / source.pixels()),
-                    add: index > 0,
-                    y: &mut y[place..][..x.len()],
-                    slopes: slopes.map(|slopes| &mut slopes[index * len + place..][..x.len()]),
-                });
-            }
+            // SAFETY: the caller's promise.
+            let (x, factors) =
+                unsafe { (self.row(row.value, row.channel, pixels.clone()), self.factors(row, source, &pixels)) };
+            let slopes = slopes.as_deref_mut().filter(|_| self.keeps(row));
+            self.isa.run(Activate {
+                activation: if self.is_finished(row) { Activation::Identity } else { row.activation },
+                x,
+                affine: self.affine(row),
+                factors,
+                add: index > 0,
+                y: &mut *y,
+                slopes: slopes.map(|slopes| &mut slopes[index * len..][..len]),
+            });
         }
-    }
-
-    /// Pixels in parts that have one factor each, and where each part begins.
-    fn segments(
-        &self,
-        row: &Row,
-        image: usize,
-        pixels: &Range<usize>,
-    ) -> impl Iterator<Item = (Range<usize>, usize)> + use<T> {
-        let step = if row.gate.is_some() || row.mask.is_some() { image } else { usize::MAX };
-        let Range { start, end } = *pixels;
-        let mut next = start;
-        std::iter::from_fn(move || {
-            let from = next;
-            next = if step == usize::MAX { end } else { (from / step + 1) * step }.min(end);
-            (from < end).then_some((from..next, from - start))
-        })
     }
 
     /// Whether a row's norm and activation have been applied to what is stored.
@@ -138,25 +120,26 @@ impl<T: WideElement> Pass<'_, T> {
     }
 
     /// Scale and shift of a row.
-    fn affine(&self, row: &Row) -> (T, T) {
+    pub(super) fn affine(&self, row: &Row) -> (T, T) {
         row.norm.filter(|_| !self.is_finished(row)).map_or((T::ONE, T::default()), |norm| self.affine[norm])
     }
 
-    /// Gate times mask of a row in an image.
-    fn factor(&self, row: &Row, image: usize) -> T {
-        self.gate(row, image) * self.mask(row, image)
-    }
-
-    fn gate(&self, row: &Row, image: usize) -> T {
-        match row.gate {
-            // SAFETY: gates are values of earlier steps, of one pixel an image.
-            Some((value, channel)) => unsafe { self.row(value, channel, image..image + 1)[0] },
-            None => T::ONE,
+    /// Gates and masks of a row over some pixels of a source.
+    ///
+    /// # Safety
+    /// Gates must have been written, and not be written while the result is in use.
+    unsafe fn factors(&self, row: &Row, source: &Source, pixels: &Range<usize>) -> Factors<'_, T> {
+        let mask = row.mask.filter(|_| !self.masks.is_empty());
+        if row.gate.is_none() && mask.is_none() {
+            return Factors::ONE;
         }
-    }
-
-    fn mask(&self, row: &Row, image: usize) -> T {
-        row.mask.map_or(T::ONE, |mask| self.masks.get(mask * self.count + image).copied().unwrap_or(T::ONE))
+        let image = source.pixels();
+        let images = pixels.start / image..pixels.end.div_ceil(image);
+        // SAFETY: the caller's promise.
+        let gates = row.gate.map(|(value, channel)| unsafe { self.row(value, channel, images.clone()) });
+        let masks = mask.map(|mask| &self.masks[mask * self.count..][images]);
+        let sets = [gates, masks].map(Option::unwrap_or_default);
+        Factors { pixels: image, skipped: pixels.start % image, sets }
     }
 }
 
@@ -179,40 +162,34 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let rows = &source.rows[source.starts[channel]..source.starts[channel + 1]];
         let (values, len) = (values.filter(|_| rows.len() == 1), pixels.len());
         for (index, (row, sums)) in rows.iter().zip(sums).enumerate() {
-            for (pixels, place) in self.pass.segments(row, source.pixels(), &pixels) {
-                let image = pixels.start / source.pixels();
-                // SAFETY: the value was written in the forward pass; its gradient's row is this task's own.
-                let (x, grad_x) = unsafe {
-                    (
-                        self.pass.row(row.value, row.channel, pixels.clone()),
-                        self.grad(row.value, row.channel, pixels.clone()),
-                    )
-                };
-                let factor = self.pass.factor(row, image);
-                let usable = factor != T::default() && (row.gate.is_none() || values.is_some()) && self.pass.keeps(row);
-                let kept = slopes.filter(|_| usable).map(|slopes| Kept {
-                    slopes: &slopes[index * len + place..][..x.len()],
-                    values: values.filter(|_| row.gate.is_some()).map(|values| &values[place..][..x.len()]),
-                });
-                let result = self.pass.isa.run(ActivateGrad {
-                    activation: row.activation,
-                    x,
-                    affine: self.pass.affine(row),
-                    factor,
-                    grad: &grad[place..][..x.len()],
-                    kept,
-                    moments: row.norm.map_or((T::default(), T::default()), |norm| self.pass.moments[norm]),
-                    add: !row.first,
-                    grad_x,
-                });
-                sums[0] += result.grad;
-                sums[1] += result.normalised;
-                if let Some((value, channel)) = row.gate {
-                    // SAFETY: one pixel of the gate's gradient; the images are this task's own.
-                    let gate = unsafe { self.grad(value, channel, image..image + 1) };
-                    gate[0] += T::from_f64(result.value) * self.pass.mask(row, image);
-                }
-            }
+            // SAFETY: values and gates were written in the forward pass; the gradients' rows and images are this task's own.
+            let (x, factors, grad_x, grad_factors) = unsafe {
+                let images = pixels.start / source.pixels()..pixels.end.div_ceil(source.pixels());
+                (
+                    self.pass.row(row.value, row.channel, pixels.clone()),
+                    self.pass.factors(row, source, &pixels),
+                    self.grad(row.value, row.channel, pixels.clone()),
+                    row.gate.map(|(value, channel)| self.grad(value, channel, images)),
+                )
+            };
+            let kept = slopes.filter(|_| self.pass.keeps(row)).map(|slopes| Kept {
+                slopes: &slopes[index * len..][..len],
+                values: values.filter(|_| row.gate.is_some()),
+            });
+            let result = self.pass.isa.run(ActivateGrad {
+                activation: row.activation,
+                x,
+                affine: self.pass.affine(row),
+                factors,
+                grad,
+                kept,
+                moments: row.norm.map_or((T::default(), T::default()), |norm| self.pass.moments[norm]),
+                add: !row.first,
+                grad_x,
+                grad_factors,
+            });
+            sums[0] += result.grad;
+            sums[1] += result.normalised;
         }
     }
 
@@ -230,7 +207,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         offsets: &mut [usize],
     ) -> *const T {
         let len = self.pass.row_len(value);
-        if self.norm_grads.is_empty() {
+        if self.is_gradient() {
             for (i, offset) in offsets.iter_mut().enumerate() {
                 *offset = (first + i) * len + pixels.start;
             }
@@ -244,8 +221,13 @@ impl<T: WideElement> Tape<'_, '_, T> {
         buffer.as_ptr()
     }
 
-    /// The gradient by a value's channel over some pixels, its batch norm's statistics taken into account: the gathered
-    /// gradient's own memory where there are none, else written to `buffer`.
+    /// Whether the gathered gradient of the value at hand is its gradient.
+    pub(super) fn is_gradient(&self) -> bool {
+        self.norm_grads.is_empty() && self.mean_grads.is_empty()
+    }
+
+    /// The gradient by a value's channel over some pixels, its batch norm's statistics and its mean taken into account: the
+    /// gathered gradient's own memory where there are none, else written to `buffer`.
     ///
     /// # Safety
     /// The tape must have looked at the value.
@@ -258,11 +240,26 @@ impl<T: WideElement> Tape<'_, '_, T> {
     ) -> &'b [T] {
         // SAFETY: the caller's promise: nobody writes to it any more.
         let w: &[T] = unsafe { self.grad(value, channel, pixels.clone()) };
-        let Some(&constants) = self.norm_grads.get(channel) else { return w };
+        if self.is_gradient() {
+            return w;
+        }
         let y = &mut buffer[..w.len()];
         // SAFETY: the forward pass wrote the value.
-        let x = unsafe { self.pass.row(value, channel, pixels) };
-        self.pass.isa.run(NormGrad { w, x, constants, y: &mut *y });
+        let x = unsafe { self.pass.row(value, channel, pixels.clone()) };
+        let constants = self.norm_grads.get(channel).copied().unwrap_or_default();
+        let mean = self.mean_grads.get(channel * self.pass.count..).filter(|grads| !grads.is_empty()).map(|grads| {
+            let (row, image) = (self.mean_row(value, channel), self.pass.program.values[value].pixels());
+            let images = pixels.start / image..pixels.end.div_ceil(image);
+            let factors = Factors { pixels: image, skipped: pixels.start % image, sets: [&grads[images], &[]] };
+            MeanGrad { activation: row.activation, affine: self.pass.affine(row), factors }
+        });
+        self.pass.isa.run(NormGrad { w, x, constants, mean, y: &mut *y });
         y
+    }
+
+    /// What the mean whose gradient waits for a value makes of a channel of it.
+    fn mean_row(&self, value: usize, channel: usize) -> &Row {
+        let step = self.pass.program.values[value].mean.expect("a mean has given its gradient");
+        &self.pass.program.steps[step - 1].source.rows[channel]
     }
 }

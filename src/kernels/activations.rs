@@ -126,9 +126,8 @@ impl<T: Element> Function<T> for Swish {
         for i in 0..N {
             // Minus infinity times the sigmoid's limit 0 would not be a number.
             let limited = Vectors(isa).at_least::<T>(x[i], -1e30);
-            let rest = T::mul_add(isa, limited, T::sub_vectors(isa, one, s[i]), one);
-            slopes[i] = T::mul_vectors(isa, s[i], rest);
             x[i] = T::mul_vectors(isa, limited, s[i]);
+            slopes[i] = T::mul_add(isa, x[i], T::sub_vectors(isa, one, s[i]), s[i]);
         }
         [x, slopes]
     }
@@ -156,6 +155,54 @@ const ENDS: (f32, f32) = (-110.0, 40.0);
 /// The sigmoid, with a relative error below 1e-6 where it is a normal number, an absolute one of 2^-148 below.
 #[inline(always)]
 pub(super) fn sigmoid_f32<I: Isa, const N: usize>(isa: I, x: [I::f32s; N]) -> [I::f32s; N] {
+    if const { I::EXPONENTIALS } { sigmoid_by_table(isa, x) } else { sigmoid_by_polynomial(isa, x) }
+}
+
+/// `2^(i / 32)`
+const POWERS: [f32; 32] = {
+    // 2^(1/32)
+    const ROOT: f64 = 1.021_897_148_654_116_6;
+    let (mut powers, mut power, mut i) = ([0.0; 32], 1.0, 0);
+    while i < 32 {
+        powers[i] = power as f32;
+        power *= ROOT;
+        i += 1;
+    }
+    powers
+};
+
+/// The sigmoid with the instructions that [`Isa::EXPONENTIALS`] tells of: `x = n ln 2 + r` with `n` a multiple of 1/32, so
+/// that two terms are enough for `exp(r)`. (Swish and its derivative of 16 values take 4.1 ns, and 6.6 by polynomial.)
+#[inline(always)]
+fn sigmoid_by_table<I: Isa, const N: usize>(isa: I, mut x: [I::f32s; N]) -> [I::f32s; N] {
+    // Adding this rounds to a multiple of 1/32; the lowest bits are then the place in the table.
+    const ROUND: f32 = (3 << 17) as f32;
+    // ln 2 in two parts.
+    const LN2: (f32, f32) = (std::f32::consts::LN_2, -1.904_654_3e-9);
+    // The nearest to (exp(r) - 1) / r for |r| <= ln 2 / 64: exp(r) is 5.3e-8 off.
+    const COEFFICIENTS: [f32; 2] = [0.5, 1.000_014_7];
+    let one = isa.splat_f32s(1.0);
+    for x in &mut x {
+        let mut r = isa.at_most_f32s(isa.at_least_f32s(*x, isa.splat_f32s(ENDS.0)), isa.splat_f32s(ENDS.1));
+        let shifted = isa.mul_add_e_f32s(r, isa.splat_f32s(std::f32::consts::LOG2_E), isa.splat_f32s(ROUND));
+        let n = isa.sub_f32s(shifted, isa.splat_f32s(ROUND));
+        r = isa.mul_add_e_f32s(n, isa.splat_f32s(-LN2.0), r);
+        r = isa.mul_add_e_f32s(n, isa.splat_f32s(-LN2.1), r);
+        let p = isa.mul_add_e_f32s(r, isa.splat_f32s(COEFFICIENTS[0]), isa.splat_f32s(COEFFICIENTS[1]));
+        let p = isa.mul_add_e_f32s(p, r, one);
+        let e = isa.scale_f32s(isa.mul_f32s(p, isa.look_up_f32s(&POWERS, pulp::cast(shifted))), n);
+        // As below: exp(x) / (1 + exp(x)).
+        let d = isa.add_f32s(one, e);
+        let y = isa.estimate_reciprocal_f32s(d);
+        let error = isa.negate_mul_add_e_f32s(d, y, one);
+        *x = isa.mul_f32s(e, isa.mul_add_e_f32s(y, error, y));
+    }
+    x
+}
+
+/// The sigmoid with the instructions that all have.
+#[inline(always)]
+fn sigmoid_by_polynomial<I: Isa, const N: usize>(isa: I, x: [I::f32s; N]) -> [I::f32s; N] {
     // exp(x) / (1 + exp(x)): small results are as exact as the exponential. A division of vectors would take as long as
     // all the rest.
     let (one, e) = (isa.splat_f32s(1.0), minus_exp_f32(isa, x));

@@ -4,7 +4,9 @@
 //! through rows in the same way ([`Body`]): [`BLOCK`] vectors at a time, so that chains of dependent instructions
 //! overlap, and a masked vector at the end.
 
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use super::Element;
 use super::activations::{Activation, Function, with_function};
@@ -35,20 +37,30 @@ trait Body<T: Element, I: Isa> {
 /// The rows must have `len` pixels.
 #[inline(always)]
 unsafe fn run<T: Element, I: Isa>(isa: I, len: usize, body: &mut impl Body<T, I>) {
+    // SAFETY: the caller's promise.
+    unsafe { run_range(isa, 0..len, body) }
+}
+
+/// Calls a body for a range of the pixels of rows.
+///
+/// # Safety
+/// The rows must have them.
+#[inline(always)]
+unsafe fn run_range<T: Element, I: Isa>(isa: I, Range { start, end }: Range<usize>, body: &mut impl Body<T, I>) {
     let vector = T::lanes::<I>();
-    let mut at = 0;
-    // SAFETY: `at` and the lanes stay below `len`.
+    let mut at = start;
+    // SAFETY: `at` and the lanes stay below `end`.
     unsafe {
-        while at + BLOCK * vector <= len {
+        while at + BLOCK * vector <= end {
             body.block::<BLOCK>(isa, at, Lanes::All);
             at += BLOCK * vector;
         }
-        while at + vector <= len {
+        while at + vector <= end {
             body.block::<1>(isa, at, Lanes::All);
             at += vector;
         }
-        if at < len {
-            body.block::<1>(isa, at, Lanes::First(T::mask(isa, len - at)));
+        if at < end {
+            body.block::<1>(isa, at, Lanes::First(T::mask(isa, end - at)));
         }
     }
 }
@@ -112,6 +124,39 @@ fn total<T: Element, I: Isa>(isa: I, sums: [T::Vector<I>; BLOCK]) -> f64 {
     T::sum(isa, T::add_vectors(isa, T::add_vectors(isa, a, b), T::add_vectors(isa, c, d))).to_f64()
 }
 
+/// Factors of the images that a row's pixels belong to.
+#[derive(Clone, Copy)]
+pub struct Factors<'a, T> {
+    /// Pixels of an image.
+    pub pixels: usize,
+    /// Pixels of the first image that are not the row's.
+    pub skipped: usize,
+    /// For each image, from the first one on, the factors that are multiplied; nothing where they are 1.
+    pub sets: [&'a [T]; 2],
+}
+
+impl<T: Element> Factors<'_, T> {
+    /// No factors at all.
+    pub const ONE: Self = Factors { pixels: usize::MAX, skipped: 0, sets: [&[]; 2] };
+
+    /// The factor of an image.
+    #[inline(always)]
+    fn at(&self, image: usize) -> T {
+        self.sets.iter().filter_map(|set| set.get(image)).fold(T::ONE, |product, &factor| product * factor)
+    }
+
+    /// A row's pixels, image by image.
+    #[inline(always)]
+    fn parts(&self, len: usize) -> impl Iterator<Item = (usize, Range<usize>)> + use<T> {
+        let Self { pixels, skipped, sets } = *self;
+        let images = (len.saturating_add(skipped)).div_ceil(pixels);
+        assert!(skipped < pixels && sets.iter().all(|set| set.is_empty() || set.len() >= images), "factors");
+        // Images are whole but for the first and the last one.
+        let start = move |image: usize| if image == 0 { 0 } else { (image * pixels - skipped).min(len) };
+        (0..images).map(move |image| (image, start(image)..if image + 1 < images { start(image + 1) } else { len }))
+    }
+}
+
 /// `activation(scale * x + shift) * factor` of a row, written or (with `add`) added to `y`.
 pub struct Activate<'a, T> {
     /// The function.
@@ -120,8 +165,8 @@ pub struct Activate<'a, T> {
     pub x: &'a [T],
     /// Scale and shift before the function.
     pub affine: (T, T),
-    /// Factor after it.
-    pub factor: T,
+    /// Factors after it.
+    pub factors: Factors<'a, T>,
     /// Whether to add to what is there.
     pub add: bool,
     /// The result.
@@ -135,18 +180,21 @@ impl<T: Element> Kernel for Activate<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { activation, x, affine: (scale, shift), factor, add, y, slopes } = self;
+        let Self { activation, x, affine: (scale, shift), factors, add, y, slopes } = self;
         assert_eq!(x.len(), y.len());
         let slopes = slopes.map(|slopes| {
             assert_eq!(x.len(), slopes.len());
             slopes.as_mut_ptr()
         });
-        let constants = [scale, shift, factor].map(|value| T::splat(isa, value));
+        let constants = [scale, shift, T::ONE].map(|value| T::splat(isa, value));
         with_function!(activation, F => {
-            let function = std::marker::PhantomData::<F>;
+            let function = PhantomData::<F>;
             let mut body = Forward { x: x.as_ptr(), y: y.as_mut_ptr(), len: x.len(), slopes, constants, add, function };
-            // SAFETY: both rows have this length.
-            unsafe { run(isa, x.len(), &mut body) }
+            for (image, pixels) in factors.parts(x.len()) {
+                body.constants[2] = T::splat(isa, factors.at(image));
+                // SAFETY: both rows have these pixels.
+                unsafe { run_range(isa, pixels, &mut body) }
+            }
         });
     }
 }
@@ -169,7 +217,7 @@ impl<T: Element> Kernel for ActivateInPlace<'_, T> {
         let Self { activation, row, affine: (scale, shift) } = self;
         let (y, constants) = (row.as_mut_ptr(), [scale, shift, T::ONE].map(|value| T::splat(isa, value)));
         with_function!(activation, F => {
-            let function = std::marker::PhantomData::<F>;
+            let function = PhantomData::<F>;
             // SAFETY: one row, of which each block is read before it is written.
             unsafe { run(isa, row.len(), &mut Forward { x: y, y, len: 0, slopes: None, constants, add: false, function }) }
         });
@@ -184,7 +232,7 @@ struct Forward<T, V, F> {
     /// Scale, shift and factor.
     constants: [V; 3],
     add: bool,
-    function: std::marker::PhantomData<F>,
+    function: PhantomData<F>,
 }
 
 impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Forward<T, T::Vector<I>, F> {
@@ -226,8 +274,8 @@ pub struct ActivateGrad<'a, T> {
     pub x: &'a [T],
     /// Scale and shift before the function.
     pub affine: (T, T),
-    /// Factor after it.
-    pub factor: T,
+    /// Factors after it.
+    pub factors: Factors<'a, T>,
     /// The gradient by the result.
     pub grad: &'a [T],
     /// What [`Activate`] made of the same values, if it is still there.
@@ -238,14 +286,16 @@ pub struct ActivateGrad<'a, T> {
     pub add: bool,
     /// The gradient by `x`, taking the batch's statistics as constants.
     pub grad_x: &'a mut [T],
+    /// The gradients by the first of [`Factors::sets`], to be added to, if they are wanted.
+    pub grad_factors: Option<&'a mut [T]>,
 }
 
-/// What [`Activate`] made of a row with a factor other than 0: so the function need not be computed again.
+/// What [`Activate`] made of a row: so the function need not be computed again.
 #[derive(Clone, Copy)]
 pub struct Kept<'a, T> {
     /// The function's derivatives.
     pub slopes: &'a [T],
-    /// The results, if [`RowSums::value`] is wanted.
+    /// The results, if gradients by the factors are wanted.
     pub values: Option<&'a [T]>,
 }
 
@@ -256,40 +306,71 @@ pub struct RowSums {
     pub grad: f64,
     /// Of that gradient times the normalised `x`.
     pub normalised: f64,
-    /// Of the gradient by the result times the function's value: the gradient by `factor`.
-    pub value: f64,
 }
 
 impl<T: Element> Kernel for ActivateGrad<'_, T> {
     type Output = RowSums;
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> RowSums {
-        let Self { activation, x, affine: (scale, shift), factor, grad, kept, moments, add, grad_x } = self;
-        assert_eq!([x.len(); 2], [grad.len(), grad_x.len()]);
-        let body = Backward {
-            x: x.as_ptr(),
-            grad: grad.as_ptr(),
-            grad_x: grad_x.as_mut_ptr(),
-            len: x.len(),
-            constants: [scale, factor, moments.0].map(|value| T::splat(isa, value)),
-            add,
-            sums: [[T::splat(isa, T::default()); BLOCK]; 3],
-            function: (),
+    fn run<I: Isa>(mut self, isa: I) -> RowSums {
+        let len = self.x.len();
+        assert_eq!([len; 2], [self.grad.len(), self.grad_x.len()]);
+        assert!(
+            self.kept.is_none_or(|kept| kept.slopes.len() == len && kept.values.is_none_or(|row| row.len() == len))
+        );
+        let images = len.div_ceil(self.factors.pixels);
+        // What was multiplied by 0 tells nothing of the function.
+        let told = |kept: &Kept<'_, T>| {
+            self.grad_factors.is_none()
+                || kept.values.is_some() && (0..=images).all(|image| self.factors.at(image) != T::default())
         };
-        let Some(Kept { slopes, values }) = kept else {
-            let affine = [scale, shift].map(|value| T::splat(isa, value));
-            return with_function!(activation, F => {
-                // SAFETY: all rows have this length.
-                unsafe { body.with(Computed { affine, function: std::marker::PhantomData::<F> }).sums(isa, x.len(), moments.1) }
-            });
+        if let Some(Kept { slopes, values }) = self.kept.filter(told) {
+            let function = Loaded { slopes: slopes.as_ptr(), values: values.map(<[T]>::as_ptr) };
+            // SAFETY: what was kept has this length.
+            return unsafe { self.through(isa, function, true) };
+        }
+        let affine = [self.affine.0, self.affine.1].map(|value| T::splat(isa, value));
+        with_function!(self.activation, F => {
+            // SAFETY: the function itself reads no memory.
+            unsafe { self.through(isa, Computed { affine, function: PhantomData::<F> }, false) }
+        })
+    }
+}
+
+impl<T: Element> ActivateGrad<'_, T> {
+    /// All images, with the function's values (`multiplied` by the factors or not) and derivatives from `function`.
+    ///
+    /// # Safety
+    /// The rows of `function` must be as long as the others.
+    #[inline(always)]
+    unsafe fn through<I: Isa>(&mut self, isa: I, function: impl Slopes<T, I>, multiplied: bool) -> RowSums {
+        let zero = T::splat(isa, T::default());
+        let mut body = Backward {
+            x: self.x.as_ptr(),
+            grad: self.grad.as_ptr(),
+            grad_x: self.grad_x.as_mut_ptr(),
+            len: self.x.len(),
+            constants: [self.affine.0, T::ONE, self.moments.0].map(|value| T::splat(isa, value)),
+            add: self.add,
+            sums: [[zero; BLOCK]; 2],
+            values: [zero; BLOCK],
+            function,
         };
-        assert_eq!([x.len(); 2], [slopes.len(), values.map_or(x.len(), <[T]>::len)]);
-        let loaded = Loaded { slopes: slopes.as_ptr(), values: values.map(<[T]>::as_ptr) };
-        // SAFETY: all rows have this length.
-        let mut sums = unsafe { body.with(loaded).sums(isa, x.len(), moments.1) };
-        sums.value /= factor.to_f64();
-        sums
+        for (image, pixels) in self.factors.parts(self.x.len()) {
+            let factor = self.factors.at(image);
+            body.constants[1] = T::splat(isa, factor);
+            // SAFETY: all rows have these pixels.
+            unsafe { run_range(isa, pixels, &mut body) };
+            if let Some(grad_factors) = &mut self.grad_factors {
+                let own = self.factors.sets[0].get(image).copied().unwrap_or(T::ONE).to_f64();
+                let others = self.factors.sets[1].get(image).copied().unwrap_or(T::ONE).to_f64();
+                let value = total::<T, I>(isa, std::mem::replace(&mut body.values, [zero; BLOCK]));
+                let grad = if multiplied { value / own } else { value * others };
+                grad_factors[image] = T::from_f64(grad_factors[image].to_f64() + grad);
+            }
+        }
+        let [grad, normalised] = body.sums;
+        RowSums { grad: total::<T, I>(isa, grad), normalised: total::<T, I>(isa, normalised) * self.moments.1.to_f64() }
     }
 }
 
@@ -312,7 +393,7 @@ trait Slopes<T: Element, I: Isa> {
 struct Computed<V, F> {
     /// Scale and shift before the function.
     affine: [V; 2],
-    function: std::marker::PhantomData<F>,
+    function: PhantomData<F>,
 }
 
 impl<T: Element, I: Isa, F: Function<T>> Slopes<T, I> for Computed<T::Vector<I>, F> {
@@ -363,39 +444,11 @@ struct Backward<T, V, S> {
     /// Scale, factor and mean.
     constants: [V; 3],
     add: bool,
-    /// Partial sums for the three of [`RowSums`], the normalised ones yet without the deviation.
-    sums: [[V; BLOCK]; 3],
+    /// Partial sums for those of [`RowSums`], the normalised ones yet without the deviation.
+    sums: [[V; BLOCK]; 2],
+    /// Partial sums of the gradient by the result times the function's value.
+    values: [V; BLOCK],
     function: S,
-}
-
-impl<T, V> Backward<T, V, ()> {
-    #[inline(always)]
-    fn with<S>(self, function: S) -> Backward<T, V, S> {
-        let Self { x, grad, grad_x, len, constants, add, sums, function: () } = self;
-        Backward { x, grad, grad_x, len, constants, add, sums, function }
-    }
-}
-
-impl<T: Element, V, S> Backward<T, V, S> {
-    /// Runs over rows of `len` pixels.
-    ///
-    /// # Safety
-    /// They must have so many.
-    #[inline(always)]
-    unsafe fn sums<I: Isa>(mut self, isa: I, len: usize, inverse: T) -> RowSums
-    where
-        Self: Body<T, I>,
-        T: Element<Vector<I> = V>,
-    {
-        // SAFETY: the caller's promise.
-        unsafe { run(isa, len, &mut self) };
-        let [grad, normalised, value] = self.sums;
-        RowSums {
-            grad: total::<T, I>(isa, grad),
-            normalised: total::<T, I>(isa, normalised) * inverse.to_f64(),
-            value: total::<T, I>(isa, value),
-        }
-    }
 }
 
 impl<T: Element, I: Isa, S: Slopes<T, I>> Body<T, I> for Backward<T, T::Vector<I>, S> {
@@ -409,12 +462,12 @@ impl<T: Element, I: Isa, S: Slopes<T, I>> Body<T, I> for Backward<T, T::Vector<I
         let [values, mut slopes] = unsafe { self.function.both(isa, at, lanes, x) };
         // SAFETY: as above. Beyond the row, gradients are zero and so is all that is added to the sums.
         let grad = unsafe { load::<T, I, N>(isa, self.grad.add(at), lanes) };
-        let [sum, normalised, value] = &mut self.sums;
+        let [sum, normalised] = &mut self.sums;
         for i in 0..N {
             let g = T::mul_vectors(isa, T::mul_vectors(isa, grad[i], factor), slopes[i]);
             sum[i] = T::add_vectors(isa, sum[i], g);
             normalised[i] = T::mul_add(isa, g, T::sub_vectors(isa, x[i], mean), normalised[i]);
-            value[i] = T::mul_add(isa, grad[i], values[i], value[i]);
+            self.values[i] = T::mul_add(isa, grad[i], values[i], self.values[i]);
             slopes[i] = g;
         }
         // SAFETY: as above.
@@ -434,6 +487,79 @@ impl<T: Element, I: Isa, S: Slopes<T, I>> Body<T, I> for Backward<T, T::Vector<I
     }
 }
 
+/// The mean of `activation(scale * x + shift)` over each image of a row, and what its way back will want.
+pub struct ActivateMeans<'a, T> {
+    /// The function.
+    pub activation: Activation,
+    /// The row, of whole images.
+    pub x: &'a [T],
+    /// Scale and shift before the function.
+    pub affine: (T, T),
+    /// Mean and inverse standard deviation that normalise `x`.
+    pub moments: (T, T),
+    /// The means of the images.
+    pub means: &'a mut [T],
+    /// The means of the function's derivative, and of that times the normalised `x`.
+    pub slopes: [&'a mut [T]; 2],
+}
+
+impl<T: Element> Kernel for ActivateMeans<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self { activation, x, affine: (scale, shift), moments, means, slopes: [slopes, normalised] } = self;
+        let (pixels, zero) = (x.len() / means.len().max(1), T::splat(isa, T::default()));
+        assert_eq!([x.len(), means.len(), means.len()], [means.len() * pixels, slopes.len(), normalised.len()]);
+        let constants = [scale, shift, moments.0].map(|value| T::splat(isa, value));
+        with_function!(activation, F => {
+            for image in 0..means.len() {
+                let sums = [[zero; BLOCK]; 3];
+                let mut body = Means { x: x.as_ptr(), constants, sums, function: PhantomData::<F> };
+                // SAFETY: the row has these pixels.
+                unsafe { run_range(isa, image * pixels..(image + 1) * pixels, &mut body) };
+                let [value, slope, product] = body.sums;
+                means[image] = T::from_f64(total::<T, I>(isa, value) / pixels as f64);
+                slopes[image] = T::from_f64(total::<T, I>(isa, slope) / pixels as f64);
+                normalised[image] = T::from_f64(total::<T, I>(isa, product) * moments.1.to_f64() / pixels as f64);
+            }
+        });
+    }
+}
+
+struct Means<T, V, F> {
+    x: *const T,
+    /// Scale, shift and mean.
+    constants: [V; 3],
+    /// Partial sums of values, derivatives, and these times the distances from the mean.
+    sums: [[V; BLOCK]; 3],
+    function: PhantomData<F>,
+}
+
+impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Means<T, T::Vector<I>, F> {
+    #[inline(always)]
+    unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
+        let [scale, shift, mean] = self.constants;
+        // SAFETY: the caller's promise.
+        let x = unsafe { load::<T, I, N>(isa, self.x.add(at), lanes) };
+        let mut z = x;
+        for z in &mut z {
+            *z = T::mul_add(isa, *z, scale, shift);
+        }
+        let [mut values, mut slopes] = F::both(isa, z);
+        let [value, slope, product] = &mut self.sums;
+        for i in 0..N {
+            if let Lanes::First(mask) = lanes {
+                values[i] = T::keep_masked(isa, mask, values[i]);
+                slopes[i] = T::keep_masked(isa, mask, slopes[i]);
+            }
+            value[i] = T::add_vectors(isa, value[i], values[i]);
+            slope[i] = T::add_vectors(isa, slope[i], slopes[i]);
+            product[i] = T::mul_add(isa, slopes[i], T::sub_vectors(isa, x[i], mean), product[i]);
+        }
+    }
+}
+
 /// `y = w + slope * (x - mean) + shift`: the gradient by the values before a batch norm whose statistics depend on them.
 pub struct NormGrad<'a, T> {
     /// The gradient that takes the statistics as constants.
@@ -442,8 +568,21 @@ pub struct NormGrad<'a, T> {
     pub x: &'a [T],
     /// Slope, mean and shift.
     pub constants: [T; 3],
+    /// What the means of images add, where there are some: see [`MeanGrad`].
+    pub mean: Option<MeanGrad<'a, T>>,
     /// The result.
     pub y: &'a mut [T],
+}
+
+/// The gradient by `x` of the means of `activation(scale * x + shift)` over images: `factor * activation'`.
+#[derive(Clone, Copy)]
+pub struct MeanGrad<'a, T> {
+    /// The function.
+    pub activation: Activation,
+    /// Scale and shift before the function.
+    pub affine: (T, T),
+    /// The gradients by the arguments of the means' functions, which all pixels of an image have in common.
+    pub factors: Factors<'a, T>,
 }
 
 impl<T: Element> Kernel for NormGrad<'_, T> {
@@ -451,24 +590,64 @@ impl<T: Element> Kernel for NormGrad<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { w, x, constants, y } = self;
+        let Self { w, x, constants, mean, y } = self;
         assert_eq!([y.len(); 2], [w.len(), x.len()]);
         let constants = constants.map(|value| T::splat(isa, value));
-        let mut body = Normal { w: w.as_ptr(), x: x.as_ptr(), y: y.as_mut_ptr(), len: w.len(), constants };
-        // SAFETY: all rows have this length.
-        unsafe { run(isa, x.len(), &mut body) }
+        let mut body = Normal { w: w.as_ptr(), x: x.as_ptr(), y: y.as_mut_ptr(), len: w.len(), constants, mean: () };
+        let Some(MeanGrad { activation, affine: (scale, shift), factors }) = mean else {
+            // SAFETY: all rows have this length.
+            return unsafe { run(isa, x.len(), &mut body) };
+        };
+        with_function!(activation, F => {
+            for (image, pixels) in factors.parts(x.len()) {
+                let mean = [scale, shift, factors.at(image)].map(|value| T::splat(isa, value));
+                let Normal { w, x, y, len, constants, mean: () } = body;
+                let mut body = Normal { w, x, y, len, constants, mean: (mean, PhantomData::<F>) };
+                // SAFETY: all rows have these pixels.
+                unsafe { run_range(isa, pixels, &mut body) };
+            }
+        });
     }
 }
 
-struct Normal<T, V> {
+struct Normal<T, V, M> {
     w: *const T,
     x: *const T,
     y: *mut T,
     len: usize,
     constants: [V; 3],
+    mean: M,
 }
 
-impl<T: Element, I: Isa> Body<T, I> for Normal<T, T::Vector<I>> {
+/// What a mean adds to the gradient by `N` vectors.
+trait Addition<T: Element, I: Isa> {
+    fn add<const N: usize>(&self, isa: I, x: [T::Vector<I>; N], y: [T::Vector<I>; N]) -> [T::Vector<I>; N];
+}
+
+impl<T: Element, I: Isa> Addition<T, I> for () {
+    #[inline(always)]
+    fn add<const N: usize>(&self, _isa: I, _x: [T::Vector<I>; N], y: [T::Vector<I>; N]) -> [T::Vector<I>; N] {
+        y
+    }
+}
+
+/// Scale, shift and factor of a function.
+impl<T: Element, I: Isa, F: Function<T>> Addition<T, I> for ([T::Vector<I>; 3], PhantomData<F>) {
+    #[inline(always)]
+    fn add<const N: usize>(&self, isa: I, mut x: [T::Vector<I>; N], mut y: [T::Vector<I>; N]) -> [T::Vector<I>; N] {
+        let [scale, shift, factor] = self.0;
+        for x in &mut x {
+            *x = T::mul_add(isa, *x, scale, shift);
+        }
+        let [_, slopes] = F::both(isa, x);
+        for (y, slope) in y.iter_mut().zip(slopes) {
+            *y = T::mul_add(isa, slope, factor, *y);
+        }
+        y
+    }
+}
+
+impl<T: Element, I: Isa, M: Addition<T, I>> Body<T, I> for Normal<T, T::Vector<I>, M> {
     #[inline(always)]
     unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
         let [slope, mean, shift] = self.constants;
@@ -477,10 +656,11 @@ impl<T: Element, I: Isa> Body<T, I> for Normal<T, T::Vector<I>> {
         // SAFETY: the caller's promise.
         unsafe {
             let mut y = load::<T, I, N>(isa, self.w.add(at), lanes);
-            for (y, x) in y.iter_mut().zip(load::<T, I, N>(isa, self.x.add(at), lanes)) {
+            let x = load::<T, I, N>(isa, self.x.add(at), lanes);
+            for (y, &x) in y.iter_mut().zip(&x) {
                 *y = T::mul_add(isa, slope, T::sub_vectors(isa, x, mean), T::add_vectors(isa, *y, shift));
             }
-            store(isa, self.y.add(at), lanes, y);
+            store(isa, self.y.add(at), lanes, self.mean.add(isa, x, y));
         }
     }
 }
@@ -778,7 +958,7 @@ mod tests {
                 assert!(len == 0 || (mean - sum / count).abs() < 1e-10 && (squares - expected).abs() < 1e-9);
                 let mut y = vec![3.0; len + 1];
                 let (constants, w) = ([2.0, 999.0, 0.5], &x);
-                isa.run(NormGrad { w, x: &x, constants, y: &mut y[..len] });
+                isa.run(NormGrad { w, x: &x, constants, mean: None, y: &mut y[..len] });
                 assert!(y.iter().zip(&x).all(|(y, x)| (y - (x + 2.0 * (x - 999.0) + 0.5)).abs() < 1e-9));
                 assert_eq!(y[len], 3.0);
             }

@@ -66,7 +66,7 @@ def _forward(program: Program, layout: str, x: jax.Array, *operands: jax.Array) 
     results = [
         _output(program, layout, x),
         jax.ShapeDtypeStruct((2, program.norm_channels), x.dtype),
-        jax.ShapeDtypeStruct((program.values * len(x),), x.dtype),
+        jax.ShapeDtypeStruct((_compiled(program).workspace * len(x),), x.dtype),
     ]
     return _call("fused_forward", program, layout, results, x, *operands)
 

@@ -64,7 +64,6 @@ class Program:
         norm_pixels: for each of them the pixels of an image that it averages over.
         masks: the drop-connect layers in the order of their masks.
         output_size: (channels, height, width) of the output.
-        values: stored values an image, which the backward pass needs.
     """
 
     integers: tuple[int, ...]
@@ -73,7 +72,6 @@ class Program:
     norm_pixels: tuple[int, ...]
     masks: tuple[Dropout, ...]
     output_size: tuple[int, int, int]
-    values: int
 
     @property
     def norm_channels(self) -> int:
@@ -291,7 +289,6 @@ class _Lowering:
             tuple(self.norm_pixels),
             tuple(self.masks),
             self.values[-1],
-            sum(-(-c * h * w // 16) * 16 for c, h, w in self.values),
         )
 
     def _layer(self, layer: Layer, inputs: list[Tensor], padding: ZeroPad | None) -> Tensor:
