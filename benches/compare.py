@@ -224,6 +224,7 @@ class Bench:
 
     def _torch(self, calls: dict[str, Calls], conv: Convolution) -> None:
         """PyTorch's convolution and its gradients, in either memory format."""
+        padding, stride, groups = conv.padding, conv.stride, conv.groups
         for peer in ("torch-nchw", "torch-nhwc"):
             if peer not in self.peers:
                 continue
@@ -232,7 +233,6 @@ class Bench:
             form = torch.channels_last if peer == "torch-nhwc" else torch.contiguous_format
             arrays = (conv.x, conv.w, conv.g)
             tx, tw, tg = (tensor(a).contiguous(memory_format=form) for a in arrays)
-            padding, stride, groups = conv.padding, conv.stride, conv.groups
             calls["forward"][peer] = lambda tx=tx, tw=tw: torch.nn.functional.conv2d(
                 tx, tw, None, stride, padding, 1, groups
             )

@@ -120,7 +120,7 @@ class Segment:
 
     @cached_property
     def _programs(self) -> dict[tuple[tuple[int, int], WeightLayout], Program]:
-        """Those made so far: to look one up by the segment itself takes a hash of all its layers."""
+        """Those made so far; a look-up by the segment itself would hash all its layers."""
         return {}
 
 
