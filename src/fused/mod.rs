@@ -584,13 +584,18 @@ impl<T: WideElement> Tape<'_, '_, T> {
         self.start.at(self.places[value])
     }
 
+    /// Which row of a value's gathered gradient is a channel's.
+    fn grad_row(&self, value: usize, channel: usize) -> usize {
+        self.pass.program.values[value].grad_rows.get(channel).copied().unwrap_or(channel)
+    }
+
     /// Part of a row of a value's gathered gradient.
     ///
     /// # Safety
     /// No other slice of it may live.
     #[expect(clippy::mut_from_ref, reason = "tasks write different rows of shared memory")]
     unsafe fn grad(&self, value: usize, channel: usize, pixels: Range<usize>) -> &mut [T] {
-        let start = channel * self.pass.row_len(value) + pixels.start;
+        let start = self.grad_row(value, channel) * self.pass.row_len(value) + pixels.start;
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.rows(value).ptr().add(start), pixels.len()) }
     }

@@ -29,6 +29,9 @@ pub(super) struct Value {
     pub norms: Vec<(usize, usize)>,
     /// The mean whose gradient waits until this value's own is read, which saves a pass over both: see [`Program::wait`].
     pub mean: Option<usize>,
+    /// Where its channels' gradients stand among the rows of another value's, whose memory it takes over; empty where it has
+    /// memory of its own, in the order of its channels: see [`Program::take_over`].
+    pub grad_rows: Vec<usize>,
     /// Rows that are kept for each channel: those of a mean that waits are followed by the ones of its slopes.
     pub kept_rows: usize,
 }
@@ -337,6 +340,7 @@ impl Program {
                 view: None,
                 norms: Vec::new(),
                 mean: None,
+                grad_rows: Vec::new(),
                 kept_rows: 1,
             });
         }
@@ -635,6 +639,28 @@ impl Program {
         }
     }
 
+    /// Lets the gradient of a depthwise convolution's source have the memory of that of its result, each channel's row the
+    /// row of the channel that it becomes: these are the largest pairs of gradients. Returns the source.
+    fn take_over(&mut self, step: usize) -> Option<usize> {
+        let Step { value, kind: Kind::Conv(conv), source, differentiate: true } = &self.steps[step] else {
+            return None;
+        };
+        let (rows, from) = (&source.rows, source.rows[0].value);
+        let channels = self.values[from].channels;
+        let alone = |row: &Row| row.value == from && row.first && row.gate.is_none();
+        let planes = (conv.group_in, conv.group_out, source.pixels()) == (1, 1, self.values[*value].pixels());
+        // Tasks read a channel's planes of some images before they write the same planes.
+        let fits = [rows.len(), source.channels(), self.values[*value].channels] == [channels; 3];
+        if conv.pointwise() || !planes || !fits || !rows.iter().all(alone) || from == 0 || self.values[from].zeroed {
+            return None;
+        }
+        let mut places = vec![0; channels];
+        rows.iter().enumerate().for_each(|(place, row)| places[row.channel] = place);
+        let of = &self.values[*value].grad_rows;
+        self.values[from].grad_rows = places.into_iter().map(|row| of.get(row).copied().unwrap_or(row)).collect();
+        Some(from)
+    }
+
     /// Finds places for values and gradients.
     fn place(&mut self) {
         let steps = self.values.len();
@@ -652,17 +678,25 @@ impl Program {
             }
         }
         last[self.output] = steps;
-        let things = |life: &dyn Fn(usize) -> Option<Range<usize>>| -> Vec<_> {
-            let size = |value: usize| self.values[value].channels * self.values[value].pixels();
-            (0..steps).map(|value| life(value).map_or((0, 0..0), |life| (size(value), life))).collect()
-        };
+        let mut lives: Vec<_> =
+            (0..steps).map(|value| value..if self.values[value].zeroed { steps } else { last[value] }).collect();
+        let mut places: Vec<_> = (0..steps).collect();
+        for step in (0..self.steps.len()).rev() {
+            if let Some(from) = self.take_over(step) {
+                let place = places[self.steps[step].value];
+                places[from] = place;
+                lives[place].start = from;
+            }
+        }
+        let size = |value: usize| self.values[value].channels * self.values[value].pixels();
+        let own = |value: usize| wanted[value] && places[value] == value;
+        let gradients: Vec<_> =
+            (0..steps).map(|value| if own(value) { (size(value), lives[value].clone()) } else { (0, 0..0) }).collect();
+        let mut gradients = Slots::new(&gradients);
+        gradients.offsets = places.iter().map(|&place| gradients.offsets[place]).collect();
         let kept: Vec<_> = self.values.iter().map(|value| (value.kept(), 0..steps)).collect();
-        let kept = Slots::new(&kept);
-        let reused = Slots::new(&things(&|value| Some(value..last[value])));
-        let gradients = Slots::new(&things(&|value| {
-            let end = if self.values[value].zeroed { steps } else { last[value] };
-            wanted[value].then_some(value..end)
-        }));
+        let reused: Vec<_> = (0..steps).map(|value| (size(value), value..last[value])).collect();
+        let (kept, reused) = (Slots::new(&kept), Slots::new(&reused));
         (self.kept, self.reused, self.gradients) = (kept, reused, gradients);
     }
 

@@ -209,7 +209,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let len = self.pass.row_len(value);
         if self.is_gradient() {
             for (i, offset) in offsets.iter_mut().enumerate() {
-                *offset = (first + i) * len + pixels.start;
+                *offset = self.grad_row(value, first + i) * len + pixels.start;
             }
             return self.rows(value).ptr();
         }
