@@ -52,8 +52,8 @@ _ACTIVATIONS = ("relu", "relu6", "swish", "sigmoid", "hard_sigmoid", "hard_swish
 _MAX_TERMS = 4
 """A sum of more terms is stored: each term costs every reader a pass over its value.
 
-With 4, two blocks of two units, a kEffNet-B0 keeps 34 MB less of 64 images of 32x32 than with 2, and
-takes as long.
+With 4, two blocks of two units, a kEffNet-B0 keeps 34 MB less of 64 images of 32x32 than with 2,
+and takes as long.
 """
 
 
