@@ -716,6 +716,11 @@ fn end([rows, width]: [usize; 2], pitch: usize) -> usize {
     rows.max(1) * pitch - pitch + width
 }
 
+/// How many values ahead of the rows of a plane to ask for others, at least; planes follow each other, each too short for the
+/// processor to look ahead by itself. (5x5 depthwise convolutions of 64 x 672 planes of 16 x 16, and of 19 x 19 at stride 2,
+/// take 14.9 and 15.7 ms of a thread without, 14.6 and 11.4 with the next plane asked for, 13.2 and 11.1 with this.)
+const AHEAD: usize = 1024;
+
 /// Copies rows of a plane, which are too short for `memcpy` to be worth its call, to be computed with.
 pub struct WidenRows<'a, T: Element> {
     /// The rows, and the distance of their beginnings.
@@ -737,25 +742,31 @@ impl<T: Element> Kernel for WidenRows<'_, T> {
             // SAFETY: the rows end inside the slices.
             unsafe {
                 let (x, y) = (x.as_ptr().add(row * x_pitch), y.as_mut_ptr().add(row * y_pitch).cast());
-                run(isa, size[1], &mut Widen::<T>(x, y));
+                run(isa, size[1], &mut Widen::<T> { x, y, ahead: AHEAD.max(size[0] * x_pitch) });
             }
         }
     }
 }
 
-struct Widen<T: Element>(*const T, *mut T::Wide);
+struct Widen<T: Element> {
+    x: *const T,
+    y: *mut T::Wide,
+    /// How far ahead values are asked for.
+    ahead: usize,
+}
 
 impl<T: Element, I: Isa> Body<T, I> for Widen<T> {
     #[inline(always)]
     unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
+        prefetch::<T, I, N>(isa, self.x.wrapping_add(at), self.ahead);
         for i in 0..N {
             let at = at + i * T::lanes::<I>();
             // SAFETY: the caller's promise.
             unsafe {
-                let [value] = load::<T, I, 1>(isa, self.0.add(at), lanes);
+                let [value] = load::<T, I, 1>(isa, self.x.add(at), lanes);
                 match lanes {
-                    Lanes::All => T::store_wide(isa, self.1.add(at), value),
-                    Lanes::First(mask) => T::store_wide_masked(isa, mask, self.1.add(at), value),
+                    Lanes::All => T::store_wide(isa, self.y.add(at), value),
+                    Lanes::First(mask) => T::store_wide_masked(isa, mask, self.y.add(at), value),
                 }
             }
         }
@@ -837,6 +848,7 @@ impl<T: Element> Kernel for SplitRows<'_, T> {
                 // SAFETY: the rows end inside the slices; the masks leave out what is beyond.
                 unsafe {
                     let x = x.as_ptr().add(row * x_pitch + at);
+                    prefetch::<T, I, 2>(isa, x, AHEAD.max(rows * x_pitch));
                     let low = T::load_masked(isa, x_masks[0], x);
                     let high = T::load_masked(isa, x_masks[1], x.wrapping_add(vector));
                     let [low, high] = T::split(isa, low, high);
