@@ -14,8 +14,8 @@ import kconv
 CALLS = 3
 """Calls in a turn."""
 PAUSE = 0.01
-"""Seconds before a turn. The threads of PyTorch's libgomp wait actively for some milliseconds after a
-call and would take a core from whoever comes next: the medians of calls of 0.5 ms became 4 ms."""
+"""Seconds before a turn. The threads of PyTorch's libgomp wait actively for some milliseconds after
+a call and would take a core from whoever comes next: the medians of calls of 0.5 ms became 4 ms."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def measure_limits() -> Limits:
 
 
 def seconds(calls: list[Callable[[], Any]], turns: int) -> list[list[float]]:
-    """The seconds of each call in each turn, :data:`CALLS` of them after one that does not count."""
+    """The seconds of each call in each turn: of :data:`CALLS` after one that does not count."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(turns):
         for call, taken in zip(calls, times, strict=True):
