@@ -610,7 +610,8 @@ impl<T: WideElement> Tape<'_, '_, T> {
     }
 
     /// Finds what a value's gathered gradient lacks: slope, mean and shift of each channel that take the statistics of the
-    /// norms that read it into account (see the module's page), and the gradient of a mean of it. All that read the value must have given their gradients.
+    /// norms that read it into account (see the module's page), and the gradient of a mean of it. All that read the value must
+    /// have given their gradients.
     fn look_at(&mut self, value: usize) {
         let data = &self.pass.program.values[value];
         self.mean_grads = self.waiting.remove(&value).unwrap_or_default();

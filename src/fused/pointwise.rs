@@ -20,8 +20,8 @@ const TILE_VALUES: usize = 256 << 10;
 /// Pixels of a tile. (275 ms with at most 4,096, 285 with 1,024.)
 const TILE_PIXELS: (usize, usize) = (64, 4096);
 /// Pixels of a task of the backward pass, about, and the fewest tasks: each has to clear and to add up a vector of sums for
-/// every weight of its group. (The way back through
-/// the pointwise convolutions of a kMobileNet D6_32ch takes 97 ms of 16 images of 224 x 224 in tasks of an image or two, 86 so.)
+/// every weight of its group. (The way back through the pointwise convolutions of a kMobileNet D6_32ch takes 97 ms of 16
+/// images of 224 x 224 in tasks of an image or two, and 86 in these.)
 const TASK_PIXELS: usize = 2048;
 const TASKS: usize = 64;
 /// Pixels of a tile of `rows` rows: a multiple of all vectors' lengths.

@@ -958,6 +958,89 @@ mod tests {
     }
 
     #[test]
+    fn parts_are_images() {
+        let set = [2.0f32, 3.0, 5.0, 7.0];
+        for (pixels, len) in (4..8usize).flat_map(|pixels| (0..13).map(move |len| (pixels, len))) {
+            for skipped in 0..pixels {
+                let factors = Factors { pixels, skipped, sets: [&set, &[]] };
+                let mut found = Vec::new();
+                for (image, range) in factors.parts(len) {
+                    assert_eq!(range.start, found.len());
+                    found.extend(range.map(|_| factors.at(image)));
+                }
+                let expected: Vec<_> = (0..len).map(|pixel| set[(pixel + skipped) / pixels]).collect();
+                assert_eq!(found, expected, "{pixels} {skipped} {len}");
+            }
+        }
+        assert_eq!(Factors::<f32>::ONE.parts(9).collect::<Vec<_>>(), [(0, 0..9)]);
+    }
+
+    /// Images of a row through a function with factors, forward and back, beside the same with the means' gradient.
+    #[test]
+    fn factors_and_means() {
+        let f = |x: f64| x / (1.0 + (-x).exp());
+        let slope = |x: f64| (f(x + 1e-6) - f(x - 1e-6)) / 2e-6;
+        let (activation, affine, moments) = (Activation::Swish, (1.5, -0.25), (0.3, 2.0));
+        let z = |x: f64| 1.5 * x - 0.25;
+        for isa in Active::available() {
+            for pixels in [1usize, 5, 16, 37] {
+                let x: Vec<f64> = (0..3 * pixels).map(|i| (i as f64 * 0.7).sin()).collect();
+                let grad: Vec<f64> = (0..3 * pixels).map(|i| (i as f64 * 0.3).cos()).collect();
+                // The second factor is 0: the function has to be computed again for the gradient by it.
+                let gates = [[0.5, 0.0, 2.0], [0.5, 1.5, 2.0]];
+                for (gate, mask) in gates.iter().map(|gate| (gate, [1.0, 2.0, 3.0])) {
+                    let factors = Factors { pixels, skipped: 0, sets: [gate, &mask] };
+                    let (mut y, mut slopes) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+                    let (to, kept) = (&mut y[..], Some(&mut slopes[..]));
+                    isa.run(Activate { activation, x: &x, affine, factors, add: false, y: to, slopes: kept });
+                    let (mut grad_x, mut grad_gate) = (vec![0.0; x.len()], vec![1.0; 3]);
+                    let sums = isa.run(ActivateGrad {
+                        activation,
+                        x: &x,
+                        affine,
+                        factors,
+                        grad: &grad,
+                        kept: Some(Kept { slopes: &slopes, values: Some(&y) }),
+                        moments,
+                        add: false,
+                        grad_x: &mut grad_x,
+                        grad_factors: Some(&mut grad_gate),
+                    });
+                    let mut expected = [0.0; 2];
+                    for n in 0..3 {
+                        let image = n * pixels..(n + 1) * pixels;
+                        let by_gate: f64 = image.clone().map(|i| grad[i] * f(z(x[i])) * mask[n]).sum();
+                        assert!((grad_gate[n] - 1.0 - by_gate).abs() < 1e-9, "{} {pixels}", isa.name());
+                        for i in image {
+                            assert!((y[i] - f(z(x[i])) * gate[n] * mask[n]).abs() < 1e-12);
+                            let g = grad[i] * gate[n] * mask[n] * slope(z(x[i]));
+                            assert!((grad_x[i] - 1.5 * g).abs() < 1e-8);
+                            expected[0] += g;
+                            expected[1] += g * (x[i] - 0.3) * 2.0;
+                        }
+                    }
+                    assert!((sums.grad - expected[0]).abs() < 1e-7 && (sums.normalised - expected[1]).abs() < 1e-7);
+                }
+                let (mut means, mut slopes, mut normalised) = ([0.0; 3], [0.0; 3], [0.0; 3]);
+                let results = (&mut means[..], [&mut slopes[..], &mut normalised[..]]);
+                isa.run(ActivateMeans { activation, x: &x, affine, moments, means: results.0, slopes: results.1 });
+                let factors = [0.5, -1.0, 2.0];
+                let sets = Factors { pixels, skipped: 0, sets: [&factors, &[]] };
+                let (mean, mut y) = (MeanGrad { activation, affine, factors: sets }, vec![0.0; x.len()]);
+                isa.run(NormGrad { w: &grad, x: &x, constants: [0.0; 3], mean: Some(mean), y: &mut y });
+                for n in 0..3 {
+                    let image = || n * pixels..(n + 1) * pixels;
+                    let mean = |of: &dyn Fn(f64) -> f64| image().map(|i| of(x[i])).sum::<f64>() / pixels as f64;
+                    assert!((means[n] - mean(&|x| f(z(x)))).abs() < 1e-12, "{} {pixels}", isa.name());
+                    assert!((slopes[n] - mean(&|x| slope(z(x)))).abs() < 1e-8);
+                    assert!((normalised[n] - mean(&|x| slope(z(x)) * (x - 0.3) * 2.0)).abs() < 1e-8);
+                    assert!(image().all(|i| (y[i] - grad[i] - factors[n] * slope(z(x[i]))).abs() < 1e-8));
+                }
+            }
+        }
+    }
+
+    #[test]
     fn rows_of_all_lengths() {
         for isa in Active::available() {
             for len in (0..150).step_by(if cfg!(miri) { 37 } else { 1 }) {
