@@ -27,6 +27,13 @@ pub trait Isa: pulp::Simd {
     fn prefetch<T>(self, ptr: *const T) {
         let _ = ptr;
     }
+    /// [`Isa::prefetch`] into the second cache only, for what is thousands of cycles ahead: it waits for none of the few
+    /// places where the first cache takes note of what it lacks (pixels of 144 channels transposed from memory: 170
+    /// cycles each with [`Isa::prefetch`], 75 with this, 230 without either).
+    #[inline(always)]
+    fn prefetch_far<T>(self, ptr: *const T) {
+        let _ = ptr;
+    }
     /// The larger of `x` and `low`; NaN stays NaN, as x86's and ARM's instructions keep a second operand that is none.
     #[inline(always)]
     fn at_least_f32s(self, x: Self::f32s, low: Self::f32s) -> Self::f32s {
@@ -395,6 +402,11 @@ mod x86 {
                 fn prefetch<T>(self, ptr: *const T) {
                     // SAFETY: a hint that never faults.
                     unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr.cast()) }
+                }
+                #[inline(always)]
+                fn prefetch_far<T>(self, ptr: *const T) {
+                    // SAFETY: as above.
+                    unsafe { _mm_prefetch::<_MM_HINT_T1>(ptr.cast()) }
                 }
                 #[inline(always)]
                 unsafe fn transpose_f32(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {

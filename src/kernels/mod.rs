@@ -8,6 +8,7 @@
 pub mod activations;
 mod bf16;
 pub mod depthwise;
+pub mod outer;
 pub mod planes;
 pub mod pointwise;
 pub mod probe;

@@ -66,6 +66,16 @@ impl<T: Element> Kernel for Transpose<T> {
                 // SAFETY: row + 8 <= rows and col + 8 <= cols.
                 unsafe {
                     let (src, dst) = (src.add(row * src_stride + col), dst.add(col * dst_stride + row));
+                    // The pixels that follow these: a block's rows are half a cache line.
+                    if j % (2 * BLOCK) == 0 {
+                        for line in 0..BLOCK {
+                            if self.by_rows {
+                                isa.prefetch_far(src.wrapping_add((rows + line) * src_stride));
+                            } else {
+                                isa.prefetch_far(dst.wrapping_add((cols + line) * dst_stride));
+                            }
+                        }
+                    }
                     T::transpose(isa, src, src_stride, dst, dst_stride);
                 }
             }

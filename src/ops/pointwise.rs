@@ -4,12 +4,14 @@
 //! [`Product`], serves both: it multiplies the rows of each group by a small matrix. An interleave is a table of
 //! places for the output rows (forward) or the input rows (backward) and costs nothing.
 
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::{Shared, estimate};
 use crate::isa::Active;
 use crate::kernels::Element;
+use crate::kernels::outer::{Lanes, OuterProducts, Pixels, Totals};
 use crate::kernels::pointwise::{
     AddBias, ConvHeight, ConvRows, DotRows, DotWidth, Identity, MAX_DOT_A, MAX_SINGLE_B, Rows, SumColumns, SumSlots,
     slot,
@@ -29,7 +31,18 @@ const PLANE_PART: usize = 256;
 const PIXEL_TILE: usize = 32;
 /// Channels that are transposed together, at least: whole cache lines are read.
 const CHANNEL_TILE: usize = 64;
-/// Pixels of a pair of transposed tiles in the weight gradient.
+/// Bytes of a tile of pixels that stays as it is in NHWC: the first cache, as every group returns to it.
+const OUTER_BYTES: usize = 32 << 10;
+/// Pixels of such a tile are a multiple of this, the rows of the kernel's tiles.
+const OUTER_PIXELS: usize = 8;
+/// Pixels of such a tile in the weight gradient, at least: its sums go through memory once a tile.
+const OUTER_TERMS: usize = 48;
+/// Multiply-adds of a vector that take as long as storing it. With [`TRANSPOSE`] it tells the faster way for 32 of the
+/// 36 forward and input gradient shapes of kEffNet-B0 at 32x32; the others differ by 5 %.
+const STORE: usize = 2;
+/// Multiply-adds of a vector that take as long as transposing a value.
+const TRANSPOSE: f64 = 0.35;
+/// Pixels of a tile of a weight gradient in NCHW and of a part of it in NHWC, at least.
 const DOT_TILE: usize = 96;
 /// Bytes of a group's rows over which one tile of the weight gradient runs: they are read once for each tile of
 /// weights, from the L2 cache (32 KiB: half as fast again; 1 MiB: as fast).
@@ -140,6 +153,14 @@ impl Product {
         if out.is_empty() {
             return;
         }
+        let work = images_work::<T>(self.images, out, self.group_in);
+        let threads = threads_for(work);
+        let y = Shared::new(y);
+        // One pixel an image (squeeze-excite, dense layers) is the same memory in both orders.
+        let planes = self.images.order == Order::Nchw && self.images.pixels > 1;
+        if let (false, Some(a_places)) = (planes, self.outer_places::<T>()) {
+            return self.outer(threads, x, weight, bias, &a_places, y);
+        }
         let height = self.isa.run(ConvHeight);
         let count = self.group_out.div_ceil(height);
         let blocks: Vec<_> = (0..count).map(|i| part(self.group_out, count, i)).collect();
@@ -150,11 +171,7 @@ impl Product {
                     *next.next().expect("as many as weights") = weight(g, o, i).widen();
                 }
             }
-            let work = images_work::<T>(self.images, out, self.group_in);
-            let threads = threads_for(work);
-            // One pixel an image (squeeze-excite, dense layers) is the same memory in both orders.
-            let y = Shared::new(y);
-            if self.images.order == Order::Nchw && self.images.pixels > 1 {
+            if planes {
                 self.planes(threads, x, packed, bias, &blocks, y);
             } else {
                 self.pixels(threads, x, packed, bias, &blocks, y);
@@ -202,6 +219,72 @@ impl Product {
                     start += length;
                 }
             }
+        });
+    }
+
+    /// Where each group's first input channel stands in a pixel, and the distance to the next one, if
+    /// [`Product::outer`] can do without transposing and is the faster way.
+    fn outer_places<T: Element>(&self) -> Option<Vec<[usize; 2]>> {
+        let (k, m, lanes) = (self.group_in, self.group_out, self.isa.run(Lanes::<T>(PhantomData)));
+        let outer = ((k + STORE) * m.div_ceil(lanes)) as f64;
+        let transposed = (k * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
+        if outer > transposed || self.out_places.is_some() {
+            return None;
+        }
+        let Some(places) = &self.in_places else { return Some((0..self.groups).map(|g| [g * k, 1]).collect()) };
+        places.chunks_exact(k).map(|places| Some([places[0], constant_stride(places)?])).collect()
+    }
+
+    /// NHWC, groups whose output channels fill vectors: pixels as they are, times matrices.
+    fn outer<T: Element>(
+        &self,
+        threads: usize,
+        x: &[T],
+        weight: impl Fn(usize, usize, usize) -> T,
+        bias: Option<&[T]>,
+        places: &[[usize; 2]],
+        y: Shared<T>,
+    ) {
+        let (k, m) = (self.group_in, self.group_out);
+        let (c_in, c_out) = (self.images.channels, self.groups * m);
+        let pixels = self.images.count * self.images.pixels;
+        let tile = outer_tile::<T>(c_in + c_out);
+        let rows: Vec<_> = (0..tile).map(|pixel| pixel * c_in).collect();
+        let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(OUTER_PIXELS)) };
+        scratch::with(c_out * k, |packed: &mut [T]| {
+            for (i, value) in packed.iter_mut().enumerate() {
+                *value = weight(i / (k * m), i % m, i / m % k);
+            }
+            let packed = &*packed;
+            parallel_for(threads, parts, |task| {
+                let range = part(pixels, parts, task);
+                for start in range.clone().step_by(tile) {
+                    for (g, &[first, distance]) in places.iter().enumerate() {
+                        // SAFETY: the pixels exist in x and y, with all of the group's channels; those of y are this
+                        // task's own.
+                        self.isa.run(unsafe {
+                            OuterProducts {
+                                a: x.as_ptr().add(start * c_in + first),
+                                a_term: distance,
+                                a_rows: &rows[..tile.min(range.end - start)],
+                                a_ahead: tile * c_in,
+                                b: packed.as_ptr().add(g * k * m),
+                                b_term: m,
+                                b_ahead: 0,
+                                terms: k,
+                                columns: m,
+                                out: Pixels {
+                                    y: y.ptr().add(start * c_out + g * m),
+                                    row: c_out,
+                                    bias: bias.map(|bias| &bias[g * m..][..m]),
+                                    ahead: tile * c_out,
+                                },
+                            }
+                            .promise()
+                        });
+                    }
+                }
+            });
         });
     }
 
@@ -292,6 +375,11 @@ impl Product {
     }
 }
 
+/// Pixels of a tile in NHWC that stays as it is.
+fn outer_tile<T>(channels: usize) -> usize {
+    (OUTER_BYTES / (channels * size_of::<T>())).max(1).next_multiple_of(OUTER_PIXELS)
+}
+
 fn images_work<T>(a: Images, b: Images, inner: usize) -> f64 {
     estimate(b.len() * inner, (a.len() + b.len()) * size_of::<T>())
 }
@@ -321,15 +409,18 @@ pub fn grad_weight<T: Element>(
     let most = if planes { images.count } else { (images.count * images.pixels).div_ceil(DOT_TILE) };
     let worth = PART_NANOSECONDS.max(NANOSECONDS_PER_SUM * shape.weights() as f64);
     let parts = ((work / worth) as usize).min(most).clamp(1, MAX_PARTS);
-    let cluster = if planes || m * k >= GEMM_WEIGHTS { 1 } else { CHANNEL_TILE.div_ceil(k).max(CHANNEL_TILE / 4 / m) };
     let wanted = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).div_ceil(parts) };
-    let group_parts = wanted.min(shape.groups.div_ceil(cluster));
+    let group_parts = wanted.min(shape.groups);
     let mut places = shape.out_places().unwrap_or_else(|| (0..shape.out_channels).collect());
     if planes {
         places.iter_mut().for_each(|place| *place *= images.pixels);
     }
-    let grad = WeightGrad { isa, shape, images, places, cluster, x, grad_output };
-    // One set of partial sums `[group][output channel][input channel]` for each part, added up in order at the end.
+    // Sums `[output channel][input channel]` of a group, or the other way round where that fills more of the vectors,
+    // which interleaved output channels cannot.
+    let lanes = isa.run(Lanes::<T>(PhantomData));
+    let by_output = !planes && shape.out_places().is_none() && k * m.div_ceil(lanes) < m * k.div_ceil(lanes);
+    let grad = WeightGrad { isa, shape, images, places, by_output, x, grad_output };
+    // One set of partial sums for each part, added up in order at the end.
     let mut partial = vec![T::Wide::default(); parts * shape.weights()];
     let shared = Shared(partial.as_mut_ptr());
     parallel_for(threads, parts * group_parts, |task| {
@@ -345,7 +436,8 @@ pub fn grad_weight<T: Element>(
         }
     });
     for (i, g, o) in (0..shape.groups).flat_map(|g| (0..m * k).map(move |i| (i, g, i / k))) {
-        let sum = (0..parts).fold(T::Wide::default(), |sum, p| sum + partial[p * shape.weights() + g * m * k + i]);
+        let at = if by_output { i % k * m + i / k } else { i };
+        let sum = (0..parts).fold(T::Wide::default(), |sum, p| sum + partial[p * shape.weights() + g * m * k + at]);
         grad_weight[shape.weight_index(g, o, i % k)].write(T::narrow(sum));
     }
 }
@@ -356,8 +448,8 @@ struct WeightGrad<'a, T> {
     images: Images,
     /// Where output channel `c` stands in an image of `grad_output`.
     places: Vec<usize>,
-    /// Groups whose pixels are transposed together in NHWC.
-    cluster: usize,
+    /// In NHWC, whether sums are `[input channel][output channel]`.
+    by_output: bool,
     x: &'a [T],
     grad_output: &'a [T],
 }
@@ -408,62 +500,36 @@ impl<T: Element> WeightGrad<'_, T> {
     fn pixels(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T::Wide]) {
         let (k, m) = (self.shape.group_in(), self.shape.group_out());
         let (c_in, c_out) = (self.shape.in_channels, self.shape.out_channels);
-        for (first, sums) in groups.clone().step_by(self.cluster).zip(sums.chunks_mut(self.cluster * m * k)) {
-            let cluster = first..(first + self.cluster).min(groups.end);
-            let places = &self.places[cluster.start * m..cluster.end * m];
-            if let (true, Some(stride)) = (m * k >= GEMM_WEIGHTS, constant_stride(places)) {
-                // SAFETY: the group's columns of grad_output and x over the pixels; `sums` is m x k.
-                unsafe {
-                    let a = self.grad_output.as_ptr().add(range.start * c_out + places[0]);
-                    let b = self.x.as_ptr().add(range.start * c_in + first * k);
-                    let (a, b) = ((a, stride, c_out), (b, c_in, 1));
-                    T::gemm(self.isa, [m, range.len(), k], a, b, (sums.as_mut_ptr(), k, 1));
-                }
-                continue;
+        let tile = outer_tile::<T>(c_in + c_out).max(OUTER_TERMS);
+        let inputs: Vec<_> = (0..k).collect();
+        for start in range.clone().step_by(tile) {
+            let terms = tile.min(range.end - start);
+            for (g, sums) in groups.clone().zip(sums.chunks_exact_mut(m * k)) {
+                let (x, grad) = (&self.x[start * c_in + g * k..], &self.grad_output[start * c_out..]);
+                let (x, grad) = ((x.as_ptr(), c_in, tile * c_in), (grad.as_ptr(), c_out, tile * c_out));
+                let places = &self.places[g * m..][..m];
+                // Vectors are of output channels or of input channels.
+                let (a, a_rows, b, columns) =
+                    if self.by_output { (x, &inputs[..], grad, m) } else { (grad, places, x, k) };
+                let first = if self.by_output { places[0] } else { 0 };
+                // SAFETY: the pixels exist in x and grad_output, with all of the group's channels, which follow each
+                // other where they are the columns; there are m x k sums.
+                self.isa.run(unsafe {
+                    OuterProducts {
+                        a: a.0,
+                        a_term: a.1,
+                        a_rows,
+                        a_ahead: a.2,
+                        b: b.0.add(first),
+                        b_term: b.1,
+                        b_ahead: b.2,
+                        terms,
+                        columns,
+                        out: Totals::<T> { sums: sums.as_mut_ptr(), row: columns },
+                    }
+                    .promise()
+                });
             }
-            // The cluster's output channels may stand anywhere: they become rows in the order of their places, so
-            // that each run of neighbours is one transpose.
-            let mut order: Vec<_> = (0..places.len()).collect();
-            order.sort_unstable_by_key(|&c| places[c]);
-            let mut a_offsets = vec![0; places.len()];
-            order.iter().enumerate().for_each(|(row, &c)| a_offsets[c] = row * DOT_TILE);
-            let b_offsets: Vec<_> = (0..cluster.len() * k).map(|row| row * DOT_TILE).collect();
-            let (rows_a, rows_b) = (places.len(), cluster.len() * k);
-            let mut work = |slots: &mut [T::Wide], rows: &mut [T]| {
-                let (a_rows, b_rows) = rows.split_at_mut(rows_a * DOT_TILE);
-                slots.fill(T::Wide::default());
-                for start in range.clone().step_by(DOT_TILE) {
-                    let length = DOT_TILE.min(range.end - start);
-                    for run in order.chunk_by(|&a, &b| places[a] + 1 == places[b]) {
-                        // SAFETY: the run's columns of grad_output, to the run's rows of a_rows.
-                        self.isa.run(unsafe {
-                            let src = self.grad_output.as_ptr().add(start * c_out + places[run[0]]);
-                            Transpose::gather(
-                                [length, run.len()],
-                                src,
-                                c_out,
-                                a_rows.as_mut_ptr().add(a_offsets[run[0]]),
-                                DOT_TILE,
-                            )
-                        });
-                    }
-                    // SAFETY: the cluster's columns of x, to b_rows.
-                    self.isa.run(unsafe {
-                        let src = self.x.as_ptr().add(start * c_in + cluster.start * k);
-                        Transpose::gather([length, rows_b], src, c_in, b_rows.as_mut_ptr(), DOT_TILE)
-                    });
-                    for (i, slots) in slots.chunks_exact_mut(m * k * slot::<T::Wide>()).enumerate() {
-                        let a = Rows { base: a_rows.as_ptr(), offsets: &a_offsets[i * m..][..m], image_stride: 0 };
-                        let b = Rows { base: b_rows.as_ptr(), offsets: &b_offsets[i * k..][..k], image_stride: 0 };
-                        // SAFETY: the rows hold `length` values each.
-                        unsafe { products(self.isa, a, b, [1, length], slots) };
-                    }
-                }
-                self.isa.run(SumSlots(slots, sums));
-            };
-            scratch::with(cluster.len() * m * k * slot::<T::Wide>(), |slots| {
-                scratch::with((rows_a + rows_b) * DOT_TILE, |rows| work(slots, rows));
-            });
         }
     }
 }

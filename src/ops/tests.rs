@@ -106,6 +106,9 @@ fn pointwise_matches_the_reference() {
         (1, 97, 16, 17, 1, 5),
         (3, 20, 30, 14, 2, 7),
         (1, 12, 72, 70, 1, 1),
+        (1, 70, 12, 72, 4, 1),
+        (2, 35, 40, 106, 2, 1),
+        (2, 35, 80, 20, 4, 5),
     ];
     for isa in Active::available() {
         for (count, pixels, c_in, c_out, groups, step) in shapes {

@@ -1,0 +1,281 @@
+//! Sums of outer products: the grouped pointwise convolution and its weight gradient over NHWC memory as it stands.
+//!
+//! Where a pixel's channels are contiguous, a group's channels can be the vector dimension, and nothing is transposed:
+//!
+//! ```text
+//!   y[p][o]  = sum over i of x[p][i] * w[i][o]      forward; the input gradient with the channels' roles exchanged
+//!   gw[o][i] = sum over p of g[p][o] * x[p][i]      weight gradient
+//! ```
+//!
+//! Both are `out[r][c] = sum over t of a[t][r] * b[t][c]`: `a` is read value by value, `b` vector by vector, and a tile
+//! of `R` rows x `V` vectors of sums stays in registers. It is [`super::pointwise::ConvRows`] with pixels and channels
+//! exchanged; vectors are filled as far as a group's channels fill them.
+
+use std::marker::PhantomData;
+
+use super::Element;
+use crate::isa::{Isa, Kernel};
+use crate::pool::part;
+
+/// The most rows of a tile.
+const MAX_ROWS: usize = 8;
+/// The most vectors of a tile.
+const MAX_VECTORS: usize = 3;
+
+/// Where sums start and where they go.
+pub trait Sums<T: Element>: Copy {
+    /// Whether rows are pixels; else terms are.
+    const PIXELS: bool;
+    /// What the sums of a row start from, at `column`; `mask` selects the columns there are.
+    ///
+    /// # Safety
+    /// The row and the selected columns must exist.
+    unsafe fn start<I: Isa>(&self, isa: I, row: usize, column: usize, mask: T::Mask<I>) -> T::Vector<I>;
+    /// Takes a row's finished sums from `column` on: all of a vector, or the columns that a mask selects.
+    ///
+    /// # Safety
+    /// As for [`Sums::start`].
+    unsafe fn finish<I: Isa>(&self, isa: I, row: usize, column: usize, mask: Option<T::Mask<I>>, value: T::Vector<I>);
+}
+
+/// The pixels of a convolution's result: sums start from the bias and are stored.
+pub struct Pixels<'a, T> {
+    /// Row `r` starts at `y + r * row`.
+    pub y: *mut T,
+    /// Distance from row to row.
+    pub row: usize,
+    /// One value for each column.
+    pub bias: Option<&'a [T]>,
+    /// Distance from what is written to what is asked for meanwhile.
+    pub ahead: usize,
+}
+
+/// Sums that go on from what is there.
+pub struct Totals<T: Element> {
+    /// Row `r` starts at `sums + r * row`.
+    pub sums: *mut T::Wide,
+    /// Distance from row to row.
+    pub row: usize,
+}
+
+// Not derived: that would ask for `T: Copy`.
+impl<T> Clone for Pixels<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Pixels<'_, T> {}
+impl<T: Element> Clone for Totals<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T: Element> Copy for Totals<T> {}
+
+impl<T: Element> Sums<T> for Pixels<'_, T> {
+    const PIXELS: bool = true;
+
+    #[inline(always)]
+    unsafe fn start<I: Isa>(&self, isa: I, _row: usize, column: usize, mask: T::Mask<I>) -> T::Vector<I> {
+        match self.bias {
+            // SAFETY: the selected columns have a bias each.
+            Some(bias) => unsafe { T::load_masked(isa, mask, bias.as_ptr().add(column)) },
+            None => T::splat(isa, T::default()),
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish<I: Isa>(&self, isa: I, row: usize, column: usize, mask: Option<T::Mask<I>>, value: T::Vector<I>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let ptr = self.y.add(row * self.row + column);
+            isa.prefetch_far(ptr.wrapping_add(self.ahead));
+            match mask {
+                Some(mask) => T::store_masked(isa, mask, ptr, value),
+                None => T::store(isa, ptr, value),
+            }
+        }
+    }
+}
+
+impl<T: Element> Sums<T> for Totals<T> {
+    const PIXELS: bool = false;
+
+    #[inline(always)]
+    unsafe fn start<I: Isa>(&self, isa: I, row: usize, column: usize, mask: T::Mask<I>) -> T::Vector<I> {
+        // SAFETY: the caller's promise.
+        unsafe { T::load_wide_masked(isa, mask, self.sums.add(row * self.row + column)) }
+    }
+    #[inline(always)]
+    unsafe fn finish<I: Isa>(&self, isa: I, row: usize, column: usize, mask: Option<T::Mask<I>>, value: T::Vector<I>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let ptr = self.sums.add(row * self.row + column);
+            match mask {
+                Some(mask) => T::store_wide_masked(isa, mask, ptr, value),
+                None => T::store_wide(isa, ptr, value),
+            }
+        }
+    }
+}
+
+/// `out[r][c] = start + sum over t of a[t][r] * b[t][c]`.
+pub struct OuterProducts<'a, T, S> {
+    /// `a[t][r]` stands at `a + t * a_term + a_rows[r]`.
+    pub a: *const T,
+    /// Distance from term to term of `a`.
+    pub a_term: usize,
+    /// One offset for each row.
+    pub a_rows: &'a [usize],
+    /// Distance from what is read of `a` to what is asked for meanwhile.
+    pub a_ahead: usize,
+    /// `b[t][c]` stands at `b + t * b_term + c`.
+    pub b: *const T,
+    /// Distance from term to term of `b`.
+    pub b_term: usize,
+    /// As `a_ahead`, where terms are pixels.
+    pub b_ahead: usize,
+    /// Number of terms.
+    pub terms: usize,
+    /// Number of columns.
+    pub columns: usize,
+    /// What sums start from and where they go.
+    pub out: S,
+}
+
+/// An [`OuterProducts`] that may run: see [`OuterProducts::promise`].
+pub struct CheckedOuterProducts<'a, T, S>(OuterProducts<'a, T, S>);
+
+/// Rows of a tile beside `vectors` vectors: as many as the registers hold with a vector each of `b` and a value of `a`.
+const fn tile_rows(registers: usize, vectors: usize) -> usize {
+    let rows = (registers - 1 - vectors) / vectors;
+    if rows > MAX_ROWS { MAX_ROWS } else { rows }
+}
+
+impl<'a, T: Element, S: Sums<T>> OuterProducts<'a, T, S> {
+    /// Turns the description into a kernel.
+    ///
+    /// # Safety
+    /// Until it has run, `a` and `b` must be readable for all terms, rows and columns, and all sums there and nobody
+    /// else's.
+    pub unsafe fn promise(self) -> CheckedOuterProducts<'a, T, S> {
+        CheckedOuterProducts(self)
+    }
+
+    /// All rows of `V` vectors of columns from `column` on.
+    ///
+    /// # Safety
+    /// As for [`OuterProducts::promise`]; the columns must exist.
+    #[inline(always)]
+    unsafe fn rows<I: Isa, const V: usize>(&self, isa: I, column: usize) {
+        let most = const { tile_rows(I::REGISTER_COUNT, V) };
+        for row in (0..self.a_rows.len()).step_by(most) {
+            // SAFETY: tiles of the rows and columns there are.
+            unsafe {
+                match (self.a_rows.len() - row).min(most) {
+                    1 => self.tile::<I, 1, V>(isa, row, column),
+                    2 => self.tile::<I, 2, V>(isa, row, column),
+                    3 => self.tile::<I, 3, V>(isa, row, column),
+                    4 => self.tile::<I, 4, V>(isa, row, column),
+                    5 => self.tile::<I, 5, V>(isa, row, column),
+                    6 => self.tile::<I, 6, V>(isa, row, column),
+                    7 => self.tile::<I, 7, V>(isa, row, column),
+                    _ => self.tile::<I, MAX_ROWS, V>(isa, row, column),
+                }
+            }
+        }
+    }
+
+    /// `R` rows of `V` vectors, the last one masked.
+    ///
+    /// # Safety
+    /// As for [`OuterProducts::promise`]; the rows and columns must exist.
+    #[inline(always)]
+    unsafe fn tile<I: Isa, const R: usize, const V: usize>(&self, isa: I, row: usize, column: usize) {
+        // Nothing is compiled for more rows than there are registers for.
+        if const { R > tile_rows(I::REGISTER_COUNT, V) } {
+            return;
+        }
+        let lanes = T::lanes::<I>();
+        let last = (self.columns - column - (V - 1) * lanes).min(lanes);
+        let (all, mask) = (T::mask(isa, lanes), T::mask(isa, last));
+        let mask_of = |v: usize| if v == V - 1 { mask } else { all };
+        let mut sums = [[T::splat(isa, T::default()); V]; R];
+        // SAFETY: rows and columns exist, for every term.
+        unsafe {
+            let rows: [usize; R] = std::array::from_fn(|r| *self.a_rows.get_unchecked(row + r));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    *sum = self.out.start(isa, row + r, column + v * lanes, mask_of(v));
+                }
+            }
+            if S::PIXELS && column == 0 {
+                // One value of each cache line.
+                let step = (64 / size_of::<T>()).div_ceil(self.a_term);
+                for (t, offset) in (0..self.terms).step_by(step).flat_map(|t| rows.map(|offset| (t, offset))) {
+                    isa.prefetch_far(self.a.wrapping_add(offset + self.a_ahead + t * self.a_term));
+                }
+            }
+            let (mut a, mut b) = (self.a, self.b.add(column));
+            for _ in 0..self.terms {
+                if !S::PIXELS {
+                    isa.prefetch_far(a.wrapping_add(rows[0] + self.a_ahead));
+                }
+                let mut bs = [T::splat(isa, T::default()); V];
+                for (v, value) in bs.iter_mut().enumerate() {
+                    let ptr = b.add(v * lanes);
+                    if !S::PIXELS {
+                        isa.prefetch_far(ptr.wrapping_add(self.b_ahead));
+                    }
+                    *value = if v == V - 1 { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) };
+                }
+                for (sums, offset) in sums.iter_mut().zip(rows) {
+                    let value = T::splat(isa, *a.add(offset));
+                    for (sum, b) in sums.iter_mut().zip(bs) {
+                        *sum = T::mul_add(isa, value, b, *sum);
+                    }
+                }
+                (a, b) = (a.wrapping_add(self.a_term), b.wrapping_add(self.b_term));
+            }
+            for (r, sums) in sums.into_iter().enumerate() {
+                for (v, sum) in sums.into_iter().enumerate() {
+                    let mask = (v == V - 1 && last < lanes).then_some(mask);
+                    self.out.finish(isa, row + r, column + v * lanes, mask, sum);
+                }
+            }
+        }
+    }
+}
+
+impl<T: Element, S: Sums<T>> Kernel for CheckedOuterProducts<'_, T, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let lanes = T::lanes::<I>();
+        let vectors = self.0.columns.div_ceil(lanes);
+        let chunks = vectors.div_ceil(MAX_VECTORS);
+        for chunk in 0..chunks {
+            let range = part(vectors, chunks, chunk);
+            // SAFETY: promised to `promise`; the columns exist.
+            unsafe {
+                match range.len() {
+                    1 => self.0.rows::<I, 1>(isa, range.start * lanes),
+                    2 => self.0.rows::<I, 2>(isa, range.start * lanes),
+                    _ => self.0.rows::<I, MAX_VECTORS>(isa, range.start * lanes),
+                }
+            }
+        }
+    }
+}
+
+/// How many values a vector holds.
+pub struct Lanes<T>(pub PhantomData<T>);
+
+impl<T: Element> Kernel for Lanes<T> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) -> usize {
+        T::lanes::<I>()
+    }
+}
