@@ -111,6 +111,7 @@ impl<T: WideElement> Pass<'_, T> {
                                 y: rows.ptr().add(g * m * len + pixels.start),
                                 y_offsets: &offsets[block.clone()],
                                 pixels: pixels.len(),
+                                ahead: [0, pixels.len()],
                                 prologue: Identity,
                                 epilogue: AddBias(bias.map(|bias| &bias[g * m + block.start..g * m + block.end])),
                             }
@@ -205,6 +206,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                                 y: grad_x.as_mut_ptr(),
                                 y_offsets: &y_offsets[block.clone()],
                                 pixels: pixels.len(),
+                                ahead: [0, 0],
                                 prologue: Identity,
                                 epilogue: AddBias(None),
                             }

@@ -115,6 +115,7 @@ impl<T: WideElement> Pass<'_, T> {
                                     y: results.as_mut_ptr(),
                                     y_offsets: &y_offsets[block.clone()],
                                     pixels: (value.height - 1) * planes.pitch + columns,
+                                    ahead: [0, 0],
                                     prologue: Identity,
                                     epilogue: AddBias(bias.map(|bias| &bias[g * m + block.start..g * m + block.end])),
                                 }
@@ -353,6 +354,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                             y: results.as_mut_ptr(),
                             y_offsets: &y_offsets[block.clone()],
                             pixels: (vertical.count - 1) * planes.pitch + columns,
+                            ahead: [0, 0],
                             prologue: Identity,
                             epilogue: AddBias(None),
                         }

@@ -86,6 +86,9 @@ pub struct ConvRows<'a, T: Element, P, E> {
     pub y_offsets: &'a [usize],
     /// Length of a row.
     pub pixels: usize,
+    /// Distances from what is read and written to what is asked for meanwhile, which later calls will read and write; 0
+    /// where that is in a cache.
+    pub ahead: [usize; 2],
     /// Applied to what is loaded.
     pub prologue: P,
     /// Applied to what is stored.
@@ -196,6 +199,12 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
         for (j, &offset) in self.x_offsets.iter().enumerate() {
             let row = self.prologue.row(isa, j);
             let mut x = [zero; V];
+            let x_ahead = self.ahead[0];
+            if x_ahead > 0 {
+                for v in 0..V {
+                    isa.prefetch_far(self.x.wrapping_add(offset + p + v * lanes + x_ahead));
+                }
+            }
             for (v, x) in x.iter_mut().enumerate() {
                 // The next tile's values: planes are often a page apart and read for a few cache lines only, which
                 // hardware prefetchers do not follow (96 planes of 112 x 112: 15 ms without, 11 with).
@@ -227,6 +236,13 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
             let mut values = row;
             for value in &mut values {
                 *value = self.epilogue.finish(isa, r, *value);
+            }
+            if self.ahead[1] > 0 {
+                for v in 0..V {
+                    // SAFETY: R offsets were asserted.
+                    let offset = unsafe { *self.y_offsets.get_unchecked(r) };
+                    isa.prefetch_far(self.y.wrapping_add(offset + p + v * lanes + self.ahead[1]));
+                }
             }
             for (v, &value) in values.iter().enumerate() {
                 // SAFETY: inside output row r; R offsets were asserted.

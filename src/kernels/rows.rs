@@ -90,7 +90,7 @@ unsafe fn load<T: Element, I: Isa, const N: usize>(isa: I, x: *const T, lanes: L
 #[inline(always)]
 fn prefetch<T: Element, I: Isa, const N: usize>(isa: I, x: *const T, len: usize) {
     for i in 0..N {
-        isa.prefetch(x.wrapping_add(len + i * T::lanes::<I>()));
+        isa.prefetch_far(x.wrapping_add(len + i * T::lanes::<I>()));
     }
 }
 

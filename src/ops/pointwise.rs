@@ -25,6 +25,7 @@ use crate::shape::{Images, Order, Pointwise, interleave_places};
 /// Values of a group's input rows that one pass in NCHW covers where the group needs several tiles of output rows, which
 /// read them again: they stay in the L2 cache.
 const PLANE_TILE: usize = 64 << 10;
+const PLANE_AHEAD: usize = 256 << 10;
 /// Pixels of a task in NCHW, at least.
 const PLANE_PART: usize = 256;
 /// Pixels of a transposed tile in NHWC: two vectors of 16 (of 16, 32, 48 and 96 the fastest by 10 %).
@@ -202,6 +203,7 @@ impl Product {
         let group_parts = wanted.div_ceil(count).min(self.groups);
         let pixel_parts = wanted.div_ceil(count * group_parts).min(pixels.div_ceil(PLANE_PART));
         let tile = if blocks.len() > 1 { (PLANE_TILE / self.group_in).max(PLANE_PART) } else { usize::MAX };
+        let ahead = [self.group_in, self.group_out].map(|c| if c * pixels * size_of::<T>() <= PLANE_AHEAD { c * pixels } else { 1024 });
         parallel_for(threads, count * group_parts * pixel_parts, |task| {
             let (n, rest) = (task / (group_parts * pixel_parts), task % (group_parts * pixel_parts));
             let range = part(pixels, pixel_parts, rest % pixel_parts);
@@ -214,7 +216,7 @@ impl Product {
                     unsafe {
                         let x = x.as_ptr().add(n * c_in * pixels + start);
                         let y = y.ptr().add(n * c_out * pixels + start);
-                        self.group(g, x, &x_offsets[g * self.group_in..][..self.group_in], &packed, y, length);
+                        self.group(g, x, &x_offsets[g * self.group_in..][..self.group_in], &packed, y, length, ahead);
                     }
                     start += length;
                 }
@@ -330,7 +332,7 @@ impl Product {
                         for g in groups {
                             let x_offsets = &x_offsets[g * self.group_in..][..self.group_in];
                             // SAFETY: offsets lie inside x_rows and y_rows, each row `tile` values long.
-                            unsafe { self.group(g, x_rows.as_ptr(), x_offsets, &packed, y_rows.as_mut_ptr(), length) };
+                            unsafe { self.group(g, x_rows.as_ptr(), x_offsets, &packed, y_rows.as_mut_ptr(), length, [0, 0]) };
                         }
                     }
                     // SAFETY: the destination is this task's own pixels of y.
@@ -355,6 +357,7 @@ impl Product {
         packed: &Packed<'_, T>,
         y: *mut T,
         length: usize,
+        ahead: [usize; 2],
     ) {
         let weights = &packed.weights[g * self.group_out * self.group_in..][..self.group_out * self.group_in];
         for block in packed.blocks {
@@ -366,6 +369,7 @@ impl Product {
                 y,
                 y_offsets: &packed.y_offsets[channels.clone()],
                 pixels: length,
+                ahead,
                 prologue: Identity,
                 epilogue: AddBias(packed.bias.map(|bias| &bias[channels])),
             };
