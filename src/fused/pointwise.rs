@@ -183,8 +183,8 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         }
                     }
                     let (rows_a, rows_b) = (
-                        Rows { base: a, offsets: &a_offsets, image_stride: 0 },
-                        Rows { base: b, offsets: &b_offsets, image_stride: 0 },
+                        Rows { base: a, offsets: &a_offsets, image_stride: 0, ahead: 0 },
+                        Rows { base: b, offsets: &b_offsets, image_stride: 0, ahead: 0 },
                     );
                     if gemm {
                         // SAFETY: rows of these pixels.

@@ -269,8 +269,8 @@ impl<T: WideElement> Tape<'_, '_, T> {
                             slots: &mut *slots,
                         });
                     } else {
-                        let a = Rows { base: grads.as_ptr(), offsets: &a_offsets, image_stride: 0 };
-                        let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: 0 };
+                        let a = Rows { base: grads.as_ptr(), offsets: &a_offsets, image_stride: 0, ahead: 0 };
+                        let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: 0, ahead: 0 };
                         let pixels = (value.height - 1) * planes.pitch + columns;
                         // SAFETY: views of the planes end inside them.
                         unsafe { products(pass.isa, a, b, [1, pixels], slots) };

@@ -293,6 +293,9 @@ pub struct Rows<'a, T> {
     pub offsets: &'a [usize],
     /// Distance from one image to the next.
     pub image_stride: usize,
+    /// Distance from what is read to what is asked for meanwhile, which later calls will read; 0 where that is in a
+    /// cache.
+    pub ahead: usize,
 }
 
 /// `sums[i][j] += sum over images and pixels of a[i] * b[j]`, as vectors of partial sums.
@@ -371,6 +374,12 @@ impl<'a, T: Element> DotRows<'a, T> {
         sums: &mut [[T::Vector<I>; B]; A],
     ) {
         let mut bs = [T::splat(isa, T::default()); B];
+        if self.b.ahead > 0 {
+            self.b.offsets[..B].iter().for_each(|offset| isa.prefetch_far(b.wrapping_add(offset + self.b.ahead)));
+        }
+        if self.a.ahead > 0 {
+            self.a.offsets[..A].iter().for_each(|offset| isa.prefetch_far(a.wrapping_add(offset + self.a.ahead)));
+        }
         // SAFETY: the caller's promise.
         unsafe {
             for (j, value) in bs.iter_mut().enumerate() {

@@ -47,7 +47,7 @@ const TRANSPOSE: f64 = 0.35;
 const DOT_TILE: usize = 96;
 /// Bytes of a group's rows over which one tile of the weight gradient runs: they are read once for each tile of
 /// weights, from the L2 cache (32 KiB: half as fast again; 1 MiB: as fast).
-const DOT_BYTES: usize = 512 << 10;
+const DOT_BYTES: usize = 256 << 10;
 /// A group of this many weights or more is multiplied by GEMM: its partial sums (a cache line each) no longer fit the
 /// caches.
 pub(crate) const GEMM_WEIGHTS: usize = 4096;
@@ -480,6 +480,15 @@ impl<T: Element> WeightGrad<'_, T> {
                 }
                 continue;
             }
+            // What comes next: pixels, images, or the next group.
+            let ahead = if tile < pixels {
+                [tile; 2]
+            } else if batch < range.len() {
+                [c_out, c_in].map(|channels| batch * channels * pixels)
+            } else {
+                let next = self.places.get((g + 1) * m).copied().unwrap_or(c_out * pixels + self.places[0]);
+                [next.saturating_sub(places[0]), k * pixels]
+            };
             scratch::with(m * k * slot::<T::Wide>(), |slots: &mut [T::Wide]| {
                 slots.fill(T::Wide::default());
                 for n in range.clone().step_by(batch) {
@@ -488,8 +497,9 @@ impl<T: Element> WeightGrad<'_, T> {
                         unsafe {
                             let a = self.grad_output.as_ptr().add(n * c_out * pixels + start);
                             let b = self.x.as_ptr().add((n * c_in + g * k) * pixels + start);
-                            let a = Rows { base: a, offsets: places, image_stride: c_out * pixels };
-                            let b = Rows { base: b, offsets: &x_offsets, image_stride: c_in * pixels };
+                            let [a_ahead, b_ahead] = ahead;
+                            let a = Rows { base: a, offsets: places, image_stride: c_out * pixels, ahead: a_ahead };
+                            let b = Rows { base: b, offsets: &x_offsets, image_stride: c_in * pixels, ahead: b_ahead };
                             let size = [batch.min(range.end - n), tile.min(pixels - start)];
                             products(self.isa, a, b, size, slots);
                         }
@@ -555,8 +565,9 @@ pub(crate) unsafe fn products<T: Element>(
     for i in (0..a_tiles).map(|i| part(m, a_tiles, i)) {
         for j in (0..b_tiles).map(|j| part(k, b_tiles, j)) {
             let kernel = DotRows {
-                a: Rows { offsets: &a.offsets[i.clone()], ..a },
-                b: Rows { offsets: &b.offsets[j.clone()], ..b },
+                // The first tile of each row asks for what follows.
+                a: Rows { offsets: &a.offsets[i.clone()], ahead: if j.start == 0 { a.ahead } else { 0 }, ..a },
+                b: Rows { offsets: &b.offsets[j.clone()], ahead: if i.start == 0 { b.ahead } else { 0 }, ..b },
                 images,
                 pixels,
                 sums: slots,
