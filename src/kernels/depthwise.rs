@@ -29,6 +29,8 @@ pub struct TapPixels<'a, T: Element> {
     pub y: *mut T,
     /// Values from one output pixel to the next.
     pub y_stride: usize,
+    /// What is asked for meanwhile: places after `x` for pixel 0, and the distance from what is written.
+    pub ahead: (&'a [usize], usize),
 }
 
 /// A [`TapPixels`] that may run: see [`TapPixels::promise`].
@@ -46,24 +48,22 @@ impl<'a, T: Element> TapPixels<'a, T> {
         CheckedTapPixels(self)
     }
 
-    /// `P` pixels from pixel `p`, all channels.
+    /// All pixels, `V` vectors of channels from `c`: what neighbouring pixels see both stays in the first cache.
     ///
     /// # Safety
-    /// As for [`TapPixels::promise`]; `p + P <= pixels`.
+    /// As for [`TapPixels::promise`]; the channels must exist, but for what `mask` leaves out.
     #[inline(always)]
-    unsafe fn tile<I: Isa, const P: usize>(&self, isa: I, p: usize) {
-        let lanes = T::lanes::<I>();
-        let mut c = 0;
-        // SAFETY: the two-vector tiles and the last, masked ones stay below `channels`.
+    unsafe fn run<I: Isa, const V: usize, const TAIL: bool>(&self, isa: I, c: usize, mask: T::Mask<I>) {
+        let mut p = 0;
+        // SAFETY: the pixels stay below `pixels`.
         unsafe {
-            while c + 2 * lanes <= self.channels {
-                self.vectors::<I, P, 2, false>(isa, p, c, T::mask(isa, lanes));
-                c += 2 * lanes;
+            while p + PIXELS <= self.pixels {
+                self.vectors::<I, PIXELS, V, TAIL>(isa, p, c, mask);
+                p += PIXELS;
             }
-            while c < self.channels {
-                let mask = T::mask(isa, (self.channels - c).min(lanes));
-                self.vectors::<I, P, 1, true>(isa, p, c, mask);
-                c += lanes;
+            while p < self.pixels {
+                self.vectors::<I, 1, V, TAIL>(isa, p, c, mask);
+                p += 1;
             }
         }
     }
@@ -71,7 +71,7 @@ impl<'a, T: Element> TapPixels<'a, T> {
     /// `P` pixels x `V` vectors of channels from `c`.
     ///
     /// # Safety
-    /// As for [`TapPixels::tile`]; the channels must exist, but for what `mask` leaves out.
+    /// As for [`TapPixels::run`]; `p + P <= pixels`.
     #[inline(always)]
     unsafe fn vectors<I: Isa, const P: usize, const V: usize, const TAIL: bool>(
         &self,
@@ -90,6 +90,11 @@ impl<'a, T: Element> TapPixels<'a, T> {
             }
         }
         let mut sums = [start; P];
+        for (&ahead, i) in self.ahead.0.iter().flat_map(|ahead| (0..P).map(move |i| (ahead, i))) {
+            for v in 0..V {
+                isa.prefetch_far(self.x.wrapping_add(ahead + (p + i) * self.x_stride + c + v * lanes));
+            }
+        }
         for &(x, w) in self.taps {
             let x = self.x.wrapping_add(x + p * self.x_stride + c);
             let w = self.weights.as_ptr().wrapping_add(w + c);
@@ -108,6 +113,7 @@ impl<'a, T: Element> TapPixels<'a, T> {
                 // SAFETY: the caller's promise.
                 unsafe {
                     let ptr = self.y.add((p + i) * self.y_stride + c + v * lanes);
+                    isa.prefetch_far(ptr.wrapping_add(self.ahead.1));
                     if TAIL { T::store_masked(isa, mask, ptr, sum) } else { T::store(isa, ptr, sum) }
                 }
             }
@@ -120,21 +126,24 @@ impl<T: Element> Kernel for CheckedTapPixels<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let mut p = 0;
-        // SAFETY: promised to `promise`.
+        let (lanes, channels) = (T::lanes::<I>(), self.0.channels);
+        let mut c = 0;
+        // SAFETY: promised to `promise`; the two-vector tiles and the last, masked ones stay below `channels`.
         unsafe {
-            while p + PIXELS <= self.0.pixels {
-                self.0.tile::<I, PIXELS>(isa, p);
-                p += PIXELS;
+            while c + 2 * lanes <= channels {
+                self.0.run::<I, 2, false>(isa, c, T::mask(isa, lanes));
+                c += 2 * lanes;
             }
-            while p < self.0.pixels {
-                self.0.tile::<I, 1>(isa, p);
-                p += 1;
+            while c < channels {
+                self.0.run::<I, 1, true>(isa, c, T::mask(isa, (channels - c).min(lanes)));
+                c += lanes;
             }
         }
     }
 }
 
+/// Rows from what a [`TapSums`] reads to what it asks for meanwhile.
+const AHEAD: usize = 4;
 /// The most taps of one [`TapSums`].
 pub const MAX_TAPS: usize = 7;
 
@@ -220,6 +229,8 @@ impl<'a, T: Element> TapSums<'a, T> {
                 let g = self.g.wrapping_add(row * self.g_strides[0] + p * self.g_strides[1] + c);
                 let x = self.x.wrapping_add(row * self.x_strides[0] + p * self.x_strides[1] + c);
                 for v in 0..V {
+                    isa.prefetch_far(g.wrapping_add(AHEAD * self.g_strides[0] + v * lanes));
+                    isa.prefetch_far(x.wrapping_add(AHEAD * self.x_strides[0] + v * lanes));
                     let gradient = load(g.wrapping_add(v * lanes));
                     for (sums, &tap) in sums.iter_mut().zip(self.taps) {
                         let value = load(x.wrapping_add(tap + v * lanes));

@@ -716,11 +716,6 @@ fn end([rows, width]: [usize; 2], pitch: usize) -> usize {
     rows.max(1) * pitch - pitch + width
 }
 
-/// How many values ahead of the rows of a plane to ask for others, at least; planes follow each other, each too short for the
-/// processor to look ahead by itself. (5x5 depthwise convolutions of 64 x 672 planes of 16 x 16, and of 19 x 19 at stride 2,
-/// take 14.9 and 15.7 ms of a thread without, 14.6 and 11.4 with the next plane asked for, 13.2 and 11.1 with this.)
-const AHEAD: usize = 1024;
-
 /// Copies rows of a plane, which are too short for `memcpy` to be worth its call, to be computed with.
 pub struct WidenRows<'a, T: Element> {
     /// The rows, and the distance of their beginnings.
@@ -729,6 +724,8 @@ pub struct WidenRows<'a, T: Element> {
     pub y: (&'a mut [MaybeUninit<T::Wide>], usize),
     /// Number and length of the rows.
     pub size: [usize; 2],
+    /// Distance from what is read to what is asked for meanwhile.
+    pub ahead: usize,
 }
 
 impl<T: Element> Kernel for WidenRows<'_, T> {
@@ -736,13 +733,13 @@ impl<T: Element> Kernel for WidenRows<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { x: (x, x_pitch), y: (y, y_pitch), size } = self;
+        let Self { x: (x, x_pitch), y: (y, y_pitch), size, ahead } = self;
         assert!(x.len() >= end(size, x_pitch) && y.len() >= end(size, y_pitch));
         for row in 0..size[0] {
             // SAFETY: the rows end inside the slices.
             unsafe {
                 let (x, y) = (x.as_ptr().add(row * x_pitch), y.as_mut_ptr().add(row * y_pitch).cast());
-                run(isa, size[1], &mut Widen::<T> { x, y, ahead: AHEAD.max(size[0] * x_pitch) });
+                run(isa, size[1], &mut Widen::<T> { x, y, ahead });
             }
         }
     }
@@ -751,7 +748,6 @@ impl<T: Element> Kernel for WidenRows<'_, T> {
 struct Widen<T: Element> {
     x: *const T,
     y: *mut T::Wide,
-    /// How far ahead values are asked for.
     ahead: usize,
 }
 
@@ -781,6 +777,8 @@ pub struct NarrowRows<'a, T: Element> {
     pub y: (&'a mut [MaybeUninit<T>], usize),
     /// Number and length of the rows.
     pub size: [usize; 2],
+    /// Distance from what is written to what is asked for meanwhile.
+    pub ahead: usize,
 }
 
 impl<T: Element> Kernel for NarrowRows<'_, T> {
@@ -788,32 +786,37 @@ impl<T: Element> Kernel for NarrowRows<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { x: (x, x_pitch), y: (y, y_pitch), size } = self;
+        let Self { x: (x, x_pitch), y: (y, y_pitch), size, ahead } = self;
         assert!(x.len() >= end(size, x_pitch) && y.len() >= end(size, y_pitch));
         for row in 0..size[0] {
             // SAFETY: the rows end inside the slices.
             unsafe {
                 let (x, y) = (x.as_ptr().add(row * x_pitch), y.as_mut_ptr().add(row * y_pitch).cast());
-                run(isa, size[1], &mut Narrow::<T>(x, y));
+                run(isa, size[1], &mut Narrow::<T> { x, y, ahead });
             }
         }
     }
 }
 
-struct Narrow<T: Element>(*const T::Wide, *mut T);
+struct Narrow<T: Element> {
+    x: *const T::Wide,
+    y: *mut T,
+    ahead: usize,
+}
 
 impl<T: Element, I: Isa> Body<T, I> for Narrow<T> {
     #[inline(always)]
     unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
+        prefetch::<T, I, N>(isa, self.y.wrapping_add(at), self.ahead);
         for i in 0..N {
             let at = at + i * T::lanes::<I>();
             // SAFETY: the caller's promise.
             unsafe {
                 let value = match lanes {
-                    Lanes::All => T::load_wide(isa, self.0.add(at)),
-                    Lanes::First(mask) => T::load_wide_masked(isa, mask, self.0.add(at)),
+                    Lanes::All => T::load_wide(isa, self.x.add(at)),
+                    Lanes::First(mask) => T::load_wide_masked(isa, mask, self.x.add(at)),
                 };
-                store(isa, self.1.add(at), lanes, [value]);
+                store(isa, self.y.add(at), lanes, [value]);
             }
         }
     }
@@ -827,6 +830,8 @@ pub struct SplitRows<'a, T: Element> {
     pub y: ([&'a mut [T::Wide]; 2], usize),
     /// Number and length of the rows.
     pub size: [usize; 2],
+    /// Distance from what is read to what is asked for meanwhile.
+    pub ahead: usize,
 }
 
 impl<T: Element> Kernel for SplitRows<'_, T> {
@@ -834,7 +839,7 @@ impl<T: Element> Kernel for SplitRows<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { x: (x, x_pitch), y: ([even, odd], y_pitch), size: [rows, width] } = self;
+        let Self { x: (x, x_pitch), y: ([even, odd], y_pitch), size: [rows, width], ahead } = self;
         assert!(x.len() >= end([rows, width], x_pitch) && even.len() >= end([rows, width.div_ceil(2)], y_pitch));
         assert!(odd.len() >= end([rows, width / 2], y_pitch));
         let vector = T::lanes::<I>();
@@ -848,7 +853,7 @@ impl<T: Element> Kernel for SplitRows<'_, T> {
                 // SAFETY: the rows end inside the slices; the masks leave out what is beyond.
                 unsafe {
                     let x = x.as_ptr().add(row * x_pitch + at);
-                    prefetch::<T, I, 2>(isa, x, AHEAD.max(rows * x_pitch));
+                    prefetch::<T, I, 2>(isa, x, ahead);
                     let low = T::load_masked(isa, x_masks[0], x);
                     let high = T::load_masked(isa, x_masks[1], x.wrapping_add(vector));
                     let [low, high] = T::split(isa, low, high);
@@ -868,6 +873,8 @@ pub struct ZipRows<'a, T: Element> {
     pub y: (&'a mut [MaybeUninit<T>], usize),
     /// Number and length of the rows.
     pub size: [usize; 2],
+    /// Distance from what is written to what is asked for meanwhile.
+    pub ahead: usize,
 }
 
 impl<T: Element> Kernel for ZipRows<'_, T> {
@@ -875,7 +882,7 @@ impl<T: Element> Kernel for ZipRows<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { x: ([even, odd], x_pitch), y: (y, y_pitch), size: [rows, width] } = self;
+        let Self { x: ([even, odd], x_pitch), y: (y, y_pitch), size: [rows, width], ahead } = self;
         assert!(y.len() >= end([rows, width], y_pitch) && even.len() >= end([rows, width.div_ceil(2)], x_pitch));
         assert!(odd.len() >= end([rows, width / 2], x_pitch));
         let vector = T::lanes::<I>();
@@ -892,6 +899,7 @@ impl<T: Element> Kernel for ZipRows<'_, T> {
                     let high = T::load_wide_masked(isa, x_masks[1], odd.as_ptr().wrapping_add(place));
                     let [low, high] = T::zip(isa, low, high);
                     let y = y.as_mut_ptr().cast::<T>().add(row * y_pitch + at);
+                    prefetch::<T, I, 2>(isa, y, ahead);
                     T::store_masked(isa, y_masks[0], y, low);
                     T::store_masked(isa, y_masks[1], y.wrapping_add(vector), high);
                 }
@@ -943,14 +951,19 @@ mod tests {
                 let x: Vec<f32> = (0..rows * width).map(|i| i as f32).collect();
                 let half = width.div_ceil(2);
                 let (mut even, mut odd) = (vec![-1f32; rows * half], vec![-1f32; rows * half]);
-                isa.run(SplitRows::<f32> { x: (&x, width), y: ([&mut even, &mut odd], half), size: [rows, width] });
+                isa.run(SplitRows::<f32> {
+                    x: (&x, width),
+                    y: ([&mut even, &mut odd], half),
+                    size: [rows, width],
+                    ahead: 0,
+                });
                 for (i, &x) in x.iter().enumerate() {
                     let (row, column) = (i / width, i % width);
                     assert_eq!([&even, &odd][column % 2][row * half + column / 2], x, "{}", isa.name());
                 }
                 let mut y = vec![-1f32; rows * width + 1];
                 let memory = super::super::writable(&mut y);
-                isa.run(ZipRows::<f32> { x: ([&even, &odd], half), y: (memory, width), size: [rows, width] });
+                isa.run(ZipRows::<f32> { x: ([&even, &odd], half), y: (memory, width), size: [rows, width], ahead: 0 });
                 assert_eq!(&y[..rows * width], &x, "{}", isa.name());
                 assert_eq!(y[rows * width], -1.0);
             }

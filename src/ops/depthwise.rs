@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::slice;
 
 use super::phases::{Phase, Seen};
-use super::planes::{Planes, Taps, images_together, merge};
+use super::planes::{AHEAD, Planes, Taps, images_together, merge};
 use super::{Shared, estimate};
 use crate::isa::Active;
 use crate::kernels::depthwise::{MAX_TAPS, TapPixels, TapSums};
@@ -23,6 +23,8 @@ use crate::shape::{Depthwise, Order};
 const TASKS_PER_THREAD: usize = 4;
 /// Pixels of neighbouring channels' planes in NCHW that are read together, about.
 const CHANNEL_PIXELS: usize = 512;
+/// Pixels of the output's rows whose products are summed together in NHWC, at least: sums are loaded and stored for each.
+const ROW_PIXELS: usize = 32;
 /// Images in one set of partial weight gradients, at least, and such sets at most.
 const MAX_PARTS: usize = 64;
 
@@ -122,10 +124,12 @@ impl<T: Element> Correlation<'_, T> {
             }
         }
         rows.sort_unstable();
+        let step = self.vertical[0].in_step;
         let total = count * height;
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(total) };
         parallel_for(threads, parts, |task| {
             let mut taps = Vec::with_capacity(kernel_size * kernel_size);
+            let mut ahead = Vec::with_capacity(4);
             for row in part(total, parts, task) {
                 let (n, (y, row_taps)) = (row / height, &rows[row % height]);
                 let x = self.x[n * input[0] * input[1] * channels..].as_ptr();
@@ -135,6 +139,14 @@ impl<T: Element> Correlation<'_, T> {
                         taps.extend(column_taps.iter().map(|&(tap_x, from_x)| {
                             ((from_y * input[1] + from_x) * channels, (tap_y * kernel_size + tap_x) * channels)
                         }));
+                    }
+                    // The rows that the next row of the output sees first.
+                    ahead.clear();
+                    let last = row_taps.iter().map(|tap| tap.1).max();
+                    if let (Some(y), Some(x)) = (last, column_taps.iter().map(|tap| tap.1).min()) {
+                        for (dy, dx) in (1..=step).flat_map(|dy| (0..phase.in_step).map(move |dx| (dy, dx))) {
+                            ahead.push(((y + dy) * input[1] + x + dx) * channels);
+                        }
                     }
                     let first = (n * height + y) * width + phase.first + phase.out_step * run.start;
                     // SAFETY: the run's pixels see inside image n through these taps; each row of the output is
@@ -150,6 +162,7 @@ impl<T: Element> Correlation<'_, T> {
                             bias: self.bias,
                             y: self.y.ptr().add(first * channels),
                             y_stride: phase.out_step * channels,
+                            ahead: (&ahead, width * channels),
                         }
                         .promise()
                     };
@@ -177,6 +190,8 @@ impl<T: Element> Correlation<'_, T> {
         let sets = self.horizontal.len();
         let rows = self.vertical.iter().map(|phase| phase.count).max().unwrap_or(0);
         let (padded_len, set) = (planes.len::<T::Wide>(), rows * planes.pitch);
+        // Of large planes the next image's, which come next; of small ones the neighbours, which later tasks read.
+        let ahead = |pixels: usize| if block == 1 { channels * pixels } else { AHEAD };
         parallel_for(threads, tiles * parts, |task| {
             let (range, images) = (part(channels, tiles, task / parts), part(count, parts, task % parts));
             let sizes = [range.len() * padded_len, range.len() * sets * set];
@@ -189,7 +204,7 @@ impl<T: Element> Correlation<'_, T> {
                     for (i, n) in images.clone().enumerate() {
                         for (c, padded) in range.clone().zip(padded.chunks_exact_mut(padded_len)) {
                             let plane = &self.x[(n * channels + c) * pixels..][..pixels];
-                            planes.write(self.isa, i, plane, padded);
+                            planes.write(self.isa, i, plane, padded, ahead(pixels));
                         }
                     }
                     for (vertical, taps) in self.vertical.iter().zip(taps.chunks_exact(sets)) {
@@ -217,7 +232,7 @@ impl<T: Element> Correlation<'_, T> {
                                     slice::from_raw_parts_mut(y, out_pixels)
                                 };
                                 let results = (&results[i * planes.step..], set, planes.pitch);
-                                merge::<T>(self.isa, vertical, sets, results, plane, width);
+                                merge::<T>(self.isa, vertical, sets, results, plane, width, ahead(out_pixels));
                             }
                         }
                     }
@@ -303,9 +318,17 @@ impl<T: Element> WeightGrad<'_, T> {
         let x = self.x[n * self.shape.vertical.input * input * channels..].as_ptr();
         let grad = self.grad_output[n * self.shape.vertical.output * output * channels..].as_ptr();
         let column_runs = self.horizontal.runs();
-        for (rows, row_taps) in self.vertical.runs() {
+        // Some rows at a time, which the second cache holds while each row of the kernel sees them.
+        let together = (ROW_PIXELS / output.max(1)).max(1);
+        let blocks = self.vertical.runs().into_iter().flat_map(|(run, taps)| {
+            let first = run.start;
+            let end = run.end;
+            run.step_by(together).map(move |start| (start..(start + together).min(end), first, taps.clone()))
+        });
+        for (rows, first, row_taps) in blocks {
             for (columns, column_taps) in &column_runs {
                 for &(tap_y, from_y) in &row_taps {
+                    let from_y = from_y + stride * (rows.start - first);
                     // The taps of one row of the kernel are neighbours, in the image and in `sums`.
                     let Some(&(tap_x, from_x)) = column_taps.first() else { continue };
                     let taps: Vec<_> = (0..column_taps.len()).map(|i| i * channels).collect();
@@ -353,10 +376,10 @@ impl<T: Element> WeightGrad<'_, T> {
                     let both = padded.chunks_exact_mut(padded_len).zip(grads.chunks_exact_mut(grad_len));
                     for (c, (padded, grads)) in range.clone().zip(both) {
                         let plane = n * channels + c;
-                        planes.write(self.isa, i, &self.x[plane * pixels..][..pixels], padded);
+                        planes.write(self.isa, i, &self.x[plane * pixels..][..pixels], padded, AHEAD.max(pixels));
                         let grad = &self.grad_output[plane * size[0] * size[1]..][..size[0] * size[1]];
                         let y = (writable(&mut grads[i * planes.step..]), planes.pitch);
-                        self.isa.run(WidenRows { x: (grad, size[1]), y, size });
+                        self.isa.run(WidenRows { x: (grad, size[1]), y, size, ahead: AHEAD.max(grad.len()) });
                     }
                 }
                 let both = padded.chunks_exact(padded_len).zip(grads.chunks_exact(grad_len));

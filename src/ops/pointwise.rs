@@ -203,7 +203,8 @@ impl Product {
         let group_parts = wanted.div_ceil(count).min(self.groups);
         let pixel_parts = wanted.div_ceil(count * group_parts).min(pixels.div_ceil(PLANE_PART));
         let tile = if blocks.len() > 1 { (PLANE_TILE / self.group_in).max(PLANE_PART) } else { usize::MAX };
-        let ahead = [self.group_in, self.group_out].map(|c| if c * pixels * size_of::<T>() <= PLANE_AHEAD { c * pixels } else { 1024 });
+        let ahead = [self.group_in, self.group_out]
+            .map(|c| if c * pixels * size_of::<T>() <= PLANE_AHEAD { c * pixels } else { 1024 });
         parallel_for(threads, count * group_parts * pixel_parts, |task| {
             let (n, rest) = (task / (group_parts * pixel_parts), task % (group_parts * pixel_parts));
             let range = part(pixels, pixel_parts, rest % pixel_parts);
@@ -332,7 +333,9 @@ impl Product {
                         for g in groups {
                             let x_offsets = &x_offsets[g * self.group_in..][..self.group_in];
                             // SAFETY: offsets lie inside x_rows and y_rows, each row `tile` values long.
-                            unsafe { self.group(g, x_rows.as_ptr(), x_offsets, &packed, y_rows.as_mut_ptr(), length, [0, 0]) };
+                            unsafe {
+                                self.group(g, x_rows.as_ptr(), x_offsets, &packed, y_rows.as_mut_ptr(), length, [0, 0])
+                            };
                         }
                     }
                     // SAFETY: the destination is this task's own pixels of y.
