@@ -17,6 +17,8 @@ pub struct TapPixels<'a, T: Element> {
     pub pixels: usize,
     /// For each tap, where its input for pixel 0 stands after `x` and where its weights stand after `weights`.
     pub taps: &'a [(usize, usize)],
+    /// Taps come in rows of so many, the input of each of which is the next pixel's of the one before; 1 where they do not.
+    pub columns: usize,
     /// The input.
     pub x: *const T,
     /// Values from one pixel's input to the next one's.
@@ -45,6 +47,7 @@ impl<'a, T: Element> TapPixels<'a, T> {
     pub unsafe fn promise(self) -> CheckedTapPixels<'a, T> {
         assert!(self.taps.iter().all(|&(_, w)| w + self.channels <= self.weights.len()), "weights");
         assert!(self.bias.is_none_or(|bias| bias.len() == self.channels), "bias");
+        assert!(self.taps.len().is_multiple_of(self.columns), "columns");
         CheckedTapPixels(self)
     }
 
@@ -54,15 +57,35 @@ impl<'a, T: Element> TapPixels<'a, T> {
     /// As for [`TapPixels::promise`]; the channels must exist, but for what `mask` leaves out.
     #[inline(always)]
     unsafe fn run<I: Isa, const V: usize, const TAIL: bool>(&self, isa: I, c: usize, mask: T::Mask<I>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.columns {
+                3 => self.pixels::<I, V, TAIL, 3, 6>(isa, c, mask),
+                5 => self.pixels::<I, V, TAIL, 5, 8>(isa, c, mask),
+                7 => self.pixels::<I, V, TAIL, 7, 10>(isa, c, mask),
+                _ => self.pixels::<I, V, TAIL, 1, 4>(isa, c, mask),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`TapPixels::run`]; `K` must divide `columns`, and `SEEN` be what [`PIXELS`] pixels see through `K` taps.
+    #[inline(always)]
+    unsafe fn pixels<I: Isa, const V: usize, const TAIL: bool, const K: usize, const SEEN: usize>(
+        &self,
+        isa: I,
+        c: usize,
+        mask: T::Mask<I>,
+    ) {
         let mut p = 0;
         // SAFETY: the pixels stay below `pixels`.
         unsafe {
             while p + PIXELS <= self.pixels {
-                self.vectors::<I, PIXELS, V, TAIL>(isa, p, c, mask);
+                self.vectors::<I, PIXELS, V, TAIL, K, SEEN>(isa, p, c, mask);
                 p += PIXELS;
             }
             while p < self.pixels {
-                self.vectors::<I, 1, V, TAIL>(isa, p, c, mask);
+                self.vectors::<I, 1, V, TAIL, K, K>(isa, p, c, mask);
                 p += 1;
             }
         }
@@ -71,9 +94,9 @@ impl<'a, T: Element> TapPixels<'a, T> {
     /// `P` pixels x `V` vectors of channels from `c`.
     ///
     /// # Safety
-    /// As for [`TapPixels::run`]; `p + P <= pixels`.
+    /// As for [`TapPixels::pixels`]; `p + P <= pixels`.
     #[inline(always)]
-    unsafe fn vectors<I: Isa, const P: usize, const V: usize, const TAIL: bool>(
+    unsafe fn vectors<I: Isa, const P: usize, const V: usize, const TAIL: bool, const K: usize, const SEEN: usize>(
         &self,
         isa: I,
         p: usize,
@@ -95,16 +118,21 @@ impl<'a, T: Element> TapPixels<'a, T> {
                 isa.prefetch_far(self.x.wrapping_add(ahead + (p + i) * self.x_stride + c + v * lanes));
             }
         }
-        for &(x, w) in self.taps {
-            let x = self.x.wrapping_add(x + p * self.x_stride + c);
-            let w = self.weights.as_ptr().wrapping_add(w + c);
+        for taps in self.taps.as_chunks::<K>().0 {
+            let x = self.x.wrapping_add(taps[0].0 + p * self.x_stride + c);
             for v in 0..V {
-                let w = w.wrapping_add(v * lanes);
-                // SAFETY: inside the weights, whose number was asserted.
-                let weight = unsafe { if TAIL { T::load_wide_masked(isa, mask, w) } else { T::load_wide(isa, w) } };
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let value = load(x.wrapping_add(i * self.x_stride + v * lanes));
-                    sums[v] = T::mul_add(isa, weight, value, sums[v]);
+                // What the row's taps see of these pixels, each value loaded once.
+                let mut seen = [T::splat(isa, T::default()); SEEN];
+                for (i, value) in seen.iter_mut().enumerate() {
+                    *value = load(x.wrapping_add(i * self.x_stride + v * lanes));
+                }
+                for (j, &(_, w)) in taps.iter().enumerate() {
+                    let w = self.weights.as_ptr().wrapping_add(w + c + v * lanes);
+                    // SAFETY: inside the weights, whose number was asserted.
+                    let weight = unsafe { if TAIL { T::load_wide_masked(isa, mask, w) } else { T::load_wide(isa, w) } };
+                    for (i, sums) in sums.iter_mut().enumerate() {
+                        sums[v] = T::mul_add(isa, weight, seen[i + j], sums[v]);
+                    }
                 }
             }
         }

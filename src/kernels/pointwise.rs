@@ -199,10 +199,9 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
         for (j, &offset) in self.x_offsets.iter().enumerate() {
             let row = self.prologue.row(isa, j);
             let mut x = [zero; V];
-            let x_ahead = self.ahead[0];
-            if x_ahead > 0 {
+            if self.ahead[0] > 0 {
                 for v in 0..V {
-                    isa.prefetch_far(self.x.wrapping_add(offset + p + v * lanes + x_ahead));
+                    isa.prefetch_far(self.x.wrapping_add(offset + p + v * lanes + self.ahead[0]));
                 }
             }
             for (v, x) in x.iter_mut().enumerate() {
@@ -237,17 +236,13 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
             for value in &mut values {
                 *value = self.epilogue.finish(isa, r, *value);
             }
-            if self.ahead[1] > 0 {
-                for v in 0..V {
-                    // SAFETY: R offsets were asserted.
-                    let offset = unsafe { *self.y_offsets.get_unchecked(r) };
-                    isa.prefetch_far(self.y.wrapping_add(offset + p + v * lanes + self.ahead[1]));
-                }
-            }
             for (v, &value) in values.iter().enumerate() {
                 // SAFETY: inside output row r; R offsets were asserted.
                 unsafe {
                     let ptr = self.y.add(*self.y_offsets.get_unchecked(r) + p + v * lanes);
+                    if self.ahead[1] > 0 {
+                        isa.prefetch_far(ptr.wrapping_add(self.ahead[1]));
+                    }
                     if v < paired {
                         if v % 2 == 0 {
                             T::store_parts(isa, ptr, [value, values[v + 1]]);
@@ -296,6 +291,18 @@ pub struct Rows<'a, T> {
     /// Distance from what is read to what is asked for meanwhile, which later calls will read; 0 where that is in a
     /// cache.
     pub ahead: usize,
+}
+
+impl<T> Rows<'_, T> {
+    /// Where the first `N` rows of image `n` start.
+    ///
+    /// # Safety
+    /// They must exist.
+    #[inline(always)]
+    unsafe fn starts<const N: usize>(&self, n: usize) -> [*const T; N] {
+        // SAFETY: the caller's promise.
+        std::array::from_fn(|i| unsafe { self.base.add(n * self.image_stride + *self.offsets.get_unchecked(i)) })
+    }
 }
 
 /// `sums[i][j] += sum over images and pixels of a[i] * b[j]`, as vectors of partial sums.
@@ -364,30 +371,31 @@ impl<'a, T: Element> DotRows<'a, T> {
     /// Adds the products of one vector of each row, which `load` tells to load from the rows' places on.
     ///
     /// # Safety
-    /// As for [`DotRows::promise`]; `A` and `B` must be the numbers of rows, and the values inside them.
+    /// As for [`DotRows::promise`]; the values must be inside the rows.
     #[inline(always)]
     unsafe fn step<I: Isa, const A: usize, const B: usize>(
         &self,
         isa: I,
-        [a, b]: [*const T; 2],
+        (a, b): ([*const T; A], [*const T; B]),
+        p: usize,
         load: Load<T::Mask<I>>,
         sums: &mut [[T::Vector<I>; B]; A],
     ) {
-        let mut bs = [T::splat(isa, T::default()); B];
         if self.b.ahead > 0 {
-            self.b.offsets[..B].iter().for_each(|offset| isa.prefetch_far(b.wrapping_add(offset + self.b.ahead)));
+            b.iter().for_each(|row| isa.prefetch_far(row.wrapping_add(p + self.b.ahead)));
         }
         if self.a.ahead > 0 {
-            self.a.offsets[..A].iter().for_each(|offset| isa.prefetch_far(a.wrapping_add(offset + self.a.ahead)));
+            a.iter().for_each(|row| isa.prefetch_far(row.wrapping_add(p + self.a.ahead)));
         }
+        let mut bs = [T::splat(isa, T::default()); B];
         // SAFETY: the caller's promise.
         unsafe {
-            for (j, value) in bs.iter_mut().enumerate() {
-                *value = load.from(isa, b.add(*self.b.offsets.get_unchecked(j)));
+            for (value, row) in bs.iter_mut().zip(b) {
+                *value = load.from(isa, row.add(p));
             }
-            for (i, row) in sums.iter_mut().enumerate() {
-                let value = load.from(isa, a.add(*self.a.offsets.get_unchecked(i)));
-                for (sum, b) in row.iter_mut().zip(bs) {
+            for (sums, row) in sums.iter_mut().zip(a) {
+                let value = load.from(isa, row.add(p));
+                for (sum, b) in sums.iter_mut().zip(bs) {
                     *sum = T::mul_add(isa, value, b, *sum);
                 }
             }
@@ -412,20 +420,19 @@ impl<'a, T: Element> DotRows<'a, T> {
         let full = self.pixels / lanes * lanes;
         let mask = T::mask(isa, self.pixels - full);
         for n in 0..self.images {
-            // SAFETY: image n exists.
-            let (a, b) =
-                unsafe { (self.a.base.add(n * self.a.image_stride), self.b.base.add(n * self.b.image_stride)) };
+            // SAFETY: image n exists, and there are A and B rows.
+            let rows = unsafe { (self.a.starts::<A>(n), self.b.starts::<B>(n)) };
             let mut p = 0;
             // SAFETY: inside the rows; the tail is masked.
             unsafe {
                 while p + 2 * lanes <= self.pixels {
-                    self.step(isa, [a, b].map(|row| row.add(p)), Load::Part(0), &mut sums);
-                    self.step(isa, [a, b].map(|row| row.add(p)), Load::Part(1), &mut sums);
+                    self.step(isa, rows, p, Load::Part(0), &mut sums);
+                    self.step(isa, rows, p, Load::Part(1), &mut sums);
                     p += 2 * lanes;
                 }
                 while p < self.pixels {
                     let load = if p == full { Load::First(mask) } else { Load::All };
-                    self.step(isa, [a, b].map(|row| row.add(p)), load, &mut sums);
+                    self.step(isa, rows, p, load, &mut sums);
                     p += lanes;
                 }
             }

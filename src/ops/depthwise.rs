@@ -111,8 +111,9 @@ impl<T: Element> Correlation<'_, T> {
         let Depthwise { count, channels, kernel: kernel_size, .. } = *self.shape;
         let [height, width] = self.output;
         let input = [self.vertical[0].input, self.horizontal[0].input];
-        let column_runs: Vec<_> =
+        let mut column_runs: Vec<_> =
             self.horizontal.iter().flat_map(|phase| phase.runs().into_iter().map(move |run| (phase, run))).collect();
+        column_runs.iter_mut().for_each(|(_, (_, taps))| taps.sort_unstable_by_key(|tap| tap.1));
         // Rows of the output, each with the vertical taps that it sees.
         let mut rows: Vec<(usize, Seen)> = Vec::with_capacity(height);
         for phase in &self.vertical {
@@ -134,6 +135,7 @@ impl<T: Element> Correlation<'_, T> {
                 let (n, (y, row_taps)) = (row / height, &rows[row % height]);
                 let x = self.x[n * input[0] * input[1] * channels..].as_ptr();
                 for (phase, (run, column_taps)) in &column_runs {
+                    let slides = phase.in_step == 1 && column_taps.windows(2).all(|taps| taps[0].1 + 1 == taps[1].1);
                     taps.clear();
                     for &(tap_y, from_y) in row_taps {
                         taps.extend(column_taps.iter().map(|&(tap_x, from_x)| {
@@ -143,7 +145,7 @@ impl<T: Element> Correlation<'_, T> {
                     // The rows that the next row of the output sees first.
                     ahead.clear();
                     let last = row_taps.iter().map(|tap| tap.1).max();
-                    if let (Some(y), Some(x)) = (last, column_taps.iter().map(|tap| tap.1).min()) {
+                    if let (Some(y), Some(&(_, x))) = (last, column_taps.first()) {
                         for (dy, dx) in (1..=step).flat_map(|dy| (0..phase.in_step).map(move |dx| (dy, dx))) {
                             ahead.push(((y + dy) * input[1] + x + dx) * channels);
                         }
@@ -156,6 +158,7 @@ impl<T: Element> Correlation<'_, T> {
                             channels,
                             pixels: run.len(),
                             taps: &taps,
+                            columns: if slides { column_taps.len().max(1) } else { 1 },
                             x,
                             x_stride: phase.in_step * channels,
                             weights,
