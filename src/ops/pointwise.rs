@@ -210,7 +210,7 @@ impl Product {
         // The next group's rows, or those of the next image, follow this one's.
         let ahead = [self.group_in, self.group_out].map(|channels| match channels * pixels {
             next if next * size_of::<T>() <= AHEAD_BYTES => next,
-            _ => AHEAD_PIXELS,
+            _ => AHEAD_PIXELS.min(tile),
         });
         parallel_for(threads, count * group_parts * pixel_parts, |task| {
             let (n, rest) = (task / (group_parts * pixel_parts), task % (group_parts * pixel_parts));
