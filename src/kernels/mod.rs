@@ -3,7 +3,9 @@
 //! The kernels' common view of an image is a set of *rows*: row `r` holds one channel's pixels, contiguous,
 //! and starts `offsets[r]` values after a base pointer. NCHW memory is such a set as it stands; a tile of NHWC
 //! memory becomes one by transposing it through the cache ([`transpose`]). Pixels are the vector dimension, so
-//! any group size runs at full width, and permuting channels (the interleave) is only another table of offsets.
+//! any group size runs at full width, and permuting channels (the interleave) is only another table of offsets. Where
+//! transposing costs more than it saves, NHWC pixels are computed with as they are, channels being the vector dimension
+//! ([`outer`], [`depthwise`]).
 
 pub mod activations;
 mod bf16;

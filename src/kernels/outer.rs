@@ -50,7 +50,7 @@ pub struct Pixels<'a, T> {
     pub ahead: usize,
 }
 
-/// Sums that go on from what is there.
+/// Sums that are added to what is there.
 pub struct Totals<T: Element> {
     /// Row `r` starts at `sums + r * row`.
     pub sums: *mut T::Wide,
@@ -101,9 +101,9 @@ impl<T: Element> Sums<T> for Totals<T> {
     const PIXELS: bool = false;
 
     #[inline(always)]
-    unsafe fn start<I: Isa>(&self, isa: I, row: usize, column: usize, mask: T::Mask<I>) -> T::Vector<I> {
-        // SAFETY: the caller's promise.
-        unsafe { T::load_wide_masked(isa, mask, self.sums.add(row * self.row + column)) }
+    unsafe fn start<I: Isa>(&self, isa: I, _row: usize, _column: usize, _mask: T::Mask<I>) -> T::Vector<I> {
+        // What is there is added at the end: sums of sums lose less than one long sum.
+        T::splat(isa, T::default())
     }
     #[inline(always)]
     unsafe fn finish<I: Isa>(&self, isa: I, row: usize, column: usize, mask: Option<T::Mask<I>>, value: T::Vector<I>) {
@@ -111,8 +111,11 @@ impl<T: Element> Sums<T> for Totals<T> {
         unsafe {
             let ptr = self.sums.add(row * self.row + column);
             match mask {
-                Some(mask) => T::store_wide_masked(isa, mask, ptr, value),
-                None => T::store_wide(isa, ptr, value),
+                Some(mask) => {
+                    let sum = T::add_vectors(isa, T::load_wide_masked(isa, mask, ptr), value);
+                    T::store_wide_masked(isa, mask, ptr, sum);
+                }
+                None => T::store_wide(isa, ptr, T::add_vectors(isa, T::load_wide(isa, ptr), value)),
             }
         }
     }
