@@ -16,7 +16,7 @@ use crate::kernels::rows::Sum;
 use crate::kernels::{WideElement, writable};
 use crate::ops::Shared;
 use crate::ops::phases::Phase;
-use crate::ops::planes::{AHEAD, Planes, Taps, forward_order, images_together, merge};
+use crate::ops::planes::{Planes, Taps, ahead, forward_order, images_together, merge};
 use crate::ops::pointwise::products;
 use crate::pool::part;
 use crate::scratch::{self, cut};
@@ -131,7 +131,7 @@ impl<T: WideElement> Pass<'_, T> {
                         let y = unsafe { std::slice::from_raw_parts_mut(rows.ptr().add(start), range.len()) };
                         for (i, y) in y.chunks_exact_mut(out_pixels).enumerate() {
                             let result = (&result[i * planes.step..], 0, planes.pitch);
-                            merge(self.isa, vertical, 1, result, writable(y), value.width, AHEAD.max(out_pixels));
+                            merge(self.isa, vertical, 1, result, writable(y), value.width, ahead(out_pixels));
                         }
                         // SAFETY: just written; `y` is not used any more.
                         unsafe { self.complete(step.value, g * m + o, range, &mut statistics[o]) };

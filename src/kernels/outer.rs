@@ -23,18 +23,18 @@ const MAX_ROWS: usize = 8;
 const MAX_VECTORS: usize = 3;
 
 /// Where sums start and where they go.
-pub trait Sums<T: Element>: Copy {
+pub trait Sums<T: Element> {
     /// Whether rows are pixels; else terms are.
     const PIXELS: bool;
-    /// What the sums of a row start from, at `column`; `mask` selects the columns there are.
+    /// What the sums of each row start from, at `column`; `mask` selects the columns there are.
     ///
     /// # Safety
-    /// The row and the selected columns must exist.
-    unsafe fn start<I: Isa>(&self, isa: I, row: usize, column: usize, mask: T::Mask<I>) -> T::Vector<I>;
+    /// The selected columns must exist.
+    unsafe fn start<I: Isa>(&self, isa: I, column: usize, mask: T::Mask<I>) -> T::Vector<I>;
     /// Takes a row's finished sums from `column` on: all of a vector, or the columns that a mask selects.
     ///
     /// # Safety
-    /// As for [`Sums::start`].
+    /// The row and the columns must exist.
     unsafe fn finish<I: Isa>(&self, isa: I, row: usize, column: usize, mask: Option<T::Mask<I>>, value: T::Vector<I>);
 }
 
@@ -58,25 +58,11 @@ pub struct Totals<T: Element> {
     pub row: usize,
 }
 
-// Not derived: that would ask for `T: Copy`.
-impl<T> Clone for Pixels<'_, T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T> Copy for Pixels<'_, T> {}
-impl<T: Element> Clone for Totals<T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T: Element> Copy for Totals<T> {}
-
 impl<T: Element> Sums<T> for Pixels<'_, T> {
     const PIXELS: bool = true;
 
     #[inline(always)]
-    unsafe fn start<I: Isa>(&self, isa: I, _row: usize, column: usize, mask: T::Mask<I>) -> T::Vector<I> {
+    unsafe fn start<I: Isa>(&self, isa: I, column: usize, mask: T::Mask<I>) -> T::Vector<I> {
         match self.bias {
             // SAFETY: the selected columns have a bias each.
             Some(bias) => unsafe { T::load_masked(isa, mask, bias.as_ptr().add(column)) },
@@ -101,7 +87,7 @@ impl<T: Element> Sums<T> for Totals<T> {
     const PIXELS: bool = false;
 
     #[inline(always)]
-    unsafe fn start<I: Isa>(&self, isa: I, _row: usize, _column: usize, _mask: T::Mask<I>) -> T::Vector<I> {
+    unsafe fn start<I: Isa>(&self, isa: I, _column: usize, _mask: T::Mask<I>) -> T::Vector<I> {
         // What is there is added at the end: sums of sums lose less than one long sum.
         T::splat(isa, T::default())
     }
@@ -206,9 +192,9 @@ impl<'a, T: Element, S: Sums<T>> OuterProducts<'a, T, S> {
         // SAFETY: rows and columns exist, for every term.
         unsafe {
             let rows: [usize; R] = std::array::from_fn(|r| *self.a_rows.get_unchecked(row + r));
-            for (r, sums) in sums.iter_mut().enumerate() {
+            for sums in &mut sums {
                 for (v, sum) in sums.iter_mut().enumerate() {
-                    *sum = self.out.start(isa, row + r, column + v * lanes, mask_of(v));
+                    *sum = self.out.start(isa, column + v * lanes, mask_of(v));
                 }
             }
             if S::PIXELS && column == 0 {

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::slice;
 
 use super::phases::{Phase, Seen};
-use super::planes::{AHEAD, Planes, Taps, images_together, merge};
+use super::planes::{Planes, Taps, ahead, images_together, merge};
 use super::{Shared, estimate};
 use crate::isa::Active;
 use crate::kernels::depthwise::{MAX_TAPS, TapPixels, TapSums};
@@ -111,9 +111,18 @@ impl<T: Element> Correlation<'_, T> {
         let Depthwise { count, channels, kernel: kernel_size, .. } = *self.shape;
         let [height, width] = self.output;
         let input = [self.vertical[0].input, self.horizontal[0].input];
-        let mut column_runs: Vec<_> =
-            self.horizontal.iter().flat_map(|phase| phase.runs().into_iter().map(move |run| (phase, run))).collect();
-        column_runs.iter_mut().for_each(|(_, (_, taps))| taps.sort_unstable_by_key(|tap| tap.1));
+        // Runs of columns with their taps, from left to right, and how many of these see neighbours of each other.
+        let column_runs: Vec<_> = self
+            .horizontal
+            .iter()
+            .flat_map(|phase| phase.runs().into_iter().map(move |(run, taps)| (phase, run, taps)))
+            .map(|(phase, run, mut taps)| {
+                taps.sort_unstable_by_key(|tap| tap.1);
+                let slides = phase.in_step == 1 && taps.windows(2).all(|taps| taps[0].1 + 1 == taps[1].1);
+                let columns = if slides { taps.len().max(1) } else { 1 };
+                (phase, run, taps, columns)
+            })
+            .collect();
         // Rows of the output, each with the vertical taps that it sees.
         let mut rows: Vec<(usize, Seen)> = Vec::with_capacity(height);
         for phase in &self.vertical {
@@ -134,8 +143,7 @@ impl<T: Element> Correlation<'_, T> {
             for row in part(total, parts, task) {
                 let (n, (y, row_taps)) = (row / height, &rows[row % height]);
                 let x = self.x[n * input[0] * input[1] * channels..].as_ptr();
-                for (phase, (run, column_taps)) in &column_runs {
-                    let slides = phase.in_step == 1 && column_taps.windows(2).all(|taps| taps[0].1 + 1 == taps[1].1);
+                for (phase, run, column_taps, columns) in &column_runs {
                     taps.clear();
                     for &(tap_y, from_y) in row_taps {
                         taps.extend(column_taps.iter().map(|&(tap_x, from_x)| {
@@ -158,7 +166,7 @@ impl<T: Element> Correlation<'_, T> {
                             channels,
                             pixels: run.len(),
                             taps: &taps,
-                            columns: if slides { column_taps.len().max(1) } else { 1 },
+                            columns: *columns,
                             x,
                             x_stride: phase.in_step * channels,
                             weights,
@@ -194,7 +202,7 @@ impl<T: Element> Correlation<'_, T> {
         let rows = self.vertical.iter().map(|phase| phase.count).max().unwrap_or(0);
         let (padded_len, set) = (planes.len::<T::Wide>(), rows * planes.pitch);
         // Of large planes the next image's, which come next; of small ones the neighbours, which later tasks read.
-        let ahead = |pixels: usize| if block == 1 { channels * pixels } else { AHEAD };
+        let next = |pixels: usize| if block == 1 { channels * pixels } else { ahead(pixels) };
         parallel_for(threads, tiles * parts, |task| {
             let (range, images) = (part(channels, tiles, task / parts), part(count, parts, task % parts));
             let sizes = [range.len() * padded_len, range.len() * sets * set];
@@ -207,7 +215,7 @@ impl<T: Element> Correlation<'_, T> {
                     for (i, n) in images.clone().enumerate() {
                         for (c, padded) in range.clone().zip(padded.chunks_exact_mut(padded_len)) {
                             let plane = &self.x[(n * channels + c) * pixels..][..pixels];
-                            planes.write(self.isa, i, plane, padded, ahead(pixels));
+                            planes.write(self.isa, i, plane, padded, next(pixels));
                         }
                     }
                     for (vertical, taps) in self.vertical.iter().zip(taps.chunks_exact(sets)) {
@@ -235,7 +243,7 @@ impl<T: Element> Correlation<'_, T> {
                                     slice::from_raw_parts_mut(y, out_pixels)
                                 };
                                 let results = (&results[i * planes.step..], set, planes.pitch);
-                                merge::<T>(self.isa, vertical, sets, results, plane, width, ahead(out_pixels));
+                                merge::<T>(self.isa, vertical, sets, results, plane, width, next(out_pixels));
                             }
                         }
                     }
@@ -324,8 +332,7 @@ impl<T: Element> WeightGrad<'_, T> {
         // Some rows at a time, which the second cache holds while each row of the kernel sees them.
         let together = (ROW_PIXELS / output.max(1)).max(1);
         let blocks = self.vertical.runs().into_iter().flat_map(|(run, taps)| {
-            let first = run.start;
-            let end = run.end;
+            let (first, end) = (run.start, run.end);
             run.step_by(together).map(move |start| (start..(start + together).min(end), first, taps.clone()))
         });
         for (rows, first, row_taps) in blocks {
@@ -379,10 +386,10 @@ impl<T: Element> WeightGrad<'_, T> {
                     let both = padded.chunks_exact_mut(padded_len).zip(grads.chunks_exact_mut(grad_len));
                     for (c, (padded, grads)) in range.clone().zip(both) {
                         let plane = n * channels + c;
-                        planes.write(self.isa, i, &self.x[plane * pixels..][..pixels], padded, AHEAD.max(pixels));
+                        planes.write(self.isa, i, &self.x[plane * pixels..][..pixels], padded, ahead(pixels));
                         let grad = &self.grad_output[plane * size[0] * size[1]..][..size[0] * size[1]];
                         let y = (writable(&mut grads[i * planes.step..]), planes.pitch);
-                        self.isa.run(WidenRows { x: (grad, size[1]), y, size, ahead: AHEAD.max(grad.len()) });
+                        self.isa.run(WidenRows { x: (grad, size[1]), y, size, ahead: ahead(grad.len()) });
                     }
                 }
                 let both = padded.chunks_exact(padded_len).zip(grads.chunks_exact(grad_len));
