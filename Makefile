@@ -81,8 +81,19 @@ miri: ## Run cargo's tests under Miri; minutes
 	  echo "make miri: skipped, there is no nightly toolchain with the components miri and rust-src"; \
 	fi
 
+# With every instruction set of this machine. The pool left behind when a test changes the number of threads is no leak.
+.PHONY: asan
+asan: ## Run cargo's tests with AddressSanitizer; minutes
+	@target=$$(rustc -vV | sed -n 's/^host: //p'); \
+	if ls "$(NIGHTLY)/$$target/lib/"*_rt.asan.a >/dev/null 2>&1; then \
+	  ASAN_OPTIONS=detect_leaks=0 RUSTFLAGS=-Zsanitizer=address \
+	    cargo +nightly test --quiet --lib --target "$$target" --target-dir target/asan; \
+	else \
+	  echo "make asan: skipped, there is no nightly toolchain with AddressSanitizer"; \
+	fi
+
 .PHONY: sanitize
-sanitize: valgrind miri ## Run both
+sanitize: valgrind miri asan ## Run all three
 
 .PHONY: bench
 bench: $(DEV) ## Time the kernels beside other libraries
