@@ -4,7 +4,7 @@
 //! exist, because the tokens come only from pulp's fallible constructors. [`Active::run`] is the one
 //! place where a [`Kernel`] is compiled for, and entered with, a particular instruction set.
 //!
-//! `KCONV_ISA` (`avx512`, `avx2`, `neon` or `portable`) forces one. A name that this machine lacks is an
+//! `KCONV_ISA` (`avx512_bf16`, `avx512`, `avx2`, `neon` or `portable`) forces one. A name that this machine lacks is an
 //! error, never a silent fallback: a test that forces an instruction set must run it.
 
 use std::sync::OnceLock;
@@ -21,6 +21,9 @@ pub trait Isa: pulp::Simd {
     /// Whether there are instructions for [`Isa::look_up_f32s`], [`Isa::scale_f32s`] and
     /// [`Isa::estimate_reciprocal_f32s`].
     const EXPONENTIALS: bool = false;
+    /// Whether there are instructions for [`Isa::add_pairs_bf16`], [`Isa::round_bf16`] and [`Isa::round_parts_bf16`], if
+    /// [`Active::bf16`] says so.
+    const BF16: bool = false;
 
     /// Asks for the cache line at `ptr`, which need not be readable; nothing where there is no such instruction.
     #[inline(always)]
@@ -139,6 +142,56 @@ pub trait Isa: pulp::Simd {
     unsafe fn store_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *mut u16, value: Self::u32s) {
         // SAFETY: the caller's promise.
         unsafe { store_lanes(self, selected(self, mask), ptr, value) }
+    }
+    /// Loads `len` numbers of 16 bits, at most twice as many as the vector has of 32; the others are zero.
+    ///
+    /// # Safety
+    /// So many values must be readable at `ptr`.
+    #[inline(always)]
+    unsafe fn load_pairs_u16s(self, len: usize, ptr: *const u16) -> Self::u32s {
+        let mut pairs = self.splat_u32s(0);
+        for (i, value) in cast_slice_mut(std::slice::from_mut(&mut pairs))[..len].iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *value = unsafe { *ptr.add(i) };
+        }
+        pairs
+    }
+    /// Pairs of the 16-bit numbers of `a`, in the lower halves, and those of `b` at the same places: one half of the
+    /// places and the other.
+    #[inline(always)]
+    fn pair_u16s(self, a: Self::u32s, b: Self::u32s) -> [Self::u32s; 2] {
+        let (half, lower) = (self.splat_u32s(16), self.splat_u32s(0xffff));
+        [
+            self.or_u32s(self.and_u32s(a, lower), self.wrapping_dyn_shl_u32s(b, half)),
+            self.or_u32s(self.wrapping_dyn_shr_u32s(a, half), self.and_u32s(b, self.not_u32s(lower))),
+        ]
+    }
+    /// `c` plus the products of the bfloat16 numbers in the lower halves of `a` and `b`, and in the upper ones. As an
+    /// instruction, with numbers too small to be normal as zero.
+    ///
+    /// # Safety
+    /// The machine must have what [`Isa::BF16`] tells of.
+    #[inline(always)]
+    unsafe fn add_pairs_bf16(self, a: Self::u32s, b: Self::u32s, c: Self::f32s) -> Self::f32s {
+        let lower = |x| self.transmute_f32s_u32s(self.wrapping_dyn_shl_u32s(x, self.splat_u32s(16)));
+        let upper = |x| self.transmute_f32s_u32s(self.and_u32s(x, self.splat_u32s(0xffff_0000)));
+        self.mul_add_e_f32s(lower(a), lower(b), self.mul_add_e_f32s(upper(a), upper(b), c))
+    }
+    /// The nearest bfloat16 numbers, in the lower halves; NaN stays NaN, and numbers too small to be normal are zero.
+    ///
+    /// # Safety
+    /// The machine must have what [`Isa::BF16`] tells of, which must be true.
+    #[inline(always)]
+    unsafe fn round_bf16(self, value: Self::f32s) -> Self::u32s {
+        unreachable!("no instruction for {value:?}")
+    }
+    /// As [`Isa::round_bf16`], of the values at the places of [`Isa::pair_u16s`], each to its own place.
+    ///
+    /// # Safety
+    /// The machine must have what [`Isa::BF16`] tells of, which must be true.
+    #[inline(always)]
+    unsafe fn round_parts_bf16(self, parts: [Self::f32s; 2]) -> Self::u32s {
+        unreachable!("no instruction for {parts:?}")
     }
     /// Transposes a block of 8 x 8 values.
     ///
@@ -366,6 +419,47 @@ mod x86 {
         [a, b, c, d]
     }
 
+    /// [`Isa::add_pairs_bf16`]. (Not the compiler's own function, which code for AVX-512 alone would have to call.)
+    ///
+    /// # Safety
+    /// AVX512-BF16 must be there.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn dot_512(a: __m512i, b: __m512i, mut c: __m512) -> __m512 {
+        // SAFETY: registers alone.
+        unsafe {
+            std::arch::asm!(
+                "vdpbf16ps {}, {}, {}",
+                inout(zmm_reg) c,
+                in(zmm_reg) a,
+                in(zmm_reg) b,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+        }
+        c
+    }
+
+    /// The nearest bfloat16 numbers to those of `low`, in the lower half, and of `high`.
+    ///
+    /// # Safety
+    /// AVX512-BF16 must be there.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn round_512(low: __m512, high: __m512) -> __m512i {
+        let rounded;
+        // SAFETY: registers alone.
+        unsafe {
+            std::arch::asm!(
+                "vcvtne2ps2bf16 {}, {}, {}",
+                out(zmm_reg) rounded,
+                in(zmm_reg) high,
+                in(zmm_reg) low,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+        }
+        rounded
+    }
+
     /// 8 x 8 values of 16 bits through registers: 8 loads, 24 shuffles, 8 stores.
     ///
     /// # Safety
@@ -477,6 +571,50 @@ mod x86 {
     });
     avx!(pulp::x86::V4 {
         const EXPONENTIALS: bool = true;
+        const BF16: bool = true;
+
+        #[inline(always)]
+        unsafe fn load_pairs_u16s(self, len: usize, ptr: *const u16) -> Self::u32s {
+            let mask = u32::MAX.checked_shr(32 - len as u32).unwrap_or(0);
+            // SAFETY: the token proves AVX-512; the rest is the caller's promise.
+            cast(unsafe { _mm512_maskz_loadu_epi16(mask, ptr.cast()) })
+        }
+        #[inline(always)]
+        fn pair_u16s(self, a: Self::u32s, b: Self::u32s) -> [Self::u32s; 2] {
+            // Places 0 to 3 of each eight, and 4 to 7.
+            // SAFETY: the token proves AVX-512.
+            unsafe {
+                let (a, b) = (cast(a), cast(b));
+                [cast(_mm512_unpacklo_epi16(a, b)), cast(_mm512_unpackhi_epi16(a, b))]
+            }
+        }
+        #[inline(always)]
+        unsafe fn add_pairs_bf16(self, a: Self::u32s, b: Self::u32s, c: Self::f32s) -> Self::f32s {
+            // SAFETY: the caller's promise.
+            cast(unsafe { dot_512(cast(a), cast(b), cast(c)) })
+        }
+        #[inline(always)]
+        unsafe fn round_bf16(self, value: Self::f32s) -> Self::u32s {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let (value, zero) = (cast(value), _mm512_setzero_ps());
+                cast(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(round_512(value, zero))))
+            }
+        }
+        #[inline(always)]
+        unsafe fn round_parts_bf16(self, [first, second]: [Self::f32s; 2]) -> Self::u32s {
+            // The instruction leaves the first part in the lower half.
+            const PLACES: [u16; 32] = {
+                let (mut places, mut i) = ([0; 32], 0);
+                while i < 32 {
+                    places[i] = (i as u16 / 8 * 4 + i as u16 % 4) + (i as u16 / 4 % 2) * 16;
+                    i += 1;
+                }
+                places
+            };
+            // SAFETY: the caller's promise.
+            unsafe { cast(_mm512_permutexvar_epi16(cast(PLACES), round_512(cast(first), cast(second)))) }
+        }
 
         #[inline(always)]
         fn look_up_f32s(self, table: &[f32; 32], index: Self::u32s) -> Self::f32s {
@@ -596,6 +734,9 @@ pub trait Kernel {
 /// The instruction sets that this build knows, each with the proof that it exists.
 #[derive(Clone, Copy, Debug)]
 pub enum Active {
+    /// The next, and products of bfloat16 numbers (AVX512-BF16), of which pulp knows nothing.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16(pulp::x86::V4),
     /// AVX-512 (F, BW, CD, DQ, VL).
     #[cfg(target_arch = "x86_64")]
     Avx512(pulp::x86::V4),
@@ -625,7 +766,7 @@ impl Active {
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512(isa) => isa.vectorize(Call(isa, kernel)),
+            Self::Avx512Bf16(isa) | Self::Avx512(isa) => isa.vectorize(Call(isa, kernel)),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(isa) => isa.vectorize(Call(isa, kernel)),
             #[cfg(target_arch = "aarch64")]
@@ -634,9 +775,16 @@ impl Active {
         }
     }
 
+    /// Whether there are the instructions that [`Isa::BF16`] tells of.
+    pub fn bf16(self) -> bool {
+        self.name() == "avx512_bf16"
+    }
+
     /// The name that `KCONV_ISA` knows it by.
     pub fn name(self) -> &'static str {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(_) => "avx512_bf16",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => "avx512",
             #[cfg(target_arch = "x86_64")]
@@ -650,6 +798,10 @@ impl Active {
     /// Every instruction set of this machine, the best first.
     pub fn available() -> Vec<Self> {
         [
+            #[cfg(target_arch = "x86_64")]
+            pulp::x86::V4::try_new()
+                .filter(|_| std::arch::is_x86_feature_detected!("avx512bf16"))
+                .map(Self::Avx512Bf16),
             #[cfg(target_arch = "x86_64")]
             pulp::x86::V4::try_new().map(Self::Avx512),
             #[cfg(target_arch = "x86_64")]

@@ -6,10 +6,11 @@ use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, chunks, merge};
 use crate::isa::Active;
 use crate::kernels::WideElement;
-use crate::kernels::pointwise::{AddBias, ConvHeight, ConvRows, Identity, Rows, SumSlots, slot};
+use crate::kernels::pointwise::{ConvHeight, ConvRows, Rows, SumSlots, slot};
+use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
 use crate::ops::Shared;
-use crate::ops::pointwise::{GEMM_WEIGHTS, products};
+use crate::ops::pointwise::{GEMM_WEIGHTS, add_products};
 use crate::pool::part;
 use crate::scratch::{self, cut};
 
@@ -110,6 +111,7 @@ impl<T: WideElement> Pass<'_, T> {
                         // SAFETY: rows of the source, and these pixels of the value's rows, which are this task's own.
                         let kernel = unsafe {
                             ConvRows {
+                                products: Single,
                                 x,
                                 x_offsets: &x_offsets,
                                 weights: packed.block(g, block),
@@ -117,8 +119,7 @@ impl<T: WideElement> Pass<'_, T> {
                                 y_offsets: &offsets[block.clone()],
                                 pixels: pixels.len(),
                                 ahead: [0, pixels.len()],
-                                prologue: Identity,
-                                epilogue: AddBias(bias.map(|bias| &bias[g * m + block.start..g * m + block.end])),
+                                bias: bias.map(|bias| &bias[g * m + block.start..g * m + block.end]),
                             }
                             .promise()
                         };
@@ -196,7 +197,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         unsafe { self::gemm(pass.isa, rows_a, rows_b, pixels.len(), tile, weight_sums) };
                     } else {
                         // SAFETY: as above.
-                        unsafe { products(pass.isa, rows_a, rows_b, [1, pixels.len()], slots) };
+                        unsafe { add_products(pass.isa, Single, rows_a, rows_b, [1, pixels.len()], slots) };
                     }
                     if !step.differentiate {
                         continue;
@@ -205,6 +206,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         // SAFETY: the gradient's rows, and rows of `grad_x`.
                         let kernel = unsafe {
                             ConvRows {
+                                products: Single,
                                 x: a,
                                 x_offsets: &a_offsets,
                                 weights: packed.block(g, block),
@@ -212,8 +214,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                                 y_offsets: &y_offsets[block.clone()],
                                 pixels: pixels.len(),
                                 ahead: [0, 0],
-                                prologue: Identity,
-                                epilogue: AddBias(None),
+                                bias: None,
                             }
                             .promise()
                         };

@@ -11,13 +11,14 @@ use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, chunks};
 use crate::isa::Active;
 use crate::kernels::planes::{Correlate, CorrelateSums, MAX_TAP_ROWS};
-use crate::kernels::pointwise::{AddBias, ConvRows, Identity, Rows, SumSlots, slot};
+use crate::kernels::pointwise::{ConvRows, Rows, SumSlots, slot};
+use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
 use crate::kernels::{WideElement, writable};
 use crate::ops::Shared;
 use crate::ops::phases::Phase;
 use crate::ops::planes::{Planes, Taps, ahead, forward_order, images_together, merge};
-use crate::ops::pointwise::products;
+use crate::ops::pointwise::add_products;
 use crate::pool::part;
 use crate::scratch::{self, cut};
 use crate::shape::Axis;
@@ -112,6 +113,7 @@ impl<T: WideElement> Pass<'_, T> {
                             // SAFETY: views of `padded` end inside it, as the rows do inside `results`.
                             let kernel = unsafe {
                                 ConvRows {
+                                    products: Single,
                                     x: padded.as_ptr(),
                                     x_offsets: &views,
                                     weights: packed.block(g, block),
@@ -119,8 +121,7 @@ impl<T: WideElement> Pass<'_, T> {
                                     y_offsets: &y_offsets[block.clone()],
                                     pixels: (value.height - 1) * planes.pitch + columns,
                                     ahead: [0, 0],
-                                    prologue: Identity,
-                                    epilogue: AddBias(bias.map(|bias| &bias[g * m + block.start..g * m + block.end])),
+                                    bias: bias.map(|bias| &bias[g * m + block.start..g * m + block.end]),
                                 }
                                 .promise()
                             };
@@ -280,7 +281,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: 0, ahead: 0 };
                         let pixels = (value.height - 1) * planes.pitch + columns;
                         // SAFETY: views of the planes end inside them.
-                        unsafe { products(pass.isa, a, b, [1, pixels], slots) };
+                        unsafe { add_products(pass.isa, Single, a, b, [1, pixels], slots) };
                     }
                     if !step.differentiate {
                         continue;
@@ -355,6 +356,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     // SAFETY: views of the planes end inside them; `results` hold the phase's rows.
                     let kernel = unsafe {
                         ConvRows {
+                            products: Single,
                             x: grads.as_ptr(),
                             x_offsets: &kernel.views,
                             weights,
@@ -362,8 +364,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                             y_offsets: &y_offsets[block.clone()],
                             pixels: (vertical.count - 1) * planes.pitch + columns,
                             ahead: [0, 0],
-                            prologue: Identity,
-                            epilogue: AddBias(None),
+                            bias: None,
                         }
                         .promise()
                     };

@@ -3,7 +3,9 @@
 use half::bf16;
 use pulp::Scalar;
 
-use super::{Element, f32_vectors, vectors};
+use super::products::Products;
+use super::rows::WidenRows;
+use super::{Element, f32_vectors, vectors, writable};
 use crate::isa::{Active, Isa, Kernel};
 use crate::scratch;
 
@@ -34,8 +36,160 @@ fn rounded<I: Isa>(isa: I, x: I::f32s) -> I::u32s {
     isa.wrapping_dyn_shr_u32s(rounded_upper(isa, x), isa.splat_u32s(16))
 }
 
+/// Two products at a time.
+#[derive(Clone, Copy)]
+pub struct Pairs(());
+
+impl Pairs {
+    fn try_new(isa: Active) -> Option<Self> {
+        isa.bf16().then_some(Self(()))
+    }
+}
+
+impl Products<bf16> for Pairs {
+    const TERMS: usize = 2;
+    type Mask<I: Isa> = usize;
+
+    #[inline(always)]
+    fn pack(self, weight: bf16, next: Option<bf16>) -> f32 {
+        f32::from_bits(u32::from(weight.to_bits()) | u32::from(next.unwrap_or_default().to_bits()) << 16)
+    }
+    #[inline(always)]
+    fn mul_add<I: Isa>(self, isa: I, a: I::f32s, b: I::f32s, c: I::f32s) -> I::f32s {
+        // SAFETY: to have `self` is to have the instructions.
+        unsafe { isa.add_pairs_bf16(isa.transmute_u32s_f32s(a), isa.transmute_u32s_f32s(b), c) }
+    }
+    #[inline(always)]
+    unsafe fn load<I: Isa>(self, isa: I, row: *const bf16, next: Option<*const bf16>) -> I::f32s {
+        // SAFETY: the caller's promise, as for all that follows.
+        let load = |row: *const bf16| unsafe { isa.load_u16s(row.cast()) };
+        paired(isa, load(row), next.map(load))
+    }
+    #[inline(always)]
+    unsafe fn load_masked<I: Isa>(
+        self,
+        isa: I,
+        mask: <bf16 as Element>::Mask<I>,
+        row: *const bf16,
+        next: Option<*const bf16>,
+    ) -> I::f32s {
+        // SAFETY: as above.
+        let load = |row: *const bf16| unsafe { isa.load_masked_u16s(mask, row.cast()) };
+        paired(isa, load(row), next.map(load))
+    }
+    #[inline(always)]
+    unsafe fn load_part<I: Isa>(self, isa: I, row: *const bf16, next: Option<*const bf16>, part: usize) -> I::f32s {
+        // SAFETY: as above.
+        let load = |row: *const bf16| unsafe { row.cast::<I::u32s>().read_unaligned() };
+        let next = next.map_or(isa.splat_u32s(0), load);
+        isa.transmute_f32s_u32s(isa.pair_u16s(load(row), next)[part])
+    }
+    #[inline(always)]
+    unsafe fn store<I: Isa>(self, isa: I, mask: Option<<bf16 as Element>::Mask<I>>, ptr: *mut bf16, value: I::f32s) {
+        // SAFETY: as above; to have `self` is to have the instructions.
+        unsafe {
+            let bits = if const { I::BF16 } { isa.round_bf16(value) } else { rounded(isa, value) };
+            match mask {
+                Some(mask) => isa.store_masked_u16s(mask, ptr.cast(), bits),
+                None => isa.store_u16s(ptr.cast(), bits),
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn splat<I: Isa>(self, isa: I, len: usize, ptr: *const bf16) -> I::f32s {
+        // SAFETY: as above.
+        let bits = unsafe { if len > 1 { ptr.cast::<u32>().read_unaligned() } else { u32::from((*ptr).to_bits()) } };
+        isa.transmute_f32s_u32s(isa.splat_u32s(bits))
+    }
+    fn steps<'a>(self, isa: Active, rows: &'a [bf16], len: usize, memory: &'a mut [f32]) -> &'a [f32] {
+        let memory = &mut memory[..rows.len().div_ceil(2 * len) * len];
+        isa.run(PackRows { pairs: self, rows, len, to: memory });
+        memory
+    }
+    #[inline(always)]
+    unsafe fn store_parts<I: Isa>(self, isa: I, ptr: *mut bf16, parts: [I::f32s; 2]) {
+        // SAFETY: as above; to have `self` is to have the instructions.
+        unsafe {
+            if const { I::BF16 } {
+                ptr.cast::<I::u32s>().write_unaligned(isa.round_parts_bf16(parts));
+            } else {
+                bf16::store_parts(isa, ptr, parts);
+            }
+        }
+    }
+    #[inline(always)]
+    fn mask<I: Isa>(_isa: I, len: usize) -> usize {
+        len
+    }
+    #[inline(always)]
+    unsafe fn load_row<I: Isa>(self, _isa: I, ptr: *const bf16) -> I::f32s {
+        // SAFETY: as above.
+        unsafe { ptr.cast::<I::f32s>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_row_masked<I: Isa>(self, isa: I, len: usize, ptr: *const bf16) -> I::f32s {
+        // SAFETY: as above.
+        isa.transmute_f32s_u32s(unsafe { isa.load_pairs_u16s(len, ptr.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_row_part<I: Isa>(self, isa: I, ptr: *const bf16, part: usize) -> I::f32s {
+        // SAFETY: as above.
+        unsafe { self.load_row(isa, ptr.add(part * 2 * bf16::lanes::<I>())) }
+    }
+}
+
+/// Packs pairs of rows of `len` values, the last row alone if they are odd.
+struct PackRows<'a> {
+    pairs: Pairs,
+    rows: &'a [bf16],
+    len: usize,
+    to: &'a mut [f32],
+}
+
+impl Kernel for PackRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self { pairs, rows, len, to } = self;
+        let lanes = bf16::lanes::<I>();
+        // As far as the next call's rows would follow these.
+        let ahead = rows.len();
+        for (rows, to) in rows.chunks(2 * len).zip(to.chunks_exact_mut(len)) {
+            let next = (rows.len() > len).then_some(len);
+            for at in (0..len).step_by(lanes) {
+                // SAFETY: inside the rows, both of `len` values if there are two, and inside `to`.
+                unsafe {
+                    let row = rows.as_ptr().add(at);
+                    let (next, to) = (next.map(|next| row.add(next)), to.as_mut_ptr().add(at));
+                    isa.prefetch_far(row.wrapping_add(ahead));
+                    isa.prefetch_far(row.wrapping_add(ahead + len));
+                    if at + lanes <= len {
+                        bf16::store_wide(isa, to, pairs.load(isa, row, next));
+                    } else {
+                        let mask = bf16::mask(isa, len - at);
+                        bf16::store_wide_masked(isa, mask, to, pairs.load_masked(isa, mask, row, next));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Pairs of numbers of 16 bits, each in the lower half of 32.
+#[inline(always)]
+fn paired<I: Isa>(isa: I, row: I::u32s, next: Option<I::u32s>) -> I::f32s {
+    let upper = next.map_or(isa.splat_u32s(0), |next| isa.wrapping_dyn_shl_u32s(next, isa.splat_u32s(16)));
+    isa.transmute_f32s_u32s(isa.or_u32s(row, upper))
+}
+
 impl Element for bf16 {
     f32_vectors!();
+    type Pairs = Pairs;
+
+    fn pairs(isa: Active) -> Option<Pairs> {
+        Pairs::try_new(isa)
+    }
     const ONE: Self = Self::ONE;
 
     #[inline(always)]
@@ -53,6 +207,12 @@ impl Element for bf16 {
     #[inline(always)]
     fn narrow(value: f32) -> Self {
         Self::from_bits(rounded(Scalar::new(), value) as u16)
+    }
+    fn widened<'a>(isa: Active, values: &'a [Self], memory: &'a mut [f32]) -> &'a [f32] {
+        let len = values.len();
+        // As far as the next call's values would follow these.
+        isa.run(WidenRows { x: (values, len), y: (writable(memory), len), size: [1, len], ahead: len });
+        &memory[..len]
     }
     #[inline(always)]
     fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self {

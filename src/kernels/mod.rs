@@ -14,12 +14,14 @@ pub mod outer;
 pub mod planes;
 pub mod pointwise;
 pub mod probe;
+pub mod products;
 pub mod rows;
 pub mod transpose;
 
 use std::mem::MaybeUninit;
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
+use self::products::{Products, Single};
 use crate::isa::{Active, Isa};
 
 /// A floating-point type that arrays hold, and how kernels compute with it: with its vectors on any instruction set.
@@ -48,8 +50,15 @@ pub trait Element:
     type Vector<I: Isa>: Copy;
     /// A mask over a vector's first values.
     type Mask<I: Isa>: Copy;
+    /// What adds up two products at a time.
+    type Pairs: Products<Self>;
     /// One.
     const ONE: Self;
+
+    /// What adds up two products at a time, if this machine has instructions for it.
+    fn pairs(_isa: Active) -> Option<Self::Pairs> {
+        None
+    }
 
     /// The nearest value to `value`.
     fn from_f64(value: f64) -> Self;
@@ -59,6 +68,8 @@ pub trait Element:
     fn widen(self) -> Self::Wide;
     /// The nearest value to `value`; NaN stays NaN.
     fn narrow(value: Self::Wide) -> Self;
+    /// The values themselves, where they need it in the first places of `memory`.
+    fn widened<'a>(isa: Active, values: &'a [Self], memory: &'a mut [Self::Wide]) -> &'a [Self::Wide];
     /// `self * a + b`, in one step where there is an instruction for it.
     fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self;
 
@@ -301,6 +312,7 @@ use {f32_vectors, vectors};
 /// The storage of an [`Element`] that is what it computes with.
 macro_rules! wide_storage {
     ($t:ident, $transpose:ident, $gemm:path) => {
+        type Pairs = Single;
         const ONE: Self = 1.0;
 
         #[inline(always)]
@@ -318,6 +330,9 @@ macro_rules! wide_storage {
         #[inline(always)]
         fn narrow(value: Self) -> Self {
             value
+        }
+        fn widened<'a>(_isa: Active, values: &'a [Self], _memory: &'a mut [Self]) -> &'a [Self] {
+            values
         }
         #[inline(always)]
         fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self {

@@ -14,6 +14,7 @@
 use std::marker::PhantomData;
 
 use super::Element;
+use super::products::Products;
 use crate::isa::{Isa, Kernel};
 use crate::pool::part;
 
@@ -26,6 +27,13 @@ const MAX_VECTORS: usize = 3;
 pub trait Sums<T: Element> {
     /// Whether rows are pixels; else terms are.
     const PIXELS: bool;
+    /// What `a` holds.
+    type Value: Copy;
+    /// The values at `ptr` of one step, for every column; of `terms` that are still to come, if it takes several.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn splat<I: Isa>(&self, isa: I, terms: usize, ptr: *const Self::Value) -> T::Vector<I>;
     /// What the sums of each row start from, at `column`; `mask` selects the columns there are.
     ///
     /// # Safety
@@ -39,7 +47,9 @@ pub trait Sums<T: Element> {
 }
 
 /// The pixels of a convolution's result: sums start from the bias and are stored.
-pub struct Pixels<'a, T> {
+pub struct Pixels<'a, T, M> {
+    /// How they are added up.
+    pub products: M,
     /// Row `r` starts at `y + r * row`.
     pub y: *mut T,
     /// Distance from row to row.
@@ -58,8 +68,15 @@ pub struct Totals<T: Element> {
     pub row: usize,
 }
 
-impl<T: Element> Sums<T> for Pixels<'_, T> {
+impl<T: Element, M: Products<T>> Sums<T> for Pixels<'_, T, M> {
     const PIXELS: bool = true;
+    type Value = T;
+
+    #[inline(always)]
+    unsafe fn splat<I: Isa>(&self, isa: I, terms: usize, ptr: *const T) -> T::Vector<I> {
+        // SAFETY: the caller's promise.
+        unsafe { self.products.splat(isa, terms, ptr) }
+    }
 
     #[inline(always)]
     unsafe fn start<I: Isa>(&self, isa: I, column: usize, mask: T::Mask<I>) -> T::Vector<I> {
@@ -75,16 +92,20 @@ impl<T: Element> Sums<T> for Pixels<'_, T> {
         unsafe {
             let ptr = self.y.add(row * self.row + column);
             isa.prefetch_far(ptr.wrapping_add(self.ahead));
-            match mask {
-                Some(mask) => T::store_masked(isa, mask, ptr, value),
-                None => T::store(isa, ptr, value),
-            }
+            self.products.store(isa, mask, ptr, value);
         }
     }
 }
 
 impl<T: Element> Sums<T> for Totals<T> {
     const PIXELS: bool = false;
+    type Value = T::Wide;
+
+    #[inline(always)]
+    unsafe fn splat<I: Isa>(&self, isa: I, _terms: usize, ptr: *const T::Wide) -> T::Vector<I> {
+        // SAFETY: the caller's promise.
+        T::splat_wide(isa, unsafe { *ptr })
+    }
 
     #[inline(always)]
     unsafe fn start<I: Isa>(&self, isa: I, _column: usize, _mask: T::Mask<I>) -> T::Vector<I> {
@@ -108,19 +129,22 @@ impl<T: Element> Sums<T> for Totals<T> {
 }
 
 /// `out[r][c] = start + sum over t of a[t][r] * b[t][c]`.
-pub struct OuterProducts<'a, T, S> {
-    /// `a[t][r]` stands at `a + t * a_term + a_rows[r]`.
-    pub a: *const T,
-    /// Distance from term to term of `a`.
-    pub a_term: usize,
+pub struct OuterProducts<'a, T: Element, M, S: Sums<T>> {
+    /// How products are added up.
+    pub products: M,
+    /// The values of step `s` for row `r` stand at `a + s * a_step + a_rows[r]`: those of pixels as they are, others packed
+    /// by [`Products::pack`].
+    pub a: *const S::Value,
+    /// Distance from step to step of `a`.
+    pub a_step: usize,
     /// One offset for each row.
     pub a_rows: &'a [usize],
     /// Distance from what is read of `a` to what is asked for meanwhile.
     pub a_ahead: usize,
-    /// `b[t][c]` stands at `b + t * b_term + c`.
-    pub b: *const T,
-    /// Distance from term to term of `b`.
-    pub b_term: usize,
+    /// Those of step `s` for column `c`, packed by [`Products::pack`], stand at `b + s * b_step + c`.
+    pub b: *const T::Wide,
+    /// Distance from step to step of `b`.
+    pub b_step: usize,
     /// As `a_ahead`, where terms are pixels.
     pub b_ahead: usize,
     /// Number of terms.
@@ -132,7 +156,7 @@ pub struct OuterProducts<'a, T, S> {
 }
 
 /// An [`OuterProducts`] that may run: see [`OuterProducts::promise`].
-pub struct CheckedOuterProducts<'a, T, S>(OuterProducts<'a, T, S>);
+pub struct CheckedOuterProducts<'a, T: Element, M, S: Sums<T>>(OuterProducts<'a, T, M, S>);
 
 /// Rows of a tile beside `vectors` vectors: as many as the registers hold with a vector each of `b` and a value of `a`.
 const fn tile_rows(registers: usize, vectors: usize) -> usize {
@@ -140,13 +164,13 @@ const fn tile_rows(registers: usize, vectors: usize) -> usize {
     if rows > MAX_ROWS { MAX_ROWS } else { rows }
 }
 
-impl<'a, T: Element, S: Sums<T>> OuterProducts<'a, T, S> {
+impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
     /// Turns the description into a kernel.
     ///
     /// # Safety
     /// Until it has run, `a` and `b` must be readable for all terms, rows and columns, and all sums there and nobody
     /// else's.
-    pub unsafe fn promise(self) -> CheckedOuterProducts<'a, T, S> {
+    pub unsafe fn promise(self) -> CheckedOuterProducts<'a, T, M, S> {
         CheckedOuterProducts(self)
     }
 
@@ -199,13 +223,14 @@ impl<'a, T: Element, S: Sums<T>> OuterProducts<'a, T, S> {
             }
             if S::PIXELS && column == 0 {
                 // One value of each cache line.
-                let step = (64 / size_of::<T>()).div_ceil(self.a_term);
-                for (t, offset) in (0..self.terms).step_by(step).flat_map(|t| rows.map(|offset| (t, offset))) {
-                    isa.prefetch_far(self.a.wrapping_add(offset + self.a_ahead + t * self.a_term));
+                let lines = (64 / size_of::<T>()).div_ceil(self.a_step);
+                let steps = (0..self.terms.div_ceil(M::TERMS)).step_by(lines);
+                for (step, offset) in steps.flat_map(|step| rows.map(|offset| (step, offset))) {
+                    isa.prefetch_far(self.a.wrapping_add(offset + self.a_ahead + step * self.a_step));
                 }
             }
             let (mut a, mut b) = (self.a, self.b.add(column));
-            for _ in 0..self.terms {
+            for t in (0..self.terms).step_by(M::TERMS) {
                 if !S::PIXELS {
                     isa.prefetch_far(a.wrapping_add(rows[0] + self.a_ahead));
                 }
@@ -215,15 +240,15 @@ impl<'a, T: Element, S: Sums<T>> OuterProducts<'a, T, S> {
                     if !S::PIXELS {
                         isa.prefetch_far(ptr.wrapping_add(self.b_ahead));
                     }
-                    *value = if v == V - 1 { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) };
+                    *value = if v == V - 1 { T::load_wide_masked(isa, mask, ptr) } else { T::load_wide(isa, ptr) };
                 }
                 for (sums, offset) in sums.iter_mut().zip(rows) {
-                    let value = T::splat(isa, *a.add(offset));
+                    let value = self.out.splat(isa, self.terms - t, a.add(offset));
                     for (sum, b) in sums.iter_mut().zip(bs) {
-                        *sum = T::mul_add(isa, value, b, *sum);
+                        *sum = self.products.mul_add(isa, value, b, *sum);
                     }
                 }
-                (a, b) = (a.wrapping_add(self.a_term), b.wrapping_add(self.b_term));
+                (a, b) = (a.wrapping_add(self.a_step), b.wrapping_add(self.b_step));
             }
             for (r, sums) in sums.into_iter().enumerate() {
                 for (v, sum) in sums.into_iter().enumerate() {
@@ -235,7 +260,7 @@ impl<'a, T: Element, S: Sums<T>> OuterProducts<'a, T, S> {
     }
 }
 
-impl<T: Element, S: Sums<T>> Kernel for CheckedOuterProducts<'_, T, S> {
+impl<T: Element, M: Products<T>, S: Sums<T>> Kernel for CheckedOuterProducts<'_, T, M, S> {
     type Output = ();
 
     #[inline(always)]

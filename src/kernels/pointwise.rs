@@ -13,6 +13,7 @@
 //! registers of the instruction set bounds both tiles; inner loops need `V + R` (or `A + B`) loads for `V * R` (`A * B`)
 //! multiply-adds, so from 2 x 2 on the arithmetic is the limit, not the loads.
 
+use super::products::Products;
 use super::{Element, WideElement};
 use crate::isa::{Isa, Kernel};
 
@@ -25,61 +26,18 @@ const MAX_DOT_B: usize = 6;
 /// The most `B` rows of one [`DotRows`] tile beside a single `A` row.
 pub const MAX_SINGLE_B: usize = 9;
 
-/// What a convolution does to each value that it loads, compiled into the kernel.
-pub trait Prologue<T: Element>: Copy + Sync {
-    /// What one input row needs, held in registers.
-    type Row<I: Isa>: Copy;
-    /// Prepares input row `row` (an index into this call's rows).
-    fn row<I: Isa>(&self, isa: I, row: usize) -> Self::Row<I>;
-    /// Maps values of that row.
-    fn apply<I: Isa>(&self, isa: I, row: Self::Row<I>, value: T::Vector<I>) -> T::Vector<I>;
-}
-
-/// What a convolution does to each sum before it stores it, compiled into the kernel.
-pub trait Epilogue<T: Element>: Copy + Sync {
-    /// The value that the sums of output row `row` (an index into this call's rows) start from.
-    fn start<I: Isa>(&self, isa: I, row: usize) -> T::Vector<I>;
-    /// Maps finished sums of that row.
-    fn finish<I: Isa>(&self, isa: I, row: usize, value: T::Vector<I>) -> T::Vector<I>;
-}
-
-/// Values as they are.
-#[derive(Clone, Copy)]
-pub struct Identity;
-
-impl<T: Element> Prologue<T> for Identity {
-    type Row<I: Isa> = ();
-    #[inline(always)]
-    fn row<I: Isa>(&self, _isa: I, _row: usize) {}
-    #[inline(always)]
-    fn apply<I: Isa>(&self, _isa: I, (): (), value: T::Vector<I>) -> T::Vector<I> {
-        value
-    }
-}
-
-/// Adds a bias where there is one.
-#[derive(Clone, Copy)]
-pub struct AddBias<'a, T>(pub Option<&'a [T]>);
-
-impl<T: Element> Epilogue<T> for AddBias<'_, T> {
-    #[inline(always)]
-    fn start<I: Isa>(&self, isa: I, row: usize) -> T::Vector<I> {
-        T::splat(isa, self.0.map_or(T::default(), |bias| bias[row]))
-    }
-    #[inline(always)]
-    fn finish<I: Isa>(&self, _isa: I, _row: usize, value: T::Vector<I>) -> T::Vector<I> {
-        value
-    }
-}
-
-/// `y[r] = epilogue(sum over j of weights[j][r] * prologue(x[j]))` for `R` output rows over `pixels` pixels.
-pub struct ConvRows<'a, T: Element, P, E> {
+/// `y[r] = bias[r] + sum over j of weights[j][r] * x[j]` for `R` output rows over `pixels` pixels.
+pub struct ConvRows<'a, T: Element, M> {
+    /// How products are added up.
+    pub products: M,
     /// Input row `j` starts at `x + x_offsets[j]`.
     pub x: *const T,
     /// One offset for each input row.
     pub x_offsets: &'a [usize],
-    /// Weights `[input row][output row]`, packed: `x_offsets.len() * y_offsets.len()` values.
+    /// Weights `[step][output row]`, packed by [`Products::pack`]: a step takes one input row or two.
     pub weights: &'a [T::Wide],
+    /// What sums start from: a value for each output row, or zero.
+    pub bias: Option<&'a [T]>,
     /// Output row `r` starts at `y + y_offsets[r]`.
     pub y: *mut T,
     /// One offset for each output row, at most [`MAX_ROWS`].
@@ -89,17 +47,14 @@ pub struct ConvRows<'a, T: Element, P, E> {
     /// Distances from what is read and written to what is asked for meanwhile, which later calls will read and write; 0
     /// where that is in a cache.
     pub ahead: [usize; 2],
-    /// Applied to what is loaded.
-    pub prologue: P,
-    /// Applied to what is stored.
-    pub epilogue: E,
 }
 
 /// Vectors of pixels beside `rows` output rows: as many as the registers hold, three of them kept for a vector of x, a
-/// weight and a spare.
-const fn tile_vectors(registers: usize, rows: usize) -> usize {
+/// weight and a spare. An even number where a step takes two rows, whose values come in parts of two vectors.
+const fn tile_vectors(registers: usize, rows: usize, terms: usize) -> usize {
     let vectors = (registers - 3) / rows;
     match vectors {
+        3 if terms > 1 => 2,
         // A single row needs eight independent sums to hide the latency of the multiply-adds.
         8.. if rows == 1 => 8,
         4.. => 4,
@@ -107,18 +62,25 @@ const fn tile_vectors(registers: usize, rows: usize) -> usize {
     }
 }
 
-/// A [`ConvRows`] that may run: see [`ConvRows::promise`].
-pub struct CheckedConvRows<'a, T: Element, P, E>(ConvRows<'a, T, P, E>);
+/// How many of a tile's vectors come in pairs: the whole ones, as far as there are two.
+const fn paired(vectors: usize, tail: bool) -> usize {
+    (vectors - tail as usize) / 2 * 2
+}
 
-impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
+/// A [`ConvRows`] that may run: see [`ConvRows::promise`].
+pub struct CheckedConvRows<'a, T: Element, M>(ConvRows<'a, T, M>);
+
+impl<'a, T: Element, M: Products<T>> ConvRows<'a, T, M> {
     /// Turns the description into a kernel.
     ///
     /// # Safety
     /// Until it has run, every input row must be readable and every output row writable over `pixels` values, and
     /// outputs must overlap neither inputs nor each other.
-    pub unsafe fn promise(self) -> CheckedConvRows<'a, T, P, E> {
-        assert!((1..=MAX_ROWS).contains(&self.y_offsets.len()), "output rows");
-        assert_eq!(self.weights.len(), self.x_offsets.len() * self.y_offsets.len(), "weights");
+    pub unsafe fn promise(self) -> CheckedConvRows<'a, T, M> {
+        let rows = self.y_offsets.len();
+        assert!((1..=MAX_ROWS).contains(&rows), "output rows");
+        assert_eq!(self.weights.len(), self.x_offsets.len().div_ceil(M::TERMS) * rows, "weights");
+        assert!(self.bias.is_none_or(|bias| bias.len() == rows), "bias");
         CheckedConvRows(self)
     }
 
@@ -129,7 +91,7 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
     #[inline(always)]
     unsafe fn rows<I: Isa, const R: usize>(&self, isa: I) {
         // A constant: only one arm is compiled.
-        match const { tile_vectors(I::REGISTER_COUNT, R) } {
+        match const { tile_vectors(I::REGISTER_COUNT, R, M::TERMS) } {
             // SAFETY: the caller's promise.
             8 => unsafe { self.tiles::<I, R, 8>(isa) },
             // SAFETY: the caller's promise.
@@ -176,6 +138,63 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
         }
     }
 
+    /// Adds the products of one step, of the input row at an offset and the next one.
+    ///
+    /// # Safety
+    /// As for [`ConvRows::tile`]; there must be `R` weights.
+    #[inline(always)]
+    unsafe fn step<I: Isa, const R: usize, const V: usize, const TAIL: bool>(
+        &self,
+        isa: I,
+        [p, row]: [usize; 2],
+        next: Option<usize>,
+        mask: T::Mask<I>,
+        weights: *const T::Wide,
+        sums: &mut [[T::Vector<I>; V]; R],
+    ) {
+        let lanes = T::lanes::<I>();
+        let paired = const { paired(V, TAIL) };
+        if self.ahead[0] > 0 {
+            for v in 0..V {
+                let ahead = p + v * lanes + self.ahead[0];
+                isa.prefetch_far(self.x.wrapping_add(row + ahead));
+                if let Some(next) = next {
+                    isa.prefetch_far(self.x.wrapping_add(next + ahead));
+                }
+            }
+        }
+        let mut x = [T::splat(isa, T::default()); V];
+        for (v, x) in x.iter_mut().enumerate() {
+            // The next tile's values: planes are often a page apart and read for a few cache lines only, which hardware
+            // prefetchers do not follow (96 planes of 112 x 112: 15 ms without, 11 with).
+            let ahead = p + (v + V) * lanes;
+            isa.prefetch(self.x.wrapping_add(row + ahead));
+            if let Some(next) = next {
+                isa.prefetch(self.x.wrapping_add(next + ahead));
+            }
+            // SAFETY: inside the input rows.
+            *x = unsafe {
+                let part = if v < paired { v % 2 } else { 0 };
+                let x = self.x.add(p + (v - part) * lanes);
+                let (row, next) = (x.add(row), next.map(|next| x.add(next)));
+                if v < paired {
+                    self.products.load_part(isa, row, next, part)
+                } else if TAIL && v == V - 1 {
+                    self.products.load_masked(isa, mask, row, next)
+                } else {
+                    self.products.load(isa, row, next)
+                }
+            };
+        }
+        for (r, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: there are R weights.
+            let w = T::splat_wide(isa, unsafe { *weights.add(r) });
+            for (sum, x) in sums.iter_mut().zip(x) {
+                *sum = self.products.mul_add(isa, w, x, *sum);
+            }
+        }
+    }
+
     /// `R` rows x `V` vectors from pixel `p`; with `TAIL` the last vector is masked.
     ///
     /// # Safety
@@ -189,54 +208,34 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
     ) {
         let lanes = T::lanes::<I>();
         let zero = T::splat(isa, T::default());
-        // Whole vectors come in pairs, as far as there are two.
-        let paired = const { (V - TAIL as usize) / 2 * 2 };
+        let paired = const { paired(V, TAIL) };
         let mut sums = [[zero; V]; R];
-        for (r, row) in sums.iter_mut().enumerate() {
-            *row = [self.epilogue.start(isa, r); V];
+        if let Some(bias) = self.bias {
+            for (row, &bias) in sums.iter_mut().zip(bias) {
+                *row = [T::splat(isa, bias); V];
+            }
         }
-        let mut weight = self.weights.as_ptr();
-        for (j, &offset) in self.x_offsets.iter().enumerate() {
-            let row = self.prologue.row(isa, j);
-            let mut x = [zero; V];
-            if self.ahead[0] > 0 {
-                for v in 0..V {
-                    isa.prefetch_far(self.x.wrapping_add(offset + p + v * lanes + self.ahead[0]));
+        let mut weights = self.weights.as_ptr();
+        // SAFETY: the caller's promise; the weights hold R values for each step.
+        unsafe {
+            if const { M::TERMS == 1 } {
+                for &row in self.x_offsets {
+                    self.step::<I, R, V, TAIL>(isa, [p, row], None, mask, weights, &mut sums);
+                    weights = weights.add(R);
                 }
-            }
-            for (v, x) in x.iter_mut().enumerate() {
-                // The next tile's values: planes are often a page apart and read for a few cache lines only, which
-                // hardware prefetchers do not follow (96 planes of 112 x 112: 15 ms without, 11 with).
-                isa.prefetch(self.x.wrapping_add(offset + p + (v + V) * lanes));
-                // SAFETY: inside input row j.
-                let value = unsafe {
-                    let ptr = self.x.add(offset + p + v * lanes);
-                    if v < paired {
-                        T::load_part(isa, ptr.sub(v % 2 * lanes), v % 2)
-                    } else if TAIL && v == V - 1 {
-                        T::load_masked(isa, mask, ptr)
-                    } else {
-                        T::load(isa, ptr)
-                    }
-                };
-                *x = self.prologue.apply(isa, row, value);
-            }
-            for sums in &mut sums {
-                // SAFETY: the weights hold R values for each input row.
-                let w = T::splat_wide(isa, unsafe { *weight });
-                // SAFETY: at most one past the end.
-                weight = unsafe { weight.add(1) };
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    *sum = T::mul_add(isa, w, x, *sum);
+            } else {
+                let (pairs, rest) = self.x_offsets.as_chunks::<2>();
+                for &[row, next] in pairs {
+                    self.step::<I, R, V, TAIL>(isa, [p, row], Some(next), mask, weights, &mut sums);
+                    weights = weights.add(R);
+                }
+                if let [row] = *rest {
+                    self.step::<I, R, V, TAIL>(isa, [p, row], None, mask, weights, &mut sums);
                 }
             }
         }
         for (r, row) in sums.into_iter().enumerate() {
-            let mut values = row;
-            for value in &mut values {
-                *value = self.epilogue.finish(isa, r, *value);
-            }
-            for (v, &value) in values.iter().enumerate() {
+            for (v, &value) in row.iter().enumerate() {
                 // SAFETY: inside output row r; R offsets were asserted.
                 unsafe {
                     let ptr = self.y.add(*self.y_offsets.get_unchecked(r) + p + v * lanes);
@@ -245,12 +244,10 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
                     }
                     if v < paired {
                         if v % 2 == 0 {
-                            T::store_parts(isa, ptr, [value, values[v + 1]]);
+                            self.products.store_parts(isa, ptr, [value, row[v + 1]]);
                         }
-                    } else if TAIL && v == V - 1 {
-                        T::store_masked(isa, mask, ptr, value);
                     } else {
-                        T::store(isa, ptr, value);
+                        self.products.store(isa, (TAIL && v == V - 1).then_some(mask), ptr, value);
                     }
                 }
             }
@@ -258,7 +255,7 @@ impl<'a, T: Element, P: Prologue<T>, E: Epilogue<T>> ConvRows<'a, T, P, E> {
     }
 }
 
-impl<T: Element, P: Prologue<T>, E: Epilogue<T>> Kernel for CheckedConvRows<'_, T, P, E> {
+impl<T: Element, M: Products<T>> Kernel for CheckedConvRows<'_, T, M> {
     type Output = ();
 
     #[inline(always)]
@@ -306,7 +303,9 @@ impl<T> Rows<'_, T> {
 }
 
 /// `sums[i][j] += sum over images and pixels of a[i] * b[j]`, as vectors of partial sums.
-pub struct DotRows<'a, T: Element> {
+pub struct DotRows<'a, T: Element, M> {
+    /// How products are added up.
+    pub products: M,
     /// At most [`MAX_DOT_A`] rows.
     pub a: Rows<'a, T>,
     /// At most [`MAX_SINGLE_B`] rows beside a single `a` row, else at most what [`DotWidth`] says.
@@ -337,31 +336,15 @@ enum Load<M> {
     First(M),
 }
 
-impl<M> Load<M> {
-    /// # Safety
-    /// The values must be readable at `ptr`.
-    #[inline(always)]
-    unsafe fn from<T: Element<Mask<I> = M>, I: Isa>(self, isa: I, ptr: *const T) -> T::Vector<I> {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self {
-                Self::Part(part) => T::load_part(isa, ptr, part),
-                Self::All => T::load(isa, ptr),
-                Self::First(mask) => T::load_masked(isa, mask, ptr),
-            }
-        }
-    }
-}
-
 /// A [`DotRows`] that may run: see [`DotRows::promise`].
-pub struct CheckedDotRows<'a, T: Element>(DotRows<'a, T>);
+pub struct CheckedDotRows<'a, T: Element, M>(DotRows<'a, T, M>);
 
-impl<'a, T: Element> DotRows<'a, T> {
+impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
     /// Turns the description into a kernel.
     ///
     /// # Safety
     /// Until it has run, every row of every image must be readable over `pixels` values.
-    pub unsafe fn promise(self) -> CheckedDotRows<'a, T> {
+    pub unsafe fn promise(self) -> CheckedDotRows<'a, T, M> {
         let (a, b) = (self.a.offsets.len(), self.b.offsets.len());
         assert!((1..=MAX_DOT_A).contains(&a) && (1..=MAX_SINGLE_B).contains(&b), "rows");
         assert!(self.sums.len() >= (self.first_slot + (a - 1) * self.slot_stride + b) * slot::<T::Wide>(), "sums");
@@ -378,7 +361,7 @@ impl<'a, T: Element> DotRows<'a, T> {
         isa: I,
         (a, b): ([*const T; A], [*const T; B]),
         p: usize,
-        load: Load<T::Mask<I>>,
+        load: Load<M::Mask<I>>,
         sums: &mut [[T::Vector<I>; B]; A],
     ) {
         if self.b.ahead > 0 {
@@ -387,17 +370,23 @@ impl<'a, T: Element> DotRows<'a, T> {
         if self.a.ahead > 0 {
             a.iter().for_each(|row| isa.prefetch_far(row.wrapping_add(p + self.a.ahead)));
         }
-        let mut bs = [T::splat(isa, T::default()); B];
         // SAFETY: the caller's promise.
-        unsafe {
-            for (value, row) in bs.iter_mut().zip(b) {
-                *value = load.from(isa, row.add(p));
+        let values = |row: *const T| unsafe {
+            let ptr = row.add(p);
+            match load {
+                Load::Part(part) => self.products.load_row_part(isa, ptr, part),
+                Load::All => self.products.load_row(isa, ptr),
+                Load::First(mask) => self.products.load_row_masked(isa, mask, ptr),
             }
-            for (sums, row) in sums.iter_mut().zip(a) {
-                let value = load.from(isa, row.add(p));
-                for (sum, b) in sums.iter_mut().zip(bs) {
-                    *sum = T::mul_add(isa, value, b, *sum);
-                }
+        };
+        let mut bs = [T::splat(isa, T::default()); B];
+        for (value, row) in bs.iter_mut().zip(b) {
+            *value = values(row);
+        }
+        for (sums, row) in sums.iter_mut().zip(a) {
+            let value = values(row);
+            for (sum, b) in sums.iter_mut().zip(bs) {
+                *sum = self.products.mul_add(isa, value, b, *sum);
             }
         }
     }
@@ -406,7 +395,7 @@ impl<'a, T: Element> DotRows<'a, T> {
     /// As for [`DotRows::promise`]; `A` and `B` must be the numbers of rows.
     #[inline(always)]
     unsafe fn tile<I: Isa, const A: usize, const B: usize>(&mut self, isa: I) {
-        let lanes = T::lanes::<I>();
+        let lanes = T::lanes::<I>() * M::TERMS;
         let zero = T::splat(isa, T::default());
         let (first, stride) = (self.first_slot, self.slot_stride);
         let slots = self.sums.as_mut_ptr();
@@ -418,7 +407,7 @@ impl<'a, T: Element> DotRows<'a, T> {
             }
         }
         let full = self.pixels / lanes * lanes;
-        let mask = T::mask(isa, self.pixels - full);
+        let mask = M::mask(isa, self.pixels - full);
         for n in 0..self.images {
             // SAFETY: image n exists, and there are A and B rows.
             let rows = unsafe { (self.a.starts::<A>(n), self.b.starts::<B>(n)) };
@@ -446,7 +435,7 @@ impl<'a, T: Element> DotRows<'a, T> {
     }
 }
 
-impl<T: Element> Kernel for CheckedDotRows<'_, T> {
+impl<T: Element, M: Products<T>> Kernel for CheckedDotRows<'_, T, M> {
     type Output = ();
 
     #[inline(always)]

@@ -13,13 +13,13 @@ use crate::isa::Active;
 use crate::kernels::Element;
 use crate::kernels::outer::{Lanes, OuterProducts, Pixels, Totals};
 use crate::kernels::pointwise::{
-    AddBias, ConvHeight, ConvRows, DotRows, DotWidth, Identity, MAX_DOT_A, MAX_SINGLE_B, Rows, SumColumns, SumSlots,
-    slot,
+    ConvHeight, ConvRows, DotRows, DotWidth, MAX_DOT_A, MAX_SINGLE_B, Rows, SumColumns, SumSlots, slot,
 };
+use crate::kernels::products::{Products, Single};
 use crate::kernels::rows::Sum;
 use crate::kernels::transpose::Transpose;
 use crate::pool::{parallel_for, part, threads_for};
-use crate::scratch;
+use crate::scratch::{self, cut};
 use crate::shape::{Images, Order, Pointwise, interleave_places};
 
 /// Values of a group's input rows that one pass in NCHW covers where the group needs several tiles of output rows, which
@@ -133,8 +133,9 @@ struct Product {
 }
 
 /// Weights in the order in which the kernels read them: for each group, for each block of output rows,
-/// `[input row][output row]`.
-struct Packed<'a, T: Element> {
+/// `[step][output row]`.
+struct Packed<'a, T: Element, M> {
+    products: M,
     weights: &'a [T::Wide],
     bias: Option<&'a [T]>,
     /// Ends of the blocks of output rows of a group.
@@ -163,37 +164,63 @@ impl Product {
         let y = Shared::new(y);
         // One pixel an image (squeeze-excite, dense layers) is the same memory in both orders.
         let planes = self.images.order == Order::Nchw && self.images.pixels > 1;
-        if let (false, Some(a_places)) = (planes, self.outer_places::<T>()) {
-            return self.outer(threads, x, weight, bias, &a_places, y);
+        match T::pairs(self.isa) {
+            Some(pairs) => self.products(pairs, threads, x, weight, bias, planes, y),
+            None => self.products(Single, threads, x, weight, bias, planes, y),
+        }
+    }
+
+    /// All of it, with products added up in a certain way.
+    fn products<T: Element, M: Products<T>>(
+        &self,
+        products: M,
+        threads: usize,
+        x: &[T],
+        weight: impl Fn(usize, usize, usize) -> T,
+        bias: Option<&[T]>,
+        planes: bool,
+        y: Shared<T>,
+    ) {
+        if let (false, Some(places)) = (planes, self.outer_places::<T, M>()) {
+            return self.outer(products, threads, x, weight, bias, &places, y);
         }
         let height = self.isa.run(ConvHeight);
         let count = self.group_out.div_ceil(height);
         let blocks: Vec<_> = (0..count).map(|i| part(self.group_out, count, i)).collect();
-        scratch::with(out.channels * self.group_in, |packed: &mut [T::Wide]| {
+        let steps = self.group_in.div_ceil(M::TERMS);
+        scratch::with(self.groups * self.group_out * steps, |packed: &mut [T::Wide]| {
             let mut next = packed.iter_mut();
             for (g, block) in (0..self.groups).flat_map(|g| blocks.iter().map(move |block| (g, block))) {
-                for (i, o) in (0..self.group_in).flat_map(|i| block.clone().map(move |o| (i, o))) {
-                    *next.next().expect("as many as weights") = weight(g, o, i).widen();
+                for (i, o) in (0..steps).flat_map(|i| block.clone().map(move |o| (i, o))) {
+                    *next.next().expect("as many as weights") = self.pack(products, &weight, g, o, i);
                 }
             }
+            let packed = Packed { products, weights: packed, bias, blocks: &blocks, y_offsets: &[] };
             if planes {
-                self.planes(threads, x, packed, bias, &blocks, y);
+                self.planes(threads, x, packed, y);
             } else {
-                self.pixels(threads, x, packed, bias, &blocks, y);
+                self.pixels(threads, x, packed, y);
             }
         });
     }
 
-    /// NCHW: the rows are the image's own planes.
-    fn planes<T: Element>(
+    /// The weights of a step of a group's sums for an output channel.
+    #[inline]
+    fn pack<T: Element, M: Products<T>>(
         &self,
-        threads: usize,
-        x: &[T],
-        packed: &[T::Wide],
-        bias: Option<&[T]>,
-        blocks: &[Range<usize>],
-        y: Shared<T>,
-    ) {
+        products: M,
+        weight: impl Fn(usize, usize, usize) -> T,
+        g: usize,
+        o: usize,
+        step: usize,
+    ) -> T::Wide {
+        let (first, second) = (step * M::TERMS, step * M::TERMS + 1);
+        let second = (M::TERMS > 1 && second < self.group_in).then(|| weight(g, o, second));
+        products.pack(weight(g, o, first), second)
+    }
+
+    /// NCHW: the rows are the image's own planes.
+    fn planes<T: Element, M: Products<T>>(&self, threads: usize, x: &[T], packed: Packed<'_, T, M>, y: Shared<T>) {
         let Images { count, pixels, channels: c_in, .. } = self.images;
         let c_out = self.groups * self.group_out;
         let offsets = |channels: usize, places: &Option<Vec<usize>>| -> Vec<usize> {
@@ -201,12 +228,12 @@ impl Product {
         };
         let x_offsets = offsets(c_in, &self.in_places);
         let y_offsets = offsets(c_out, &self.out_places);
-        let packed = Packed { weights: packed, bias, blocks, y_offsets: &y_offsets };
+        let packed = Packed { y_offsets: &y_offsets, ..packed };
         // Tasks: images, then groups, then pixels, until there are enough.
         let wanted = if threads == 1 { 1 } else { threads * TASKS_PER_THREAD };
         let group_parts = wanted.div_ceil(count).min(self.groups);
         let pixel_parts = wanted.div_ceil(count * group_parts).min(pixels.div_ceil(PLANE_PART));
-        let tile = if blocks.len() > 1 { (PLANE_TILE / self.group_in).max(PLANE_PART) } else { usize::MAX };
+        let tile = if packed.blocks.len() > 1 { (PLANE_TILE / self.group_in).max(PLANE_PART) } else { usize::MAX };
         // The next group's rows, or those of the next image, follow this one's.
         let ahead = [self.group_in, self.group_out].map(|channels| match channels * pixels {
             next if next * size_of::<T>() <= AHEAD_BYTES => next,
@@ -234,20 +261,23 @@ impl Product {
 
     /// Where each group's first input channel stands in a pixel, and the distance to the next one, if
     /// [`Product::outer`] can do without transposing and is the faster way.
-    fn outer_places<T: Element>(&self) -> Option<Vec<[usize; 2]>> {
+    fn outer_places<T: Element, M: Products<T>>(&self) -> Option<Vec<[usize; 2]>> {
         let (k, m, lanes) = (self.group_in, self.group_out, self.isa.run(Lanes::<T>(PhantomData)));
-        let outer = ((k + STORE) * m.div_ceil(lanes)) as f64;
-        let transposed = (k * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
+        let steps = k.div_ceil(M::TERMS);
+        let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64;
+        let transposed = (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
         if outer > transposed || self.out_places.is_some() {
             return None;
         }
         let Some(places) = &self.in_places else { return Some((0..self.groups).map(|g| [g * k, 1]).collect()) };
-        places.chunks_exact(k).map(|places| Some([places[0], constant_stride(places)?])).collect()
+        let place = |places: &[usize]| Some([places[0], constant_stride(places).filter(|&s| M::TERMS == 1 || s == 1)?]);
+        places.chunks_exact(k).map(place).collect()
     }
 
     /// NHWC, groups whose output channels fill vectors: pixels as they are, times matrices.
-    fn outer<T: Element>(
+    fn outer<T: Element, M: Products<T>>(
         &self,
+        products: M,
         threads: usize,
         x: &[T],
         weight: impl Fn(usize, usize, usize) -> T,
@@ -261,9 +291,10 @@ impl Product {
         let tile = outer_tile::<T>(c_in + c_out);
         let rows: Vec<_> = (0..tile).map(|pixel| pixel * c_in).collect();
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(OUTER_PIXELS)) };
-        scratch::with(c_out * k, |packed: &mut [T]| {
+        let steps = k.div_ceil(M::TERMS);
+        scratch::with(c_out * steps, |packed: &mut [T::Wide]| {
             for (i, value) in packed.iter_mut().enumerate() {
-                *value = weight(i / (k * m), i % m, i / m % k);
+                *value = self.pack(products, &weight, i / (steps * m), i % m, i / m % steps);
             }
             let packed = &*packed;
             parallel_for(threads, parts, |task| {
@@ -274,16 +305,18 @@ impl Product {
                         // task's own.
                         self.isa.run(unsafe {
                             OuterProducts {
+                                products,
                                 a: x.as_ptr().add(start * c_in + first),
-                                a_term: distance,
+                                a_step: distance * M::TERMS,
                                 a_rows: &rows[..tile.min(range.end - start)],
                                 a_ahead: tile * c_in,
-                                b: packed.as_ptr().add(g * k * m),
-                                b_term: m,
+                                b: packed.as_ptr().add(g * steps * m),
+                                b_step: m,
                                 b_ahead: 0,
                                 terms: k,
                                 columns: m,
                                 out: Pixels {
+                                    products,
                                     y: y.ptr().add(start * c_out + g * m),
                                     row: c_out,
                                     bias: bias.map(|bias| &bias[g * m..][..m]),
@@ -299,15 +332,7 @@ impl Product {
     }
 
     /// NHWC: tiles of pixels are transposed into rows and back.
-    fn pixels<T: Element>(
-        &self,
-        threads: usize,
-        x: &[T],
-        packed: &[T::Wide],
-        bias: Option<&[T]>,
-        blocks: &[Range<usize>],
-        y: Shared<T>,
-    ) {
+    fn pixels<T: Element, M: Products<T>>(&self, threads: usize, x: &[T], packed: Packed<'_, T, M>, y: Shared<T>) {
         let (c_in, c_out) = (self.images.channels, self.groups * self.group_out);
         let pixels = self.images.count * self.images.pixels;
         let tile = PIXEL_TILE.min(pixels.next_multiple_of(8));
@@ -321,7 +346,7 @@ impl Product {
             .collect();
         let y_offsets: Vec<_> =
             (0..c_out).map(|c| self.out_places.as_ref().map_or(c, |places| places[c]) * tile).collect();
-        let packed = Packed { weights: packed, bias, blocks, y_offsets: &y_offsets };
+        let packed = Packed { y_offsets: &y_offsets, ..packed };
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(tile)) };
         parallel_for(threads, parts, |task| {
             scratch::with((cluster * self.group_in + c_out) * tile, |rows: &mut [T]| {
@@ -359,29 +384,30 @@ impl Product {
     /// # Safety
     /// `x` and `y` must hold the group's rows at their offsets, `length` values each; rows of `y` are this caller's own.
     #[inline]
-    unsafe fn group<T: Element>(
+    unsafe fn group<T: Element, M: Products<T>>(
         &self,
         g: usize,
         x: *const T,
         x_offsets: &[usize],
-        packed: &Packed<'_, T>,
+        packed: &Packed<'_, T, M>,
         y: *mut T,
         length: usize,
         ahead: [usize; 2],
     ) {
-        let weights = &packed.weights[g * self.group_out * self.group_in..][..self.group_out * self.group_in];
+        let steps = self.group_in.div_ceil(M::TERMS);
+        let weights = &packed.weights[g * self.group_out * steps..][..self.group_out * steps];
         for block in packed.blocks {
             let channels = g * self.group_out + block.start..g * self.group_out + block.end;
             let kernel = ConvRows {
+                products: packed.products,
                 x,
                 x_offsets,
-                weights: &weights[block.start * self.group_in..block.end * self.group_in],
+                weights: &weights[block.start * steps..block.end * steps],
+                bias: packed.bias.map(|bias| &bias[channels.clone()]),
                 y,
-                y_offsets: &packed.y_offsets[channels.clone()],
+                y_offsets: &packed.y_offsets[channels],
                 pixels: length,
                 ahead,
-                prologue: Identity,
-                epilogue: AddBias(packed.bias.map(|bias| &bias[channels])),
             };
             // SAFETY: the caller's promise.
             self.isa.run(unsafe { kernel.promise() });
@@ -432,7 +458,7 @@ pub fn grad_weight<T: Element>(
     // Sums `[output channel][input channel]` of a group, or the other way round where that fills more of the vectors,
     // which interleaved output channels cannot.
     let lanes = isa.run(Lanes::<T>(PhantomData));
-    let by_output = !planes && shape.out_places().is_none() && k * m.div_ceil(lanes) < m * k.div_ceil(lanes);
+    let by_output = !planes && shape.out_places().is_none() && (k * m.div_ceil(lanes), k) < (m * k.div_ceil(lanes), m);
     let grad = WeightGrad { isa, shape, images, places, by_output, x, grad_output };
     // One set of partial sums for each part, added up in order at the end.
     let mut partial = vec![T::Wide::default(); parts * shape.weights()];
@@ -446,7 +472,11 @@ pub fn grad_weight<T: Element>(
         if planes {
             grad.planes(groups, part(images.count, parts, task), sums);
         } else {
-            grad.pixels(groups, part(images.count * images.pixels, parts, task), sums);
+            let range = part(images.count * images.pixels, parts, task);
+            match T::pairs(isa) {
+                Some(pairs) => grad.pixels(pairs, groups, range, sums),
+                None => grad.pixels(Single, groups, range, sums),
+            }
         }
     });
     for (i, g, o) in (0..shape.groups).flat_map(|g| (0..m * k).map(move |i| (i, g, i / k))) {
@@ -511,7 +541,10 @@ impl<T: Element> WeightGrad<'_, T> {
                             let a = Rows { base: a, offsets: places, image_stride: c_out * pixels, ahead: a_ahead };
                             let b = Rows { base: b, offsets: &x_offsets, image_stride: c_in * pixels, ahead: b_ahead };
                             let size = [batch.min(range.end - n), tile.min(pixels - start)];
-                            products(self.isa, a, b, size, slots);
+                            match T::pairs(self.isa) {
+                                Some(pairs) => add_products(self.isa, pairs, a, b, size, slots),
+                                None => add_products(self.isa, Single, a, b, size, slots),
+                            }
                         }
                     }
                 }
@@ -521,39 +554,50 @@ impl<T: Element> WeightGrad<'_, T> {
     }
 
     /// NHWC: adds pixels `range` of all images to the sums of `groups`.
-    fn pixels(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T::Wide]) {
+    fn pixels<M: Products<T>>(&self, products: M, groups: Range<usize>, range: Range<usize>, sums: &mut [T::Wide]) {
         let (k, m) = (self.shape.group_in(), self.shape.group_out());
-        let (c_in, c_out) = (self.shape.in_channels, self.shape.out_channels);
-        let tile = outer_tile::<T>(c_in + c_out).max(OUTER_TERMS);
+        let channels @ [c_in, c_out] = [self.shape.in_channels, self.shape.out_channels];
+        let tile = outer_tile::<T::Wide>(c_in + c_out).max(OUTER_TERMS);
+        let sizes = channels.map(|channels| tile / M::TERMS * channels);
+        // Copies are in a cache.
+        let copied = size_of::<T>() < size_of::<T::Wide>();
+        let ahead = channels.map(|channels| if copied { 0 } else { tile * channels });
         let inputs: Vec<_> = (0..k).collect();
         for start in range.clone().step_by(tile) {
-            let terms = tile.min(range.end - start);
-            for (g, sums) in groups.clone().zip(sums.chunks_exact_mut(m * k)) {
-                let (x, grad) = (&self.x[start * c_in + g * k..], &self.grad_output[start * c_out..]);
-                let (x, grad) = ((x.as_ptr(), c_in, tile * c_in), (grad.as_ptr(), c_out, tile * c_out));
-                let places = &self.places[g * m..][..m];
-                // Vectors are of output channels or of input channels.
-                let (a, a_rows, b, columns) =
-                    if self.by_output { (x, &inputs[..], grad, m) } else { (grad, places, x, k) };
-                let first = if self.by_output { places[0] } else { 0 };
-                // SAFETY: the pixels exist in x and grad_output, with all of the group's channels, which follow each
-                // other where they are the columns; there are m x k sums.
-                self.isa.run(unsafe {
-                    OuterProducts {
-                        a: a.0,
-                        a_term: a.1,
-                        a_rows,
-                        a_ahead: a.2,
-                        b: b.0.add(first),
-                        b_term: b.1,
-                        b_ahead: b.2,
-                        terms,
-                        columns,
-                        out: Totals::<T> { sums: sums.as_mut_ptr(), row: columns },
-                    }
-                    .promise()
-                });
-            }
+            let pixels = start..(start + tile).min(range.end);
+            let [x, grad] = [(self.x, c_in), (self.grad_output, c_out)]
+                .map(|(values, channels)| &values[pixels.start * channels..pixels.end * channels]);
+            scratch::with(sizes.iter().sum(), |memory: &mut [T::Wide]| {
+                let [x_memory, grad_memory] = cut(memory, sizes);
+                let x = products.steps(self.isa, x, c_in, x_memory);
+                let grad = products.steps(self.isa, grad, c_out, grad_memory);
+                for (g, sums) in groups.clone().zip(sums.chunks_exact_mut(m * k)) {
+                    let (x, grad) = ((&x[g * k..], c_in, ahead[0]), (grad, c_out, ahead[1]));
+                    let places = &self.places[g * m..][..m];
+                    // Vectors are of output channels or of input channels.
+                    let (a, a_rows, b, columns) =
+                        if self.by_output { (x, &inputs[..], grad, m) } else { (grad, places, x, k) };
+                    let first = if self.by_output { places[0] } else { 0 };
+                    // SAFETY: the pixels exist in x and grad_output, with all of the group's channels, which follow each
+                    // other where they are the columns; there are m x k sums.
+                    self.isa.run(unsafe {
+                        OuterProducts {
+                            products,
+                            a: a.0.as_ptr(),
+                            a_step: a.1,
+                            a_rows,
+                            a_ahead: a.2,
+                            b: b.0.as_ptr().add(first),
+                            b_step: b.1,
+                            b_ahead: b.2,
+                            terms: pixels.len(),
+                            columns,
+                            out: Totals::<T> { sums: sums.as_mut_ptr(), row: columns },
+                        }
+                        .promise()
+                    });
+                }
+            });
         }
     }
 }
@@ -562,8 +606,9 @@ impl<T: Element> WeightGrad<'_, T> {
 ///
 /// # Safety
 /// The rows of all images must be readable over so many pixels.
-pub(crate) unsafe fn products<T: Element>(
+pub(crate) unsafe fn add_products<T: Element, M: Products<T>>(
     isa: Active,
+    products: M,
     a: Rows<'_, T>,
     b: Rows<'_, T>,
     [images, pixels]: [usize; 2],
@@ -575,6 +620,7 @@ pub(crate) unsafe fn products<T: Element>(
     for i in (0..a_tiles).map(|i| part(m, a_tiles, i)) {
         for j in (0..b_tiles).map(|j| part(k, b_tiles, j)) {
             let kernel = DotRows {
+                products,
                 // The first tile of each row asks for what follows.
                 a: Rows { offsets: &a.offsets[i.clone()], ahead: if j.start == 0 { a.ahead } else { 0 }, ..a },
                 b: Rows { offsets: &b.offsets[j.clone()], ahead: if i.start == 0 { b.ahead } else { 0 }, ..b },
