@@ -36,10 +36,10 @@ pub use program::{Program, StepTimes};
 use self::pointwise::Packed;
 use self::program::{Kind, Slots, Source, Step, timed};
 use crate::isa::Active;
-use crate::kernels::WideElement;
 use crate::kernels::activations::Activation;
-use crate::kernels::rows::{ActivateInPlace, ActivateMeans, Moments, Sum};
+use crate::kernels::rows::{ActivateInPlace, ActivateMeans, Moments, PoolPlane, PoolPlaneGrad, Sum};
 use crate::kernels::transpose::Transpose;
+use crate::kernels::{WideElement, writable};
 use crate::memory;
 use crate::ops::Shared;
 use crate::pool::{num_threads, on_worker, parallel_for, part};
@@ -134,7 +134,7 @@ impl<T: WideElement> Arguments<'_, T> {
                 let (taps, weight) = (spatial::tap_order(conv), |g, o, i, tap| weights[conv.index(g, o, i, tap)]);
                 Some(Packed::of_taps(self.isa, conv.groups, conv.group_out, conv.group_in, &taps, weight))
             }
-            Kind::Copy | Kind::Mean => None,
+            Kind::Copy | Kind::Mean | Kind::Pool => None,
         };
         self.program.steps.iter().map(packed).collect()
     }
@@ -421,6 +421,10 @@ impl<'a, T: WideElement> Pass<'a, T> {
                 self.mean(step);
                 None
             }
+            Kind::Pool => {
+                self.pool(step);
+                None
+            }
         })
     }
 
@@ -466,6 +470,28 @@ impl<'a, T: WideElement> Pass<'a, T> {
             });
             // SAFETY: just written.
             unsafe { self.finish(step.value, c, 0..self.count) };
+        });
+    }
+
+    fn pool(&self, step: &Step) {
+        let (size, pixels) = ([step.source.height, step.source.width], step.source.pixels());
+        let out = self.program.values[step.value].pixels();
+        let (parts, rows) = (self.parts(pixels), self.rows(step.value));
+        self.for_tasks(step.source.channels(), parts, |c, p| {
+            let images = part(self.count, parts, p);
+            scratch::with(pixels, |buffer: &mut [T]| {
+                for n in images.clone() {
+                    // SAFETY: this image of row c is this task's own; sources are earlier values.
+                    unsafe {
+                        let x = self.load(&step.source, c, n * pixels..(n + 1) * pixels, buffer, None);
+                        let y = rows.ptr().add((c * self.count + n) * out);
+                        let y = writable(std::slice::from_raw_parts_mut(y, out));
+                        self.isa.run(PoolPlane { x, size, y });
+                    }
+                }
+            });
+            // SAFETY: just written.
+            unsafe { self.finish(step.value, c, images.start * out..images.end * out) };
         });
     }
 
@@ -677,9 +703,10 @@ impl<T: WideElement> Tape<'_, '_, T> {
         timed(&clocks[step.value - 1].backward, || match &step.kind {
             Kind::Conv(conv) if conv.pointwise() => self.pointwise(step, conv),
             Kind::Conv(conv) => self.spatial(step, conv),
-            Kind::Copy | Kind::Mean if !step.differentiate => {}
+            Kind::Copy | Kind::Mean | Kind::Pool if !step.differentiate => {}
             Kind::Copy => self.copy(step),
             Kind::Mean => self.mean(step),
+            Kind::Pool => self.pool(step),
         });
     }
 
@@ -711,6 +738,24 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     unsafe {
                         let grad = this.take(step.value, c, n..n + 1, one)[0];
                         row.fill(grad / T::from_f64(pixels as f64));
+                        this.give(&step.source, c, n * pixels..(n + 1) * pixels, row, None, None, sums);
+                    }
+                }
+            });
+        });
+    }
+
+    fn pool(&mut self, step: &Step) {
+        let (size, pixels) = ([step.source.height, step.source.width], step.source.pixels());
+        let (out, parts) = (self.pass.program.values[step.value].pixels(), self.pass.parts(pixels));
+        self.give_back(&step.source, step.source.channels(), parts, |this, c, images, _, sums| {
+            scratch::with(pixels + out, |buffer: &mut [T]| {
+                let (row, own) = buffer.split_at_mut(pixels);
+                for n in images {
+                    // SAFETY: as in `copy`.
+                    unsafe {
+                        let grad = this.take(step.value, c, n * out..(n + 1) * out, own);
+                        this.pass.isa.run(PoolPlaneGrad { grad, size, grad_x: row });
                         this.give(&step.source, c, n * pixels..(n + 1) * pixels, row, None, None, sums);
                     }
                 }

@@ -153,6 +153,8 @@ pub(super) enum Kind {
     Copy,
     /// The mean over the pixels.
     Mean,
+    /// The means over each 2 x 2 pixels.
+    Pool,
 }
 
 /// Makes `value` of `source`.
@@ -190,7 +192,7 @@ pub struct Program {
 /// writes in the forward pass.
 #[derive(Clone, Debug)]
 pub struct StepTimes {
-    /// "pointwise", "spatial" (another convolution), "copy" or "mean".
+    /// "pointwise", "spatial" (another convolution), "copy" or "mean" (of all pixels or of some).
     pub kind: &'static str,
     /// Seconds in forward passes and inference, of all threads where they take images by themselves.
     pub forward: f64,
@@ -309,7 +311,7 @@ impl Program {
     ///   the last one the output;
     /// * the number of norms, and for each channels, the bits of epsilon, whether it has a gamma;
     /// * for each step: 0 and kernel height and width, stride, zeros above and at the left, groups, whether there is a bias
-    ///   (a convolution), 1 (a copy) or 2 (the mean over the pixels); then its source:
+    ///   (a convolution), 1 (a copy), 2 (the mean over the pixels) or 3 (the means over each 2 x 2); then its source:
     /// * the number of blocks, and for each value, norm or -1, what to add to the value's channel for the norm's,
     ///   activation, gate's value or -1, what to add for its channel, mask or -1, the source's first channel, the number
     ///   of runs, and for each count, first channel of the value and distance between channels.
@@ -370,11 +372,13 @@ impl Program {
                     reader.size()?,
                     reader.size()?,
                 ]),
-                kind @ (1 | 2) => {
+                kind @ 1..=3 => {
                     let source = Self::source(&mut reader, &values[..value], &norms, masks)?;
-                    let kind = if kind == 1 { Kind::Copy } else { Kind::Mean };
-                    let pixels = [source.height, source.width];
-                    let expected = if matches!(kind, Kind::Copy) { pixels } else { [1, 1] };
+                    let (kind, expected) = match kind {
+                        1 => (Kind::Copy, [source.height, source.width]),
+                        2 => (Kind::Mean, [1, 1]),
+                        _ => (Kind::Pool, [source.height / 2, source.width / 2]),
+                    };
                     if source.channels() != values[value].channels
                         || expected != [values[value].height, values[value].width]
                     {
@@ -383,7 +387,7 @@ impl Program {
                     steps.push(Step { value, kind, source, differentiate: false });
                     None
                 }
-                kind => bail!("the program has a step of kind {kind}, expected 0 to 2"),
+                kind => bail!("the program has a step of kind {kind}, expected 0 to 3"),
             };
             let Some([height, width, stride, top, left, groups, bias]) = geometry else { continue };
             let source = Self::source(&mut reader, &values[..value], &norms, masks)?;
@@ -711,7 +715,7 @@ impl Program {
                     (kind, value.channels * conv.group_in * conv.taps() * value.pixels())
                 }
                 Kind::Copy => ("copy", 0),
-                Kind::Mean => ("mean", 0),
+                Kind::Mean | Kind::Pool => ("mean", 0),
             };
             let values = value.channels * value.pixels() + step.source.rows.len() * step.source.pixels();
             let (forward, backward) = (seconds(&clock.forward), seconds(&clock.backward));

@@ -37,6 +37,18 @@ fn integers() -> Vec<i64> {
     program
 }
 
+/// A convolution, the means over 2 x 2 pixels of what a norm and swish make of it (an odd column is left out), and a
+/// depthwise convolution of what another norm makes of them.
+fn pooling() -> Vec<i64> {
+    let epsilon = 1e-3f64.to_bits() as i64;
+    let mut program = vec![0, 1, 0, 4, 4, 4, 7, 6, 4, 7, 6, 2, 3, 6, 2, 3];
+    program.extend([2, 6, epsilon, 1, 6, epsilon, 1]);
+    program.extend([0, 1, 1, 1, 0, 0, 2, 0, 1, 0, -1, 0, 0, -1, 0, -1, 0, 1, 4, 0, 1]);
+    program.extend([3, 1, 1, 0, 0, 3, -1, 0, -1, 0, 1, 6, 0, 1]);
+    program.extend([0, 3, 3, 1, 1, 1, 6, 0, 1, 2, 1, 0, 0, -1, 0, -1, 0, 1, 6, 0, 1]);
+    program
+}
+
 fn values<T: WideElement>(len: usize, seed: u64) -> Vec<T> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
@@ -66,11 +78,17 @@ struct Case<T> {
 const COUNT: usize = if cfg!(miri) { 1 } else { 3 };
 
 impl<T: WideElement> Case<T> {
-    fn new() -> Self {
-        let program = Program::parse(&integers()).unwrap();
+    fn new(program: &[i64]) -> Self {
+        let program = Program::parse(program).unwrap();
         let parameters = values(program.parameters(), 2);
-        let masks = [2.0, 0.0, 2.0][..COUNT].iter().map(|&mask| T::from_f64(mask)).collect();
-        Self { program, x: values(COUNT * 4 * 25, 1), parameters, masks, weights: values(COUNT * 4 * 9, 3) }
+        let masks = [2.0, 0.0, 2.0][..COUNT * program.masks()].iter().map(|&mask| T::from_f64(mask)).collect();
+        let [x, weights] = program.sizes().map(|size| COUNT * size.iter().product::<usize>());
+        Self { program, x: values(x, 1), parameters, masks, weights: values(weights, 3) }
+    }
+
+    /// Of each program.
+    fn all() -> [Self; 2] {
+        [integers(), pooling()].map(|program| Self::new(&program))
     }
 
     fn arguments(&self, isa: Active) -> Arguments<'_, T> {
@@ -119,8 +137,13 @@ impl<T: WideElement> Case<T> {
 #[test]
 #[cfg_attr(miri, ignore = "hours; `every_instruction_set_agrees` runs the same code")]
 fn gradients_are_finite_differences() {
+    for case in Case::all() {
+        finite_differences(case);
+    }
+}
+
+fn finite_differences(mut case: Case<f64>) {
     let isa = Active::available()[0];
-    let mut case = Case::<f64>::new();
     let [grad_x, grad_parameters] = case.gradients(isa);
     let h = 1e-6;
     for (i, grad) in grad_parameters.iter().enumerate() {
@@ -145,11 +168,10 @@ fn gradients_are_finite_differences() {
 
 #[test]
 fn every_instruction_set_agrees() {
-    let exact = Case::<f64>::new();
     let portable = Active::by_name("portable").unwrap();
-    let expected = [exact.forward(portable)[0].clone(), exact.gradients(portable).concat()];
-    for isa in Active::available() {
-        let case = Case::<f32>::new();
+    let cases = || Case::<f64>::all().into_iter().zip(Case::<f32>::all());
+    for (isa, (exact, case)) in Active::available().into_iter().flat_map(|isa| cases().map(move |case| (isa, case))) {
+        let expected = [exact.forward(portable)[0].clone(), exact.gradients(portable).concat()];
         for (found, expected) in [case.forward(isa)[0].clone(), case.gradients(isa).concat()].iter().zip(&expected) {
             for (found, expected) in found.iter().zip(expected) {
                 assert!((f64::from(*found) - expected).abs() < 1e-4 * expected.abs().max(1.0), "{}", isa.name());
@@ -160,8 +182,8 @@ fn every_instruction_set_agrees() {
 
 #[test]
 fn inference_is_the_forward_pass_with_given_statistics() {
-    for isa in Active::available() {
-        let mut case = Case::<f64>::new();
+    let cases = |isa| Case::<f64>::all().map(|case| (isa, case));
+    for (isa, mut case) in Active::available().into_iter().flat_map(cases) {
         case.masks.clear();
         let [y, statistics, _] = case.forward(isa);
         let found = filled(y.len(), |y| infer(&case.arguments(isa), &case.x, &statistics, y));
@@ -174,7 +196,10 @@ fn inference_is_the_forward_pass_with_given_statistics() {
 #[test]
 #[cfg_attr(miri, ignore = "safe code, more than a thousand parses")]
 fn what_is_no_program_is_refused() {
-    let program = integers();
+    [integers(), pooling()].into_iter().for_each(refuses_changes);
+}
+
+fn refuses_changes(program: Vec<i64>) {
     assert!(Program::parse(&program[..program.len() - 1]).unwrap_err().to_string().contains("ends early"));
     assert!(Program::parse(&[program.clone(), vec![0]].concat()).unwrap_err().to_string().contains("followed by 1"));
     // Each integer in turn replaced: an error or another program, never a panic.

@@ -40,6 +40,7 @@ from kconv.models.graph import (
     Interleave,
     Layer,
     Multiply,
+    Pool,
     Reshape,
     ZeroPad,
 )
@@ -185,6 +186,9 @@ def _fusable(layer: Layer, readers: list[Layer]) -> bool:
             return layer.per_sample
         case GlobalPool():
             return layer.kind == "avg"
+        case Pool():
+            geometry = (layer.kind, layer.pool_size, layer.strides, layer.padding)
+            return geometry == ("avg", 2, 2, "valid")
         case Multiply() | Reshape() | Flatten():
             return True
         case BatchNorm() | Interleave() | CopyChannels() | Concat() | FoldHalves() | Add():
@@ -341,6 +345,8 @@ class _Lowering:
                 return self._sum(inputs)
             case GlobalPool():
                 return self._step([2], x, x.channels, (1, 1))
+            case Pool():
+                return self._step([3], x, x.channels, (x.size[0] // 2, x.size[1] // 2))
             case _:  # Reshape and Flatten of single pixels
                 return x
 
