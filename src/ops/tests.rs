@@ -173,7 +173,7 @@ fn depthwise_matches_the_reference() {
     let paddings = [Padding::Same, Padding::Valid, Padding::Explicit([0, 2], [1, 1])];
     for isa in Active::available() {
         for (count, channels, size) in
-            [(0, 3, [7, 7]), (2, 3, [0, 0]), (1, 1, [7, 8]), (2, 17, [9, 7]), (1, 33, [8, 19])]
+            [(0, 3, [7, 7]), (2, 3, [0, 0]), (1, 1, [7, 8]), (2, 17, [9, 7]), (1, 33, [8, 19]), (1, 512, [7, 7])]
         {
             for (kernel, stride) in [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1), (7, 2)] {
                 for order in [Order::Nchw, Order::Nhwc] {
