@@ -28,7 +28,7 @@ use crate::isa::{Active, Isa};
 ///
 /// bfloat16 is storage only: its vectors are those of float32, into which loads widen and from which stores round. So
 /// kernels know nothing of it but that sums which wait in memory, and weights that are packed anyway, are of type
-/// [`Element::Wide`].
+/// [`Element::Wide`]. Only sums of products may take it as it is: see [`products`].
 pub trait Element:
     Copy
     + Send
