@@ -21,9 +21,6 @@ pub trait Isa: pulp::Simd {
     /// Whether there are instructions for [`Isa::look_up_f32s`], [`Isa::scale_f32s`] and
     /// [`Isa::estimate_reciprocal_f32s`].
     const EXPONENTIALS: bool = false;
-    /// Whether there are instructions for [`Isa::add_pairs_bf16`], [`Isa::round_bf16`] and [`Isa::round_parts_bf16`], if
-    /// [`Active::bf16`] says so.
-    const BF16: bool = false;
 
     /// Asks for the cache line at `ptr`, which need not be readable; nothing where there is no such instruction.
     #[inline(always)]
@@ -146,41 +143,33 @@ pub trait Isa: pulp::Simd {
     /// Loads `len` numbers of 16 bits, at most twice as many as the vector has of 32; the others are zero.
     ///
     /// # Safety
-    /// So many values must be readable at `ptr`.
+    /// [`Active::bf16`] must be true, and so many values readable at `ptr`.
     #[inline(always)]
     unsafe fn load_pairs_u16s(self, len: usize, ptr: *const u16) -> Self::u32s {
-        let mut pairs = self.splat_u32s(0);
-        for (i, value) in cast_slice_mut(std::slice::from_mut(&mut pairs))[..len].iter_mut().enumerate() {
-            // SAFETY: the caller's promise.
-            *value = unsafe { *ptr.add(i) };
-        }
-        pairs
+        unreachable!("no instruction for {len} at {ptr:?}")
     }
     /// Pairs of the 16-bit numbers of `a`, in the lower halves, and those of `b` at the same places: one half of the
     /// places and the other.
-    #[inline(always)]
-    fn pair_u16s(self, a: Self::u32s, b: Self::u32s) -> [Self::u32s; 2] {
-        let (half, lower) = (self.splat_u32s(16), self.splat_u32s(0xffff));
-        [
-            self.or_u32s(self.and_u32s(a, lower), self.wrapping_dyn_shl_u32s(b, half)),
-            self.or_u32s(self.wrapping_dyn_shr_u32s(a, half), self.and_u32s(b, self.not_u32s(lower))),
-        ]
-    }
-    /// `c` plus the products of the bfloat16 numbers in the lower halves of `a` and `b`, and in the upper ones. As an
-    /// instruction, with numbers too small to be normal as zero.
     ///
     /// # Safety
-    /// The machine must have what [`Isa::BF16`] tells of.
+    /// [`Active::bf16`] must be true.
+    #[inline(always)]
+    unsafe fn pair_u16s(self, a: Self::u32s, b: Self::u32s) -> [Self::u32s; 2] {
+        unreachable!("no instruction for {a:?} and {b:?}")
+    }
+    /// `c` plus the products of the bfloat16 numbers in the lower halves of `a` and `b`, and in the upper ones; numbers too
+    /// small to be normal are zero.
+    ///
+    /// # Safety
+    /// [`Active::bf16`] must be true.
     #[inline(always)]
     unsafe fn add_pairs_bf16(self, a: Self::u32s, b: Self::u32s, c: Self::f32s) -> Self::f32s {
-        let lower = |x| self.transmute_f32s_u32s(self.wrapping_dyn_shl_u32s(x, self.splat_u32s(16)));
-        let upper = |x| self.transmute_f32s_u32s(self.and_u32s(x, self.splat_u32s(0xffff_0000)));
-        self.mul_add_e_f32s(lower(a), lower(b), self.mul_add_e_f32s(upper(a), upper(b), c))
+        unreachable!("no instruction for {a:?}, {b:?} and {c:?}")
     }
     /// The nearest bfloat16 numbers, in the lower halves; NaN stays NaN, and numbers too small to be normal are zero.
     ///
     /// # Safety
-    /// The machine must have what [`Isa::BF16`] tells of, which must be true.
+    /// [`Active::bf16`] must be true.
     #[inline(always)]
     unsafe fn round_bf16(self, value: Self::f32s) -> Self::u32s {
         unreachable!("no instruction for {value:?}")
@@ -188,7 +177,7 @@ pub trait Isa: pulp::Simd {
     /// As [`Isa::round_bf16`], of the values at the places of [`Isa::pair_u16s`], each to its own place.
     ///
     /// # Safety
-    /// The machine must have what [`Isa::BF16`] tells of, which must be true.
+    /// [`Active::bf16`] must be true.
     #[inline(always)]
     unsafe fn round_parts_bf16(self, parts: [Self::f32s; 2]) -> Self::u32s {
         unreachable!("no instruction for {parts:?}")
@@ -571,7 +560,6 @@ mod x86 {
     });
     avx!(pulp::x86::V4 {
         const EXPONENTIALS: bool = true;
-        const BF16: bool = true;
 
         #[inline(always)]
         unsafe fn load_pairs_u16s(self, len: usize, ptr: *const u16) -> Self::u32s {
@@ -580,7 +568,7 @@ mod x86 {
             cast(unsafe { _mm512_maskz_loadu_epi16(mask, ptr.cast()) })
         }
         #[inline(always)]
-        fn pair_u16s(self, a: Self::u32s, b: Self::u32s) -> [Self::u32s; 2] {
+        unsafe fn pair_u16s(self, a: Self::u32s, b: Self::u32s) -> [Self::u32s; 2] {
             // Places 0 to 3 of each eight, and 4 to 7.
             // SAFETY: the token proves AVX-512.
             unsafe {
@@ -775,9 +763,13 @@ impl Active {
         }
     }
 
-    /// Whether there are the instructions that [`Isa::BF16`] tells of.
+    /// Whether there are instructions for products of bfloat16 numbers.
     pub fn bf16(self) -> bool {
-        self.name() == "avx512_bf16"
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(_) => true,
+            _ => false,
+        }
     }
 
     /// The name that `KCONV_ISA` knows it by.

@@ -82,13 +82,14 @@ impl Products<bf16> for Pairs {
         // SAFETY: as above.
         let load = |row: *const bf16| unsafe { row.cast::<I::u32s>().read_unaligned() };
         let next = next.map_or(isa.splat_u32s(0), load);
-        isa.transmute_f32s_u32s(isa.pair_u16s(load(row), next)[part])
+        // SAFETY: to have `self` is to have the instructions.
+        isa.transmute_f32s_u32s(unsafe { isa.pair_u16s(load(row), next) }[part])
     }
     #[inline(always)]
     unsafe fn store<I: Isa>(self, isa: I, mask: Option<<bf16 as Element>::Mask<I>>, ptr: *mut bf16, value: I::f32s) {
         // SAFETY: as above; to have `self` is to have the instructions.
         unsafe {
-            let bits = if const { I::BF16 } { isa.round_bf16(value) } else { rounded(isa, value) };
+            let bits = isa.round_bf16(value);
             match mask {
                 Some(mask) => isa.store_masked_u16s(mask, ptr.cast(), bits),
                 None => isa.store_u16s(ptr.cast(), bits),
@@ -109,13 +110,7 @@ impl Products<bf16> for Pairs {
     #[inline(always)]
     unsafe fn store_parts<I: Isa>(self, isa: I, ptr: *mut bf16, parts: [I::f32s; 2]) {
         // SAFETY: as above; to have `self` is to have the instructions.
-        unsafe {
-            if const { I::BF16 } {
-                ptr.cast::<I::u32s>().write_unaligned(isa.round_parts_bf16(parts));
-            } else {
-                bf16::store_parts(isa, ptr, parts);
-            }
-        }
+        unsafe { ptr.cast::<I::u32s>().write_unaligned(isa.round_parts_bf16(parts)) };
     }
     #[inline(always)]
     fn mask<I: Isa>(_isa: I, len: usize) -> usize {

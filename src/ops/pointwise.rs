@@ -436,6 +436,22 @@ pub fn grad_weight<T: Element>(
     grad_output: &[T],
     grad_weight: &mut [MaybeUninit<T>],
 ) {
+    match T::pairs(isa) {
+        Some(pairs) => weight_grad(isa, pairs, shape, images, x, grad_output, grad_weight),
+        None => weight_grad(isa, Single, shape, images, x, grad_output, grad_weight),
+    }
+}
+
+/// [`grad_weight`], with products added up in a certain way.
+fn weight_grad<T: Element, M: Products<T>>(
+    isa: Active,
+    products: M,
+    shape: &Pointwise,
+    images: Images,
+    x: &[T],
+    grad_output: &[T],
+    grad_weight: &mut [MaybeUninit<T>],
+) {
     let out = images.with_channels(shape.out_channels);
     assert_eq!(images.channels, shape.in_channels);
     assert_eq!(x.len(), images.len());
@@ -459,7 +475,7 @@ pub fn grad_weight<T: Element>(
     // which interleaved output channels cannot.
     let lanes = isa.run(Lanes::<T>(PhantomData));
     let by_output = !planes && shape.out_places().is_none() && (k * m.div_ceil(lanes), k) < (m * k.div_ceil(lanes), m);
-    let grad = WeightGrad { isa, shape, images, places, by_output, x, grad_output };
+    let grad = WeightGrad { isa, products, shape, images, places, by_output, x, grad_output };
     // One set of partial sums for each part, added up in order at the end.
     let mut partial = vec![T::Wide::default(); parts * shape.weights()];
     let shared = Shared(partial.as_mut_ptr());
@@ -472,11 +488,7 @@ pub fn grad_weight<T: Element>(
         if planes {
             grad.planes(groups, part(images.count, parts, task), sums);
         } else {
-            let range = part(images.count * images.pixels, parts, task);
-            match T::pairs(isa) {
-                Some(pairs) => grad.pixels(pairs, groups, range, sums),
-                None => grad.pixels(Single, groups, range, sums),
-            }
+            grad.pixels(groups, part(images.count * images.pixels, parts, task), sums);
         }
     });
     for (i, g, o) in (0..shape.groups).flat_map(|g| (0..m * k).map(move |i| (i, g, i / k))) {
@@ -486,8 +498,9 @@ pub fn grad_weight<T: Element>(
     }
 }
 
-struct WeightGrad<'a, T> {
+struct WeightGrad<'a, T, M> {
     isa: Active,
+    products: M,
     shape: &'a Pointwise,
     images: Images,
     /// Where output channel `c` stands in an image of `grad_output`.
@@ -498,7 +511,7 @@ struct WeightGrad<'a, T> {
     grad_output: &'a [T],
 }
 
-impl<T: Element> WeightGrad<'_, T> {
+impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
     /// NCHW: adds images `range` to the sums of `groups`.
     fn planes(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T::Wide]) {
         let (k, m) = (self.shape.group_in(), self.shape.group_out());
@@ -541,10 +554,7 @@ impl<T: Element> WeightGrad<'_, T> {
                             let a = Rows { base: a, offsets: places, image_stride: c_out * pixels, ahead: a_ahead };
                             let b = Rows { base: b, offsets: &x_offsets, image_stride: c_in * pixels, ahead: b_ahead };
                             let size = [batch.min(range.end - n), tile.min(pixels - start)];
-                            match T::pairs(self.isa) {
-                                Some(pairs) => add_products(self.isa, pairs, a, b, size, slots),
-                                None => add_products(self.isa, Single, a, b, size, slots),
-                            }
+                            add_products(self.isa, self.products, a, b, size, slots);
                         }
                     }
                 }
@@ -554,7 +564,7 @@ impl<T: Element> WeightGrad<'_, T> {
     }
 
     /// NHWC: adds pixels `range` of all images to the sums of `groups`.
-    fn pixels<M: Products<T>>(&self, products: M, groups: Range<usize>, range: Range<usize>, sums: &mut [T::Wide]) {
+    fn pixels(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T::Wide]) {
         let (k, m) = (self.shape.group_in(), self.shape.group_out());
         let channels @ [c_in, c_out] = [self.shape.in_channels, self.shape.out_channels];
         let tile = outer_tile::<T::Wide>(c_in + c_out).max(OUTER_TERMS);
@@ -569,8 +579,8 @@ impl<T: Element> WeightGrad<'_, T> {
                 .map(|(values, channels)| &values[pixels.start * channels..pixels.end * channels]);
             scratch::with(sizes.iter().sum(), |memory: &mut [T::Wide]| {
                 let [x_memory, grad_memory] = cut(memory, sizes);
-                let x = products.steps(self.isa, x, c_in, x_memory);
-                let grad = products.steps(self.isa, grad, c_out, grad_memory);
+                let x = self.products.steps(self.isa, x, c_in, x_memory);
+                let grad = self.products.steps(self.isa, grad, c_out, grad_memory);
                 for (g, sums) in groups.clone().zip(sums.chunks_exact_mut(m * k)) {
                     let (x, grad) = ((&x[g * k..], c_in, ahead[0]), (grad, c_out, ahead[1]));
                     let places = &self.places[g * m..][..m];
@@ -582,7 +592,7 @@ impl<T: Element> WeightGrad<'_, T> {
                     // other where they are the columns; there are m x k sums.
                     self.isa.run(unsafe {
                         OuterProducts {
-                            products,
+                            products: self.products,
                             a: a.0.as_ptr(),
                             a_step: a.1,
                             a_rows,

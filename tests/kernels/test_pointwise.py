@@ -176,7 +176,7 @@ def test_bfloat16_is_rounded_once() -> None:
         weight = np.full((1, 1), factor, "bfloat16")
         with np.errstate(invalid="ignore", over="ignore"):
             exact = (x.astype(np.float32) * weight.astype(np.float32)).astype("bfloat16")
-        tiny = (abs(x.astype(float)) < small) | (abs(exact.astype(float)) < small)
+            tiny = (abs(x.astype(float)) < small) | (abs(exact.astype(float)) < small)
         y = kconv.pointwise_conv(x, weight)
         np.testing.assert_array_equal(y[~tiny].astype(float), exact[~tiny].astype(float))
         assert (abs(y[tiny].astype(float)) <= small).all()
