@@ -9,7 +9,6 @@
 
 use std::sync::OnceLock;
 
-use pulp::MemMask;
 use pulp::bytemuck::{Pod, cast_slice, cast_slice_mut};
 
 use crate::error::{Result, bail};
@@ -127,7 +126,7 @@ pub trait Isa: pulp::Simd {
     /// # Safety
     /// The selected values must be readable at `ptr`.
     #[inline(always)]
-    unsafe fn load_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *const u16) -> Self::u32s {
+    unsafe fn load_masked_u16s(self, mask: Self::m32s, ptr: *const u16) -> Self::u32s {
         // SAFETY: the caller's promise.
         unsafe { load_lanes(self, selected(self, mask), ptr) }
     }
@@ -136,7 +135,7 @@ pub trait Isa: pulp::Simd {
     /// # Safety
     /// The selected values must be writable at `ptr`.
     #[inline(always)]
-    unsafe fn store_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *mut u16, value: Self::u32s) {
+    unsafe fn store_masked_u16s(self, mask: Self::m32s, ptr: *mut u16, value: Self::u32s) {
         // SAFETY: the caller's promise.
         unsafe { store_lanes(self, selected(self, mask), ptr, value) }
     }
@@ -249,8 +248,8 @@ unsafe fn transpose_block<T: Copy>(src: *const T, src_stride: usize, dst: *mut T
 
 /// How many of a vector's first values a mask selects.
 #[inline(always)]
-fn selected<I: Isa>(isa: I, mask: MemMask<I::m32s>) -> usize {
-    isa.first_true_m32s(isa.not_m32s(mask.mask()))
+fn selected<I: Isa>(isa: I, mask: I::m32s) -> usize {
+    isa.first_true_m32s(isa.not_m32s(mask))
 }
 
 /// Loads the first `len` values of a vector one by one; the others are zero. Where `len` is known and there are
@@ -313,7 +312,7 @@ impl Isa for pulp::aarch64::Neon {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use pulp::{MemMask, cast};
+    use pulp::cast;
 
     use super::Isa;
 
@@ -540,21 +539,21 @@ mod x86 {
             unsafe { _mm_storeu_si128(ptr.cast(), packed(cast(value))) }
         }
         #[inline(always)]
-        unsafe fn load_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *const u16) -> Self::u32s {
+        unsafe fn load_masked_u16s(self, mask: Self::m32s, ptr: *const u16) -> Self::u32s {
             let mut values = [0u16; 8];
             // SAFETY: the token proves AVX2; the rest is the caller's promise.
             unsafe {
-                copy_up_to_8(ptr, values.as_mut_ptr(), selected(cast(mask.mask())));
+                copy_up_to_8(ptr, values.as_mut_ptr(), selected(cast(mask)));
                 self.load_u16s(values.as_ptr())
             }
         }
         #[inline(always)]
-        unsafe fn store_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *mut u16, value: Self::u32s) {
+        unsafe fn store_masked_u16s(self, mask: Self::m32s, ptr: *mut u16, value: Self::u32s) {
             let mut values = [0u16; 8];
             // SAFETY: the token proves AVX2; the rest is the caller's promise.
             unsafe {
                 self.store_u16s(values.as_mut_ptr(), value);
-                copy_up_to_8(values.as_ptr(), ptr, selected(cast(mask.mask())));
+                copy_up_to_8(values.as_ptr(), ptr, selected(cast(mask)));
             }
         }
     });
@@ -662,14 +661,14 @@ mod x86 {
             unsafe { _mm256_storeu_si256(ptr.cast(), _mm512_cvtepi32_epi16(cast(value))) }
         }
         #[inline(always)]
-        unsafe fn load_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *const u16) -> Self::u32s {
+        unsafe fn load_masked_u16s(self, mask: Self::m32s, ptr: *const u16) -> Self::u32s {
             // SAFETY: the token proves AVX-512; the rest is the caller's promise.
-            cast(unsafe { _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask.mask().0, ptr.cast())) })
+            cast(unsafe { _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask.0, ptr.cast())) })
         }
         #[inline(always)]
-        unsafe fn store_masked_u16s(self, mask: MemMask<Self::m32s>, ptr: *mut u16, value: Self::u32s) {
+        unsafe fn store_masked_u16s(self, mask: Self::m32s, ptr: *mut u16, value: Self::u32s) {
             // SAFETY: the token proves AVX-512; the rest is the caller's promise.
-            unsafe { _mm256_mask_storeu_epi16(ptr.cast(), mask.mask().0, _mm512_cvtepi32_epi16(cast(value))) }
+            unsafe { _mm256_mask_storeu_epi16(ptr.cast(), mask.0, _mm512_cvtepi32_epi16(cast(value))) }
         }
     });
 
@@ -871,7 +870,7 @@ mod tests {
         fn run<I: Isa>(self, isa: I) {
             let lanes = size_of::<I::u32s>() / 4;
             for at in (0..self.2).step_by(lanes) {
-                let mask = MemMask::new(isa.mask_between_m32s(0, (self.2 - at).min(lanes) as u32).mask());
+                let mask = isa.mask_between_m32s(0, (self.2 - at).min(lanes) as u32).mask();
                 // SAFETY: both slices hold `len` values.
                 unsafe {
                     let (from, to) = (self.0.as_ptr().add(at), self.1.as_mut_ptr().add(at));

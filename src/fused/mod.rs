@@ -131,7 +131,9 @@ impl<T: WideElement> Arguments<'_, T> {
         let packed = |step: &Step| match &step.kind {
             Kind::Conv(conv) => {
                 let weights = &self.parameters[conv.weight..][..conv.weights()];
-                let (taps, weight) = (spatial::tap_order(conv), |g, o, i, tap| weights[conv.index(g, o, i, tap)]);
+                let value = &self.program.values[step.value];
+                let taps = spatial::tap_order::<T>(self.isa, step, conv, [value.height, value.width]);
+                let weight = |g, o, i, tap| weights[conv.index(g, o, i, tap)];
                 Some(Packed::of_taps(self.isa, conv.groups, conv.group_out, conv.group_in, &taps, weight))
             }
             Kind::Copy | Kind::Mean | Kind::Pool => None,

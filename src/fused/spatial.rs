@@ -14,7 +14,7 @@ use crate::kernels::planes::{Correlate, CorrelateSums, MAX_TAP_ROWS};
 use crate::kernels::pointwise::{ConvRows, Rows, SumSlots, slot};
 use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
-use crate::kernels::{WideElement, writable};
+use crate::kernels::{WideElement, lanes, writable};
 use crate::ops::Shared;
 use crate::ops::phases::Phase;
 use crate::ops::planes::{Planes, Taps, ahead, forward_order, images_together, merge};
@@ -54,21 +54,78 @@ fn depthwise(conv: &Conv) -> bool {
     conv.group_in == 1 && conv.group_out == 1 && conv.kernel[0] <= MAX_TAP_ROWS && !conv.pointwise()
 }
 
+/// The taps of a convolution that can see planes as they come, if it is one.
+fn bare<T: WideElement>(isa: Active, conv: &Conv, [vertical, horizontal]: &[Vec<Phase>; 2]) -> Option<Taps> {
+    let [[vertical], [horizontal]] = [&vertical[..], &horizontal[..]] else { return None };
+    Taps::bare(lanes::<T>(isa), vertical, horizontal, conv.kernel[1]).filter(|_| depthwise(conv))
+}
+
 /// The taps of a convolution's kernel in the order in which the forward pass reads them: that of [`Taps`] where it is a
-/// depthwise one.
-pub(super) fn tap_order(conv: &Conv) -> Vec<Option<usize>> {
-    if depthwise(conv) { forward_order(conv.kernel, conv.stride) } else { (0..conv.taps()).map(Some).collect() }
+/// depthwise one, of an output of such a size.
+pub(super) fn tap_order<T: WideElement>(
+    isa: Active,
+    step: &Step,
+    conv: &Conv,
+    output: [usize; 2],
+) -> Vec<Option<usize>> {
+    if !depthwise(conv) {
+        return (0..conv.taps()).map(Some).collect();
+    }
+    let bare = bare::<T>(isa, conv, &Phases::new(step, conv, output).forward);
+    bare.map_or_else(|| forward_order(conv.kernel, conv.stride), |taps| taps.order().to_vec())
 }
 
 impl<T: WideElement> Pass<'_, T> {
+    /// Makes the value of a depthwise convolution that sees planes as they come, and its statistics.
+    fn bare(&self, step: &Step, conv: &Conv, taps: &Taps) -> Vec<Statistics> {
+        let value = &self.program.values[step.value];
+        let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), [value.height, value.width]);
+        let parts = self.image_parts(conv.groups);
+        let block = images_together(pixels, self.count.div_ceil(parts));
+        let packed = self.weights(step);
+        let bias = conv.bias.map(|bias| &self.parameters[bias..][..conv.groups]);
+        let mut partial = vec![(0.0, 0.0, 0.0); parts * conv.groups];
+        let shared = Shared(partial.as_mut_ptr());
+        let rows = self.rows(step.value);
+        self.for_tasks(conv.groups, parts, |g, p| {
+            scratch::with(block * pixels, |buffer: &mut [T]| {
+                for images in chunks(part(self.count, parts, p), block) {
+                    let range = images.start * pixels..images.end * pixels;
+                    // SAFETY: sources are values of earlier steps.
+                    let source = unsafe { self.load(&step.source, g, range, buffer, None) };
+                    let range = images.start * out_pixels..images.end * out_pixels;
+                    let start = g * self.count * out_pixels + range.start;
+                    // SAFETY: these images of this channel, which are this task's own.
+                    let y = unsafe { std::slice::from_raw_parts_mut(rows.ptr().add(start), range.len()) };
+                    self.isa.run(Correlate {
+                        view: taps.bare_view(source, (images.len(), pixels), (1, 0)),
+                        tap_rows: taps.rows,
+                        weights: packed.block(g, &(0..1)),
+                        bias: bias.map_or(&[T::default()], |bias| &bias[g..g + 1]),
+                        y: writable(y).into(),
+                        y_pitch: taps.result_pitch(size[1]),
+                        y_steps: [out_pixels, 0],
+                        size,
+                    });
+                    // SAFETY: just written, and `y` is not used any more; statistics of this task alone.
+                    unsafe { self.complete(step.value, g, range, &mut *shared.ptr().add(p * conv.groups + g)) };
+                }
+            });
+        });
+        merge_parts(&partial, conv.groups)
+    }
+
     /// Makes the value of a convolution, and its statistics.
     pub(super) fn spatial(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         let value = &self.program.values[step.value];
+        let phases = Phases::new(step, conv, [value.height, value.width]).forward;
+        if let Some(taps) = bare::<T>(self.isa, conv, &phases) {
+            return self.bare(step, conv, &taps);
+        }
         let (pixels, out_pixels) = (step.source.pixels(), value.pixels());
         let (k, m) = (conv.group_in, conv.group_out);
         let parts = self.image_parts(conv.groups);
         let block = images_together(pixels, self.count.div_ceil(parts));
-        let phases = Phases::new(step, conv, [value.height, value.width]).forward;
         let [vertical, horizontal] = [&phases[0][0], &phases[1][0]];
         let planes = Planes::new(both(&phases), block);
         let taps = depthwise(conv).then(|| Taps::new(&planes, vertical, horizontal, conv.kernel[1]));
@@ -103,9 +160,10 @@ impl<T: WideElement> Pass<'_, T> {
                             view: taps.view(padded),
                             tap_rows: taps.rows,
                             weights: packed.block(g, &(0..1)),
-                            start: bias.map_or(T::default(), |bias| bias[g]),
-                            y: writable(results),
+                            bias: bias.map_or(&[T::default()], |bias| &bias[g..g + 1]),
+                            y: writable(results).into(),
                             y_pitch: planes.pitch,
+                            y_steps: [0, 0],
                             size: [value.height, columns],
                         });
                     } else {
@@ -197,6 +255,86 @@ impl<T: WideElement> PhaseKernel<T> {
 }
 
 impl<T: WideElement> Tape<'_, '_, T> {
+    /// Goes back through a depthwise convolution that sees planes as they come, and whose gradient does, through `back`.
+    fn bare(&mut self, step: &Step, conv: &Conv, taps: &Taps, back: &Taps) {
+        let pass = self.pass;
+        let value = &pass.program.values[step.value];
+        let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), [value.height, value.width]);
+        let parts = pass.image_parts(conv.groups);
+        let block = images_together(pixels, pass.count.div_ceil(parts));
+        let most = step.source.most_rows;
+        let weights = &pass.parameters[conv.weight..][..conv.weights()];
+        let packed = Packed::of_taps(pass.isa, conv.groups, 1, 1, back.order(), |g, i, o, tap| {
+            weights[conv.index(g, o, i, tap)]
+        });
+        let sizes = [
+            taps.len() * slot::<T>(),
+            taps.len(),
+            block * out_pixels,
+            block * pixels,
+            most * block * pixels,
+            block * pixels,
+        ];
+        let mut partial = vec![T::default(); parts * conv.weights()];
+        let mut bias = vec![0.0; parts * conv.groups];
+        let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
+        self.give_back(&step.source, conv.groups, parts, |this, g, images, p, sums| {
+            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+                let [slots, tap_sums, grad_buffer, buffer, slopes, grad_x] = cut(memory, sizes);
+                slots.fill(T::default());
+                let (at, len) = (p * conv.groups + g, conv.taps());
+                // SAFETY: sums of this part and channel alone.
+                let (weight_sums, bias) = unsafe {
+                    (std::slice::from_raw_parts_mut(shared.ptr().add(at * len), len), &mut *shared_bias.ptr().add(at))
+                };
+                for images in chunks(images, block) {
+                    let out = images.start * out_pixels..images.end * out_pixels;
+                    let range = images.start * pixels..images.end * pixels;
+                    // SAFETY: all that read the value come later in the program and have given their gradients; the
+                    // forward pass wrote the source's values.
+                    let (grad, source) = unsafe {
+                        let slopes = step.differentiate.then_some(&mut *slopes);
+                        (
+                            this.take(step.value, g, out, grad_buffer),
+                            pass.load(&step.source, g, range.clone(), buffer, slopes),
+                        )
+                    };
+                    if conv.bias.is_some() {
+                        *bias += pass.isa.run(Sum(grad));
+                    }
+                    pass.isa.run(CorrelateSums {
+                        view: taps.bare_view(source, (images.len(), pixels), (1, 0)),
+                        tap_rows: taps.rows,
+                        g: grad,
+                        g_pitch: taps.result_pitch(size[1]),
+                        g_steps: [out_pixels, 0],
+                        size,
+                        slots: &mut *slots,
+                    });
+                    if !step.differentiate {
+                        continue;
+                    }
+                    let grad_x = &mut grad_x[..range.len()];
+                    pass.isa.run(Correlate {
+                        view: back.bare_view(grad, (images.len(), out_pixels), (1, 0)),
+                        tap_rows: back.rows,
+                        weights: packed.block(g, &(0..1)),
+                        bias: &[T::default()],
+                        y: writable(grad_x).into(),
+                        y_pitch: back.result_pitch(step.source.width),
+                        y_steps: [pixels, 0],
+                        size: [step.source.height, step.source.width],
+                    });
+                    // SAFETY: the channel and these images are this task's own.
+                    unsafe { this.give(&step.source, g, range, grad_x, Some(slopes), None, sums) };
+                }
+                pass.isa.run(SumSlots(slots, tap_sums));
+                taps.places().for_each(|(tap, place)| weight_sums[tap] = tap_sums[place]);
+            });
+        });
+        self.write_weights(conv, parts, &partial, &bias);
+    }
+
     /// Goes back through a convolution.
     pub(super) fn spatial(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;
@@ -207,6 +345,11 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let block = images_together(pixels, pass.count.div_ceil(parts));
         let most = step.source.most_rows;
         let phases = Phases::new(step, conv, size);
+        if let Some(taps) = bare::<T>(pass.isa, conv, &phases.forward) {
+            let [[vertical], [horizontal]] = phases.backward.each_ref().map(|phases| [&phases[0]]);
+            let back = Taps::bare(lanes::<T>(pass.isa), vertical, horizontal, conv.kernel[1]);
+            return self.bare(step, conv, &taps, &back.expect("stride 1 both ways"));
+        }
         let [planes, grad_planes] = Planes::pair(both(&phases.forward), both(&phases.backward), block);
         let weights = &pass.parameters[conv.weight..][..conv.weights()];
         let kernel = |(v, h)| PhaseKernel::new(pass.isa, conv, &grad_planes, [v, h], weights);
@@ -273,6 +416,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                             tap_rows: taps.rows,
                             g: &grads[first..],
                             g_pitch: planes.pitch,
+                            g_steps: [0, 0],
                             size: [value.height, columns],
                             slots: &mut *slots,
                         });
@@ -346,9 +490,10 @@ impl<T: WideElement> Tape<'_, '_, T> {
                             view: taps.view(grads),
                             tap_rows: taps.rows,
                             weights,
-                            start: T::default(),
-                            y: writable(results),
+                            bias: &[T::default()],
+                            y: writable(results).into(),
                             y_pitch: planes.pitch,
+                            y_steps: [0, 0],
                             size: [vertical.count, columns],
                         });
                         continue;

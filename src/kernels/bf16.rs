@@ -4,8 +4,7 @@ use half::bf16;
 use pulp::Scalar;
 
 use super::products::Products;
-use super::rows::WidenRows;
-use super::{Element, f32_vectors, vectors, writable};
+use super::{Element, f32_vectors, vectors};
 use crate::isa::{Active, Isa, Kernel};
 use crate::scratch;
 
@@ -203,11 +202,8 @@ impl Element for bf16 {
     fn narrow(value: f32) -> Self {
         Self::from_bits(rounded(Scalar::new(), value) as u16)
     }
-    fn widened<'a>(isa: Active, values: &'a [Self], memory: &'a mut [f32]) -> &'a [f32] {
-        let len = values.len();
-        // As far as the next call's values would follow these.
-        isa.run(WidenRows { x: (values, len), y: (writable(memory), len), size: [1, len], ahead: len });
-        &memory[..len]
+    fn as_wide(_values: &[Self]) -> Option<&[f32]> {
+        None
     }
     #[inline(always)]
     fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self {

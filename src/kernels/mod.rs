@@ -18,11 +18,13 @@ pub mod products;
 pub mod rows;
 pub mod transpose;
 
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
 use self::products::{Products, Single};
-use crate::isa::{Active, Isa};
+use self::rows::WidenRows;
+use crate::isa::{Active, Isa, Kernel};
 
 /// A floating-point type that arrays hold, and how kernels compute with it: with its vectors on any instruction set.
 ///
@@ -48,7 +50,7 @@ pub trait Element:
     type Wide: WideElement;
     /// A vector of `Wide`.
     type Vector<I: Isa>: Copy;
-    /// A mask over a vector's first values.
+    /// Some of a vector's values.
     type Mask<I: Isa>: Copy;
     /// What adds up two products at a time.
     type Pairs: Products<Self>;
@@ -68,8 +70,18 @@ pub trait Element:
     fn widen(self) -> Self::Wide;
     /// The nearest value to `value`; NaN stays NaN.
     fn narrow(value: Self::Wide) -> Self;
+    /// The values themselves, if they are what is computed with.
+    fn as_wide(values: &[Self]) -> Option<&[Self::Wide]>;
     /// The values themselves, where they need it in the first places of `memory`.
-    fn widened<'a>(isa: Active, values: &'a [Self], memory: &'a mut [Self::Wide]) -> &'a [Self::Wide];
+    fn widened<'a>(isa: Active, values: &'a [Self], memory: &'a mut [Self::Wide]) -> &'a [Self::Wide] {
+        if let Some(values) = Self::as_wide(values) {
+            return values;
+        }
+        let len = values.len();
+        // As far as the next call's values would follow these.
+        isa.run(WidenRows { x: (values, len), y: (writable(memory), len), size: [1, len], ahead: len });
+        &memory[..len]
+    }
     /// `self * a + b`, in one step where there is an instruction for it.
     fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self;
 
@@ -103,7 +115,14 @@ pub trait Element:
     /// The sum of a vector's values.
     fn sum<I: Isa>(isa: I, a: Self::Vector<I>) -> Self::Wide;
     /// Selects the first `len` values.
-    fn mask<I: Isa>(isa: I, len: usize) -> Self::Mask<I>;
+    #[inline(always)]
+    fn mask<I: Isa>(isa: I, len: usize) -> Self::Mask<I> {
+        Self::mask_between(isa, 0, len)
+    }
+    /// Selects the values from `start` up to `end`.
+    fn mask_between<I: Isa>(isa: I, start: usize, end: usize) -> Self::Mask<I>;
+    /// Selects what either mask does.
+    fn either_mask<I: Isa>(isa: I, a: Self::Mask<I>, b: Self::Mask<I>) -> Self::Mask<I>;
     /// The values that `mask` selects; the others are zero.
     fn keep_masked<I: Isa>(isa: I, mask: Self::Mask<I>, a: Self::Vector<I>) -> Self::Vector<I>;
 
@@ -186,6 +205,22 @@ pub trait Element:
 pub trait WideElement: Element<Wide = Self> {}
 impl<T: Element<Wide = T>> WideElement for T {}
 
+struct Lanes<T>(PhantomData<T>);
+
+impl<T: Element> Kernel for Lanes<T> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) -> usize {
+        T::lanes::<I>()
+    }
+}
+
+/// How many values an instruction set's vectors hold.
+pub(crate) fn lanes<T: Element>(isa: Active) -> usize {
+    isa.run(Lanes::<T>(PhantomData))
+}
+
 /// Memory that holds values as memory to be written.
 pub(crate) fn writable<T: Element>(values: &mut [T]) -> &mut [MaybeUninit<T>] {
     // SAFETY: the same layout; kernels write nothing but values.
@@ -195,11 +230,11 @@ pub(crate) fn writable<T: Element>(values: &mut [T]) -> &mut [MaybeUninit<T>] {
 /// The vectors of an [`Element`] and the arithmetic on them, by pulp's functions.
 macro_rules! vectors {
     ($wide:ident, $vector:ident, $mask:ident, $len:ident, $splat:ident, $mul_add:ident, $add:ident, $sum:ident,
-     $sub:ident, $mul:ident, $at_least:ident, $at_most:ident, $less:ident, $select:ident, $between:ident,
+     $sub:ident, $mul:ident, $at_least:ident, $at_most:ident, $less:ident, $select:ident, $between:ident, $or_masks:ident,
      $load_masked:ident, $store_masked:ident, $split:ident, $zip:ident, $sigmoid:path) => {
         type Wide = $wide;
         type Vector<I: Isa> = I::$vector;
-        type Mask<I: Isa> = pulp::MemMask<I::$mask>;
+        type Mask<I: Isa> = I::$mask;
 
         #[inline(always)]
         fn splat_wide<I: Isa>(isa: I, value: $wide) -> I::$vector {
@@ -250,13 +285,16 @@ macro_rules! vectors {
             isa.$sum(a)
         }
         #[inline(always)]
-        fn mask<I: Isa>(isa: I, len: usize) -> Self::Mask<I> {
-            // `new` drops pulp's jump table for masked loads: the plain masked instructions are wanted.
-            pulp::MemMask::new(isa.$between(0, len as $len).mask())
+        fn mask_between<I: Isa>(isa: I, start: usize, end: usize) -> Self::Mask<I> {
+            isa.$between(start as $len, end as $len).mask()
+        }
+        #[inline(always)]
+        fn either_mask<I: Isa>(isa: I, a: Self::Mask<I>, b: Self::Mask<I>) -> Self::Mask<I> {
+            isa.$or_masks(a, b)
         }
         #[inline(always)]
         fn keep_masked<I: Isa>(isa: I, mask: Self::Mask<I>, a: I::$vector) -> I::$vector {
-            isa.$select(mask.mask(), a, isa.$splat(0.0))
+            isa.$select(mask, a, isa.$splat(0.0))
         }
         #[inline(always)]
         unsafe fn load_wide<I: Isa>(_isa: I, ptr: *const $wide) -> I::$vector {
@@ -270,13 +308,13 @@ macro_rules! vectors {
         }
         #[inline(always)]
         unsafe fn load_wide_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *const $wide) -> I::$vector {
-            // SAFETY: the caller's promise.
-            unsafe { isa.$load_masked(mask, ptr) }
+            // SAFETY: the caller's promise. `new` goes without pulp's jump table: the plain masked instructions are wanted.
+            unsafe { isa.$load_masked(pulp::MemMask::new(mask), ptr) }
         }
         #[inline(always)]
         unsafe fn store_wide_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut $wide, value: I::$vector) {
             // SAFETY: the caller's promise.
-            unsafe { isa.$store_masked(mask, ptr, value) }
+            unsafe { isa.$store_masked(pulp::MemMask::new(mask), ptr, value) }
         }
     };
 }
@@ -299,6 +337,7 @@ macro_rules! f32_vectors {
             less_than_f32s,
             select_f32s,
             mask_between_m32s,
+            or_m32s,
             mask_load_ptr_f32s,
             mask_store_ptr_f32s,
             split_f32s,
@@ -331,8 +370,8 @@ macro_rules! wide_storage {
         fn narrow(value: Self) -> Self {
             value
         }
-        fn widened<'a>(_isa: Active, values: &'a [Self], _memory: &'a mut [Self]) -> &'a [Self] {
-            values
+        fn as_wide(values: &[Self]) -> Option<&[Self]> {
+            Some(values)
         }
         #[inline(always)]
         fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self {
@@ -428,6 +467,7 @@ impl Element for f64 {
         less_than_f64s,
         select_f64s,
         mask_between_m64s,
+        or_m64s,
         mask_load_ptr_f64s,
         mask_store_ptr_f64s,
         split_f64s,

@@ -11,10 +11,10 @@ use super::planes::{Planes, Taps, ahead, images_together, merge};
 use super::{Shared, estimate};
 use crate::isa::Active;
 use crate::kernels::depthwise::{MAX_TAPS, TapPixels, TapSums};
-use crate::kernels::planes::{Correlate, CorrelateSums};
+use crate::kernels::planes::{Correlate, CorrelateSums, Results};
 use crate::kernels::pointwise::{SumSlots, slot};
 use crate::kernels::rows::WidenRows;
-use crate::kernels::{Element, writable};
+use crate::kernels::{Element, lanes, writable};
 use crate::pool::{parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Depthwise, Order};
@@ -23,6 +23,8 @@ use crate::shape::{Depthwise, Order};
 const TASKS_PER_THREAD: usize = 4;
 /// Pixels of neighbouring channels' planes in NCHW that are read together, about.
 const CHANNEL_PIXELS: usize = 512;
+/// Images whose planes of one channel go through a kernel together.
+const IMAGES: usize = 4;
 /// Pixels of the output's rows whose products are summed together in NHWC, at least: sums are loaded and stored for each.
 const ROW_PIXELS: usize = 32;
 /// Pixels of NHWC memory whose distance in bytes is a multiple of this fall into few sets of the first cache and push each
@@ -207,9 +209,48 @@ impl<T: Element> Correlation<'_, T> {
         });
     }
 
+    /// NCHW: the planes of each of some channels of some images, as they come.
+    fn bare_planes(&self, taps: &Taps, threads: usize) {
+        let Depthwise { count, channels, .. } = *self.shape;
+        let (pixels, size) = (self.vertical[0].input * self.horizontal[0].input, self.output);
+        let tiles = channels.div_ceil(channels_together(pixels, channels));
+        let parts = (threads * TASKS_PER_THREAD).div_ceil(tiles).min(count.div_ceil(IMAGES));
+        let (out_pixels, bias) = (size[0] * size[1], self.bias());
+        let mut weights = vec![T::Wide::default(); channels * taps.len()];
+        for (c, weights) in weights.chunks_exact_mut(taps.len()).enumerate() {
+            taps.places()
+                .for_each(|(tap, place)| weights[place] = self.weight[self.shape.weight_index(c, tap)].widen());
+        }
+        parallel_for(threads, tiles * parts, |task| {
+            let (range, images) = (part(channels, tiles, task / parts), part(count, parts, task % parts));
+            with_wide(self.isa, self.x, [channels, pixels], range.clone(), images, |images, x, step| {
+                let first = (images.start * channels + range.start) * out_pixels;
+                self.isa.run(Correlate::<T> {
+                    view: taps.bare_view(x, (images.len(), step), (range.len(), pixels)),
+                    tap_rows: taps.rows,
+                    weights: &weights[range.start * taps.len()..range.end * taps.len()],
+                    bias: &bias[range.clone()],
+                    // SAFETY: planes of the output, which no other task writes.
+                    y: unsafe { Results::new(self.y.ptr().add(first), count * channels * out_pixels - first) },
+                    y_pitch: taps.result_pitch(size[1]),
+                    y_steps: [channels * out_pixels, out_pixels],
+                    size,
+                });
+            });
+        });
+    }
+
+    /// The channels' bias.
+    fn bias(&self) -> Vec<T::Wide> {
+        (0..self.shape.channels).map(|c| self.bias.map_or(T::Wide::default(), |bias| bias[c].widen())).collect()
+    }
+
     /// NCHW: the planes of each of some channels of some images, padded and side by side.
     fn planes(&self, threads: usize) {
         let Depthwise { count, channels, kernel, .. } = *self.shape;
+        if let Some(taps) = Taps::bare(lanes::<T::Wide>(self.isa), &self.vertical[0], &self.horizontal[0], kernel) {
+            return self.bare_planes(&taps, threads);
+        }
         let [height, width] = self.output;
         let (pixels, out_pixels) = (self.vertical[0].input * self.horizontal[0].input, height * width);
         let together = channels_together(pixels, channels);
@@ -217,6 +258,7 @@ impl<T: Element> Correlation<'_, T> {
         let parts = (threads * TASKS_PER_THREAD).div_ceil(tiles).min(count);
         let block = images_together(pixels.max(out_pixels), count.div_ceil(parts));
         let planes = Planes::new([&self.vertical, &self.horizontal], block);
+        let bias = self.bias();
         let pairs = self.vertical.iter().flat_map(|v| self.horizontal.iter().map(move |h| (v, h)));
         let weight = |c: usize| move |tap| self.weight[self.shape.weight_index(c, tap)].widen();
         let pack = |taps: &Taps| (0..channels).flat_map(|c| taps.pack(weight(c))).collect::<Vec<_>>();
@@ -248,13 +290,14 @@ impl<T: Element> Correlation<'_, T> {
                             for ((horizontal, (taps, weights)), result) in
                                 self.horizontal.iter().zip(taps).zip(results.chunks_exact_mut(set))
                             {
-                                self.isa.run(Correlate {
+                                self.isa.run(Correlate::<T::Wide> {
                                     view: taps.view(padded),
                                     tap_rows: taps.rows,
                                     weights: &weights[c * taps.len()..][..taps.len()],
-                                    start: self.bias.map_or(T::Wide::default(), |bias| bias[c].widen()),
-                                    y: writable(result),
+                                    bias: &bias[c..c + 1],
+                                    y: writable(result).into(),
                                     y_pitch: planes.pitch,
+                                    y_steps: [0, 0],
                                     size: [vertical.count, planes.columns(images.len(), horizontal.count)],
                                 });
                             }
@@ -388,9 +431,41 @@ impl<T: Element> WeightGrad<'_, T> {
         }
     }
 
+    /// NCHW: the sums of some channels over all images, whose planes are seen as they come.
+    fn bare_planes(&self, taps: &Taps, range: Range<usize>, mut write: impl FnMut(usize, usize, T::Wide)) {
+        let Depthwise { count, channels, .. } = *self.shape;
+        let (pixels, size) =
+            (self.vertical.input * self.horizontal.input, [self.vertical.count, self.horizontal.count]);
+        let out_pixels = size[0] * size[1];
+        let slots_len = taps.len() * slot::<T::Wide>();
+        let lens = [range.len() * slots_len, taps.len()];
+        scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
+            let [slots, sums] = cut(memory, lens);
+            slots.fill(T::Wide::default());
+            with_wide(self.isa, self.x, [channels, pixels], range.clone(), 0..count, |images, x, step| {
+                self.isa.run(CorrelateSums::<T> {
+                    view: taps.bare_view(x, (images.len(), step), (range.len(), pixels)),
+                    tap_rows: taps.rows,
+                    g: &self.grad_output[(images.start * channels + range.start) * out_pixels..],
+                    g_pitch: taps.result_pitch(size[1]),
+                    g_steps: [channels * out_pixels, out_pixels],
+                    size,
+                    slots: &mut *slots,
+                });
+            });
+            for (c, slots) in range.zip(slots.chunks_exact(slots_len)) {
+                self.isa.run(SumSlots(slots, sums));
+                taps.places().for_each(|(tap, place)| write(c, tap, sums[place]));
+            }
+        });
+    }
+
     /// NCHW: the sums of some channels over all images.
     fn planes(&self, range: Range<usize>, mut write: impl FnMut(usize, usize, T::Wide)) {
         let Depthwise { count, channels, kernel, .. } = *self.shape;
+        if let Some(taps) = Taps::bare(lanes::<T::Wide>(self.isa), self.vertical, self.horizontal, kernel) {
+            return self.bare_planes(&taps, range, write);
+        }
         let (pixels, size) =
             (self.vertical.input * self.horizontal.input, [self.vertical.count, self.horizontal.count]);
         let block = images_together(pixels, count);
@@ -418,11 +493,12 @@ impl<T: Element> WeightGrad<'_, T> {
                 }
                 let both = padded.chunks_exact(padded_len).zip(grads.chunks_exact(grad_len));
                 for ((padded, grads), slots) in both.zip(slots.chunks_exact_mut(slots_len)) {
-                    self.isa.run(CorrelateSums {
+                    self.isa.run(CorrelateSums::<T::Wide> {
                         view: taps.view(padded),
                         tap_rows: taps.rows,
                         g: grads,
                         g_pitch: planes.pitch,
+                        g_steps: [0, 0],
                         size: [size[0], planes.columns(images.len(), size[1])],
                         slots,
                     });
@@ -434,6 +510,33 @@ impl<T: Element> WeightGrad<'_, T> {
             }
         });
     }
+}
+
+/// Calls `body` with some images at a time of planes of `[channels, pixels]`: the images, the planes of the channels of
+/// `range` as what is computed with, and the distance from one image's to the next's.
+fn with_wide<T: Element>(
+    isa: Active,
+    x: &[T],
+    [channels, pixels]: [usize; 2],
+    range: Range<usize>,
+    images: Range<usize>,
+    mut body: impl FnMut(Range<usize>, &[T::Wide], usize),
+) {
+    let (first, end) = (images.start, images.end);
+    let blocks = images.step_by(IMAGES).map(|first| first..(first + IMAGES).min(end));
+    let start = |n: usize| (n * channels + range.start) * pixels;
+    if let Some(x) = T::as_wide(x) {
+        return blocks.for_each(|images| body(images.clone(), &x[start(images.start)..], channels * pixels));
+    }
+    let len = range.len() * pixels;
+    scratch::with((end - first).min(IMAGES) * len, |memory: &mut [T::Wide]| {
+        for images in blocks {
+            for (n, memory) in images.clone().zip(memory.chunks_exact_mut(len)) {
+                T::widened(isa, &x[start(n)..][..len], memory);
+            }
+            body(images, memory, len);
+        }
+    });
 }
 
 /// How many channels' planes of so many pixels are read together: the processor fetches memory that follows ahead.
