@@ -177,7 +177,6 @@ struct Layout {
     columns: usize,
     images: (usize, [usize; 2]),
     channels: (usize, [usize; 2]),
-    /// Distance from what is read or written to what is asked for meanwhile, if anything is.
     ahead: Option<usize>,
 }
 
@@ -206,8 +205,16 @@ trait Edges<T: Element, I: Isa>: Copy {
     /// The view must have been checked.
     unsafe fn load(&self, isa: I, row: Self::Row<'_>, c: usize, ptr: *const T::Wide) -> T::Vector<I>;
 
+    /// Distance from what is read or written to what is asked for meanwhile, if anything is.
+    fn ahead(&self) -> Option<usize>;
+
     /// Asks for what comes some time after a vector.
-    fn ask<V>(&self, isa: I, ptr: *const V);
+    #[inline(always)]
+    fn ask<V>(&self, isa: I, ptr: *const V) {
+        if let Some(ahead) = self.ahead() {
+            isa.prefetch_far(ptr.wrapping_add(ahead));
+        }
+    }
 
     /// Which of a vector's values are results: of a row's last vector or of another, and of the last row or of another;
     /// none if all are.
@@ -219,7 +226,6 @@ trait Edges<T: Element, I: Isa>: Copy {
 struct Whole<M> {
     /// The results of a row's last vector, if they are not all of it.
     last: Option<M>,
-    /// Distance from what is read or written to what is asked for meanwhile, if anything is.
     ahead: Option<usize>,
 }
 
@@ -248,10 +254,8 @@ impl<T: Element, I: Isa> Edges<T, I> for Whole<T::Mask<I>> {
         unsafe { T::load_wide(isa, ptr) }
     }
     #[inline(always)]
-    fn ask<V>(&self, isa: I, ptr: *const V) {
-        if let Some(ahead) = self.ahead {
-            isa.prefetch_far(ptr.wrapping_add(ahead));
-        }
+    fn ahead(&self) -> Option<usize> {
+        self.ahead
     }
     #[inline(always)]
     fn results(&self, last_vector: bool, _last_row: bool) -> Option<T::Mask<I>> {
@@ -327,10 +331,8 @@ impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Masked<T::Mask<I>, C> {
         unsafe { T::load_wide_masked(isa, row[c], ptr) }
     }
     #[inline(always)]
-    fn ask<V>(&self, isa: I, ptr: *const V) {
-        if let Some(ahead) = self.ahead {
-            isa.prefetch_far(ptr.wrapping_add(ahead));
-        }
+    fn ahead(&self) -> Option<usize> {
+        self.ahead
     }
     #[inline(always)]
     fn results(&self, _last_vector: bool, last_row: bool) -> Option<T::Mask<I>> {
