@@ -11,8 +11,6 @@
 //! of `R` rows x `V` vectors of sums stays in registers. It is [`super::pointwise::ConvRows`] with pixels and channels
 //! exchanged; vectors are filled as far as a group's channels fill them.
 
-use std::marker::PhantomData;
-
 use super::Element;
 use super::products::Products;
 use crate::isa::{Isa, Kernel};
@@ -279,17 +277,5 @@ impl<T: Element, M: Products<T>, S: Sums<T>> Kernel for CheckedOuterProducts<'_,
                 }
             }
         }
-    }
-}
-
-/// How many values a vector holds.
-pub struct Lanes<T>(pub PhantomData<T>);
-
-impl<T: Element> Kernel for Lanes<T> {
-    type Output = usize;
-
-    #[inline(always)]
-    fn run<I: Isa>(self, _isa: I) -> usize {
-        T::lanes::<I>()
     }
 }

@@ -4,20 +4,19 @@
 //! [`Product`], serves both: it multiplies the rows of each group by a small matrix. An interleave is a table of
 //! places for the output rows (forward) or the input rows (backward) and costs nothing.
 
-use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::{Shared, estimate};
 use crate::isa::Active;
-use crate::kernels::Element;
-use crate::kernels::outer::{Lanes, OuterProducts, Pixels, Totals};
+use crate::kernels::outer::{OuterProducts, Pixels, Totals};
 use crate::kernels::pointwise::{
     ConvHeight, ConvRows, DotRows, DotWidth, MAX_DOT_A, MAX_SINGLE_B, Rows, SumColumns, SumSlots, slot,
 };
 use crate::kernels::products::{Products, Single};
 use crate::kernels::rows::Sum;
 use crate::kernels::transpose::Transpose;
+use crate::kernels::{Element, lanes};
 use crate::pool::{parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Images, Order, Pointwise, interleave_places};
@@ -262,7 +261,7 @@ impl Product {
     /// Where each group's first input channel stands in a pixel, and the distance to the next one, if
     /// [`Product::outer`] can do without transposing and is the faster way.
     fn outer_places<T: Element, M: Products<T>>(&self) -> Option<Vec<[usize; 2]>> {
-        let (k, m, lanes) = (self.group_in, self.group_out, self.isa.run(Lanes::<T>(PhantomData)));
+        let (k, m, lanes) = (self.group_in, self.group_out, lanes::<T>(self.isa));
         let steps = k.div_ceil(M::TERMS);
         let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64;
         let transposed = (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
@@ -473,7 +472,7 @@ fn weight_grad<T: Element, M: Products<T>>(
     }
     // Sums `[output channel][input channel]` of a group, or the other way round where that fills more of the vectors,
     // which interleaved output channels cannot.
-    let lanes = isa.run(Lanes::<T>(PhantomData));
+    let lanes = lanes::<T>(isa);
     let by_output = !planes && shape.out_places().is_none() && (k * m.div_ceil(lanes), k) < (m * k.div_ceil(lanes), m);
     let grad = WeightGrad { isa, products, shape, images, places, by_output, x, grad_output };
     // One set of partial sums for each part, added up in order at the end.
