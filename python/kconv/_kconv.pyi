@@ -143,8 +143,8 @@ class FusedProgram:
     def infer(
         self,
         x: NDArray[_Float],
-        parameters: NDArray[_Float],
-        statistics: NDArray[_Float],
+        parameters: NDArray[_Float] | list[NDArray[_Float]],
+        statistics: NDArray[_Float] | list[NDArray[_Float]],
         layout: _Layout = "NCHW",
     ) -> NDArray[_Float]: ...
     def backward(

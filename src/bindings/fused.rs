@@ -1,11 +1,12 @@
 //! Fused networks for NumPy arrays (and so for PyTorch's tensors).
 
 use pyo3::prelude::*;
+use pyo3::types::PyList;
 
 use super::active;
 use super::arrays::{ArrayElement, Input, Output, Values, by_wide_dtype, dtype, layout, memory_array};
 use crate::error::{Error, Result, bail};
-use crate::fused::{self, Arguments, Program};
+use crate::fused::{self, Arguments, Inference, Program};
 use crate::kernels::WideElement;
 use crate::memory::{self, Memory};
 use crate::shape::Order;
@@ -85,6 +86,12 @@ impl FusedProgram {
     }
 
     /// Forward in inference: the output, with the statistics that are given.
+    ///
+    /// Args:
+    ///     x: (N, C, H, W) or (N, H, W, C).
+    ///     parameters: All parameters in a row, or a list of arrays that hold them one after the other.
+    ///     statistics: (2, norm channels) means and variances to normalise with, or such a list.
+    ///     layout: "NCHW" or "NHWC".
     #[pyo3(signature = (x, parameters, statistics, layout="NCHW"))]
     fn infer<'py>(
         &self,
@@ -134,6 +141,32 @@ fn flat<'py, T: ArrayElement>(name: &'static str, value: &Any<'py>, len: usize) 
         return Err(Error::new(format!("{name} has {found} values, expected {len}")).into());
     }
     input.values()
+}
+
+/// Values of one array, or of a list of arrays one after the other.
+struct Pieces<'py, T: ArrayElement> {
+    values: Vec<Values<T>>,
+    /// These keep the memory alive, whatever becomes of the list.
+    _arrays: Vec<Input<'py, T>>,
+}
+
+impl<'py, T: ArrayElement> Pieces<'py, T> {
+    /// Those of a known number of values.
+    fn new(name: &'static str, value: &Any<'py>, len: usize) -> PyResult<Self> {
+        let arrays = match value.cast::<PyList>() {
+            Ok(list) => list.iter().map(|item| Input::new(name, &item)).collect::<PyResult<Vec<_>>>()?,
+            Err(_) => vec![Input::new(name, value)?],
+        };
+        let found = arrays.iter().fold(0usize, |sum, array| sum.saturating_add(array.shape().iter().product()));
+        if found != len {
+            return Err(Error::new(format!("{name} has {found} values, expected {len}")).into());
+        }
+        Ok(Self { values: arrays.iter().map(Input::values).collect::<PyResult<_>>()?, _arrays: arrays })
+    }
+
+    fn slices(&self) -> Vec<&[T]> {
+        self.values.iter().map(Values::as_slice).collect()
+    }
 }
 
 /// An image's shape in a layout.
@@ -204,13 +237,14 @@ impl FusedProgram {
         let [input, output] = program.sizes();
         let x = Input::<T>::new("x", x)?;
         let (count, order) = images("x", &x, input, layout)?;
-        let parameters = flat::<T>("parameters", parameters, program.parameters())?;
-        let statistics = flat::<T>("statistics", statistics, 2 * program.norm_channels())?;
+        let parameters = Pieces::<T>::new("parameters", parameters, program.parameters())?;
+        let statistics = Pieces::<T>::new("statistics", statistics, 2 * program.norm_channels())?;
         let mut y = Output::images(py, shape(count, output, layout), layout, order, None, &[&x])?;
         let (x, mut memory) = (x.image_values(layout, order)?, y.memory());
+        let (parameters, statistics) = (&parameters.slices()[..], &statistics.slices()[..]);
         py.detach(|| {
-            let arguments = Arguments { isa, program, count, order, parameters: parameters.as_slice(), masks: &[] };
-            fused::infer(&arguments, x.as_slice(), statistics.as_slice(), memory.as_mut_slice());
+            let inference = Inference { isa, program, count, order, parameters, statistics };
+            fused::infer(&inference, x.as_slice(), memory.as_mut_slice());
         });
         y.finish()
     }

@@ -21,6 +21,7 @@
 
 mod pointwise;
 mod program;
+mod single;
 mod source;
 mod spatial;
 #[cfg(test)]
@@ -42,6 +43,7 @@ use crate::kernels::transpose::Transpose;
 use crate::kernels::{WideElement, writable};
 use crate::memory;
 use crate::ops::Shared;
+use crate::ops::planes::planes_together;
 use crate::pool::{num_threads, on_worker, parallel_for, part};
 use crate::scratch;
 use crate::shape::Order;
@@ -99,6 +101,22 @@ struct Pass<'a, T> {
     finished: bool,
 }
 
+/// What inference computes with. Parameters and statistics may come in pieces, which follow each other.
+pub struct Inference<'a, T> {
+    /// The instruction set.
+    pub isa: Active,
+    /// The program.
+    pub program: &'a Program,
+    /// Number of images.
+    pub count: usize,
+    /// The order of the input's and output's axes.
+    pub order: Order,
+    /// All parameters, as [`Program::parse`] orders them.
+    pub parameters: &'a [&'a [T]],
+    /// Means and variances to normalise with, of all norms' channels.
+    pub statistics: &'a [&'a [T]],
+}
+
 /// What inference makes of parameters and statistics, and these.
 struct Prepared<T> {
     parameters: Vec<T>,
@@ -107,25 +125,35 @@ struct Prepared<T> {
     affine: Vec<(T, T)>,
 }
 
-impl<T: WideElement> Arguments<'_, T> {
+impl<T: WideElement> Inference<'_, T> {
     /// What is the same for all images, that of the last call where its parameters and statistics were the same: a
     /// comparison takes a tenth of the time of packing, which in inference of one image is a sixth of all.
-    fn prepared(&self, statistics: &[T]) -> Arc<Prepared<T>> {
+    fn prepared(&self) -> Arc<Prepared<T>> {
         let mut last = self.program.prepared.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(prepared) = last.as_ref().and_then(|last| last.clone().downcast::<Prepared<T>>().ok())
             && same_bits(&prepared.parameters, self.parameters)
-            && same_bits(&prepared.statistics, statistics)
+            && same_bits(&prepared.statistics, self.statistics)
         {
             return prepared;
         }
-        let mut pass = Pass::new(self, Shared::new(&mut []), &self.program.reused, 1);
-        pass.fix_statistics(statistics);
-        let (parameters, statistics) = (self.parameters.to_vec(), statistics.to_vec());
-        let prepared = Arc::new(Prepared { parameters, statistics, weights: self.packed(), affine: pass.affine });
+        let (parameters, statistics) = (self.parameters.concat(), self.statistics.concat());
+        let arguments = self.arguments(&parameters);
+        let mut pass = Pass::new(&arguments, Shared::new(&mut []), &self.program.reused, 1);
+        pass.fix_statistics(&statistics);
+        let (weights, affine) = (arguments.packed(), pass.affine);
+        let prepared = Arc::new(Prepared { parameters, statistics, weights, affine });
         *last = Some(prepared.clone());
         prepared
     }
 
+    /// What a pass computes with.
+    fn arguments<'a>(&'a self, parameters: &'a [T]) -> Arguments<'a, T> {
+        let Inference { isa, program, count, order, .. } = *self;
+        Arguments { isa, program, count, order, parameters, masks: &[] }
+    }
+}
+
+impl<T: WideElement> Arguments<'_, T> {
     /// Each step's weights for the forward pass, where it is a convolution.
     fn packed(&self) -> Vec<Option<Packed<T>>> {
         let packed = |step: &Step| match &step.kind {
@@ -142,11 +170,16 @@ impl<T: WideElement> Arguments<'_, T> {
     }
 }
 
-/// Whether two slices hold the same values, bit for bit.
-fn same_bits<T: WideElement>(a: &[T], b: &[T]) -> bool {
+/// Whether values are those of the pieces, bit for bit.
+fn same_bits<T: WideElement>(mut values: &[T], pieces: &[&[T]]) -> bool {
     // SAFETY: floating-point numbers are plain bytes.
     let bytes = |values: &[T]| unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
-    bytes(a) == bytes(b)
+    let same = pieces.iter().all(|piece| {
+        let Some((first, rest)) = values.split_at_checked(piece.len()) else { return false };
+        values = rest;
+        bytes(first) == bytes(piece)
+    });
+    same && values.is_empty()
 }
 
 /// A value's statistics: count, mean, and sum of the squares of the distances from the mean.
@@ -216,17 +249,16 @@ pub fn forward<T: WideElement>(
 /// Forward in inference, with given statistics (means and variances of all norms' channels).
 ///
 /// Nothing is kept. Each thread takes a few images at a time through the whole program, in memory that stays in its cache.
-pub fn infer<T: WideElement>(arguments: &Arguments<'_, T>, x: &[T], statistics: &[T], y: &mut [MaybeUninit<T>]) {
-    let Arguments { program, count, .. } = *arguments;
+pub fn infer<T: WideElement>(inference: &Inference<'_, T>, x: &[T], y: &mut [MaybeUninit<T>]) {
+    let Inference { program, count, .. } = *inference;
     let [input, output] = program.sizes().map(|[channels, height, width]| channels * height * width);
     assert_eq!((x.len(), y.len()), (count * input, count * output));
-    assert_eq!(statistics.len(), 2 * program.norm_channels());
     on_worker(num_threads(), || {
         let threads = num_threads();
         let y = Shared::new(y);
-        let prepared = arguments.prepared(statistics);
+        let prepared = inference.prepared();
+        let arguments = inference.arguments(&prepared.parameters);
         // What is the same for all images, which only the memory is not.
-        let arguments = Arguments { masks: &[], ..*arguments };
         let mut first = Pass::new(&arguments, Shared::new(&mut []), &program.reused, 1);
         first.packed = &prepared.weights;
         first.affine.clone_from(&prepared.affine);
@@ -431,6 +463,9 @@ impl<'a, T: WideElement> Pass<'a, T> {
     }
 
     fn copy(&self, step: &Step) {
+        if self.is_single(step.value) {
+            return self.copy_single(step);
+        }
         let len = self.row_len(step.value);
         let (parts, size) = tiles(len);
         let rows = self.rows(step.value);
@@ -449,7 +484,7 @@ impl<'a, T: WideElement> Pass<'a, T> {
         let (pixels, channels) = (step.source.pixels(), step.source.channels());
         let rows = self.rows(step.value);
         let waits = !self.finished && self.program.values[step.value].kept_rows > 1;
-        self.for_tasks(channels, 1, |c, _| {
+        let mean = |c: usize| {
             // SAFETY: row c of the value and those of its slopes are this task's own.
             let own = |set: usize| unsafe {
                 std::slice::from_raw_parts_mut(rows.ptr().add((set * channels + c) * self.count), self.count)
@@ -472,7 +507,10 @@ impl<'a, T: WideElement> Pass<'a, T> {
             });
             // SAFETY: just written.
             unsafe { self.finish(step.value, c, 0..self.count) };
-        });
+        };
+        let together = planes_together(self.count * pixels, channels.div_ceil(self.threads));
+        let tasks = channels.div_ceil(together);
+        self.for_tasks(tasks, 1, |task, _| part(channels, tasks, task).for_each(mean));
     }
 
     fn pool(&self, step: &Step) {

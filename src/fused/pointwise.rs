@@ -79,17 +79,42 @@ impl<T: WideElement> Packed<T> {
         })
     }
 
+    /// Those of inputs that are multiplied by these factors before.
+    fn scaled(&self, factors: &[T]) -> Self {
+        let (mut weights, blocks) = (self.weights.clone(), self.blocks.clone());
+        for (group, factors) in weights.chunks_exact_mut(self.group).zip(factors.chunks_exact(self.inputs)) {
+            for block in &blocks {
+                let rows = group[block.start * self.inputs..block.end * self.inputs].chunks_exact_mut(block.len());
+                for (row, &factor) in rows.zip(factors) {
+                    row.iter_mut().for_each(|weight| *weight = *weight * factor);
+                }
+            }
+        }
+        Self { weights, blocks, ..*self }
+    }
+
     /// The weights of a block of a group.
     pub fn block(&self, group: usize, block: &Range<usize>) -> &[T] {
         &self.weights[group * self.group..][block.start * self.inputs..block.end * self.inputs]
+    }
+
+    /// The weights of groups of one block each.
+    pub fn groups(&self, groups: &Range<usize>) -> &[T] {
+        &self.weights[groups.start * self.group..groups.end * self.group]
     }
 }
 
 impl<T: WideElement> Pass<'_, T> {
     /// Makes the value of a pointwise convolution, and its statistics.
     pub(super) fn pointwise(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
+        if self.is_single(step.value) {
+            self.pointwise_single(step, conv);
+            return Vec::new();
+        }
         let bias = conv.bias.map(|bias| &self.parameters[bias..][..conv.groups * conv.group_out]);
-        let (k, m, packed) = (conv.group_in, conv.group_out, self.weights(step));
+        let (k, m) = (conv.group_in, conv.group_out);
+        let scaled = self.gates(&step.source).map(|gates| self.weights(step).scaled(&gates));
+        let packed = scaled.as_ref().unwrap_or_else(|| self.weights(step));
         let len = self.row_len(step.value);
         let tile = tile_pixels(k + m);
         let parts = len.div_ceil(tile).max(FORWARD_TASKS.div_ceil(conv.groups)).min(len.div_ceil(TILE_PIXELS.0));
@@ -105,8 +130,12 @@ impl<T: WideElement> Pass<'_, T> {
                     unsafe { std::slice::from_raw_parts_mut(shared.ptr().add((p * conv.groups + g) * m), m) };
                 let mut x_offsets = vec![0; k];
                 for pixels in chunks(part(len, parts, p), tile) {
-                    // SAFETY: sources are values of earlier steps.
-                    let x = unsafe { self.load_rows(&step.source, g * k, &pixels, buffer, tile, &mut x_offsets, None) };
+                    let x = if scaled.is_some() {
+                        self.row_places(&step.source.rows[g * k..], pixels.start, &mut x_offsets)
+                    } else {
+                        // SAFETY: sources are values of earlier steps.
+                        unsafe { self.load_rows(&step.source, g * k, &pixels, buffer, tile, &mut x_offsets, None) }
+                    };
                     for block in &packed.blocks {
                         // SAFETY: rows of the source, and these pixels of the value's rows, which are this task's own.
                         let kernel = unsafe {

@@ -39,6 +39,40 @@ impl<T: WideElement> Pass<'_, T> {
         }
     }
 
+    /// Some of the source's channels over some pixels, as [`Pass::load`] gives one: from the first channel's on, and the
+    /// distance from one channel to the next.
+    ///
+    /// # Safety
+    /// As for [`Pass::load`].
+    pub(super) unsafe fn load_channels<'b>(
+        &'b self,
+        source: &Source,
+        channels: Range<usize>,
+        pixels: &Range<usize>,
+        buffer: &'b mut [T],
+    ) -> (&'b [T], usize) {
+        let rows = &source.rows[source.starts[channels.start]..source.starts[channels.end]];
+        let (first, len) = (&rows[0], pixels.len());
+        let step = rows.get(1).map_or(Some(0), |row| row.channel.checked_sub(first.channel));
+        let regular = |(i, row): (usize, &Row)| {
+            self.plain(row)
+                && row.value == first.value
+                && step.is_some_and(|step| row.channel == first.channel + i * step)
+        };
+        if rows.len() == channels.len() && rows.iter().enumerate().all(regular) {
+            let step = step.unwrap_or(0) * self.row_len(first.value);
+            let all = pixels.start..pixels.end + (channels.len() - 1) * step;
+            // SAFETY: the caller's promise; the last row is inside the value.
+            return (unsafe { self.row(first.value, first.channel, all) }, step);
+        }
+        let buffer = &mut buffer[..channels.len() * len];
+        for (channel, y) in channels.zip(buffer.chunks_exact_mut(len)) {
+            // SAFETY: the caller's promise.
+            unsafe { self.fill(source, channel, pixels.clone(), y, None) };
+        }
+        (buffer, len)
+    }
+
     /// Whether the derivatives of a row's activation are worth keeping from when it is read to when its gradient is given
     /// back.
     fn keeps(&self, row: &Row) -> bool {
@@ -63,10 +97,7 @@ impl<T: WideElement> Pass<'_, T> {
         let bounds = &source.starts[first..=first + offsets.len()];
         let rows = &source.rows[bounds[0]..bounds[offsets.len()]];
         if rows.len() == offsets.len() && rows.iter().all(|row| self.plain(row)) {
-            for (offset, row) in offsets.iter_mut().zip(rows) {
-                *offset = self.places[row.value] + row.channel * self.row_len(row.value) + pixels.start;
-            }
-            return self.start.ptr();
+            return self.row_places(rows, pixels.start, offsets);
         }
         for (i, (offset, y)) in offsets.iter_mut().zip(buffer.chunks_exact_mut(tile)).enumerate() {
             let slopes = slopes.as_deref_mut().map(|slopes| &mut slopes[i * source.most_rows * tile..]);
@@ -75,6 +106,28 @@ impl<T: WideElement> Pass<'_, T> {
             *offset = i * tile;
         }
         buffer.as_ptr()
+    }
+
+    /// Where rows' values stand from a pixel on: the start of what `offsets` count from.
+    pub(super) fn row_places(&self, rows: &[Row], pixel: usize, offsets: &mut [usize]) -> *const T {
+        for (offset, row) in offsets.iter_mut().zip(rows) {
+            *offset = self.places[row.value] + row.channel * self.row_len(row.value) + pixel;
+        }
+        self.start.ptr()
+    }
+
+    /// The gates of a source's channels, if the source is nothing but values of one image times these: then a convolution's
+    /// weights can be scaled instead of its pixels.
+    pub(super) fn gates(&self, source: &Source) -> Option<Vec<T>> {
+        let simple = |row: &Row| self.pure(row) && !self.masked(row);
+        let gated = self.finished
+            && self.count == 1
+            && source.rows.len() == source.channels()
+            && source.rows.iter().any(|row| row.gate.is_some())
+            && source.rows.iter().all(simple);
+        // SAFETY: gates are values of earlier steps, of one pixel an image.
+        let gate = |row: &Row| row.gate.map_or(T::ONE, |(value, channel)| unsafe { self.row(value, channel, 0..1)[0] });
+        gated.then(|| source.rows.iter().map(gate).collect())
     }
 
     /// Writes the source's channel over some pixels to `y`, and to `slopes` as [`Pass::load`] does.
@@ -114,9 +167,18 @@ impl<T: WideElement> Pass<'_, T> {
     }
 
     /// Whether a row is the value's own memory.
-    fn plain(&self, row: &Row) -> bool {
-        let pure = row.norm.is_none() && row.activation == Activation::Identity || self.is_finished(row);
-        pure && row.gate.is_none() && row.mask.is_none()
+    pub(super) fn plain(&self, row: &Row) -> bool {
+        self.pure(row) && row.gate.is_none() && !self.masked(row)
+    }
+
+    /// Whether a row is the value's own memory but for gate and mask.
+    fn pure(&self, row: &Row) -> bool {
+        row.norm.is_none() && row.activation == Activation::Identity || self.is_finished(row)
+    }
+
+    /// Whether a row has a mask in this pass.
+    fn masked(&self, row: &Row) -> bool {
+        row.mask.is_some() && !self.masks.is_empty()
     }
 
     /// Scale and shift of a row.

@@ -10,14 +10,14 @@ use super::pointwise::{Packed, merge_parts};
 use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, chunks};
 use crate::isa::Active;
-use crate::kernels::planes::{Correlate, CorrelateSums, MAX_TAP_ROWS};
+use crate::kernels::planes::{Correlate, CorrelateSums, MAX_TAP_ROWS, Results};
 use crate::kernels::pointwise::{ConvRows, Rows, SumSlots, slot};
 use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
 use crate::kernels::{WideElement, lanes, writable};
 use crate::ops::Shared;
 use crate::ops::phases::Phase;
-use crate::ops::planes::{Planes, Taps, ahead, forward_order, images_together, merge};
+use crate::ops::planes::{Planes, Taps, ahead, forward_order, merge, planes_together};
 use crate::ops::pointwise::add_products;
 use crate::pool::part;
 use crate::scratch::{self, cut};
@@ -81,34 +81,43 @@ impl<T: WideElement> Pass<'_, T> {
         let value = &self.program.values[step.value];
         let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), [value.height, value.width]);
         let parts = self.image_parts(conv.groups);
-        let block = images_together(pixels, self.count.div_ceil(parts));
+        let block = planes_together(pixels, self.count.div_ceil(parts));
+        // Channels of so few images that they leave room for others.
+        let together = planes_together(block * pixels, conv.groups.div_ceil(self.threads));
         let packed = self.weights(step);
+        let none = vec![T::default(); together];
         let bias = conv.bias.map(|bias| &self.parameters[bias..][..conv.groups]);
         let mut partial = vec![(0.0, 0.0, 0.0); parts * conv.groups];
         let shared = Shared(partial.as_mut_ptr());
-        let rows = self.rows(step.value);
-        self.for_tasks(conv.groups, parts, |g, p| {
-            scratch::with(block * pixels, |buffer: &mut [T]| {
+        let (rows, row_len) = (self.rows(step.value), self.row_len(step.value));
+        self.for_tasks(conv.groups.div_ceil(together), parts, |task, p| {
+            let channels = task * together..conv.groups.min((task + 1) * together);
+            scratch::with(together * block * pixels, |buffer: &mut [T]| {
                 for images in chunks(part(self.count, parts, p), block) {
                     let range = images.start * pixels..images.end * pixels;
                     // SAFETY: sources are values of earlier steps.
-                    let source = unsafe { self.load(&step.source, g, range, buffer, None) };
+                    let (source, step_in) =
+                        unsafe { self.load_channels(&step.source, channels.clone(), &range, buffer) };
                     let range = images.start * out_pixels..images.end * out_pixels;
-                    let start = g * self.count * out_pixels + range.start;
-                    // SAFETY: these images of this channel, which are this task's own.
-                    let y = unsafe { std::slice::from_raw_parts_mut(rows.ptr().add(start), range.len()) };
+                    let len = (channels.len() - 1) * row_len + range.len();
                     self.isa.run(Correlate {
-                        view: taps.bare_view(source, (images.len(), pixels), (1, 0)),
+                        view: taps.bare_view(source, (images.len(), pixels), (channels.len(), step_in)),
                         tap_rows: taps.rows,
-                        weights: packed.block(g, &(0..1)),
-                        bias: bias.map_or(&[T::default()], |bias| &bias[g..g + 1]),
-                        y: writable(y).into(),
+                        weights: packed.groups(&channels),
+                        bias: bias.map_or(&none[..channels.len()], |bias| &bias[channels.clone()]),
+                        // SAFETY: these images of these channels, which are this task's own.
+                        y: unsafe { Results::new(rows.ptr().add(channels.start * row_len + range.start), len) },
                         y_pitch: taps.result_pitch(size[1]),
-                        y_steps: [out_pixels, 0],
+                        y_steps: [out_pixels, row_len],
                         size,
                     });
-                    // SAFETY: just written, and `y` is not used any more; statistics of this task alone.
-                    unsafe { self.complete(step.value, g, range, &mut *shared.ptr().add(p * conv.groups + g)) };
+                    for channel in channels.clone() {
+                        // SAFETY: just written; statistics of this task alone.
+                        unsafe {
+                            let statistics = &mut *shared.ptr().add(p * conv.groups + channel);
+                            self.complete(step.value, channel, range.clone(), statistics);
+                        }
+                    }
                 }
             });
         });
@@ -125,7 +134,7 @@ impl<T: WideElement> Pass<'_, T> {
         let (pixels, out_pixels) = (step.source.pixels(), value.pixels());
         let (k, m) = (conv.group_in, conv.group_out);
         let parts = self.image_parts(conv.groups);
-        let block = images_together(pixels, self.count.div_ceil(parts));
+        let block = planes_together(pixels, self.count.div_ceil(parts));
         let [vertical, horizontal] = [&phases[0][0], &phases[1][0]];
         let planes = Planes::new(both(&phases), block);
         let taps = depthwise(conv).then(|| Taps::new(&planes, vertical, horizontal, conv.kernel[1]));
@@ -261,7 +270,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let value = &pass.program.values[step.value];
         let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), [value.height, value.width]);
         let parts = pass.image_parts(conv.groups);
-        let block = images_together(pixels, pass.count.div_ceil(parts));
+        let block = planes_together(pixels, pass.count.div_ceil(parts));
         let most = step.source.most_rows;
         let weights = &pass.parameters[conv.weight..][..conv.weights()];
         let packed = Packed::of_taps(pass.isa, conv.groups, 1, 1, back.order(), |g, i, o, tap| {
@@ -342,7 +351,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), [value.height, value.width]);
         let (groups, k, m) = (conv.groups, conv.group_in, conv.group_out);
         let parts = pass.image_parts(groups);
-        let block = images_together(pixels, pass.count.div_ceil(parts));
+        let block = planes_together(pixels, pass.count.div_ceil(parts));
         let most = step.source.most_rows;
         let phases = Phases::new(step, conv, size);
         if let Some(taps) = bare::<T>(pass.isa, conv, &phases.forward) {

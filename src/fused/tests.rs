@@ -3,7 +3,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::{Arguments, Program, backward, forward, infer};
+use super::{Arguments, Inference, Program, backward, forward, infer};
 use crate::isa::Active;
 use crate::kernels::WideElement;
 use crate::shape::Order;
@@ -186,9 +186,16 @@ fn inference_is_the_forward_pass_with_given_statistics() {
     for (isa, mut case) in Active::available().into_iter().flat_map(cases) {
         case.masks.clear();
         let [y, statistics, _] = case.forward(isa);
-        let found = filled(y.len(), |y| infer(&case.arguments(isa), &case.x, &statistics, y));
-        for (found, expected) in found.iter().zip(&y) {
-            assert!((found - expected).abs() < 1e-12, "{}", isa.name());
+        let Arguments { program, count, order, parameters, .. } = case.arguments(isa);
+        let pieces = |values: &[f64]| -> Vec<_> { values.chunks(7).collect() };
+        let (parameters, statistics) = (pieces(parameters), pieces(&statistics));
+        // The second time with what is left of the first.
+        for _ in 0..2 {
+            let inference = Inference { isa, program, count, order, parameters: &parameters, statistics: &statistics };
+            let found = filled(y.len(), |y| infer(&inference, &case.x, y));
+            for (found, expected) in found.iter().zip(&y) {
+                assert!((found - expected).abs() < 1e-12, "{}", isa.name());
+            }
         }
     }
 }

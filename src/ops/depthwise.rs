@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::slice;
 
 use super::phases::{Phase, Seen};
-use super::planes::{Planes, Taps, ahead, images_together, merge};
+use super::planes::{Planes, Taps, ahead, merge, planes_together};
 use super::{Shared, estimate};
 use crate::isa::Active;
 use crate::kernels::depthwise::{MAX_TAPS, TapPixels, TapSums};
@@ -256,7 +256,7 @@ impl<T: Element> Correlation<'_, T> {
         let together = channels_together(pixels, channels);
         let tiles = channels.div_ceil(together);
         let parts = (threads * TASKS_PER_THREAD).div_ceil(tiles).min(count);
-        let block = images_together(pixels.max(out_pixels), count.div_ceil(parts));
+        let block = planes_together(pixels.max(out_pixels), count.div_ceil(parts));
         let planes = Planes::new([&self.vertical, &self.horizontal], block);
         let bias = self.bias();
         let pairs = self.vertical.iter().flat_map(|v| self.horizontal.iter().map(move |h| (v, h)));
@@ -468,7 +468,7 @@ impl<T: Element> WeightGrad<'_, T> {
         }
         let (pixels, size) =
             (self.vertical.input * self.horizontal.input, [self.vertical.count, self.horizontal.count]);
-        let block = images_together(pixels, count);
+        let block = planes_together(pixels, count);
         let planes = Planes::new([slice::from_ref(self.vertical), slice::from_ref(self.horizontal)], block);
         let taps = Taps::new(&planes, self.vertical, self.horizontal, kernel);
         let (padded_len, grad_len, slots_len) =

@@ -36,8 +36,8 @@ pub(crate) fn ahead(pixels: usize) -> usize {
 /// Pixels that are computed together, about: all that is done to them stays in the L1 cache.
 const BLOCK_PIXELS: usize = 1024;
 
-/// How many images' planes of so many pixels are computed together, of at most `most`.
-pub(crate) fn images_together(pixels: usize, most: usize) -> usize {
+/// How many planes of so many pixels are computed together, of at most `most`.
+pub(crate) fn planes_together(pixels: usize, most: usize) -> usize {
     (BLOCK_PIXELS / pixels.max(1)).clamp(1, most.max(1))
 }
 

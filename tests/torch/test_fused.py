@@ -6,12 +6,14 @@ import copy
 import gc
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import kconv
+from kconv._kconv import FusedProgram
 from kconv.models import GraphBuilder, create
 from kconv.torch import Network, build
 from kconv.torch.layers import DropConnect
@@ -141,11 +143,19 @@ def test_what_happens_between_the_modules_is_seen():
     fused, plain = pair("keffnet_s", {"ktype": "D6_16ch"}, 32)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     seen = []
-    handle = fused.k_stem_bn.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    hook = lambda module, args, y: seen.append(y.shape)  # noqa: E731
+    for net in (fused, pickle.loads(pickle.dumps(fused))):
+        net(x)
+        handle = net.k_stem_bn.register_forward_hook(hook)
+        net(x)
+        handle.remove()
+        net(x)
+        assert seen == [(2, 32, 16, 16)]
+        seen.clear()
+    handle = nn.modules.module.register_module_forward_hook(hook)
     fused(x)
     handle.remove()
-    fused(x)
-    assert seen == [(2, 32, 16, 16)]
+    assert len(seen) == len(fused._steps) + 1
     for net in (fused, plain):
         net.k_stem_activation = nn.Identity()
     torch.testing.assert_close(seeded(fused, x), seeded(plain, x))
@@ -170,6 +180,32 @@ def test_copies_and_pickles_are_fused_too():
                 parameter.mul_(0.9)
         plain.load_state_dict(copied.state_dict())
         assert_same_step(copied, plain, x, 1e-8)
+
+
+def test_inference_of_parameters_in_pieces():
+    """One after the other they are the parameters, whatever their axes and strides."""
+    net = Network(block()).eval()
+    x = torch.randn(2, 6, 8, 8)
+    segment = next(iter(net._fused.values()))
+    program = segment.segment.program((8, 8), "OI")
+    compiled = FusedProgram(program.integers)
+    parameters = [getattr(net.get_submodule(layer), name) for layer, name in segment._parameters]
+    flat = torch.cat([parameter.detach().flatten() for parameter in parameters]).numpy()
+    statistics = np.ones((2, compiled.norm_channels), np.float32)
+    expected = compiled.infer(x.numpy(), flat, statistics)
+    pieces = [np.asfortranarray(parameter.detach()) for parameter in parameters]
+    pieces[0] = pieces[0].repeat(2, axis=0)[::2]  # every other value of its memory
+    found = compiled.infer(x.numpy(), pieces, [statistics[:1], statistics[1]])
+    np.testing.assert_array_equal(found, expected)
+    # The same sizes with other values.
+    pieces[-1] = pieces[-1] + 1
+    assert not np.array_equal(compiled.infer(x.numpy(), pieces, [statistics]), expected)
+    for wrong in (pieces[:-1], [*pieces, pieces[0]], [], flat[1:]):
+        with pytest.raises(ValueError, match=rf"parameters has \d+ values, expected {len(flat)}"):
+            compiled.infer(x.numpy(), wrong, statistics)
+    for wrong, what in ((pieces[0].astype(float), "an array of float64"), (3, "int")):
+        with pytest.raises(TypeError, match=f"parameters is {what}, expected"):
+            compiled.infer(x.numpy(), [wrong, *pieces[1:]], statistics)
 
 
 def test_drop_connect_drops_whole_images():

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::{expect, in_order, order};
 use crate::bindings::call::{Array, Buffer, Call, Float, Output};
 use crate::error::Result;
-use crate::fused::{self, Arguments, Program};
+use crate::fused::{self, Arguments, Inference, Program};
 use crate::isa;
 use crate::kernels::WideElement;
 
@@ -73,8 +73,10 @@ pub fn fused_infer<T: Float + WideElement>(call: &Call<'_>, output: Output<'_>) 
     let n = count(call, "x", &x, input_size)?;
     expect("output", [count(call, "output", &output, output_size)?], [n])?;
     expect("statistics", statistics.dims()?, [2, program.norm_channels()])?;
-    let arguments = arguments::<T>(call, &program, n, &parameters, &[])?;
-    fused::infer(&arguments, x.read()?, statistics.read()?, output.write()?);
+    let Arguments { isa, order, parameters, .. } = arguments::<T>(call, &program, n, &parameters, &[])?;
+    let (parameters, statistics) = (&[parameters], &[statistics.read()?]);
+    let inference = Inference { isa, program: &program, count: n, order, parameters, statistics };
+    fused::infer(&inference, x.read()?, output.write()?);
     Ok(())
 }
 
