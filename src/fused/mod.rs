@@ -140,7 +140,7 @@ impl<T: WideElement> Inference<'_, T> {
         let arguments = self.arguments(&parameters);
         let mut pass = Pass::new(&arguments, Shared::new(&mut []), &self.program.reused, 1);
         pass.fix_statistics(&statistics);
-        let (weights, affine) = (arguments.packed(), pass.affine);
+        let (weights, affine) = (arguments.packed(Some(&pass.affine)), pass.affine);
         let prepared = Arc::new(Prepared { parameters, statistics, weights, affine });
         *last = Some(prepared.clone());
         prepared
@@ -154,15 +154,24 @@ impl<T: WideElement> Inference<'_, T> {
 }
 
 impl<T: WideElement> Arguments<'_, T> {
-    /// Each step's weights for the forward pass, where it is a convolution.
-    fn packed(&self) -> Vec<Option<Packed<T>>> {
+    /// Each step's weights for the forward pass, where it is a convolution. With scale and shift of all norms' channels,
+    /// those of the norm that all readers of the result apply are part of its weights and bias.
+    fn packed(&self, affine: Option<&[(T, T)]>) -> Vec<Option<Packed<T>>> {
         let packed = |step: &Step| match &step.kind {
             Kind::Conv(conv) => {
                 let weights = &self.parameters[conv.weight..][..conv.weights()];
                 let value = &self.program.values[step.value];
                 let taps = spatial::tap_order::<T>(self.isa, step, conv, [value.height, value.width]);
-                let weight = |g, o, i, tap| weights[conv.index(g, o, i, tap)];
-                Some(Packed::of_taps(self.isa, conv.groups, conv.group_out, conv.group_in, &taps, weight))
+                let (outputs, view) = (conv.group_out, value.view.as_ref());
+                let norm = |channel: usize| Some(affine?[view?.norms[channel]?]);
+                let scale: Vec<_> = (0..value.channels).map(|c| norm(c).map_or(T::ONE, |(scale, _)| scale)).collect();
+                let weight = |g, o, i, tap| weights[conv.index(g, o, i, tap)] * scale[g * outputs + o];
+                let packed = Packed::of_taps(self.isa, conv.groups, outputs, conv.group_in, &taps, weight);
+                let bias = conv.bias.map(|start| &self.parameters[start..][..value.channels]);
+                let own = |c: usize| bias.map_or(T::default(), |bias| bias[c] * scale[c]);
+                let shift = |c: usize| own(c) + norm(c).map_or(T::default(), |(_, shift)| shift);
+                let biased = bias.is_some() || (0..value.channels).any(|c| norm(c).is_some());
+                Some(packed.with_bias(if biased { (0..value.channels).map(shift).collect() } else { Vec::new() }))
             }
             Kind::Copy | Kind::Mean | Kind::Pool => None,
         };
@@ -220,7 +229,7 @@ pub fn forward<T: WideElement>(
     assert_eq!(statistics.len(), 2 * channels);
     assert_eq!(workspace.len(), program.workspace_len(arguments.count));
     on_worker(num_threads(), || {
-        let weights = arguments.packed();
+        let weights = arguments.packed(None);
         let mut pass = Pass::new(arguments, Shared::new(workspace), &program.kept, num_threads());
         pass.packed = &weights;
         pass.clear_gaps();
@@ -475,7 +484,7 @@ impl<'a, T: WideElement> Pass<'a, T> {
             unsafe {
                 let y = std::slice::from_raw_parts_mut(rows.ptr().add(c * len + pixels.start), pixels.len());
                 self.fill(&step.source, c, pixels.clone(), y, None);
-                self.finish(step.value, c, pixels);
+                self.finish(step.value, c..c + 1, pixels);
             }
         });
     }
@@ -506,7 +515,7 @@ impl<'a, T: WideElement> Pass<'a, T> {
                 }
             });
             // SAFETY: just written.
-            unsafe { self.finish(step.value, c, 0..self.count) };
+            unsafe { self.finish(step.value, c..c + 1, 0..self.count) };
         };
         let together = planes_together(self.count * pixels, channels.div_ceil(self.threads));
         let tasks = channels.div_ceil(together);
@@ -531,7 +540,7 @@ impl<'a, T: WideElement> Pass<'a, T> {
                 }
             });
             // SAFETY: just written.
-            unsafe { self.finish(step.value, c, images.start * out..images.end * out) };
+            unsafe { self.finish(step.value, c..c + 1, images.start * out..images.end * out) };
         });
     }
 
@@ -586,37 +595,58 @@ impl<'a, T: WideElement> Pass<'a, T> {
         PARTS.min(self.count).min((self.count * pixels).div_ceil(PART_PIXELS)).max(1)
     }
 
-    /// Completes new values of a channel: measures them, or makes of them what their readers will.
+    /// Completes new values of some channels: measures them, or makes of them what their readers will.
     ///
     /// # Safety
     /// The pixels must have been written by this task.
-    unsafe fn complete(&self, value: usize, channel: usize, pixels: Range<usize>, statistics: &mut Statistics) {
+    unsafe fn complete(
+        &self,
+        value: usize,
+        channels: Range<usize>,
+        pixels: Range<usize>,
+        statistics: &mut [Statistics],
+    ) {
         if self.finished {
             // SAFETY: the caller's promise.
-            unsafe { self.finish(value, channel, pixels) };
+            unsafe { self.finish(value, channels, pixels) };
         } else if self.program.values[value].normed {
-            // SAFETY: the caller's promise.
-            let row = unsafe { self.row(value, channel, pixels) };
-            let (mean, squares) = self.isa.run(Moments(row));
-            *statistics = merge(*statistics, (row.len() as f64, mean, squares));
+            for (channel, statistics) in channels.zip(statistics) {
+                // SAFETY: the caller's promise.
+                let row = unsafe { self.row(value, channel, pixels.clone()) };
+                let (mean, squares) = self.isa.run(Moments(row));
+                *statistics = merge(*statistics, (row.len() as f64, mean, squares));
+            }
         }
     }
 
-    /// Makes of new values of a channel what their readers will, if this pass does so.
+    /// Makes of new values of some channels what their readers will, if this pass does so.
     ///
     /// # Safety
     /// As for [`Pass::complete`].
-    unsafe fn finish(&self, value: usize, channel: usize, pixels: Range<usize>) {
+    unsafe fn finish(&self, value: usize, channels: Range<usize>, pixels: Range<usize>) {
         let Some(view) = self.program.values[value].view.as_ref().filter(|_| self.finished) else { return };
-        let norm = view.norms[channel];
-        if norm.is_none() && view.activation == Activation::Identity {
+        let (activation, len) = (view.activation, self.row_len(value));
+        // The norms of a convolution's value are in its weights: see [`Arguments::packed`].
+        let folded = matches!(self.program.steps[value - 1].kind, Kind::Conv(_));
+        let norms = view.norms[channels.clone()].iter().map(|norm| norm.filter(|_| !folded));
+        let plain = norms.clone().all(|norm| norm.is_none());
+        if plain && activation == Activation::Identity {
             return;
         }
-        let affine = norm.map_or((T::ONE, T::default()), |norm| self.affine[norm]);
-        let start = channel * self.row_len(value) + pixels.start;
-        // SAFETY: the caller's promise.
-        let row = unsafe { std::slice::from_raw_parts_mut(self.rows(value).ptr().add(start), pixels.len()) };
-        self.isa.run(ActivateInPlace { activation: view.activation, row, affine });
+        let rows = self.rows(value);
+        let run = |start: usize, len: usize, affine: (T, T)| {
+            // SAFETY: the caller's promise.
+            let row = unsafe { std::slice::from_raw_parts_mut(rows.ptr().add(start), len) };
+            self.isa.run(ActivateInPlace { activation, row, affine });
+        };
+        let one = (T::ONE, T::default());
+        if plain && pixels.len() == len {
+            // Rows follow each other.
+            return run(channels.start * len, channels.len() * len, one);
+        }
+        for (channel, norm) in channels.zip(norms) {
+            run(channel * len + pixels.start, pixels.len(), norm.map_or(one, |norm| self.affine[norm]));
+        }
     }
 
     /// Calls `task(i, j)` for all `i < rows` and `j < columns` on this pass's threads.

@@ -38,6 +38,8 @@ fn tile_pixels(rows: usize) -> usize {
 /// `[input row][output row]`.
 pub(super) struct Packed<T> {
     weights: Vec<T>,
+    /// One for each output row of all groups, or nothing.
+    bias: Vec<T>,
     group: usize,
     inputs: usize,
     /// Output rows of a group in blocks.
@@ -61,7 +63,7 @@ impl<T: WideElement> Packed<T> {
                 weights.extend(block.clone().map(|o| weight(g, o, i)));
             }
         }
-        Self { weights, group: outputs * inputs, inputs, blocks }
+        Self { weights, bias: Vec::new(), group: outputs * inputs, inputs, blocks }
     }
 
     /// Packs `weight(group, output row, input channel, tap)`, an input row being a channel seen through one of `taps`; a
@@ -79,6 +81,11 @@ impl<T: WideElement> Packed<T> {
         })
     }
 
+    /// These weights and a bias.
+    pub fn with_bias(self, bias: Vec<T>) -> Self {
+        Self { bias, ..self }
+    }
+
     /// Those of inputs that are multiplied by these factors before.
     fn scaled(&self, factors: &[T]) -> Self {
         let (mut weights, blocks) = (self.weights.clone(), self.blocks.clone());
@@ -90,12 +97,17 @@ impl<T: WideElement> Packed<T> {
                 }
             }
         }
-        Self { weights, blocks, ..*self }
+        Self { weights, blocks, bias: self.bias.clone(), ..*self }
     }
 
     /// The weights of a block of a group.
     pub fn block(&self, group: usize, block: &Range<usize>) -> &[T] {
         &self.weights[group * self.group..][block.start * self.inputs..block.end * self.inputs]
+    }
+
+    /// The bias of these of all output rows, if there is one.
+    pub fn bias(&self, outputs: Range<usize>) -> Option<&[T]> {
+        (!self.bias.is_empty()).then(|| &self.bias[outputs])
     }
 
     /// The weights of groups of one block each.
@@ -111,7 +123,6 @@ impl<T: WideElement> Pass<'_, T> {
             self.pointwise_single(step, conv);
             return Vec::new();
         }
-        let bias = conv.bias.map(|bias| &self.parameters[bias..][..conv.groups * conv.group_out]);
         let (k, m) = (conv.group_in, conv.group_out);
         let scaled = self.gates(&step.source).map(|gates| self.weights(step).scaled(&gates));
         let packed = scaled.as_ref().unwrap_or_else(|| self.weights(step));
@@ -148,15 +159,14 @@ impl<T: WideElement> Pass<'_, T> {
                                 y_offsets: &offsets[block.clone()],
                                 pixels: pixels.len(),
                                 ahead: [0, pixels.len()],
-                                bias: bias.map(|bias| &bias[g * m + block.start..g * m + block.end]),
+                                bias: packed.bias(g * m + block.start..g * m + block.end),
                             }
                             .promise()
                         };
                         self.isa.run(kernel);
-                        for o in block.clone() {
-                            // SAFETY: just written.
-                            unsafe { self.complete(step.value, g * m + o, pixels.clone(), &mut statistics[o]) };
-                        }
+                        let channels = g * m + block.start..g * m + block.end;
+                        // SAFETY: just written.
+                        unsafe { self.complete(step.value, channels, pixels.clone(), &mut statistics[block.clone()]) };
                     }
                 }
             });

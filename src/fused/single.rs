@@ -9,7 +9,7 @@ use crate::kernels::WideElement;
 use crate::kernels::activations::Activation;
 use crate::kernels::pointwise::ConvRows;
 use crate::kernels::products::Single;
-use crate::kernels::rows::{Activate, ActivateInPlace, Factors};
+use crate::kernels::rows::{Activate, Factors};
 use crate::pool::parallel_for;
 use crate::scratch;
 
@@ -51,7 +51,7 @@ impl<T: WideElement> Pass<'_, T> {
         // SAFETY: sources are earlier values; this is the only task.
         unsafe {
             self.gather(&step.source, &mut *self.single(step.value));
-            self.finish_single(step.value);
+            self.finish(step.value, 0..step.source.channels(), 0..1);
         }
     }
 
@@ -87,30 +87,12 @@ impl<T: WideElement> Pass<'_, T> {
         });
         // SAFETY: just written.
         unsafe {
-            if let Some(bias) = conv.bias {
-                let y = &mut *self.single(step.value);
-                let x = &self.parameters[bias..][..y.len()];
+            let y = &mut *self.single(step.value);
+            if let Some(x) = packed.bias(0..y.len()) {
                 let (activation, affine) = (Activation::Identity, (T::ONE, T::default()));
                 self.isa.run(Activate { activation, x, affine, factors: Factors::ONE, add: true, y, slopes: None });
             }
-            self.finish_single(step.value);
-        }
-    }
-
-    /// [`Pass::finish`] of all channels.
-    ///
-    /// # Safety
-    /// As for [`Pass::complete`].
-    unsafe fn finish_single(&self, value: usize) {
-        let Some(view) = &self.program.values[value].view else { return };
-        // SAFETY: the caller's promise.
-        unsafe {
-            if view.norms.iter().all(Option::is_none) {
-                let (activation, row) = (view.activation, &mut *self.single(value));
-                self.isa.run(ActivateInPlace { activation, row, affine: (T::ONE, T::default()) });
-            } else {
-                (0..view.norms.len()).for_each(|channel| self.finish(value, channel, 0..1));
-            }
+            self.finish(step.value, 0..conv.groups * m, 0..1);
         }
     }
 }

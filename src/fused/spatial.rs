@@ -6,6 +6,8 @@
 //!
 //! The backward pass holds the gradient's planes likewise.
 
+use std::slice;
+
 use super::pointwise::{Packed, merge_parts};
 use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, chunks};
@@ -86,7 +88,6 @@ impl<T: WideElement> Pass<'_, T> {
         let together = planes_together(block * pixels, conv.groups.div_ceil(self.threads));
         let packed = self.weights(step);
         let none = vec![T::default(); together];
-        let bias = conv.bias.map(|bias| &self.parameters[bias..][..conv.groups]);
         let mut partial = vec![(0.0, 0.0, 0.0); parts * conv.groups];
         let shared = Shared(partial.as_mut_ptr());
         let (rows, row_len) = (self.rows(step.value), self.row_len(step.value));
@@ -104,19 +105,18 @@ impl<T: WideElement> Pass<'_, T> {
                         view: taps.bare_view(source, (images.len(), pixels), (channels.len(), step_in)),
                         tap_rows: taps.rows,
                         weights: packed.groups(&channels),
-                        bias: bias.map_or(&none[..channels.len()], |bias| &bias[channels.clone()]),
+                        bias: packed.bias(channels.clone()).unwrap_or(&none[..channels.len()]),
                         // SAFETY: these images of these channels, which are this task's own.
                         y: unsafe { Results::new(rows.ptr().add(channels.start * row_len + range.start), len) },
                         y_pitch: taps.result_pitch(size[1]),
                         y_steps: [out_pixels, row_len],
                         size,
                     });
-                    for channel in channels.clone() {
-                        // SAFETY: just written; statistics of this task alone.
-                        unsafe {
-                            let statistics = &mut *shared.ptr().add(p * conv.groups + channel);
-                            self.complete(step.value, channel, range.clone(), statistics);
-                        }
+                    // SAFETY: just written; statistics of this task alone.
+                    unsafe {
+                        let statistics = shared.ptr().add(p * conv.groups + channels.start);
+                        let statistics = slice::from_raw_parts_mut(statistics, channels.len());
+                        self.complete(step.value, channels.clone(), range, statistics);
                     }
                 }
             });
@@ -141,7 +141,6 @@ impl<T: WideElement> Pass<'_, T> {
         let (views, y_offsets) =
             (views::<T>(&planes, vertical, horizontal, k), rows_of(m, value.height * planes.pitch));
         let packed = self.weights(step);
-        let bias = conv.bias.map(|bias| &self.parameters[bias..][..conv.groups * m]);
         let sizes = [k * planes.len::<T>(), m * value.height * planes.pitch, block * pixels];
         let mut partial = vec![(0.0, 0.0, 0.0); parts * conv.groups * m];
         let shared = Shared(partial.as_mut_ptr());
@@ -169,7 +168,7 @@ impl<T: WideElement> Pass<'_, T> {
                             view: taps.view(padded),
                             tap_rows: taps.rows,
                             weights: packed.block(g, &(0..1)),
-                            bias: bias.map_or(&[T::default()], |bias| &bias[g..g + 1]),
+                            bias: packed.bias(g..g + 1).unwrap_or(&[T::default()]),
                             y: writable(results).into(),
                             y_pitch: planes.pitch,
                             y_steps: [0, 0],
@@ -188,7 +187,7 @@ impl<T: WideElement> Pass<'_, T> {
                                     y_offsets: &y_offsets[block.clone()],
                                     pixels: (value.height - 1) * planes.pitch + columns,
                                     ahead: [0, 0],
-                                    bias: bias.map(|bias| &bias[g * m + block.start..g * m + block.end]),
+                                    bias: packed.bias(g * m + block.start..g * m + block.end),
                                 }
                                 .promise()
                             };
@@ -208,7 +207,7 @@ impl<T: WideElement> Pass<'_, T> {
                         // SAFETY: just written, and `y` is not used any more; statistics of this task alone.
                         unsafe {
                             let statistics = &mut *shared.ptr().add((p * conv.groups + g) * m + o);
-                            self.complete(step.value, g * m + o, range, statistics);
+                            self.complete(step.value, g * m + o..g * m + o + 1, range, slice::from_mut(statistics));
                         }
                     }
                 }
@@ -354,7 +353,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let block = planes_together(pixels, pass.count.div_ceil(parts));
         let most = step.source.most_rows;
         let phases = Phases::new(step, conv, size);
-        if let Some(taps) = bare::<T>(pass.isa, conv, &phases.forward) {
+        if let (1, Some(taps)) = (conv.stride, bare::<T>(pass.isa, conv, &phases.forward)) {
             let [[vertical], [horizontal]] = phases.backward.each_ref().map(|phases| [&phases[0]]);
             let back = Taps::bare(lanes::<T>(pass.isa), vertical, horizontal, conv.kernel[1]);
             return self.bare(step, conv, &taps, &back.expect("stride 1 both ways"));

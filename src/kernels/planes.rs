@@ -65,7 +65,8 @@ macro_rules! with_rows {
 ///
 /// Padded planes stand side by side and make long rows. *Bare* ones are as they come, one for each vector of a tile; what a
 /// tap sees beyond a plane's edges is masked. Where two of their rows fit into a vector, they go through it together, as
-/// at a stride of 2: the output's rows `2 t` and `2 t + 1` are one row of sums.
+/// at a stride of 2: the output's rows `2 t` and `2 t + 1` are one row of sums. At a stride of 2, a vector is every other
+/// value of two.
 #[derive(Clone)]
 pub struct View<'a, T> {
     /// The planes.
@@ -96,6 +97,8 @@ pub struct Bare {
     pub images: (usize, usize),
     /// Channels.
     pub channels: (usize, usize),
+    /// Columns from what one result sees to what the next does: 1 or 2.
+    pub step: usize,
     /// Distance from what is read or written to what is asked for meanwhile.
     pub ahead: usize,
 }
@@ -116,11 +119,13 @@ impl<T: Element> View<'_, T> {
         if let Some(bare) = self.bare {
             let [height, width] = bare.size;
             assert_eq!((self.part, self.pitch), (width, self.stride * width), "rows");
-            assert!(self.stride == 1 || columns == width && 2 * width <= T::lanes::<I>(), "stride");
+            assert!(self.vector_rows() == 1 || columns == width && 2 * width <= T::lanes::<I>(), "stride");
             assert!(self.columns.len() <= MAX_COLUMNS && self.first % width as isize == 0, "columns");
             let row = |i: usize| self.first / width as isize + i as isize;
             let Range { start, end } = self.real.clone();
-            assert!(end <= start || row(start) + self.stride as isize > 0 && row(end) <= height as isize, "real");
+            let rows = self.vector_rows() as isize;
+            assert!(end <= start || row(start) + rows > 0 && row(end) <= height as isize, "real");
+            assert!(rows * bare.step as isize == self.stride as isize, "step");
             assert!(self.x.len() >= bare.len([bare.images.1, bare.channels.1], height * width), "x");
             return;
         }
@@ -129,6 +134,11 @@ impl<T: Element> View<'_, T> {
         let column = self.columns.iter().max().copied().unwrap_or(0) as usize;
         assert!(self.first >= 0 && self.columns.iter().all(|&column| column >= 0), "columns");
         assert!(self.x.len() >= self.first as usize + row + column + columns.next_multiple_of(T::lanes::<I>()), "x");
+    }
+
+    /// Rows of a vector.
+    fn vector_rows(&self) -> usize {
+        self.bare.map_or(1, |bare| self.stride / bare.step)
     }
 
     /// How many vectors of columns from `at` on, `end` of which are results, can be loaded whole in all rows.
@@ -145,15 +155,15 @@ impl<T: Element> View<'_, T> {
     #[inline(always)]
     fn layout<I: Isa>(&self, columns: usize, steps: [usize; 2]) -> Layout {
         match self.bare {
-            Some(Bare { images, channels, ahead, .. }) => Layout {
+            Some(Bare { images, channels, step, ahead, .. }) => Layout {
                 columns,
+                step,
                 images: (images.0, [images.1, steps[0]]),
                 channels: (channels.0, [channels.1, steps[1]]),
                 ahead: Some(ahead),
             },
-            None => {
-                Layout { columns: 1, images: (1, [0, 0]), channels: (1, [0, 0]), ahead: None }.along::<T, I>(columns)
-            }
+            None => Layout { columns: 1, step: 1, images: (1, [0, 0]), channels: (1, [0, 0]), ahead: None }
+                .along::<T, I>(columns),
         }
     }
 
@@ -175,6 +185,8 @@ impl<T: Element> View<'_, T> {
 #[derive(Clone, Copy)]
 struct Layout {
     columns: usize,
+    /// Columns of `x` from one column of results to the next.
+    step: usize,
     images: (usize, [usize; 2]),
     channels: (usize, [usize; 2]),
     ahead: Option<usize>,
@@ -214,6 +226,12 @@ trait Edges<T: Element, I: Isa>: Copy {
         if let Some(ahead) = self.ahead() {
             isa.prefetch_far(ptr.wrapping_add(ahead));
         }
+    }
+
+    /// [`Edges::ask`] of a vector that is loaded.
+    #[inline(always)]
+    fn ask_row(&self, isa: I, ptr: *const T::Wide) {
+        self.ask(isa, ptr);
     }
 
     /// Which of a vector's values are results: of a row's last vector or of another, and of the last row or of another;
@@ -263,6 +281,11 @@ impl<T: Element, I: Isa> Edges<T, I> for Whole<T::Mask<I>> {
     }
 }
 
+/// Which of `len` lanes see columns of so many, lane `l` column `start + l`: the first one and the end.
+fn seen(start: isize, len: usize, columns: usize) -> [usize; 2] {
+    [-start, columns as isize - start].map(|lane| lane.clamp(0, len as isize) as usize)
+}
+
 /// Vectors of the same columns of bare planes at whose edges they are: all that is loaded lies inside a plane.
 #[derive(Clone, Copy)]
 struct Masked<M, const C: usize> {
@@ -289,24 +312,23 @@ impl<M: Copy, const C: usize> Masked<M, C> {
         let len = (width - at).min(T::lanes::<I>());
         let [height, width] = view.bare.map_or([0, 0], |bare| bare.size);
         let row = |column: isize, row: usize| {
-            // Lane l sees column start + l.
-            let start = at as isize + column;
-            let [first, end] = [-start, width as isize - start].map(|lane| lane.clamp(0, len as isize) as usize);
+            let [first, end] = seen(at as isize + column, len, width);
             T::mask_between(isa, row * width + first, row * width + end)
         };
+        let vector_rows = view.vector_rows();
         let none = T::mask(isa, 0);
         let mut masks = [[none; C]; 3];
         for (c, &column) in columns.iter().enumerate() {
-            let second = if view.stride == 2 { row(column, 1) } else { none };
+            let second = if vector_rows == 2 { row(column, 1) } else { none };
             (masks[1][c], masks[2][c]) = (second, row(column, 0));
             masks[0][c] = T::either_mask(isa, masks[1][c], masks[2][c]);
         }
-        let last = (rows - 1) % view.stride;
-        let results = [view.stride - 1, last].map(|more| {
+        let last = (rows - 1) % vector_rows;
+        let results = [vector_rows - 1, last].map(|more| {
             let len = more * width + len;
             (len < T::lanes::<I>()).then(|| T::mask(isa, len))
         });
-        let rows = (view.stride == 2).then_some([view.first / width as isize, height as isize - 1]);
+        let rows = (vector_rows == 2).then_some([view.first / width as isize, height as isize - 1]);
         Self { rows, columns: masks, results, ahead: layout.ahead }
     }
 }
@@ -337,6 +359,71 @@ impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Masked<T::Mask<I>, C> {
     #[inline(always)]
     fn results(&self, _last_vector: bool, last_row: bool) -> Option<T::Mask<I>> {
         self.results[usize::from(last_row)]
+    }
+}
+
+/// Vectors of every other column of bare planes, which two vectors hold.
+#[derive(Clone, Copy)]
+struct Alternate<M, const C: usize> {
+    /// For each column of the kernel, what is the plane's of either vector.
+    columns: [[M; 2]; C],
+    /// The results, if they are not all of a vector.
+    results: Option<M>,
+    ahead: Option<usize>,
+}
+
+impl<M: Copy, const C: usize> Alternate<M, C> {
+    /// Columns from `at` on, of so many columns of results, as at most `C` columns of the kernel see them.
+    #[inline(always)]
+    fn new<T: Element<Mask<I> = M>, I: Isa>(
+        isa: I,
+        view: &View<T::Wide>,
+        columns: &[isize],
+        layout: &Layout,
+        width: usize,
+        at: usize,
+    ) -> Self {
+        let (lanes, len) = (T::lanes::<I>(), width - at);
+        let [_, width] = view.bare.map_or([0, 0], |bare| bare.size);
+        let mut masks = [[T::mask(isa, 0); 2]; C];
+        for (masks, &column) in masks.iter_mut().zip(columns) {
+            *masks = [0, lanes].map(|more| {
+                let [first, end] = seen((layout.step * at + more) as isize + column, lanes, width);
+                T::mask_between(isa, first, end)
+            });
+        }
+        Self { columns: masks, results: (len < lanes).then(|| T::mask(isa, len)), ahead: layout.ahead }
+    }
+}
+
+impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Alternate<T::Mask<I>, C> {
+    type Row<'a>
+        = ()
+    where
+        Self: 'a;
+
+    #[inline(always)]
+    fn row(&self, _i: usize) {}
+    #[inline(always)]
+    unsafe fn load(&self, isa: I, _row: (), c: usize, ptr: *const T::Wide) -> T::Vector<I> {
+        let [first, second] = self.columns[c];
+        // SAFETY: the caller's promise.
+        unsafe {
+            let second = T::load_wide_masked(isa, second, ptr.wrapping_add(T::lanes::<I>()));
+            T::split(isa, T::load_wide_masked(isa, first, ptr), second)[0]
+        }
+    }
+    #[inline(always)]
+    fn ahead(&self) -> Option<usize> {
+        self.ahead
+    }
+    #[inline(always)]
+    fn ask_row(&self, isa: I, ptr: *const T::Wide) {
+        [0, T::lanes::<I>()].into_iter().for_each(|more| Edges::<T, I>::ask(self, isa, ptr.wrapping_add(more)));
+    }
+    #[inline(always)]
+    fn results(&self, _last_vector: bool, _last_row: bool) -> Option<T::Mask<I>> {
+        self.results
     }
 }
 
@@ -408,6 +495,11 @@ impl<T: Element> Correlate<'_, T> {
                     let layout = if several { layout.along::<T, I>(inside * lanes) } else { layout };
                     self.channels::<I, K, J, S>(isa, edges, &layout, at, rows);
                     at += if several { inside * lanes } else { lanes };
+                } else if S > 1 && layout.step > 1 {
+                    let seen = self.view.columns;
+                    let edges = Alternate::<_, MAX_COLUMNS>::new::<T, I>(isa, &self.view, seen, &layout, columns, at);
+                    self.channels::<I, K, J, S>(isa, edges, &layout, at, rows);
+                    at += lanes;
                 } else {
                     let columns = self.view.columns;
                     let edges = Masked::<_, MAX_COLUMNS>::new::<T, I>(isa, &self.view, columns, &layout, self.size, at);
@@ -431,9 +523,9 @@ impl<T: Element> Correlate<'_, T> {
         at: usize,
         rows: usize,
     ) {
-        let Layout { images: (count, steps), channels, .. } = *layout;
+        let Layout { step, images: (count, steps), channels, .. } = *layout;
         for c in 0..channels.0 {
-            let places = [0, 1].map(|i| (at + c * channels.1[i], steps[i]));
+            let places = [0, 1].map(|i| ([step * at, at][i] + c * channels.1[i], steps[i]));
             // SAFETY: the caller's promise.
             unsafe { self.tiles::<I, K, J, S>(isa, c, edges, count, places, rows) };
         }
@@ -502,7 +594,7 @@ impl<T: Element> Correlate<'_, T> {
                 }
                 let row = x_row.wrapping_add(s * part);
                 let masks = edges.row(i);
-                (0..V).for_each(|v| edges.ask(isa, row.wrapping_add(v * x_step)));
+                (0..V).for_each(|v| edges.ask_row(isa, row.wrapping_add(v * x_step)));
                 let columns = self.view.columns.iter().zip(weights.chunks_exact(K));
                 for (c, (&column, weights)) in columns.enumerate() {
                     let mut x = [start; V];
@@ -548,7 +640,7 @@ impl<T: Element> Correlate<'_, T> {
 fn check_results<T>(len: usize, pitch: usize, steps: [usize; 2], [rows, columns]: [usize; 2], view: &View<T>) {
     let needed = match view.bare {
         Some(bare) => {
-            assert_eq!(pitch, view.stride * columns, "pitch");
+            assert_eq!(pitch, view.stride / bare.step * columns, "pitch");
             bare.len(steps, rows * columns)
         }
         None => (rows - 1) * pitch + columns,
@@ -642,6 +734,9 @@ impl<T: Element> CorrelateSums<'_, T> {
                 if self.view.inside::<I>(at, width) > 0 {
                     let edges = Whole::new::<T, I>(isa, &layout, width);
                     self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
+                } else if S > 1 && layout.step > 1 {
+                    let edges = Alternate::<_, C>::new::<T, I>(isa, &self.view, &columns, &layout, width, at);
+                    self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
                 } else {
                     let edges = Masked::<_, C>::new::<T, I>(isa, &self.view, &columns, &layout, self.size, at);
                     self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows.div_ceil(S));
@@ -665,7 +760,7 @@ impl<T: Element> CorrelateSums<'_, T> {
         at: usize,
         rows: usize,
     ) {
-        let Layout { images, channels, .. } = *layout;
+        let Layout { step, images, channels, .. } = *layout;
         for c in 0..channels.0 {
             let slots = self.slots::<K, C>(c, first);
             let mut sums = [[T::splat(isa, T::default()); K]; C];
@@ -674,7 +769,7 @@ impl<T: Element> CorrelateSums<'_, T> {
                 *sum = unsafe { T::load_wide(isa, slots.add(i * slot::<T::Wide>())) };
             }
             for image in 0..images.0 {
-                let starts = [0, 1].map(|i| at + c * channels.1[i] + image * images.1[i]);
+                let starts = [0, 1].map(|i| [step * at, at][i] + c * channels.1[i] + image * images.1[i]);
                 let last = image + 1 == images.0;
                 // SAFETY: the caller's promise.
                 unsafe { self.vector::<I, K, J, S, C>(isa, edges, columns, starts, last, rows, &mut sums) };
@@ -735,7 +830,7 @@ impl<T: Element> CorrelateSums<'_, T> {
                 }
                 let row = x_row.wrapping_add(s * part);
                 let masks = edges.row(i);
-                edges.ask(isa, row);
+                edges.ask_row(isa, row);
                 for (c, (column, sums)) in columns.into_iter().zip(&mut *sums).enumerate() {
                     // SAFETY: `check` saw that it can be read.
                     let x = unsafe { edges.load(isa, masks, c, row.wrapping_offset(column)) };

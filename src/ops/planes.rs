@@ -1,6 +1,6 @@
 //! Planes of one channel of some images: what convolutions of more than one pixel run over.
 //!
-//! A depthwise convolution at a stride of 1 sees them as they come ([`Taps::bare`]). Others see them padded and side by side:
+//! A depthwise convolution sees them as they come ([`Taps::bare`]). Others see them padded and side by side:
 //!
 //! ```text
 //!          step            step
@@ -185,6 +185,8 @@ pub(crate) struct Taps {
     columns: Vec<isize>,
     /// Height and width of planes that are not padded.
     bare: Option<[usize; 2]>,
+    /// Columns of these from what one result sees to what the next does.
+    step: usize,
     /// Rows of taps.
     pub(crate) rows: usize,
     /// Taps of the kernel, `[column][row]`; none where there is code for more rows than the kernel has.
@@ -210,18 +212,19 @@ impl Taps {
     }
 
     /// The taps of a kernel of `width` columns, through which planes are seen as they come, in vectors of so many values:
-    /// if they and the results are at a stride of 1. (Nothing has to be padded before, nor put together after: 3x3 over 16 x
-    /// 512 planes of 14 x 14 takes 0.56 ms of a thread, padded 1.07; 28 x 28 2.4 and 5.1; 16 x 64 of 112 x 112 5.3 and 8.2.)
+    /// if the results are all of the output's. (Nothing has to be padded before, nor put together after: 3x3 over 16 x 512
+    /// planes of 14 x 14 takes 0.56 ms of a thread, padded 1.07; 28 x 28 2.4 and 5.1; 16 x 64 of 112 x 112 5.3 and 8.2.)
     pub(crate) fn bare(lanes: usize, vertical: &Phase, horizontal: &Phase, width: usize) -> Option<Self> {
         let [height, columns] = [vertical.input, horizontal.input];
-        let moves = [vertical, horizontal].iter().any(|phase| phase.in_step != 1 || phase.out_step != 1);
-        if moves || height == 0 || columns == 0 || horizontal.taps.len() > MAX_COLUMNS {
+        let step = horizontal.in_step;
+        let parts = vertical.in_step != step || vertical.out_step != 1 || horizontal.out_step != 1;
+        if parts || height == 0 || columns == 0 || horizontal.taps.len() > MAX_COLUMNS {
             return None;
         }
         // Rows of a vector.
-        let stride = if columns == horizontal.count { (lanes / columns).clamp(1, 2) } else { 1 };
-        let (top, _) = vertical.span();
-        let start = (1 - stride as isize - top).max(0) as usize;
+        let rows = if step == 1 && columns == horizontal.count { (lanes / columns).clamp(1, 2) } else { 1 };
+        let (stride, (top, _)) = (rows * step, vertical.span());
+        let start = (1 - rows as isize - top).max(0) as usize;
         Some(Self {
             first: top * columns as isize,
             part: columns,
@@ -229,6 +232,7 @@ impl Taps {
             real: start..height.saturating_add_signed(-top).max(start),
             columns: horizontal.taps.iter().map(|&(_, x)| x).collect(),
             bare: Some([height, columns]),
+            step,
             ..Self::at_stride(stride, vertical, horizontal, width)
         })
     }
@@ -239,7 +243,7 @@ impl Taps {
         let rows = tap_rows(span + 1, stride);
         let row = |r: usize| vertical.taps.iter().find(|&&(_, offset)| offset == top + r as isize).map(|&(y, _)| y);
         let taps = tap_order(horizontal.taps.iter().map(|&(x, _)| x), rows, row, width);
-        Self { first: 0, stride, part: 0, pitch: 0, real: 0..0, columns: Vec::new(), bare: None, rows, taps }
+        Self { first: 0, stride, part: 0, pitch: 0, real: 0..0, columns: Vec::new(), bare: None, step: 1, rows, taps }
     }
 
     /// Puts a channel's kernel into the order of the taps.
@@ -264,7 +268,7 @@ impl Taps {
 
     /// From one row of sums to the next where results of bare planes have so many columns.
     pub(crate) fn result_pitch(&self, columns: usize) -> usize {
-        self.stride * columns
+        self.stride / self.step * columns
     }
 
     /// Padded planes as the taps see them.
@@ -289,7 +293,13 @@ impl Taps {
         channels: (usize, usize),
     ) -> View<'a, T> {
         View {
-            bare: self.bare.map(|size| Bare { size, images, channels, ahead: ahead(size[0] * size[1]) }),
+            bare: self.bare.map(|size| Bare {
+                size,
+                images,
+                channels,
+                step: self.step,
+                ahead: ahead(size[0] * size[1]),
+            }),
             ..self.view(x)
         }
     }

@@ -203,7 +203,7 @@ def test_inference_of_parameters_in_pieces():
     for wrong in (pieces[:-1], [*pieces, pieces[0]], [], flat[1:]):
         with pytest.raises(ValueError, match=rf"parameters has \d+ values, expected {len(flat)}"):
             compiled.infer(x.numpy(), wrong, statistics)
-    for wrong, what in ((pieces[0].astype(float), "an array of float64"), (3, "int")):
+    for wrong, what in ((pieces[0].astype(float), "float64"), (3, "int")):
         with pytest.raises(TypeError, match=f"parameters is {what}, expected"):
             compiled.infer(x.numpy(), [wrong, *pieces[1:]], statistics)
 
