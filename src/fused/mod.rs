@@ -19,6 +19,7 @@
 //!
 //! a linear function of `w` and `v` that is applied when `dv` is read.
 
+mod depthwise;
 mod pointwise;
 mod program;
 mod single;
@@ -161,7 +162,12 @@ impl<T: WideElement> Arguments<'_, T> {
             Kind::Conv(conv) => {
                 let weights = &self.parameters[conv.weight..][..conv.weights()];
                 let value = &self.program.values[step.value];
-                let taps = spatial::tap_order::<T>(self.isa, step, conv, [value.height, value.width]);
+                let taps = if conv.depthwise() {
+                    let size = [value.height, value.width];
+                    depthwise::forward::<T>(self.isa, step, conv, size).taps()[0].order().to_vec()
+                } else {
+                    (0..conv.taps()).map(Some).collect()
+                };
                 let (outputs, view) = (conv.group_out, value.view.as_ref());
                 let norm = |channel: usize| Some(affine?[view?.norms[channel]?]);
                 let scale: Vec<_> = (0..value.channels).map(|c| norm(c).map_or(T::ONE, |(scale, _)| scale)).collect();
@@ -455,6 +461,7 @@ impl<'a, T: WideElement> Pass<'a, T> {
     fn step(&self, step: &Step) -> Option<Vec<Statistics>> {
         timed(&self.program.clocks[step.value - 1].forward, || match &step.kind {
             Kind::Conv(conv) if conv.pointwise() => Some(self.pointwise(step, conv)),
+            Kind::Conv(conv) if conv.depthwise() => Some(self.depthwise(step, conv)),
             Kind::Conv(conv) => Some(self.spatial(step, conv)),
             Kind::Copy => {
                 self.copy(step);
@@ -772,6 +779,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let clocks = &self.pass.program.clocks;
         timed(&clocks[step.value - 1].backward, || match &step.kind {
             Kind::Conv(conv) if conv.pointwise() => self.pointwise(step, conv),
+            Kind::Conv(conv) if conv.depthwise() => self.depthwise(step, conv),
             Kind::Conv(conv) => self.spatial(step, conv),
             Kind::Copy | Kind::Mean | Kind::Pool if !step.differentiate => {}
             Kind::Copy => self.copy(step),

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use crate::error::{Result, bail};
 use crate::kernels::activations::Activation;
+use crate::kernels::planes::{MAX_COLUMNS, MAX_TAP_ROWS};
 use crate::shape::WeightLayout;
 
 /// A tensor of `channels` planes an image.
@@ -142,6 +143,12 @@ impl Conv {
 
     pub fn pointwise(&self) -> bool {
         self.kernel == [1, 1] && self.stride == 1 && self.before == [0, 0]
+    }
+
+    /// Whether there are kernels for this convolution alone.
+    pub fn depthwise(&self) -> bool {
+        let fits = self.kernel[0] <= MAX_TAP_ROWS && self.kernel[1] <= MAX_COLUMNS;
+        self.group_in == 1 && self.group_out == 1 && fits && !self.pointwise()
     }
 }
 

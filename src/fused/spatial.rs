@@ -1,8 +1,7 @@
-//! Convolutions of more than one pixel in a fused network: depthwise ones, and the stem's.
+//! Convolutions of more than one pixel in a fused network that are not [depthwise](super::depthwise): the stem's.
 //!
-//! They run over [padded planes](crate::ops::planes) that stand side by side. A depthwise convolution has kernels of its
-//! own. For the others each tap of each channel of a group is an input row of a pointwise convolution: a shifted view of
-//! the planes, whose rows follow each other as one long row.
+//! They run over [padded planes](crate::ops::planes) that stand side by side. Each tap of each channel of a group is an input
+//! row of a pointwise convolution: a shifted view of the planes, whose rows follow each other as one long row.
 //!
 //! The backward pass holds the gradient's planes likewise.
 
@@ -12,27 +11,26 @@ use super::pointwise::{Packed, merge_parts};
 use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, chunks};
 use crate::isa::Active;
-use crate::kernels::planes::{Correlate, CorrelateSums, MAX_TAP_ROWS, Results};
 use crate::kernels::pointwise::{ConvRows, Rows, SumSlots, slot};
 use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
-use crate::kernels::{WideElement, lanes, writable};
+use crate::kernels::{WideElement, writable};
 use crate::ops::Shared;
 use crate::ops::phases::Phase;
-use crate::ops::planes::{Planes, Taps, ahead, forward_order, merge, planes_together};
+use crate::ops::planes::{Planes, ahead, merge, planes_together};
 use crate::ops::pointwise::add_products;
 use crate::pool::part;
 use crate::scratch::{self, cut};
 use crate::shape::Axis;
 
 /// The phases of a convolution's output and of its input's gradient, along both axes.
-struct Phases {
-    forward: [Vec<Phase>; 2],
-    backward: [Vec<Phase>; 2],
+pub(super) struct Phases {
+    pub forward: [Vec<Phase>; 2],
+    pub backward: [Vec<Phase>; 2],
 }
 
 impl Phases {
-    fn new(step: &Step, conv: &Conv, output: [usize; 2]) -> Self {
+    pub fn new(step: &Step, conv: &Conv, output: [usize; 2]) -> Self {
         let input = [step.source.height, step.source.width];
         let axes = [0, 1].map(|i| Axis { input: input[i], output: output[i], before: conv.before[i] });
         Self {
@@ -51,93 +49,17 @@ fn pairs(phases: &[Vec<Phase>; 2]) -> impl Iterator<Item = (&Phase, &Phase)> {
     phases[0].iter().flat_map(|vertical| phases[1].iter().map(move |horizontal| (vertical, horizontal)))
 }
 
-/// Whether there are kernels for this convolution alone.
-fn depthwise(conv: &Conv) -> bool {
-    conv.group_in == 1 && conv.group_out == 1 && conv.kernel[0] <= MAX_TAP_ROWS && !conv.pointwise()
-}
-
-/// The taps of a convolution that can see planes as they come, if it is one.
-fn bare<T: WideElement>(isa: Active, conv: &Conv, [vertical, horizontal]: &[Vec<Phase>; 2]) -> Option<Taps> {
-    let [[vertical], [horizontal]] = [&vertical[..], &horizontal[..]] else { return None };
-    Taps::bare(lanes::<T>(isa), vertical, horizontal, conv.kernel[1]).filter(|_| depthwise(conv))
-}
-
-/// The taps of a convolution's kernel in the order in which the forward pass reads them: that of [`Taps`] where it is a
-/// depthwise one, of an output of such a size.
-pub(super) fn tap_order<T: WideElement>(
-    isa: Active,
-    step: &Step,
-    conv: &Conv,
-    output: [usize; 2],
-) -> Vec<Option<usize>> {
-    if !depthwise(conv) {
-        return (0..conv.taps()).map(Some).collect();
-    }
-    let bare = bare::<T>(isa, conv, &Phases::new(step, conv, output).forward);
-    bare.map_or_else(|| forward_order(conv.kernel, conv.stride), |taps| taps.order().to_vec())
-}
-
 impl<T: WideElement> Pass<'_, T> {
-    /// Makes the value of a depthwise convolution that sees planes as they come, and its statistics.
-    fn bare(&self, step: &Step, conv: &Conv, taps: &Taps) -> Vec<Statistics> {
-        let value = &self.program.values[step.value];
-        let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), [value.height, value.width]);
-        let parts = self.image_parts(conv.groups);
-        let block = planes_together(pixels, self.count.div_ceil(parts));
-        // Channels of so few images that they leave room for others.
-        let together = planes_together(block * pixels, conv.groups.div_ceil(self.threads));
-        let packed = self.weights(step);
-        let none = vec![T::default(); together];
-        let mut partial = vec![(0.0, 0.0, 0.0); parts * conv.groups];
-        let shared = Shared(partial.as_mut_ptr());
-        let (rows, row_len) = (self.rows(step.value), self.row_len(step.value));
-        self.for_tasks(conv.groups.div_ceil(together), parts, |task, p| {
-            let channels = task * together..conv.groups.min((task + 1) * together);
-            scratch::with(together * block * pixels, |buffer: &mut [T]| {
-                for images in chunks(part(self.count, parts, p), block) {
-                    let range = images.start * pixels..images.end * pixels;
-                    // SAFETY: sources are values of earlier steps.
-                    let (source, step_in) =
-                        unsafe { self.load_channels(&step.source, channels.clone(), &range, buffer) };
-                    let range = images.start * out_pixels..images.end * out_pixels;
-                    let len = (channels.len() - 1) * row_len + range.len();
-                    self.isa.run(Correlate {
-                        view: taps.bare_view(source, (images.len(), pixels), (channels.len(), step_in)),
-                        tap_rows: taps.rows,
-                        weights: packed.groups(&channels),
-                        bias: packed.bias(channels.clone()).unwrap_or(&none[..channels.len()]),
-                        // SAFETY: these images of these channels, which are this task's own.
-                        y: unsafe { Results::new(rows.ptr().add(channels.start * row_len + range.start), len) },
-                        y_pitch: taps.result_pitch(size[1]),
-                        y_steps: [out_pixels, row_len],
-                        size,
-                    });
-                    // SAFETY: just written; statistics of this task alone.
-                    unsafe {
-                        let statistics = shared.ptr().add(p * conv.groups + channels.start);
-                        let statistics = slice::from_raw_parts_mut(statistics, channels.len());
-                        self.complete(step.value, channels.clone(), range, statistics);
-                    }
-                }
-            });
-        });
-        merge_parts(&partial, conv.groups)
-    }
-
     /// Makes the value of a convolution, and its statistics.
     pub(super) fn spatial(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         let value = &self.program.values[step.value];
         let phases = Phases::new(step, conv, [value.height, value.width]).forward;
-        if let Some(taps) = bare::<T>(self.isa, conv, &phases) {
-            return self.bare(step, conv, &taps);
-        }
         let (pixels, out_pixels) = (step.source.pixels(), value.pixels());
         let (k, m) = (conv.group_in, conv.group_out);
         let parts = self.image_parts(conv.groups);
         let block = planes_together(pixels, self.count.div_ceil(parts));
         let [vertical, horizontal] = [&phases[0][0], &phases[1][0]];
         let planes = Planes::new(both(&phases), block);
-        let taps = depthwise(conv).then(|| Taps::new(&planes, vertical, horizontal, conv.kernel[1]));
         let (views, y_offsets) =
             (views::<T>(&planes, vertical, horizontal, k), rows_of(m, value.height * planes.pitch));
         let packed = self.weights(step);
@@ -163,36 +85,23 @@ impl<T: WideElement> Pass<'_, T> {
                         planes.write_all(self.isa, source, padded);
                     }
                     let columns = planes.columns(images.len(), value.width);
-                    if let Some(taps) = &taps {
-                        self.isa.run(Correlate {
-                            view: taps.view(padded),
-                            tap_rows: taps.rows,
-                            weights: packed.block(g, &(0..1)),
-                            bias: packed.bias(g..g + 1).unwrap_or(&[T::default()]),
-                            y: writable(results).into(),
-                            y_pitch: planes.pitch,
-                            y_steps: [0, 0],
-                            size: [value.height, columns],
-                        });
-                    } else {
-                        for block in blocks {
-                            // SAFETY: views of `padded` end inside it, as the rows do inside `results`.
-                            let kernel = unsafe {
-                                ConvRows {
-                                    products: Single,
-                                    x: padded.as_ptr(),
-                                    x_offsets: &views,
-                                    weights: packed.block(g, block),
-                                    y: results.as_mut_ptr(),
-                                    y_offsets: &y_offsets[block.clone()],
-                                    pixels: (value.height - 1) * planes.pitch + columns,
-                                    ahead: [0, 0],
-                                    bias: packed.bias(g * m + block.start..g * m + block.end),
-                                }
-                                .promise()
-                            };
-                            self.isa.run(kernel);
-                        }
+                    for block in blocks {
+                        // SAFETY: views of `padded` end inside it, as the rows do inside `results`.
+                        let kernel = unsafe {
+                            ConvRows {
+                                products: Single,
+                                x: padded.as_ptr(),
+                                x_offsets: &views,
+                                weights: packed.block(g, block),
+                                y: results.as_mut_ptr(),
+                                y_offsets: &y_offsets[block.clone()],
+                                pixels: (value.height - 1) * planes.pitch + columns,
+                                ahead: [0, 0],
+                                bias: packed.bias(g * m + block.start..g * m + block.end),
+                            }
+                            .promise()
+                        };
+                        self.isa.run(kernel);
                     }
                     let results = results.chunks_exact(value.height * planes.pitch);
                     for (o, result) in results.enumerate().skip(outputs.start).take(outputs.len()) {
@@ -217,7 +126,7 @@ impl<T: WideElement> Pass<'_, T> {
     }
 
     /// Parts of the images, so that there are enough tasks.
-    fn image_parts(&self, groups: usize) -> usize {
+    pub(super) fn image_parts(&self, groups: usize) -> usize {
         (2 * PARTS).div_ceil(groups).min(self.count).max(1)
     }
 }
@@ -238,111 +147,22 @@ fn views<T>(planes: &Planes, vertical: &Phase, horizontal: &Phase, channels: usi
 
 /// What computes the gradient by the input for a vertical and a horizontal phase.
 struct PhaseKernel<T> {
-    /// The taps of a depthwise kernel.
-    taps: Option<Taps>,
-    /// The views of other kernels.
     views: Vec<usize>,
-    /// For each of a group's input channels, the weights of either.
+    /// For each of a group's input channels, the weights of each view.
     weights: Packed<T>,
 }
 
 impl<T: WideElement> PhaseKernel<T> {
     fn new(isa: Active, conv: &Conv, planes: &Planes, [vertical, horizontal]: [&Phase; 2], weights: &[T]) -> Self {
-        let taps = depthwise(conv).then(|| Taps::new(planes, vertical, horizontal, conv.kernel[1]));
-        let order: Vec<_> = if let Some(taps) = &taps {
-            taps.order().to_vec()
-        } else {
-            let row =
-                |&(y, _): &(usize, isize)| horizontal.taps.iter().map(move |&(x, _)| Some(y * conv.kernel[1] + x));
-            vertical.taps.iter().flat_map(row).collect()
-        };
+        let row = |&(y, _): &(usize, isize)| horizontal.taps.iter().map(move |&(x, _)| Some(y * conv.kernel[1] + x));
+        let order: Vec<_> = vertical.taps.iter().flat_map(row).collect();
         let weight = |g, i, o, tap| weights[conv.index(g, o, i, tap)];
         let packed = Packed::of_taps(isa, conv.groups, conv.group_in, conv.group_out, &order, weight);
-        Self { taps, views: views::<T>(planes, vertical, horizontal, conv.group_out), weights: packed }
+        Self { views: views::<T>(planes, vertical, horizontal, conv.group_out), weights: packed }
     }
 }
 
 impl<T: WideElement> Tape<'_, '_, T> {
-    /// Goes back through a depthwise convolution that sees planes as they come, and whose gradient does, through `back`.
-    fn bare(&mut self, step: &Step, conv: &Conv, taps: &Taps, back: &Taps) {
-        let pass = self.pass;
-        let value = &pass.program.values[step.value];
-        let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), [value.height, value.width]);
-        let parts = pass.image_parts(conv.groups);
-        let block = planes_together(pixels, pass.count.div_ceil(parts));
-        let most = step.source.most_rows;
-        let weights = &pass.parameters[conv.weight..][..conv.weights()];
-        let packed = Packed::of_taps(pass.isa, conv.groups, 1, 1, back.order(), |g, i, o, tap| {
-            weights[conv.index(g, o, i, tap)]
-        });
-        let sizes = [
-            taps.len() * slot::<T>(),
-            taps.len(),
-            block * out_pixels,
-            block * pixels,
-            most * block * pixels,
-            block * pixels,
-        ];
-        let mut partial = vec![T::default(); parts * conv.weights()];
-        let mut bias = vec![0.0; parts * conv.groups];
-        let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
-        self.give_back(&step.source, conv.groups, parts, |this, g, images, p, sums| {
-            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-                let [slots, tap_sums, grad_buffer, buffer, slopes, grad_x] = cut(memory, sizes);
-                slots.fill(T::default());
-                let (at, len) = (p * conv.groups + g, conv.taps());
-                // SAFETY: sums of this part and channel alone.
-                let (weight_sums, bias) = unsafe {
-                    (std::slice::from_raw_parts_mut(shared.ptr().add(at * len), len), &mut *shared_bias.ptr().add(at))
-                };
-                for images in chunks(images, block) {
-                    let out = images.start * out_pixels..images.end * out_pixels;
-                    let range = images.start * pixels..images.end * pixels;
-                    // SAFETY: all that read the value come later in the program and have given their gradients; the
-                    // forward pass wrote the source's values.
-                    let (grad, source) = unsafe {
-                        let slopes = step.differentiate.then_some(&mut *slopes);
-                        (
-                            this.take(step.value, g, out, grad_buffer),
-                            pass.load(&step.source, g, range.clone(), buffer, slopes),
-                        )
-                    };
-                    if conv.bias.is_some() {
-                        *bias += pass.isa.run(Sum(grad));
-                    }
-                    pass.isa.run(CorrelateSums {
-                        view: taps.bare_view(source, (images.len(), pixels), (1, 0)),
-                        tap_rows: taps.rows,
-                        g: grad,
-                        g_pitch: taps.result_pitch(size[1]),
-                        g_steps: [out_pixels, 0],
-                        size,
-                        slots: &mut *slots,
-                    });
-                    if !step.differentiate {
-                        continue;
-                    }
-                    let grad_x = &mut grad_x[..range.len()];
-                    pass.isa.run(Correlate {
-                        view: back.bare_view(grad, (images.len(), out_pixels), (1, 0)),
-                        tap_rows: back.rows,
-                        weights: packed.block(g, &(0..1)),
-                        bias: &[T::default()],
-                        y: writable(grad_x).into(),
-                        y_pitch: back.result_pitch(step.source.width),
-                        y_steps: [pixels, 0],
-                        size: [step.source.height, step.source.width],
-                    });
-                    // SAFETY: the channel and these images are this task's own.
-                    unsafe { this.give(&step.source, g, range, grad_x, Some(slopes), None, sums) };
-                }
-                pass.isa.run(SumSlots(slots, tap_sums));
-                taps.places().for_each(|(tap, place)| weight_sums[tap] = tap_sums[place]);
-            });
-        });
-        self.write_weights(conv, parts, &partial, &bias);
-    }
-
     /// Goes back through a convolution.
     pub(super) fn spatial(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;
@@ -353,29 +173,22 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let block = planes_together(pixels, pass.count.div_ceil(parts));
         let most = step.source.most_rows;
         let phases = Phases::new(step, conv, size);
-        if let (1, Some(taps)) = (conv.stride, bare::<T>(pass.isa, conv, &phases.forward)) {
-            let [[vertical], [horizontal]] = phases.backward.each_ref().map(|phases| [&phases[0]]);
-            let back = Taps::bare(lanes::<T>(pass.isa), vertical, horizontal, conv.kernel[1]);
-            return self.bare(step, conv, &taps, &back.expect("stride 1 both ways"));
-        }
         let [planes, grad_planes] = Planes::pair(both(&phases.forward), both(&phases.backward), block);
         let weights = &pass.parameters[conv.weight..][..conv.weights()];
         let kernel = |(v, h)| PhaseKernel::new(pass.isa, conv, &grad_planes, [v, h], weights);
         let kernels: Vec<_> = pairs(&phases.backward).filter(|_| step.differentiate).map(kernel).collect();
         let (vertical, horizontal) = (&phases.forward[0][0], &phases.forward[1][0]);
-        let taps = depthwise(conv).then(|| Taps::new(&planes, vertical, horizontal, conv.kernel[1]));
         let b_offsets = views::<T>(&planes, vertical, horizontal, k);
         let first = grad_planes.tap([0, 0]);
         let a_offsets: Vec<_> = (0..m).map(|o| o * grad_planes.len::<T>() + first).collect();
-        let slots = taps.as_ref().map_or(m * b_offsets.len(), Taps::len);
         let sets = phases.backward[1].len();
         let rows = phases.backward[0].iter().map(|phase| phase.count).max().unwrap_or(0);
         let sizes = [
-            slots * slot::<T>(),
+            m * b_offsets.len() * slot::<T>(),
             k * planes.len::<T>(),
             m * grad_planes.len::<T>(),
             sets * k * rows * planes.pitch,
-            (block * pixels.max(out_pixels)).max(slots),
+            block * pixels.max(out_pixels),
             k * most * block * pixels,
             k * block * pixels,
         ];
@@ -418,23 +231,11 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     }
                     let columns = planes.columns(images.len(), value.width);
                     // The gradient is zero between the images and between the rows.
-                    if let Some(taps) = &taps {
-                        pass.isa.run(CorrelateSums {
-                            view: taps.view(padded),
-                            tap_rows: taps.rows,
-                            g: &grads[first..],
-                            g_pitch: planes.pitch,
-                            g_steps: [0, 0],
-                            size: [value.height, columns],
-                            slots: &mut *slots,
-                        });
-                    } else {
-                        let a = Rows { base: grads.as_ptr(), offsets: &a_offsets, image_stride: 0, ahead: 0 };
-                        let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: 0, ahead: 0 };
-                        let pixels = (value.height - 1) * planes.pitch + columns;
-                        // SAFETY: views of the planes end inside them.
-                        unsafe { add_products(pass.isa, Single, a, b, [1, pixels], slots) };
-                    }
+                    let a = Rows { base: grads.as_ptr(), offsets: &a_offsets, image_stride: 0, ahead: 0 };
+                    let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: 0, ahead: 0 };
+                    let len = (value.height - 1) * planes.pitch + columns;
+                    // SAFETY: views of the planes end inside them.
+                    unsafe { add_products(pass.isa, Single, a, b, [1, len], slots) };
                     if !step.differentiate {
                         continue;
                     }
@@ -458,13 +259,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         unsafe { this.give(&step.source, g * k + i, range.clone(), grad, slopes, None, own) };
                     }
                 }
-                if let Some(taps) = &taps {
-                    let sums = &mut buffer[..taps.len()];
-                    pass.isa.run(SumSlots(slots, sums));
-                    taps.places().for_each(|(tap, place)| weight_sums[tap] = sums[place]);
-                } else {
-                    pass.isa.run(SumSlots(slots, weight_sums));
-                }
+                pass.isa.run(SumSlots(slots, weight_sums));
             });
         });
         self.write_weights(conv, parts, &partial, &bias);
@@ -493,19 +288,6 @@ impl<T: WideElement> Tape<'_, '_, T> {
                 let columns = planes.columns(images, phase.count);
                 for block in &kernel.weights.blocks {
                     let weights = kernel.weights.block(group, block);
-                    if let Some(taps) = &kernel.taps {
-                        isa.run(Correlate {
-                            view: taps.view(grads),
-                            tap_rows: taps.rows,
-                            weights,
-                            bias: &[T::default()],
-                            y: writable(results).into(),
-                            y_pitch: planes.pitch,
-                            y_steps: [0, 0],
-                            size: [vertical.count, columns],
-                        });
-                        continue;
-                    }
                     // SAFETY: views of the planes end inside them; `results` hold the phase's rows.
                     let kernel = unsafe {
                         ConvRows {

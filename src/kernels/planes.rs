@@ -10,9 +10,8 @@
 //!   x[t] * w[0][.]                     +=        then y[t-2] is complete
 //! ```
 //!
-//! So a value is loaded once for each column of the kernel, not once for each of its taps, and rows of zeros above and
-//! below the plane cost nothing. At stride 2 the planes are padded and split by the parity of their rows and columns, and
-//! two rows of the input come at each step.
+//! So a value is loaded once for each column of the kernel, not once for each of its taps. Planes are read as they come:
+//! rows above and below them are left out, what a tap sees beside them is masked ([`View`]).
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -24,7 +23,7 @@ use crate::isa::{Isa, Kernel};
 
 /// The most rows of a kernel.
 pub const MAX_TAP_ROWS: usize = 7;
-/// The most columns of a kernel that sees bare planes.
+/// The most columns of a kernel.
 pub const MAX_COLUMNS: usize = 7;
 /// The most columns of a kernel in one [`CorrelateSums`].
 const MAX_TAP_COLUMNS: usize = 5;
@@ -60,122 +59,77 @@ macro_rules! with_rows {
     };
 }
 
-/// Planes of one channel as a kernel's taps see them. Row `i` starts `first + i % stride * part + i / stride * pitch` after
-/// the beginning of `x`.
+/// Planes of some channels of some images as a kernel's taps see them: of images and channels, how many there are and the
+/// distance from one to the next.
 ///
-/// Padded planes stand side by side and make long rows. *Bare* ones are as they come, one for each vector of a tile; what a
-/// tap sees beyond a plane's edges is masked. Where two of their rows fit into a vector, they go through it together, as
-/// at a stride of 2: the output's rows `2 t` and `2 t + 1` are one row of sums. At a stride of 2, a vector is every other
-/// value of two.
+/// A tile's vectors are of the same columns of several images. What a tap sees beside a plane is masked. At a step of 2, a
+/// vector is every other value of two. Where two rows fit into a vector, they go through it together, as at a stride of 2:
+/// the output's rows `2 t` and `2 t + 1` are one row of sums.
 #[derive(Clone)]
 pub struct View<'a, T> {
     /// The planes.
     pub x: &'a [T],
-    /// The first row that is seen: in bare planes it may lie above them.
-    pub first: isize,
-    /// 1 or 2.
-    pub stride: usize,
-    /// From the part of the even rows to that of the odd ones.
-    pub part: usize,
-    /// From one row of a part to the next.
-    pub pitch: usize,
-    /// The rows that are not zero.
-    pub real: Range<usize>,
-    /// Where the view of each column of the kernel starts in a row.
-    pub columns: &'a [isize],
-    /// Bare planes.
-    pub bare: Option<Bare>,
-}
-
-/// Planes that are not padded, of some channels of some images: of either, how many there are and the distance of one to
-/// the next.
-#[derive(Clone, Copy)]
-pub struct Bare {
-    /// Height and width of each plane.
+    /// Height and width of each.
     pub size: [usize; 2],
     /// Images, whose planes share a kernel.
     pub images: (usize, usize),
     /// Channels.
     pub channels: (usize, usize),
-    /// Columns from what one result sees to what the next does: 1 or 2.
+    /// Rows and columns from what one result sees to what the next does: 1 or 2.
     pub step: usize,
+    /// Rows of a vector: 1 or 2.
+    pub rows: usize,
+    /// The plane's row that the first result's first row of taps sees.
+    pub top: isize,
+    /// The plane's column that the first result sees through each column of the kernel.
+    pub columns: &'a [isize],
     /// Distance from what is read or written to what is asked for meanwhile.
     pub ahead: usize,
 }
 
-impl Bare {
-    /// Values from the beginning of the first plane to the end of the last, where planes have so many pixels and their
-    /// distances are `steps`; none if there are no planes.
+impl<T: Element> View<'_, T> {
+    /// Rows of the planes from one row of sums to the next.
+    fn stride(&self) -> usize {
+        self.step * self.rows
+    }
+
+    /// The rows, counted from `top` on, whose vectors have a row of the plane.
+    fn real(&self) -> Range<usize> {
+        let start = (1 - self.rows as isize - self.top).max(0) as usize;
+        start..self.size[0].saturating_add_signed(-self.top).max(start)
+    }
+
+    /// Values from the beginning of the first plane to the end of the last, where planes have so many pixels and from one
+    /// image and one channel to the next there are `steps`; none if there are no planes.
     fn len(&self, [image, channel]: [usize; 2], pixels: usize) -> usize {
         let last = |count: usize, step: usize| Some(count.checked_sub(1)? * step);
         last(self.images.0, image).zip(last(self.channels.0, channel)).map_or(0, |(i, c)| i + c + pixels)
     }
-}
 
-impl<T: Element> View<'_, T> {
-    /// That vectors of so many columns can be read in all rows: whole ones of padded planes, of bare ones what is inside.
-    fn check<I: Isa>(&self, columns: usize) {
-        assert!((1..=2).contains(&self.stride), "stride");
-        if let Some(bare) = self.bare {
-            let [height, width] = bare.size;
-            assert_eq!((self.part, self.pitch), (width, self.stride * width), "rows");
-            assert!(self.vector_rows() == 1 || columns == width && 2 * width <= T::lanes::<I>(), "stride");
-            assert!(self.columns.len() <= MAX_COLUMNS && self.first % width as isize == 0, "columns");
-            let row = |i: usize| self.first / width as isize + i as isize;
-            let Range { start, end } = self.real.clone();
-            let rows = self.vector_rows() as isize;
-            assert!(end <= start || row(start) + rows > 0 && row(end) <= height as isize, "real");
-            assert!(rows * bare.step as isize == self.stride as isize, "step");
-            assert!(self.x.len() >= bare.len([bare.images.1, bare.channels.1], height * width), "x");
-            return;
-        }
-        let Some(last) = self.real.end.checked_sub(1) else { return };
-        let row = (self.stride - 1) * self.part + last / self.stride * self.pitch;
-        let column = self.columns.iter().max().copied().unwrap_or(0) as usize;
-        assert!(self.first >= 0 && self.columns.iter().all(|&column| column >= 0), "columns");
-        assert!(self.x.len() >= self.first as usize + row + column + columns.next_multiple_of(T::lanes::<I>()), "x");
-    }
-
-    /// Rows of a vector.
-    fn vector_rows(&self) -> usize {
-        self.bare.map_or(1, |bare| self.stride / bare.step)
+    /// That all planes can be read, and `results` values hold as many planes of results (so far apart) of so many rows and
+    /// columns, a row every `pitch`.
+    fn check<I: Isa>(&self, results: usize, steps: [usize; 2], [rows, columns]: [usize; 2], pitch: usize) {
+        let [height, width] = self.size;
+        let double = self.step == 1 && columns == width && pitch == columns && 2 * width <= T::lanes::<I>();
+        assert!((1..=2).contains(&self.step) && (self.rows == 1 || self.rows == 2 && double), "rows");
+        assert!(self.columns.len() <= MAX_COLUMNS, "columns");
+        assert!(self.x.len() >= self.len([self.images.1, self.channels.1], height * width), "x");
+        assert!(results >= self.len(steps, (rows - 1) * pitch + columns), "results");
     }
 
     /// How many vectors of columns from `at` on, `end` of which are results, can be loaded whole in all rows.
     #[inline(always)]
     fn inside<I: Isa>(&self, at: usize, end: usize) -> usize {
-        let Some(Bare { size: [_, width], .. }) = self.bare else { return 1 };
         let [first, last] = [self.columns.iter().min(), self.columns.iter().max()].map(|c| c.copied().unwrap_or(0));
         // The last column is seen, and is a result's.
-        let end = end.min(width.saturating_add_signed(-last));
-        if self.stride > 1 || at as isize + first < 0 { 0 } else { end.saturating_sub(at) / T::lanes::<I>() }
-    }
-
-    /// How vectors of so many columns of results go through them, the steps of results being `steps`.
-    #[inline(always)]
-    fn layout<I: Isa>(&self, columns: usize, steps: [usize; 2]) -> Layout {
-        match self.bare {
-            Some(Bare { images, channels, step, ahead, .. }) => Layout {
-                columns,
-                step,
-                images: (images.0, [images.1, steps[0]]),
-                channels: (channels.0, [channels.1, steps[1]]),
-                ahead: Some(ahead),
-            },
-            None => Layout { columns: 1, step: 1, images: (1, [0, 0]), channels: (1, [0, 0]), ahead: None }
-                .along::<T, I>(columns),
-        }
-    }
-
-    /// How many channels there are.
-    fn channels(&self) -> usize {
-        self.bare.map_or(1, |bare| bare.channels.0)
+        let end = end.min(self.size[1].saturating_add_signed(-last));
+        if self.stride() > 1 || at as isize + first < 0 { 0 } else { end.saturating_sub(at) / T::lanes::<I>() }
     }
 
     /// Row 0, from a place in it on.
     #[inline(always)]
     fn row(&self, place: usize) -> *const T {
-        self.x.as_ptr().wrapping_offset(self.first).wrapping_add(place)
+        self.x.as_ptr().wrapping_offset(self.top * self.size[1] as isize).wrapping_add(place)
     }
 }
 
@@ -184,20 +138,15 @@ impl<T: Element> View<'_, T> {
 /// the results.
 #[derive(Clone, Copy)]
 struct Layout {
-    columns: usize,
-    /// Columns of `x` from one column of results to the next.
-    step: usize,
     images: (usize, [usize; 2]),
     channels: (usize, [usize; 2]),
-    ahead: Option<usize>,
 }
 
 impl Layout {
-    /// Neighbouring vectors of so many columns of an only image as if they were of many.
-    #[inline(always)]
-    fn along<T: Element, I: Isa>(self, columns: usize) -> Self {
-        let lanes = T::lanes::<I>();
-        Self { images: (columns.div_ceil(lanes), [lanes; 2]), ..self }
+    /// That of planes whose results are so far apart.
+    fn new<T>(view: &View<'_, T>, steps: [usize; 2]) -> Self {
+        let both = |(count, step), own| (count, [step, own]);
+        Self { images: both(view.images, steps[0]), channels: both(view.channels, steps[1]) }
     }
 }
 
@@ -217,15 +166,13 @@ trait Edges<T: Element, I: Isa>: Copy {
     /// The view must have been checked.
     unsafe fn load(&self, isa: I, row: Self::Row<'_>, c: usize, ptr: *const T::Wide) -> T::Vector<I>;
 
-    /// Distance from what is read or written to what is asked for meanwhile, if anything is.
-    fn ahead(&self) -> Option<usize>;
+    /// Distance from what is read or written to what is asked for meanwhile.
+    fn ahead(&self) -> usize;
 
     /// Asks for what comes some time after a vector.
     #[inline(always)]
     fn ask<V>(&self, isa: I, ptr: *const V) {
-        if let Some(ahead) = self.ahead() {
-            isa.prefetch_far(ptr.wrapping_add(ahead));
-        }
+        isa.prefetch_far(ptr.wrapping_add(self.ahead()));
     }
 
     /// [`Edges::ask`] of a vector that is loaded.
@@ -234,35 +181,18 @@ trait Edges<T: Element, I: Isa>: Copy {
         self.ask(isa, ptr);
     }
 
-    /// Which of a vector's values are results: of a row's last vector or of another, and of the last row or of another;
-    /// none if all are.
-    fn results(&self, last_vector: bool, last_row: bool) -> Option<T::Mask<I>>;
+    /// Which of a vector's values are results, of the last row or of another; none if all are.
+    fn results(&self, last_row: bool) -> Option<T::Mask<I>>;
 }
 
-/// Vectors of which every value can be loaded: of padded planes, or inside bare ones.
+/// Vectors inside planes, of which every value can be loaded.
 #[derive(Clone, Copy)]
-struct Whole<M> {
-    /// The results of a row's last vector, if they are not all of it.
-    last: Option<M>,
-    ahead: Option<usize>,
+struct Whole {
+    ahead: usize,
 }
 
-impl<M> Whole<M> {
-    /// Those of so many columns.
-    #[inline(always)]
-    fn new<T: Element<Mask<I> = M>, I: Isa>(isa: I, layout: &Layout, columns: usize) -> Self {
-        let rest = columns % T::lanes::<I>();
-        // Vectors inside bare planes have no rest.
-        let last = (layout.ahead.is_none() && rest > 0).then(|| T::mask(isa, rest));
-        Self { last, ahead: layout.ahead }
-    }
-}
-
-impl<T: Element, I: Isa> Edges<T, I> for Whole<T::Mask<I>> {
-    type Row<'a>
-        = ()
-    where
-        Self: 'a;
+impl<T: Element, I: Isa> Edges<T, I> for Whole {
+    type Row<'a> = ();
 
     #[inline(always)]
     fn row(&self, _i: usize) {}
@@ -272,12 +202,12 @@ impl<T: Element, I: Isa> Edges<T, I> for Whole<T::Mask<I>> {
         unsafe { T::load_wide(isa, ptr) }
     }
     #[inline(always)]
-    fn ahead(&self) -> Option<usize> {
+    fn ahead(&self) -> usize {
         self.ahead
     }
     #[inline(always)]
-    fn results(&self, last_vector: bool, _last_row: bool) -> Option<T::Mask<I>> {
-        self.last.filter(|_| last_vector)
+    fn results(&self, _last_row: bool) -> Option<T::Mask<I>> {
+        None
     }
 }
 
@@ -286,7 +216,7 @@ fn seen(start: isize, len: usize, columns: usize) -> [usize; 2] {
     [-start, columns as isize - start].map(|lane| lane.clamp(0, len as isize) as usize)
 }
 
-/// Vectors of the same columns of bare planes at whose edges they are: all that is loaded lies inside a plane.
+/// Vectors at the edges of planes: all that is loaded lies inside a plane.
 #[derive(Clone, Copy)]
 struct Masked<M, const C: usize> {
     /// The plane's row that row 0 is, and its last one; none if a vector has one row.
@@ -295,7 +225,7 @@ struct Masked<M, const C: usize> {
     columns: [[M; C]; 3],
     /// The results, if they are not all of a vector: of all rows, of the last one.
     results: [Option<M>; 2],
-    ahead: Option<usize>,
+    ahead: usize,
 }
 
 impl<M: Copy, const C: usize> Masked<M, C> {
@@ -305,31 +235,29 @@ impl<M: Copy, const C: usize> Masked<M, C> {
         isa: I,
         view: &View<T::Wide>,
         columns: &[isize],
-        layout: &Layout,
         [rows, width]: [usize; 2],
         at: usize,
     ) -> Self {
         let len = (width - at).min(T::lanes::<I>());
-        let [height, width] = view.bare.map_or([0, 0], |bare| bare.size);
+        let [height, width] = view.size;
         let row = |column: isize, row: usize| {
             let [first, end] = seen(at as isize + column, len, width);
             T::mask_between(isa, row * width + first, row * width + end)
         };
-        let vector_rows = view.vector_rows();
         let none = T::mask(isa, 0);
         let mut masks = [[none; C]; 3];
         for (c, &column) in columns.iter().enumerate() {
-            let second = if vector_rows == 2 { row(column, 1) } else { none };
+            let second = if view.rows == 2 { row(column, 1) } else { none };
             (masks[1][c], masks[2][c]) = (second, row(column, 0));
             masks[0][c] = T::either_mask(isa, masks[1][c], masks[2][c]);
         }
-        let last = (rows - 1) % vector_rows;
-        let results = [vector_rows - 1, last].map(|more| {
+        let last = (rows - 1) % view.rows;
+        let results = [view.rows - 1, last].map(|more| {
             let len = more * width + len;
             (len < T::lanes::<I>()).then(|| T::mask(isa, len))
         });
-        let rows = (vector_rows == 2).then_some([view.first / width as isize, height as isize - 1]);
-        Self { rows, columns: masks, results, ahead: layout.ahead }
+        let rows = (view.rows == 2).then_some([view.top, height as isize - 1]);
+        Self { rows, columns: masks, results, ahead: view.ahead }
     }
 }
 
@@ -353,23 +281,23 @@ impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Masked<T::Mask<I>, C> {
         unsafe { T::load_wide_masked(isa, row[c], ptr) }
     }
     #[inline(always)]
-    fn ahead(&self) -> Option<usize> {
+    fn ahead(&self) -> usize {
         self.ahead
     }
     #[inline(always)]
-    fn results(&self, _last_vector: bool, last_row: bool) -> Option<T::Mask<I>> {
+    fn results(&self, last_row: bool) -> Option<T::Mask<I>> {
         self.results[usize::from(last_row)]
     }
 }
 
-/// Vectors of every other column of bare planes, which two vectors hold.
+/// Vectors of every other column of planes, which two vectors hold.
 #[derive(Clone, Copy)]
 struct Alternate<M, const C: usize> {
     /// For each column of the kernel, what is the plane's of either vector.
     columns: [[M; 2]; C],
     /// The results, if they are not all of a vector.
     results: Option<M>,
-    ahead: Option<usize>,
+    ahead: usize,
 }
 
 impl<M: Copy, const C: usize> Alternate<M, C> {
@@ -379,20 +307,18 @@ impl<M: Copy, const C: usize> Alternate<M, C> {
         isa: I,
         view: &View<T::Wide>,
         columns: &[isize],
-        layout: &Layout,
         width: usize,
         at: usize,
     ) -> Self {
         let (lanes, len) = (T::lanes::<I>(), width - at);
-        let [_, width] = view.bare.map_or([0, 0], |bare| bare.size);
         let mut masks = [[T::mask(isa, 0); 2]; C];
         for (masks, &column) in masks.iter_mut().zip(columns) {
             *masks = [0, lanes].map(|more| {
-                let [first, end] = seen((layout.step * at + more) as isize + column, lanes, width);
+                let [first, end] = seen((view.step * at + more) as isize + column, lanes, view.size[1]);
                 T::mask_between(isa, first, end)
             });
         }
-        Self { columns: masks, results: (len < lanes).then(|| T::mask(isa, len)), ahead: layout.ahead }
+        Self { columns: masks, results: (len < lanes).then(|| T::mask(isa, len)), ahead: view.ahead }
     }
 }
 
@@ -414,7 +340,7 @@ impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Alternate<T::Mask<I>, C
         }
     }
     #[inline(always)]
-    fn ahead(&self) -> Option<usize> {
+    fn ahead(&self) -> usize {
         self.ahead
     }
     #[inline(always)]
@@ -422,7 +348,7 @@ impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Alternate<T::Mask<I>, C
         [0, T::lanes::<I>()].into_iter().for_each(|more| Edges::<T, I>::ask(self, isa, ptr.wrapping_add(more)));
     }
     #[inline(always)]
-    fn results(&self, _last_vector: bool, _last_row: bool) -> Option<T::Mask<I>> {
+    fn results(&self, _last_row: bool) -> Option<T::Mask<I>> {
         self.results
     }
 }
@@ -464,7 +390,7 @@ pub struct Correlate<'a, T: Element> {
     pub y: Results<'a, T>,
     /// From one row of the output to the next.
     pub y_pitch: usize,
-    /// From one image and from one channel of the output to the next, where planes are bare.
+    /// From one image and from one channel of the output to the next.
     pub y_steps: [usize; 2],
     /// Rows of the output, and their length.
     pub size: [usize; 2],
@@ -483,29 +409,29 @@ impl<T: Element> Correlate<'_, T> {
     #[inline(always)]
     fn rows<I: Isa, const K: usize, const J: usize, const S: usize>(&mut self, isa: I) {
         let (lanes, [rows, columns]) = (T::lanes::<I>(), self.size);
-        let layout = self.view.layout::<I>(columns, self.y_steps);
+        let (layout, view) = (Layout::new(&self.view, self.y_steps), self.view.clone());
         let mut at = 0;
-        while at < layout.columns {
-            let inside = self.view.inside::<I>(at, columns);
+        while at < columns {
+            let inside = view.inside::<I>(at, columns);
             // SAFETY: vectors of these columns.
             unsafe {
                 if inside > 0 {
-                    let edges = Whole::new::<T, I>(isa, &layout, columns);
-                    let several = inside > 1 && layout.images.0 == 1;
-                    let layout = if several { layout.along::<T, I>(inside * lanes) } else { layout };
+                    let edges = Whole { ahead: view.ahead };
+                    // Neighbouring vectors of an only image are as good as those of many images.
+                    let several = layout.images.0 == 1;
+                    let layout = if several { Layout { images: (inside, [lanes; 2]), ..layout } } else { layout };
                     self.channels::<I, K, J, S>(isa, edges, &layout, at, rows);
                     at += if several { inside * lanes } else { lanes };
-                } else if S > 1 && layout.step > 1 {
-                    let seen = self.view.columns;
-                    let edges = Alternate::<_, MAX_COLUMNS>::new::<T, I>(isa, &self.view, seen, &layout, columns, at);
-                    self.channels::<I, K, J, S>(isa, edges, &layout, at, rows);
-                    at += lanes;
-                } else {
-                    let columns = self.view.columns;
-                    let edges = Masked::<_, MAX_COLUMNS>::new::<T, I>(isa, &self.view, columns, &layout, self.size, at);
-                    self.channels::<I, K, J, S>(isa, edges, &layout, at, rows.div_ceil(S));
-                    at += lanes;
+                    continue;
                 }
+                if S > 1 && view.step > 1 {
+                    let edges = Alternate::<_, MAX_COLUMNS>::new::<T, I>(isa, &view, view.columns, columns, at);
+                    self.channels::<I, K, J, S>(isa, edges, &layout, at, rows);
+                } else {
+                    let edges = Masked::<_, MAX_COLUMNS>::new::<T, I>(isa, &view, view.columns, self.size, at);
+                    self.channels::<I, K, J, S>(isa, edges, &layout, at, rows.div_ceil(S));
+                }
+                at += lanes;
             }
         }
     }
@@ -523,9 +449,9 @@ impl<T: Element> Correlate<'_, T> {
         at: usize,
         rows: usize,
     ) {
-        let Layout { step, images: (count, steps), channels, .. } = *layout;
+        let Layout { images: (count, steps), channels } = *layout;
         for c in 0..channels.0 {
-            let places = [0, 1].map(|i| ([step * at, at][i] + c * channels.1[i], steps[i]));
+            let places = [0, 1].map(|i| ([self.view.step * at, at][i] + c * channels.1[i], steps[i]));
             // SAFETY: the caller's promise.
             unsafe { self.tiles::<I, K, J, S>(isa, c, edges, count, places, rows) };
         }
@@ -553,13 +479,13 @@ impl<T: Element> Correlate<'_, T> {
             unsafe {
                 // Constants: tiles that the registers do not hold are not compiled.
                 vector += if const { tile_vectors(I::REGISTER_COUNT, J) >= 4 } && rest >= 4 {
-                    self.tile::<I, K, J, S, 4>(isa, channel, edges, places, rest == 4, rows)
+                    self.tile::<I, K, J, S, 4>(isa, channel, edges, places, rows)
                 } else if const { tile_vectors(I::REGISTER_COUNT, J) >= 3 } && rest >= 3 {
-                    self.tile::<I, K, J, S, 3>(isa, channel, edges, places, rest == 3, rows)
+                    self.tile::<I, K, J, S, 3>(isa, channel, edges, places, rows)
                 } else if const { tile_vectors(I::REGISTER_COUNT, J) >= 2 } && rest >= 2 {
-                    self.tile::<I, K, J, S, 2>(isa, channel, edges, places, rest == 2, rows)
+                    self.tile::<I, K, J, S, 2>(isa, channel, edges, places, rows)
                 } else {
-                    self.tile::<I, K, J, S, 1>(isa, channel, edges, places, rest == 1, rows)
+                    self.tile::<I, K, J, S, 1>(isa, channel, edges, places, rows)
                 };
             }
         }
@@ -576,13 +502,12 @@ impl<T: Element> Correlate<'_, T> {
         channel: usize,
         edges: impl Edges<T, I>,
         [(x_start, x_step), (y_start, y_step)]: [(usize, usize); 2],
-        last: bool,
         rows: usize,
     ) -> usize {
         let start = T::splat_wide(isa, self.bias[channel]);
         let len = self.view.columns.len() * K;
         let weights = &self.weights[channel * len..(channel + 1) * len];
-        let View { part, pitch, ref real, .. } = self.view;
+        let (real, width) = (self.view.real(), self.view.size[1]);
         let (mut x_row, mut y_row) = (self.view.row(x_start), self.y.start.wrapping_add(y_start));
         // Sums of output rows t, t - 1 ...
         let mut sums = [[start; V]; J];
@@ -592,7 +517,7 @@ impl<T: Element> Correlate<'_, T> {
                 if !real.contains(&i) {
                     continue;
                 }
-                let row = x_row.wrapping_add(s * part);
+                let row = x_row.wrapping_add(s * width);
                 let masks = edges.row(i);
                 (0..V).for_each(|v| edges.ask_row(isa, row.wrapping_add(v * x_step)));
                 let columns = self.view.columns.iter().zip(weights.chunks_exact(K));
@@ -618,15 +543,15 @@ impl<T: Element> Correlate<'_, T> {
                     unsafe {
                         let ptr = y_row.add(v * y_step);
                         edges.ask(isa, ptr);
-                        match edges.results(last && v == V - 1, t + 2 == rows + J) {
+                        match edges.results(t + 2 == rows + J) {
                             Some(mask) => T::store_masked(isa, mask, ptr, sum),
                             None => T::store(isa, ptr, sum),
                         }
                     }
                 }
-                y_row = y_row.wrapping_add(self.y_pitch);
+                y_row = y_row.wrapping_add(self.view.rows * self.y_pitch);
             }
-            x_row = x_row.wrapping_add(pitch);
+            x_row = x_row.wrapping_add(S * width);
             for j in (1..J).rev() {
                 sums[j] = sums[j - 1];
             }
@@ -634,18 +559,6 @@ impl<T: Element> Correlate<'_, T> {
         }
         V
     }
-}
-
-/// That rows of results, or bare planes of them, are all in a slice of so many values.
-fn check_results<T>(len: usize, pitch: usize, steps: [usize; 2], [rows, columns]: [usize; 2], view: &View<T>) {
-    let needed = match view.bare {
-        Some(bare) => {
-            assert_eq!(pitch, view.stride / bare.step * columns, "pitch");
-            bare.len(steps, rows * columns)
-        }
-        None => (rows - 1) * pitch + columns,
-    };
-    assert!(len >= needed, "results");
 }
 
 impl<T: Element> Kernel for Correlate<'_, T> {
@@ -657,12 +570,11 @@ impl<T: Element> Kernel for Correlate<'_, T> {
         if rows == 0 || columns == 0 {
             return;
         }
-        self.view.check::<I>(columns);
-        let channels = self.view.channels();
+        self.view.check::<I>(self.y.len, self.y_steps, self.size, self.y_pitch);
+        let channels = self.view.channels.0;
         assert_eq!(self.weights.len(), channels * self.view.columns.len() * self.tap_rows, "weights");
         assert_eq!(self.bias.len(), channels, "bias");
-        check_results(self.y.len, self.y_pitch, self.y_steps, self.size, &self.view);
-        with_rows!(self.view.stride, self.tap_rows, K J S => self.rows::<I, K, J, S>(isa));
+        with_rows!(self.view.stride(), self.tap_rows, K J S => self.rows::<I, K, J, S>(isa));
     }
 }
 
@@ -672,11 +584,9 @@ pub struct CorrelateSums<'a, T: Element> {
     pub view: View<'a, T::Wide>,
     /// Rows of the kernel: what [`tap_rows`] says.
     pub tap_rows: usize,
-    /// The gradient by the output; zero where a column is none of the output's.
+    /// The gradient by the output.
     pub g: &'a [T],
-    /// From one row of the gradient to the next.
-    pub g_pitch: usize,
-    /// From one image and from one channel of the gradient to the next, where planes are bare.
+    /// From one image and from one channel of the gradient to the next.
     pub g_steps: [usize; 2],
     /// Rows of the gradient, and their length.
     pub size: [usize; 2],
@@ -727,18 +637,18 @@ impl<T: Element> CorrelateSums<'_, T> {
     ) -> usize {
         let (lanes, [rows, width]) = (T::lanes::<I>(), self.size);
         let columns: [isize; C] = std::array::from_fn(|c| self.view.columns[first + c]);
-        let layout = self.view.layout::<I>(width, self.g_steps);
-        for at in (0..layout.columns).step_by(lanes) {
+        let layout = Layout::new(&self.view, self.g_steps);
+        for at in (0..width).step_by(lanes) {
             // SAFETY: vectors of these columns.
             unsafe {
                 if self.view.inside::<I>(at, width) > 0 {
-                    let edges = Whole::new::<T, I>(isa, &layout, width);
+                    let edges = Whole { ahead: self.view.ahead };
                     self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
-                } else if S > 1 && layout.step > 1 {
-                    let edges = Alternate::<_, C>::new::<T, I>(isa, &self.view, &columns, &layout, width, at);
+                } else if S > 1 && self.view.step > 1 {
+                    let edges = Alternate::<_, C>::new::<T, I>(isa, &self.view, &columns, width, at);
                     self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
                 } else {
-                    let edges = Masked::<_, C>::new::<T, I>(isa, &self.view, &columns, &layout, self.size, at);
+                    let edges = Masked::<_, C>::new::<T, I>(isa, &self.view, &columns, self.size, at);
                     self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows.div_ceil(S));
                 }
             }
@@ -760,7 +670,7 @@ impl<T: Element> CorrelateSums<'_, T> {
         at: usize,
         rows: usize,
     ) {
-        let Layout { step, images, channels, .. } = *layout;
+        let Layout { images, channels } = *layout;
         for c in 0..channels.0 {
             let slots = self.slots::<K, C>(c, first);
             let mut sums = [[T::splat(isa, T::default()); K]; C];
@@ -769,10 +679,9 @@ impl<T: Element> CorrelateSums<'_, T> {
                 *sum = unsafe { T::load_wide(isa, slots.add(i * slot::<T::Wide>())) };
             }
             for image in 0..images.0 {
-                let starts = [0, 1].map(|i| [step * at, at][i] + c * channels.1[i] + image * images.1[i]);
-                let last = image + 1 == images.0;
+                let starts = [0, 1].map(|i| [self.view.step * at, at][i] + c * channels.1[i] + image * images.1[i]);
                 // SAFETY: the caller's promise.
-                unsafe { self.vector::<I, K, J, S, C>(isa, edges, columns, starts, last, rows, &mut sums) };
+                unsafe { self.vector::<I, K, J, S, C>(isa, edges, columns, starts, rows, &mut sums) };
             }
             for (i, &sum) in sums.as_flattened().iter().enumerate() {
                 // SAFETY: as for the loads.
@@ -799,12 +708,11 @@ impl<T: Element> CorrelateSums<'_, T> {
         edges: impl Edges<T, I>,
         columns: [isize; C],
         starts: [usize; 2],
-        last: bool,
         rows: usize,
         sums: &mut [[T::Vector<I>; K]; C],
     ) {
         let zero = T::splat(isa, T::default());
-        let View { part, pitch, ref real, .. } = self.view;
+        let (real, width) = (self.view.real(), self.view.size[1]);
         let (mut x_row, mut g_row) = (self.view.row(starts[0]), self.g.as_ptr().wrapping_add(starts[1]));
         // Rows t, t - 1 ... of the gradient.
         let mut g = [zero; J];
@@ -817,7 +725,7 @@ impl<T: Element> CorrelateSums<'_, T> {
                 edges.ask(isa, g_row);
                 // SAFETY: row t of the gradient; the mask keeps the vector inside it.
                 g[0] = unsafe {
-                    match edges.results(last, t + 1 == rows) {
+                    match edges.results(t + 1 == rows) {
                         Some(mask) => T::load_masked(isa, mask, g_row),
                         None => T::load(isa, g_row),
                     }
@@ -828,7 +736,7 @@ impl<T: Element> CorrelateSums<'_, T> {
                 if !real.contains(&i) {
                     continue;
                 }
-                let row = x_row.wrapping_add(s * part);
+                let row = x_row.wrapping_add(s * width);
                 let masks = edges.row(i);
                 edges.ask_row(isa, row);
                 for (c, (column, sums)) in columns.into_iter().zip(&mut *sums).enumerate() {
@@ -841,7 +749,7 @@ impl<T: Element> CorrelateSums<'_, T> {
                     }
                 }
             }
-            (x_row, g_row) = (x_row.wrapping_add(pitch), g_row.wrapping_add(self.g_pitch));
+            (x_row, g_row) = (x_row.wrapping_add(S * width), g_row.wrapping_add(self.view.rows * self.size[1]));
         }
     }
 }
@@ -855,10 +763,9 @@ impl<T: Element> Kernel for CorrelateSums<'_, T> {
         if rows == 0 || columns == 0 {
             return;
         }
-        self.view.check::<I>(columns);
-        let taps = self.view.channels() * self.view.columns.len() * self.tap_rows;
+        self.view.check::<I>(self.g.len(), self.g_steps, self.size, columns);
+        let taps = self.view.channels.0 * self.view.columns.len() * self.tap_rows;
         assert_eq!(self.slots.len(), taps * slot::<T::Wide>(), "slots");
-        check_results(self.g.len(), self.g_pitch, self.g_steps, self.size, &self.view);
-        with_rows!(self.view.stride, self.tap_rows, K J S => self.rows::<I, K, J, S>(isa));
+        with_rows!(self.view.stride(), self.tap_rows, K J S => self.rows::<I, K, J, S>(isa));
     }
 }

@@ -4,17 +4,15 @@
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::slice;
 
 use super::phases::{Phase, Seen};
-use super::planes::{Planes, Taps, ahead, merge, planes_together};
+use super::planes::{PlaneConv, Taps};
 use super::{Shared, estimate};
 use crate::isa::Active;
 use crate::kernels::depthwise::{MAX_TAPS, TapPixels, TapSums};
-use crate::kernels::planes::{Correlate, CorrelateSums, Results};
+use crate::kernels::planes::CorrelateSums;
 use crate::kernels::pointwise::{SumSlots, slot};
-use crate::kernels::rows::WidenRows;
-use crate::kernels::{Element, lanes, writable};
+use crate::kernels::{Element, lanes};
 use crate::pool::{parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Depthwise, Order};
@@ -209,112 +207,41 @@ impl<T: Element> Correlation<'_, T> {
         });
     }
 
-    /// NCHW: the planes of each of some channels of some images, as they come.
-    fn bare_planes(&self, taps: &Taps, threads: usize) {
-        let Depthwise { count, channels, .. } = *self.shape;
-        let (pixels, size) = (self.vertical[0].input * self.horizontal[0].input, self.output);
-        let tiles = channels.div_ceil(channels_together(pixels, channels));
-        let parts = (threads * TASKS_PER_THREAD).div_ceil(tiles).min(count.div_ceil(IMAGES));
-        let (out_pixels, bias) = (size[0] * size[1], self.bias());
-        let mut weights = vec![T::Wide::default(); channels * taps.len()];
-        for (c, weights) in weights.chunks_exact_mut(taps.len()).enumerate() {
-            taps.places()
-                .for_each(|(tap, place)| weights[place] = self.weight[self.shape.weight_index(c, tap)].widen());
-        }
-        parallel_for(threads, tiles * parts, |task| {
-            let (range, images) = (part(channels, tiles, task / parts), part(count, parts, task % parts));
-            with_wide(self.isa, self.x, [channels, pixels], range.clone(), images, |images, x, step| {
-                let first = (images.start * channels + range.start) * out_pixels;
-                self.isa.run(Correlate::<T> {
-                    view: taps.bare_view(x, (images.len(), step), (range.len(), pixels)),
-                    tap_rows: taps.rows,
-                    weights: &weights[range.start * taps.len()..range.end * taps.len()],
-                    bias: &bias[range.clone()],
-                    // SAFETY: planes of the output, which no other task writes.
-                    y: unsafe { Results::new(self.y.ptr().add(first), count * channels * out_pixels - first) },
-                    y_pitch: taps.result_pitch(size[1]),
-                    y_steps: [channels * out_pixels, out_pixels],
-                    size,
-                });
-            });
-        });
-    }
-
-    /// The channels' bias.
-    fn bias(&self) -> Vec<T::Wide> {
-        (0..self.shape.channels).map(|c| self.bias.map_or(T::Wide::default(), |bias| bias[c].widen())).collect()
-    }
-
-    /// NCHW: the planes of each of some channels of some images, padded and side by side.
+    /// NCHW: the planes of some channels of some images at a time.
     fn planes(&self, threads: usize) {
         let Depthwise { count, channels, kernel, .. } = *self.shape;
-        if let Some(taps) = Taps::bare(lanes::<T::Wide>(self.isa), &self.vertical[0], &self.horizontal[0], kernel) {
-            return self.bare_planes(&taps, threads);
-        }
-        let [height, width] = self.output;
-        let (pixels, out_pixels) = (self.vertical[0].input * self.horizontal[0].input, height * width);
-        let together = channels_together(pixels, channels);
-        let tiles = channels.div_ceil(together);
-        let parts = (threads * TASKS_PER_THREAD).div_ceil(tiles).min(count);
-        let block = planes_together(pixels.max(out_pixels), count.div_ceil(parts));
-        let planes = Planes::new([&self.vertical, &self.horizontal], block);
-        let bias = self.bias();
-        let pairs = self.vertical.iter().flat_map(|v| self.horizontal.iter().map(move |h| (v, h)));
+        let (pixels, size) = (self.vertical[0].input * self.horizontal[0].input, self.output);
+        let out_pixels = size[0] * size[1];
+        let tiles = channels.div_ceil(channels_together(pixels, channels));
+        let parts = (threads * TASKS_PER_THREAD).div_ceil(tiles).min(count.div_ceil(IMAGES));
+        let bias: Vec<_> =
+            (0..channels).map(|c| self.bias.map_or(T::Wide::default(), |bias| bias[c].widen())).collect();
+        let conv = PlaneConv::new::<T::Wide>(self.isa, self.vertical.clone(), self.horizontal.clone(), kernel);
         let weight = |c: usize| move |tap| self.weight[self.shape.weight_index(c, tap)].widen();
         let pack = |taps: &Taps| (0..channels).flat_map(|c| taps.pack(weight(c))).collect::<Vec<_>>();
-        let taps = pairs.map(|(v, h)| Taps::new(&planes, v, h, kernel)).map(|taps| (pack(&taps), taps));
-        let taps: Vec<_> = taps.map(|(weights, taps)| (taps, weights)).collect();
-        let sets = self.horizontal.len();
-        let rows = self.vertical.iter().map(|phase| phase.count).max().unwrap_or(0);
-        let (padded_len, set) = (planes.len::<T::Wide>(), rows * planes.pitch);
-        // Of large planes the next image's, which come next; of small ones the neighbours, which later tasks read.
-        let next = |pixels: usize| if block == 1 { channels * pixels } else { ahead(pixels) };
+        let weights: Vec<_> = conv.taps().iter().map(pack).collect();
         parallel_for(threads, tiles * parts, |task| {
             let (range, images) = (part(channels, tiles, task / parts), part(count, parts, task % parts));
-            let sizes = [range.len() * padded_len, range.len() * sets * set];
-            scratch::with(sizes.iter().sum(), |memory: &mut [T::Wide]| {
-                let [padded, results] = cut(memory, sizes);
-                padded.fill(T::Wide::default());
-                for first in images.clone().step_by(block) {
-                    let images = first..(first + block).min(images.end);
-                    // Neighbouring channels' planes follow each other in memory.
-                    for (i, n) in images.clone().enumerate() {
-                        for (c, padded) in range.clone().zip(padded.chunks_exact_mut(padded_len)) {
-                            let plane = &self.x[(n * channels + c) * pixels..][..pixels];
-                            planes.write(self.isa, i, plane, padded, next(pixels));
-                        }
+            scratch::with(conv.memory(IMAGES * range.len()), |memory: &mut [T::Wide]| {
+                with_wide(self.isa, self.x, [channels, pixels], range.clone(), images, |images, x, step| {
+                    let first = (images.start * channels + range.start) * out_pixels;
+                    let weights = |pair: usize| {
+                        let len = conv.taps()[pair].len();
+                        &weights[pair][range.start * len..range.end * len]
+                    };
+                    // SAFETY: planes of the output, which no other task writes.
+                    unsafe {
+                        conv.run(
+                            self.isa,
+                            x,
+                            [(images.len(), step), (range.len(), pixels)],
+                            weights,
+                            &bias[range.clone()],
+                            (self.y.at(first), [channels * out_pixels, out_pixels], size),
+                            memory,
+                        );
                     }
-                    for (vertical, taps) in self.vertical.iter().zip(taps.chunks_exact(sets)) {
-                        let both = padded.chunks_exact(padded_len).zip(results.chunks_exact_mut(sets * set));
-                        for (c, (padded, results)) in range.clone().zip(both) {
-                            for ((horizontal, (taps, weights)), result) in
-                                self.horizontal.iter().zip(taps).zip(results.chunks_exact_mut(set))
-                            {
-                                self.isa.run(Correlate::<T::Wide> {
-                                    view: taps.view(padded),
-                                    tap_rows: taps.rows,
-                                    weights: &weights[c * taps.len()..][..taps.len()],
-                                    bias: &bias[c..c + 1],
-                                    y: writable(result).into(),
-                                    y_pitch: planes.pitch,
-                                    y_steps: [0, 0],
-                                    size: [vertical.count, planes.columns(images.len(), horizontal.count)],
-                                });
-                            }
-                        }
-                        for (i, n) in images.clone().enumerate() {
-                            for (c, results) in range.clone().zip(results.chunks_exact(sets * set)) {
-                                // SAFETY: a plane of the output, which no other task writes.
-                                let plane = unsafe {
-                                    let y = self.y.ptr().add((n * channels + c) * out_pixels).cast();
-                                    slice::from_raw_parts_mut(y, out_pixels)
-                                };
-                                let results = (&results[i * planes.step..], set, planes.pitch);
-                                merge::<T>(self.isa, vertical, sets, results, plane, width, next(out_pixels));
-                            }
-                        }
-                    }
-                }
+                });
             });
         });
     }
@@ -431,9 +358,10 @@ impl<T: Element> WeightGrad<'_, T> {
         }
     }
 
-    /// NCHW: the sums of some channels over all images, whose planes are seen as they come.
-    fn bare_planes(&self, taps: &Taps, range: Range<usize>, mut write: impl FnMut(usize, usize, T::Wide)) {
-        let Depthwise { count, channels, .. } = *self.shape;
+    /// NCHW: the sums of some channels over all images.
+    fn planes(&self, range: Range<usize>, mut write: impl FnMut(usize, usize, T::Wide)) {
+        let Depthwise { count, channels, kernel, .. } = *self.shape;
+        let taps = Taps::new(lanes::<T::Wide>(self.isa), self.vertical, self.horizontal, kernel, self.horizontal.count);
         let (pixels, size) =
             (self.vertical.input * self.horizontal.input, [self.vertical.count, self.horizontal.count]);
         let out_pixels = size[0] * size[1];
@@ -444,66 +372,14 @@ impl<T: Element> WeightGrad<'_, T> {
             slots.fill(T::Wide::default());
             with_wide(self.isa, self.x, [channels, pixels], range.clone(), 0..count, |images, x, step| {
                 self.isa.run(CorrelateSums::<T> {
-                    view: taps.bare_view(x, (images.len(), step), (range.len(), pixels)),
+                    view: taps.view(x, (images.len(), step), (range.len(), pixels)),
                     tap_rows: taps.rows,
                     g: &self.grad_output[(images.start * channels + range.start) * out_pixels..],
-                    g_pitch: taps.result_pitch(size[1]),
                     g_steps: [channels * out_pixels, out_pixels],
                     size,
                     slots: &mut *slots,
                 });
             });
-            for (c, slots) in range.zip(slots.chunks_exact(slots_len)) {
-                self.isa.run(SumSlots(slots, sums));
-                taps.places().for_each(|(tap, place)| write(c, tap, sums[place]));
-            }
-        });
-    }
-
-    /// NCHW: the sums of some channels over all images.
-    fn planes(&self, range: Range<usize>, mut write: impl FnMut(usize, usize, T::Wide)) {
-        let Depthwise { count, channels, kernel, .. } = *self.shape;
-        if let Some(taps) = Taps::bare(lanes::<T::Wide>(self.isa), self.vertical, self.horizontal, kernel) {
-            return self.bare_planes(&taps, range, write);
-        }
-        let (pixels, size) =
-            (self.vertical.input * self.horizontal.input, [self.vertical.count, self.horizontal.count]);
-        let block = planes_together(pixels, count);
-        let planes = Planes::new([slice::from_ref(self.vertical), slice::from_ref(self.horizontal)], block);
-        let taps = Taps::new(&planes, self.vertical, self.horizontal, kernel);
-        let (padded_len, grad_len, slots_len) =
-            (planes.len::<T::Wide>(), size[0] * planes.pitch, taps.len() * slot::<T::Wide>());
-        let lens = [range.len() * padded_len, range.len() * grad_len, range.len() * slots_len, taps.len()];
-        scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
-            let [padded, grads, slots, sums] = cut(memory, lens);
-            padded.fill(T::Wide::default());
-            grads.fill(T::Wide::default());
-            slots.fill(T::Wide::default());
-            for first in (0..count).step_by(block) {
-                let images = first..(first + block).min(count);
-                for (i, n) in images.clone().enumerate() {
-                    let both = padded.chunks_exact_mut(padded_len).zip(grads.chunks_exact_mut(grad_len));
-                    for (c, (padded, grads)) in range.clone().zip(both) {
-                        let plane = n * channels + c;
-                        planes.write(self.isa, i, &self.x[plane * pixels..][..pixels], padded, ahead(pixels));
-                        let grad = &self.grad_output[plane * size[0] * size[1]..][..size[0] * size[1]];
-                        let y = (writable(&mut grads[i * planes.step..]), planes.pitch);
-                        self.isa.run(WidenRows { x: (grad, size[1]), y, size, ahead: ahead(grad.len()) });
-                    }
-                }
-                let both = padded.chunks_exact(padded_len).zip(grads.chunks_exact(grad_len));
-                for ((padded, grads), slots) in both.zip(slots.chunks_exact_mut(slots_len)) {
-                    self.isa.run(CorrelateSums::<T::Wide> {
-                        view: taps.view(padded),
-                        tap_rows: taps.rows,
-                        g: grads,
-                        g_pitch: planes.pitch,
-                        g_steps: [0, 0],
-                        size: [size[0], planes.columns(images.len(), size[1])],
-                        slots,
-                    });
-                }
-            }
             for (c, slots) in range.zip(slots.chunks_exact(slots_len)) {
                 self.isa.run(SumSlots(slots, sums));
                 taps.places().for_each(|(tap, place)| write(c, tap, sums[place]));

@@ -1,6 +1,6 @@
 //! Planes of one channel of some images: what convolutions of more than one pixel run over.
 //!
-//! A depthwise convolution sees them as they come ([`Taps::bare`]). Others see them padded and side by side:
+//! Depthwise convolutions see them as they come ([`Taps`]). Others see them padded and side by side ([`Planes`]):
 //!
 //! ```text
 //!          step            step
@@ -13,14 +13,14 @@
 //! view of one of the parts.
 
 use std::mem::MaybeUninit;
-use std::ops::Range;
 
+use super::Shared;
 use super::phases::Phase;
 use crate::isa::Active;
-use crate::kernels::planes::{Bare, MAX_COLUMNS, View, tap_rows};
+use crate::kernels::planes::{Correlate, Results, View, tap_rows};
 use crate::kernels::pointwise::slot;
 use crate::kernels::rows::{NarrowRows, SplitRows, WidenRows, ZipRows};
-use crate::kernels::{Element, writable};
+use crate::kernels::{Element, lanes, writable};
 
 /// How many values ahead of a plane to ask for others, at least, where planes follow each other, each too short for the
 /// processor to look ahead by itself. (A 5x5 depthwise convolution of 64 x 672 planes of 19 x 19 at stride 2 takes 15.7 ms of
@@ -155,38 +155,18 @@ impl Planes {
     }
 }
 
-/// The order in which depthwise kernels read taps, `[column][row]`: the kernel's columns that are seen, and for each of
-/// `rows` rows the kernel's, or none where there is code for more of them.
-fn tap_order(
-    columns: impl Iterator<Item = usize>,
-    rows: usize,
-    row: impl Fn(usize) -> Option<usize>,
-    width: usize,
-) -> Vec<Option<usize>> {
-    let row = &row;
-    columns.flat_map(|x| (0..rows).map(move |r| row(r).map(|y| y * width + x))).collect()
-}
-
-/// The order of a depthwise convolution's own taps: that of the [`Taps`] of its only phases.
-pub(crate) fn forward_order([height, width]: [usize; 2], stride: usize) -> Vec<Option<usize>> {
-    tap_order(0..width, tap_rows(height, stride), |r| (r < height).then_some(r), width)
-}
-
 /// The taps of a depthwise kernel through which the pixels of a vertical and a horizontal phase see planes.
+///
+/// Nothing is padded before, nor put together after: 3x3 over 16 x 512 planes of 14 x 14 takes 0.56 ms of a thread, over
+/// padded ones side by side 1.07; 28 x 28 2.4 and 5.1; 16 x 64 of 112 x 112 5.3 and 8.2; of 113 x 113 at stride 2 3.4 and 5.3.
 pub(crate) struct Taps {
-    /// The first row that is seen.
-    first: isize,
-    stride: usize,
-    part: usize,
-    pitch: usize,
-    /// The rows, from the first one on, that are not zero.
-    real: Range<usize>,
-    /// Where each column of taps sees a row.
-    columns: Vec<isize>,
-    /// Height and width of planes that are not padded.
-    bare: Option<[usize; 2]>,
-    /// Columns of these from what one result sees to what the next does.
+    /// Height and width of a plane.
+    size: [usize; 2],
+    /// See [`View`].
     step: usize,
+    vector_rows: usize,
+    top: isize,
+    columns: Vec<isize>,
     /// Rows of taps.
     pub(crate) rows: usize,
     /// Taps of the kernel, `[column][row]`; none where there is code for more rows than the kernel has.
@@ -194,66 +174,28 @@ pub(crate) struct Taps {
 }
 
 impl Taps {
-    /// The taps of a kernel of `width` columns, through which padded planes are seen.
-    pub(crate) fn new(planes: &Planes, vertical: &Phase, horizontal: &Phase, width: usize) -> Self {
-        let (top, _) = vertical.span();
-        let first = planes.tap([top, -(planes.before[1] as isize)]);
-        let below = (planes.stride * planes.rows()).saturating_add_signed(-top).saturating_sub(planes.before[0]);
-        let place = |pixel: usize| (pixel as isize - top).clamp(0, below as isize) as usize;
-        Self {
-            first: first as isize,
-            part: planes.stride * planes.part,
-            pitch: planes.pitch,
-            real: if vertical.taps.is_empty() { 0..0 } else { place(0)..place(planes.input[0]) },
-            columns: horizontal.taps.iter().map(|&(_, x)| (planes.tap([top, x]) - first) as isize).collect(),
-            bare: None,
-            ..Self::at_stride(planes.stride, vertical, horizontal, width)
-        }
-    }
-
-    /// The taps of a kernel of `width` columns, through which planes are seen as they come, in vectors of so many values:
-    /// if the results are all of the output's. (Nothing has to be padded before, nor put together after: 3x3 over 16 x 512
-    /// planes of 14 x 14 takes 0.56 ms of a thread, padded 1.07; 28 x 28 2.4 and 5.1; 16 x 64 of 112 x 112 5.3 and 8.2.)
-    pub(crate) fn bare(lanes: usize, vertical: &Phase, horizontal: &Phase, width: usize) -> Option<Self> {
-        let [height, columns] = [vertical.input, horizontal.input];
-        let step = horizontal.in_step;
-        let parts = vertical.in_step != step || vertical.out_step != 1 || horizontal.out_step != 1;
-        if parts || height == 0 || columns == 0 || horizontal.taps.len() > MAX_COLUMNS {
-            return None;
-        }
-        // Rows of a vector.
-        let rows = if step == 1 && columns == horizontal.count { (lanes / columns).clamp(1, 2) } else { 1 };
-        let (stride, (top, _)) = (rows * step, vertical.span());
-        let start = (1 - rows as isize - top).max(0) as usize;
-        Some(Self {
-            first: top * columns as isize,
-            part: columns,
-            pitch: stride * columns,
-            real: start..height.saturating_add_signed(-top).max(start),
-            columns: horizontal.taps.iter().map(|&(_, x)| x).collect(),
-            bare: Some([height, columns]),
-            step,
-            ..Self::at_stride(stride, vertical, horizontal, width)
-        })
-    }
-
-    /// The taps alone.
-    fn at_stride(stride: usize, vertical: &Phase, horizontal: &Phase, width: usize) -> Self {
+    /// The taps of a kernel of `width` columns, for vectors of so many values and results of which a row begins every `pitch`.
+    pub(crate) fn new(lanes: usize, vertical: &Phase, horizontal: &Phase, width: usize, pitch: usize) -> Self {
+        let (size, step) = ([vertical.input, horizontal.input], horizontal.in_step);
+        let alike = step == 1 && [horizontal.count, pitch] == [size[1]; 2];
+        let vector_rows = if alike { (lanes / size[1].max(1)).clamp(1, 2) } else { 1 };
         let (top, span) = vertical.span();
-        let rows = tap_rows(span + 1, stride);
+        let rows = tap_rows(span + 1, step * vector_rows);
         let row = |r: usize| vertical.taps.iter().find(|&&(_, offset)| offset == top + r as isize).map(|&(y, _)| y);
-        let taps = tap_order(horizontal.taps.iter().map(|&(x, _)| x), rows, row, width);
-        Self { first: 0, stride, part: 0, pitch: 0, real: 0..0, columns: Vec::new(), bare: None, step: 1, rows, taps }
-    }
-
-    /// Puts a channel's kernel into the order of the taps.
-    pub(crate) fn pack<T: Element>(&self, kernel: impl Fn(usize) -> T) -> impl Iterator<Item = T> {
-        self.taps.iter().map(move |tap| tap.map_or(T::default(), &kernel))
+        // Without rows, columns see nothing either.
+        let seen = if vertical.taps.is_empty() { &[] } else { &horizontal.taps[..] };
+        let taps = seen.iter().flat_map(|&(x, _)| (0..rows).map(move |r| row(r).map(|y| y * width + x))).collect();
+        Self { size, step, vector_rows, top, columns: seen.iter().map(|&(_, x)| x).collect(), rows, taps }
     }
 
     /// Taps of the kernel, `[column][row]`; none where there is code for more rows than the kernel has.
     pub(crate) fn order(&self) -> &[Option<usize>] {
         &self.taps
+    }
+
+    /// Puts a channel's kernel into the order of the taps.
+    pub(crate) fn pack<T: Element>(&self, kernel: impl Fn(usize) -> T) -> impl Iterator<Item = T> {
+        self.taps.iter().map(move |tap| tap.map_or(T::default(), &kernel))
     }
 
     /// How many weights [`Taps::pack`] gives.
@@ -266,41 +208,113 @@ impl Taps {
         self.taps.iter().enumerate().filter_map(|(place, tap)| Some(((*tap)?, place)))
     }
 
-    /// From one row of sums to the next where results of bare planes have so many columns.
-    pub(crate) fn result_pitch(&self, columns: usize) -> usize {
-        self.stride / self.step * columns
-    }
-
-    /// Padded planes as the taps see them.
-    pub(crate) fn view<'a, T>(&'a self, x: &'a [T]) -> View<'a, T> {
+    /// Planes as the taps see them.
+    pub(crate) fn view<'a, T>(&'a self, x: &'a [T], images: (usize, usize), channels: (usize, usize)) -> View<'a, T> {
         View {
             x,
-            first: self.first,
-            stride: self.stride,
-            part: self.part,
-            pitch: self.pitch,
-            real: self.real.clone(),
+            size: self.size,
+            images,
+            channels,
+            step: self.step,
+            rows: self.vector_rows,
+            top: self.top,
             columns: &self.columns,
-            bare: None,
+            ahead: ahead(self.size[0] * self.size[1]),
         }
     }
+}
 
-    /// Bare planes as the taps see them: see [`Bare`].
-    pub(crate) fn bare_view<'a, T>(
-        &'a self,
-        x: &'a [T],
-        images: (usize, usize),
-        channels: (usize, usize),
-    ) -> View<'a, T> {
-        View {
-            bare: self.bare.map(|size| Bare {
+/// A depthwise convolution of planes, or its gradient by the input: the pixels of all pairs of phases.
+pub(crate) struct PlaneConv {
+    vertical: Vec<Phase>,
+    horizontal: Vec<Phase>,
+    /// Those of each vertical phase with each horizontal one.
+    taps: Vec<Taps>,
+}
+
+impl PlaneConv {
+    /// That of a kernel of `width` columns.
+    pub(crate) fn new<T: Element>(isa: Active, vertical: Vec<Phase>, horizontal: Vec<Phase>, width: usize) -> Self {
+        let mut conv = Self { vertical, horizontal, taps: Vec::new() };
+        let (lanes, [_, pitch]) = (lanes::<T>(isa), conv.most());
+        let pairs = conv.vertical.iter().flat_map(|v| conv.horizontal.iter().map(move |h| (v, h)));
+        conv.taps = pairs.map(|(v, h)| Taps::new(lanes, v, h, width, pitch)).collect();
+        conv
+    }
+
+    /// The taps of each pair of phases.
+    pub(crate) fn taps(&self) -> &[Taps] {
+        &self.taps
+    }
+
+    /// Rows and columns of a phase's results, at most.
+    fn most(&self) -> [usize; 2] {
+        [&self.vertical, &self.horizontal].map(|phases| phases.iter().map(|phase| phase.count).max().unwrap_or(0))
+    }
+
+    /// Values of temporary memory for so many planes.
+    pub(crate) fn memory(&self, planes: usize) -> usize {
+        let [rows, columns] = self.most();
+        if self.taps.len() == 1 { 0 } else { self.horizontal.len() * planes * rows * columns }
+    }
+
+    /// Computes planes of `size` from planes of some images and channels (how many, and how far apart); those of the result are
+    /// `steps` apart. `weights` are the channels' in the order of a pair's taps.
+    ///
+    /// # Safety
+    /// The planes must be writable, and nobody else's.
+    pub(crate) unsafe fn run<'a, T: Element>(
+        &self,
+        isa: Active,
+        x: &[T::Wide],
+        [images, channels]: [(usize, usize); 2],
+        weights: impl Fn(usize) -> &'a [T::Wide],
+        bias: &[T::Wide],
+        (y, steps, size): (Shared<T>, [usize; 2], [usize; 2]),
+        memory: &mut [T::Wide],
+    ) {
+        let pixels = size[0] * size[1];
+        if let [taps] = &self.taps[..] {
+            let len = (images.0.max(1) - 1) * steps[0] + (channels.0.max(1) - 1) * steps[1] + pixels;
+            return isa.run(Correlate::<T> {
+                view: taps.view(x, images, channels),
+                tap_rows: taps.rows,
+                weights: weights(0),
+                bias,
+                // SAFETY: the caller's promise.
+                y: unsafe { Results::new(y.ptr(), len) },
+                y_pitch: size[1],
+                y_steps: steps,
                 size,
-                images,
-                channels,
-                step: self.step,
-                ahead: ahead(size[0] * size[1]),
-            }),
-            ..self.view(x)
+            });
+        }
+        let (sets, [rows, pitch]) = (self.horizontal.len(), self.most());
+        let (plane, set) = (rows * pitch, images.0 * channels.0 * rows * pitch);
+        let memory = &mut memory[..sets * set];
+        for (v, vertical) in self.vertical.iter().enumerate() {
+            for (h, (horizontal, results)) in self.horizontal.iter().zip(memory.chunks_exact_mut(set)).enumerate() {
+                let taps = &self.taps[v * sets + h];
+                isa.run(Correlate::<T::Wide> {
+                    view: taps.view(x, images, channels),
+                    tap_rows: taps.rows,
+                    weights: weights(v * sets + h),
+                    bias,
+                    y: writable(results).into(),
+                    y_pitch: pitch,
+                    y_steps: [channels.0 * plane, plane],
+                    size: [vertical.count, horizontal.count],
+                });
+            }
+            for (image, channel) in (0..images.0).flat_map(|image| (0..channels.0).map(move |channel| (image, channel)))
+            {
+                let results = (&memory[(image * channels.0 + channel) * plane..], set, pitch);
+                // SAFETY: the caller's promise.
+                let plane = unsafe {
+                    let y = y.ptr().add(image * steps[0] + channel * steps[1]).cast();
+                    std::slice::from_raw_parts_mut(y, pixels)
+                };
+                merge::<T>(isa, vertical, sets, results, plane, size[1], ahead(pixels));
+            }
         }
     }
 }
