@@ -62,7 +62,7 @@ macro_rules! with_rows {
 /// Planes of some channels of some images as a kernel's taps see them: of images and channels, how many there are and the
 /// distance from one to the next.
 ///
-/// A tile's vectors are of the same columns of several images. What a tap sees beside a plane is masked. At a step of 2, a
+/// A tile's vectors are of the same columns of several images, or of several channels of an only one. What a tap sees beside a plane is masked. At a step of 2, a
 /// vector is every other value of two. Where two rows fit into a vector, they go through it together, as at a stride of 2:
 /// the output's rows `2 t` and `2 t + 1` are one row of sums.
 #[derive(Clone)]
@@ -122,8 +122,9 @@ impl<T: Element> View<'_, T> {
     fn inside<I: Isa>(&self, at: usize, end: usize) -> usize {
         let [first, last] = [self.columns.iter().min(), self.columns.iter().max()].map(|c| c.copied().unwrap_or(0));
         // The last column is seen, and is a result's.
-        let end = end.min(self.size[1].saturating_add_signed(-last));
-        if self.stride() > 1 || at as isize + first < 0 { 0 } else { end.saturating_sub(at) / T::lanes::<I>() }
+        let end = end.min(self.size[1].saturating_add_signed(-last) / self.step);
+        let outside = self.rows > 1 || (self.step * at) as isize + first < 0;
+        if outside { 0 } else { end.saturating_sub(at) / T::lanes::<I>() }
     }
 
     /// Row 0, from a place in it on.
@@ -407,32 +408,29 @@ const fn tile_vectors(registers: usize, rows: usize) -> usize {
 impl<T: Element> Correlate<'_, T> {
     /// `K` rows of taps at stride `S`: `J` rows of sums.
     #[inline(always)]
-    fn rows<I: Isa, const K: usize, const J: usize, const S: usize>(&mut self, isa: I) {
+    fn rows<I: Isa, const K: usize, const J: usize, const S: usize>(&self, isa: I) {
         let (lanes, [rows, columns]) = (T::lanes::<I>(), self.size);
         let (layout, view) = (Layout::new(&self.view, self.y_steps), self.view.clone());
         let mut at = 0;
         while at < columns {
             let inside = view.inside::<I>(at, columns);
+            // Neighbouring vectors inside an only image are as good as those of many images.
+            let several = inside > 1 && layout.images.0 == 1;
+            let along = Layout { images: (inside, [view.step * lanes, lanes]), ..layout };
+            let (layout, vectors) = if several { (along, inside) } else { (layout, 1) };
             // SAFETY: vectors of these columns.
             unsafe {
-                if inside > 0 {
-                    let edges = Whole { ahead: view.ahead };
-                    // Neighbouring vectors of an only image are as good as those of many images.
-                    let several = layout.images.0 == 1;
-                    let layout = if several { Layout { images: (inside, [lanes; 2]), ..layout } } else { layout };
-                    self.channels::<I, K, J, S>(isa, edges, &layout, at, rows);
-                    at += if several { inside * lanes } else { lanes };
-                    continue;
-                }
                 if S > 1 && view.step > 1 {
                     let edges = Alternate::<_, MAX_COLUMNS>::new::<T, I>(isa, &view, view.columns, columns, at);
                     self.channels::<I, K, J, S>(isa, edges, &layout, at, rows);
+                } else if inside > 0 {
+                    self.channels::<I, K, J, S>(isa, Whole { ahead: view.ahead }, &layout, at, rows);
                 } else {
                     let edges = Masked::<_, MAX_COLUMNS>::new::<T, I>(isa, &view, view.columns, self.size, at);
                     self.channels::<I, K, J, S>(isa, edges, &layout, at, rows.div_ceil(S));
                 }
-                at += lanes;
             }
+            at += vectors * lanes;
         }
     }
 
@@ -442,7 +440,7 @@ impl<T: Element> Correlate<'_, T> {
     /// As for [`Correlate::tiles`].
     #[inline(always)]
     unsafe fn channels<I: Isa, const K: usize, const J: usize, const S: usize>(
-        &mut self,
+        &self,
         isa: I,
         edges: impl Edges<T, I>,
         layout: &Layout,
@@ -450,10 +448,19 @@ impl<T: Element> Correlate<'_, T> {
         rows: usize,
     ) {
         let Layout { images: (count, steps), channels } = *layout;
-        for c in 0..channels.0 {
-            let places = [0, 1].map(|i| ([self.view.step * at, at][i] + c * channels.1[i], steps[i]));
+        let places =
+            |c: usize, steps: [usize; 2]| [0, 1].map(|i| ([self.view.step * at, at][i] + c * channels.1[i], steps[i]));
+        let mut c = 0;
+        while c < channels.0 {
             // SAFETY: the caller's promise.
-            unsafe { self.tiles::<I, K, J, S>(isa, c, edges, count, places, rows) };
+            unsafe {
+                if const { tile_vectors(I::REGISTER_COUNT, J) >= 4 } && count == 1 && channels.0 - c >= 4 {
+                    c += self.tile::<I, K, J, S, 4, false>(isa, c, edges, places(c, channels.1), rows);
+                } else {
+                    self.tiles::<I, K, J, S>(isa, c, edges, count, places(c, steps), rows);
+                    c += 1;
+                }
+            }
         }
     }
 
@@ -463,7 +470,7 @@ impl<T: Element> Correlate<'_, T> {
     /// `run` must have checked the slices, in which the vectors must be.
     #[inline(always)]
     unsafe fn tiles<I: Isa, const K: usize, const J: usize, const S: usize>(
-        &mut self,
+        &self,
         isa: I,
         channel: usize,
         edges: impl Edges<T, I>,
@@ -479,38 +486,41 @@ impl<T: Element> Correlate<'_, T> {
             unsafe {
                 // Constants: tiles that the registers do not hold are not compiled.
                 vector += if const { tile_vectors(I::REGISTER_COUNT, J) >= 4 } && rest >= 4 {
-                    self.tile::<I, K, J, S, 4>(isa, channel, edges, places, rows)
+                    self.tile::<I, K, J, S, 4, true>(isa, channel, edges, places, rows)
                 } else if const { tile_vectors(I::REGISTER_COUNT, J) >= 3 } && rest >= 3 {
-                    self.tile::<I, K, J, S, 3>(isa, channel, edges, places, rows)
+                    self.tile::<I, K, J, S, 3, true>(isa, channel, edges, places, rows)
                 } else if const { tile_vectors(I::REGISTER_COUNT, J) >= 2 } && rest >= 2 {
-                    self.tile::<I, K, J, S, 2>(isa, channel, edges, places, rows)
+                    self.tile::<I, K, J, S, 2, true>(isa, channel, edges, places, rows)
                 } else {
-                    self.tile::<I, K, J, S, 1>(isa, channel, edges, places, rows)
+                    self.tile::<I, K, J, S, 1, true>(isa, channel, edges, places, rows)
                 };
             }
         }
     }
 
-    /// `V` vectors of columns, all rows; returns how many vectors these are.
+    /// `V` vectors of columns, all rows: of one channel, whose kernel they share, or each of another, from `channel` on;
+    /// returns how many vectors these are.
     ///
     /// # Safety
     /// As for [`Correlate::tiles`].
     #[inline(always)]
-    unsafe fn tile<I: Isa, const K: usize, const J: usize, const S: usize, const V: usize>(
-        &mut self,
+    unsafe fn tile<I: Isa, const K: usize, const J: usize, const S: usize, const V: usize, const SHARED: bool>(
+        &self,
         isa: I,
         channel: usize,
         edges: impl Edges<T, I>,
         [(x_start, x_step), (y_start, y_step)]: [(usize, usize); 2],
         rows: usize,
     ) -> usize {
-        let start = T::splat_wide(isa, self.bias[channel]);
         let len = self.view.columns.len() * K;
-        let weights = &self.weights[channel * len..(channel + 1) * len];
+        let channels = if SHARED { 1 } else { V };
+        let bias = &self.bias[channel..channel + channels];
+        let weights = &self.weights[channel * len..(channel + channels) * len];
+        let start: [_; V] = std::array::from_fn(|v| T::splat_wide(isa, bias[if SHARED { 0 } else { v }]));
         let (real, width) = (self.view.real(), self.view.size[1]);
         let (mut x_row, mut y_row) = (self.view.row(x_start), self.y.start.wrapping_add(y_start));
         // Sums of output rows t, t - 1 ...
-        let mut sums = [[start; V]; J];
+        let mut sums = [start; J];
         for t in 0..rows + J - 1 {
             for s in 0..S {
                 let i = S * t + s;
@@ -520,18 +530,20 @@ impl<T: Element> Correlate<'_, T> {
                 let row = x_row.wrapping_add(s * width);
                 let masks = edges.row(i);
                 (0..V).for_each(|v| edges.ask_row(isa, row.wrapping_add(v * x_step)));
-                let columns = self.view.columns.iter().zip(weights.chunks_exact(K));
-                for (c, (&column, weights)) in columns.enumerate() {
-                    let mut x = [start; V];
+                for (c, &column) in self.view.columns.iter().enumerate() {
+                    let mut x = start;
                     for (v, x) in x.iter_mut().enumerate() {
                         // SAFETY: `check` saw that it can be read.
                         *x = unsafe { edges.load(isa, masks, c, row.wrapping_offset(column).wrapping_add(v * x_step)) };
                     }
                     for (j, sums) in sums.iter_mut().enumerate() {
                         if s + S * j < K {
-                            let weight = T::splat_wide(isa, weights[s + S * j]);
-                            for (sum, x) in sums.iter_mut().zip(x) {
-                                *sum = T::mul_add(isa, weight, x, *sum);
+                            let tap = c * K + s + S * j;
+                            // SAFETY: the channels' taps.
+                            let weight = |v| T::splat_wide(isa, unsafe { *weights.get_unchecked(v * len + tap) });
+                            let shared = weight(0);
+                            for (v, (sum, x)) in sums.iter_mut().zip(x).enumerate() {
+                                *sum = T::mul_add(isa, if SHARED { shared } else { weight(v) }, x, *sum);
                             }
                         }
                     }
@@ -555,7 +567,7 @@ impl<T: Element> Correlate<'_, T> {
             for j in (1..J).rev() {
                 sums[j] = sums[j - 1];
             }
-            sums[0] = [start; V];
+            sums[0] = start;
         }
         V
     }
@@ -565,7 +577,7 @@ impl<T: Element> Kernel for Correlate<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(mut self, isa: I) {
+    fn run<I: Isa>(self, isa: I) {
         let [rows, columns] = self.size;
         if rows == 0 || columns == 0 {
             return;
@@ -641,11 +653,11 @@ impl<T: Element> CorrelateSums<'_, T> {
         for at in (0..width).step_by(lanes) {
             // SAFETY: vectors of these columns.
             unsafe {
-                if self.view.inside::<I>(at, width) > 0 {
-                    let edges = Whole { ahead: self.view.ahead };
-                    self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
-                } else if S > 1 && self.view.step > 1 {
+                if S > 1 && self.view.step > 1 {
                     let edges = Alternate::<_, C>::new::<T, I>(isa, &self.view, &columns, width, at);
+                    self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
+                } else if self.view.inside::<I>(at, width) > 0 {
+                    let edges = Whole { ahead: self.view.ahead };
                     self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
                 } else {
                     let edges = Masked::<_, C>::new::<T, I>(isa, &self.view, &columns, self.size, at);
