@@ -187,8 +187,7 @@ fn inference_is_the_forward_pass_with_given_statistics() {
         case.masks.clear();
         let [y, statistics, _] = case.forward(isa);
         let Arguments { program, count, order, parameters, .. } = case.arguments(isa);
-        let pieces = |values: &[f64]| -> Vec<_> { values.chunks(7).collect() };
-        let (parameters, statistics) = (pieces(parameters), pieces(&statistics));
+        let [parameters, statistics] = [parameters, &statistics].map(|values| values.chunks(7).collect::<Vec<_>>());
         // The second time with what is left of the first.
         for _ in 0..2 {
             let inference = Inference { isa, program, count, order, parameters: &parameters, statistics: &statistics };

@@ -62,9 +62,9 @@ macro_rules! with_rows {
 /// Planes of some channels of some images as a kernel's taps see them: of images and channels, how many there are and the
 /// distance from one to the next.
 ///
-/// A tile's vectors are of the same columns of several images, or of several channels of an only one. What a tap sees beside a plane is masked. At a step of 2, a
-/// vector is every other value of two. Where two rows fit into a vector, they go through it together, as at a stride of 2:
-/// the output's rows `2 t` and `2 t + 1` are one row of sums.
+/// A tile's vectors are of the same columns of several images, or of several channels of an only one. What a tap sees
+/// beside a plane is masked. At a step of 2, a vector is every other value of two. Where two rows fit into a vector, they go
+/// through it together, as at a stride of 2: the output's rows `2 t` and `2 t + 1` are one row of sums.
 #[derive(Clone)]
 pub struct View<'a, T> {
     /// The planes.
