@@ -13,7 +13,8 @@ use crate::kernels::rows::{Activate, Factors};
 use crate::pool::parallel_for;
 use crate::scratch;
 
-/// Weights of a convolution that are worth more than one thread: each is read once. (See `pool::threads_for`.)
+/// Weights of a convolution that are worth more than one thread. (Each is read once, about 0.2 ns; entering the pool costs 12
+/// to 16 us.)
 const PARALLEL_WEIGHTS: usize = 128 << 10;
 
 impl<T: WideElement> Pass<'_, T> {
