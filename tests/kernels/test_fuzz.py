@@ -258,7 +258,7 @@ WRONG_ARRAYS: list[Callable[[Array], Any]] = [
     lambda a: a[..., 0],
     lambda a: a[..., :0],
     lambda a: a[:0],
-    lambda a: a[:, :1],
+    lambda a: a[:, :1] if a.ndim > 1 else a[:1],
     lambda a: a[1:],
     lambda a: np.repeat(a, 2, 0),
     lambda a: a.T,
