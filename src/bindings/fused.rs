@@ -5,7 +5,7 @@ use pyo3::types::PyList;
 
 use super::active;
 use super::arrays::{ArrayElement, Input, Output, Values, by_wide_dtype, dtype, layout, memory_array};
-use crate::error::{Error, Result, bail};
+use crate::error::{Result, bail};
 use crate::fused::{self, Arguments, Inference, Program};
 use crate::kernels::WideElement;
 use crate::memory::{self, Memory};
@@ -133,13 +133,19 @@ impl FusedProgram {
     }
 }
 
+/// That arrays have so many values together.
+fn expect_values<T: ArrayElement>(name: &str, arrays: &[Input<'_, T>], len: usize) -> Result<()> {
+    let found = arrays.iter().fold(0usize, |sum, array| sum.saturating_add(array.shape().iter().product()));
+    if found != len {
+        bail!("{name} has {found} values, expected {len}");
+    }
+    Ok(())
+}
+
 /// An array of a known number of values.
 fn flat<'py, T: ArrayElement>(name: &'static str, value: &Any<'py>, len: usize) -> PyResult<Values<T>> {
     let input = Input::<T>::new(name, value)?;
-    let found: usize = input.shape().iter().product();
-    if found != len {
-        return Err(Error::new(format!("{name} has {found} values, expected {len}")).into());
-    }
+    expect_values(name, std::slice::from_ref(&input), len)?;
     input.values()
 }
 
@@ -157,10 +163,7 @@ impl<'py, T: ArrayElement> Pieces<'py, T> {
             Ok(list) => list.iter().map(|item| Input::new(name, &item)).collect::<PyResult<Vec<_>>>()?,
             Err(_) => vec![Input::new(name, value)?],
         };
-        let found = arrays.iter().fold(0usize, |sum, array| sum.saturating_add(array.shape().iter().product()));
-        if found != len {
-            return Err(Error::new(format!("{name} has {found} values, expected {len}")).into());
-        }
+        expect_values(name, &arrays, len)?;
         Ok(Self { values: arrays.iter().map(Input::values).collect::<PyResult<_>>()?, _arrays: arrays })
     }
 

@@ -127,6 +127,12 @@ impl<T: Element> View<'_, T> {
         if outside { 0 } else { end.saturating_sub(at) / T::lanes::<I>() }
     }
 
+    /// Asks for what comes some time after so many vectors.
+    #[inline(always)]
+    fn ask<I: Isa, V>(&self, isa: I, ptr: *const V, vectors: usize) {
+        (0..vectors).for_each(|v| isa.prefetch_far(ptr.wrapping_add(self.ahead + v * T::lanes::<I>())));
+    }
+
     /// Row 0, from a place in it on.
     #[inline(always)]
     fn row(&self, place: usize) -> *const T {
@@ -167,19 +173,10 @@ trait Edges<T: Element, I: Isa>: Copy {
     /// The view must have been checked.
     unsafe fn load(&self, isa: I, row: Self::Row<'_>, c: usize, ptr: *const T::Wide) -> T::Vector<I>;
 
-    /// Distance from what is read or written to what is asked for meanwhile.
-    fn ahead(&self) -> usize;
-
-    /// Asks for what comes some time after a vector.
+    /// Vectors of memory that one is loaded from.
     #[inline(always)]
-    fn ask<V>(&self, isa: I, ptr: *const V) {
-        isa.prefetch_far(ptr.wrapping_add(self.ahead()));
-    }
-
-    /// [`Edges::ask`] of a vector that is loaded.
-    #[inline(always)]
-    fn ask_row(&self, isa: I, ptr: *const T::Wide) {
-        self.ask(isa, ptr);
+    fn span(&self) -> usize {
+        1
     }
 
     /// Which of a vector's values are results, of the last row or of another; none if all are.
@@ -188,9 +185,7 @@ trait Edges<T: Element, I: Isa>: Copy {
 
 /// Vectors inside planes, of which every value can be loaded.
 #[derive(Clone, Copy)]
-struct Whole {
-    ahead: usize,
-}
+struct Whole;
 
 impl<T: Element, I: Isa> Edges<T, I> for Whole {
     type Row<'a> = ();
@@ -201,10 +196,6 @@ impl<T: Element, I: Isa> Edges<T, I> for Whole {
     unsafe fn load(&self, isa: I, _row: (), _c: usize, ptr: *const T::Wide) -> T::Vector<I> {
         // SAFETY: the caller's promise.
         unsafe { T::load_wide(isa, ptr) }
-    }
-    #[inline(always)]
-    fn ahead(&self) -> usize {
-        self.ahead
     }
     #[inline(always)]
     fn results(&self, _last_row: bool) -> Option<T::Mask<I>> {
@@ -226,7 +217,6 @@ struct Masked<M, const C: usize> {
     columns: [[M; C]; 3],
     /// The results, if they are not all of a vector: of all rows, of the last one.
     results: [Option<M>; 2],
-    ahead: usize,
 }
 
 impl<M: Copy, const C: usize> Masked<M, C> {
@@ -258,7 +248,7 @@ impl<M: Copy, const C: usize> Masked<M, C> {
             (len < T::lanes::<I>()).then(|| T::mask(isa, len))
         });
         let rows = (view.rows == 2).then_some([view.top, height as isize - 1]);
-        Self { rows, columns: masks, results, ahead: view.ahead }
+        Self { rows, columns: masks, results }
     }
 }
 
@@ -282,10 +272,6 @@ impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Masked<T::Mask<I>, C> {
         unsafe { T::load_wide_masked(isa, row[c], ptr) }
     }
     #[inline(always)]
-    fn ahead(&self) -> usize {
-        self.ahead
-    }
-    #[inline(always)]
     fn results(&self, last_row: bool) -> Option<T::Mask<I>> {
         self.results[usize::from(last_row)]
     }
@@ -298,7 +284,6 @@ struct Alternate<M, const C: usize> {
     columns: [[M; 2]; C],
     /// The results, if they are not all of a vector.
     results: Option<M>,
-    ahead: usize,
 }
 
 impl<M: Copy, const C: usize> Alternate<M, C> {
@@ -319,7 +304,7 @@ impl<M: Copy, const C: usize> Alternate<M, C> {
                 T::mask_between(isa, first, end)
             });
         }
-        Self { columns: masks, results: (len < lanes).then(|| T::mask(isa, len)), ahead: view.ahead }
+        Self { columns: masks, results: (len < lanes).then(|| T::mask(isa, len)) }
     }
 }
 
@@ -341,12 +326,8 @@ impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Alternate<T::Mask<I>, C
         }
     }
     #[inline(always)]
-    fn ahead(&self) -> usize {
-        self.ahead
-    }
-    #[inline(always)]
-    fn ask_row(&self, isa: I, ptr: *const T::Wide) {
-        [0, T::lanes::<I>()].into_iter().for_each(|more| Edges::<T, I>::ask(self, isa, ptr.wrapping_add(more)));
+    fn span(&self) -> usize {
+        2
     }
     #[inline(always)]
     fn results(&self, _last_row: bool) -> Option<T::Mask<I>> {
@@ -424,7 +405,7 @@ impl<T: Element> Correlate<'_, T> {
                     let edges = Alternate::<_, MAX_COLUMNS>::new::<T, I>(isa, &view, view.columns, columns, at);
                     self.channels::<I, K, J, S>(isa, edges, &layout, at, rows);
                 } else if inside > 0 {
-                    self.channels::<I, K, J, S>(isa, Whole { ahead: view.ahead }, &layout, at, rows);
+                    self.channels::<I, K, J, S>(isa, Whole, &layout, at, rows);
                 } else {
                     let edges = Masked::<_, MAX_COLUMNS>::new::<T, I>(isa, &view, view.columns, self.size, at);
                     self.channels::<I, K, J, S>(isa, edges, &layout, at, rows.div_ceil(S));
@@ -529,7 +510,7 @@ impl<T: Element> Correlate<'_, T> {
                 }
                 let row = x_row.wrapping_add(s * width);
                 let masks = edges.row(i);
-                (0..V).for_each(|v| edges.ask_row(isa, row.wrapping_add(v * x_step)));
+                (0..V).for_each(|v| self.view.ask(isa, row.wrapping_add(v * x_step), edges.span()));
                 for (c, &column) in self.view.columns.iter().enumerate() {
                     let mut x = start;
                     for (v, x) in x.iter_mut().enumerate() {
@@ -554,7 +535,7 @@ impl<T: Element> Correlate<'_, T> {
                     // SAFETY: a row of the output; the mask keeps the vector inside it.
                     unsafe {
                         let ptr = y_row.add(v * y_step);
-                        edges.ask(isa, ptr);
+                        self.view.ask(isa, ptr, 1);
                         match edges.results(t + 2 == rows + J) {
                             Some(mask) => T::store_masked(isa, mask, ptr, sum),
                             None => T::store(isa, ptr, sum),
@@ -657,7 +638,7 @@ impl<T: Element> CorrelateSums<'_, T> {
                     let edges = Alternate::<_, C>::new::<T, I>(isa, &self.view, &columns, width, at);
                     self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
                 } else if self.view.inside::<I>(at, width) > 0 {
-                    let edges = Whole { ahead: self.view.ahead };
+                    let edges = Whole;
                     self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
                 } else {
                     let edges = Masked::<_, C>::new::<T, I>(isa, &self.view, &columns, self.size, at);
@@ -734,7 +715,7 @@ impl<T: Element> CorrelateSums<'_, T> {
             }
             g[0] = zero;
             if t < rows {
-                edges.ask(isa, g_row);
+                self.view.ask(isa, g_row, 1);
                 // SAFETY: row t of the gradient; the mask keeps the vector inside it.
                 g[0] = unsafe {
                     match edges.results(t + 1 == rows) {
@@ -750,7 +731,7 @@ impl<T: Element> CorrelateSums<'_, T> {
                 }
                 let row = x_row.wrapping_add(s * width);
                 let masks = edges.row(i);
-                edges.ask_row(isa, row);
+                self.view.ask(isa, row, edges.span());
                 for (c, (column, sums)) in columns.into_iter().zip(&mut *sums).enumerate() {
                     // SAFETY: `check` saw that it can be read.
                     let x = unsafe { edges.load(isa, masks, c, row.wrapping_offset(column)) };

@@ -52,7 +52,7 @@ pub(crate) struct Planes {
     pub(crate) step: usize,
     /// Columns of a row, and values of a part.
     pub(crate) pitch: usize,
-    pub(crate) part: usize,
+    part: usize,
 }
 
 impl Planes {
@@ -116,25 +116,17 @@ impl Planes {
     /// Writes the planes of images that follow each other, the first one's first.
     pub(crate) fn write_all<T: Element>(&self, isa: Active, planes: &[T], padded: &mut [T::Wide]) {
         for (image, plane) in planes.chunks_exact(self.input[0] * self.input[1]).enumerate() {
-            self.write(isa, image, plane, padded, ahead(plane.len()));
+            self.write(isa, image, plane, padded);
         }
     }
 
-    /// Writes an image's plane into the padded ones, which hold zeros where planes do not reach, and asks for the one
-    /// that stands `ahead` of it.
-    pub(crate) fn write<T: Element>(
-        &self,
-        isa: Active,
-        image: usize,
-        plane: &[T],
-        padded: &mut [T::Wide],
-        ahead: usize,
-    ) {
+    /// Writes an image's plane into the padded ones, which hold zeros where planes do not reach.
+    fn write<T: Element>(&self, isa: Active, image: usize, plane: &[T], padded: &mut [T::Wide]) {
         let (stride, [top, left], width) = (self.stride, self.before, self.input[1]);
         // What lies beyond the last tap of the last output pixel is not read.
         let rows = self.input[0].min((stride * self.rows()).saturating_sub(top));
         let columns = width.min((stride * self.step).saturating_sub(left));
-        let start = image * self.step;
+        let (start, ahead) = (image * self.step, ahead(plane.len()));
         if stride == 1 {
             let y = (writable(&mut padded[start + top * self.pitch + left..]), self.pitch);
             isa.run(WidenRows { x: (plane, width), y, size: [rows, columns], ahead });
