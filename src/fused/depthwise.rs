@@ -7,7 +7,6 @@ use super::program::{Conv, Step};
 use super::spatial::Phases;
 use super::{Pass, Statistics, Tape, chunks};
 use crate::isa::Active;
-use crate::kernels::planes::CorrelateSums;
 use crate::kernels::pointwise::{SumSlots, slot};
 use crate::kernels::rows::Sum;
 use crate::kernels::{WideElement, writable};
@@ -121,14 +120,8 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     if conv.bias.is_some() {
                         *bias += pass.isa.run(Sum(grad));
                     }
-                    pass.isa.run(CorrelateSums {
-                        view: taps.view(source, (images.len(), pixels), (1, 0)),
-                        tap_rows: taps.rows,
-                        g: grad,
-                        g_steps: [out_pixels, 0],
-                        size,
-                        slots: &mut *slots,
-                    });
+                    let planes = [(images.len(), pixels), (1, 0)];
+                    taps.sum(pass.isa, source, planes, (grad, [out_pixels, 0], size), slots);
                     if !step.differentiate {
                         continue;
                     }

@@ -111,7 +111,8 @@ impl<T: WideElement> Pass<'_, T> {
                         let y = unsafe { std::slice::from_raw_parts_mut(rows.ptr().add(start), range.len()) };
                         for (i, y) in y.chunks_exact_mut(out_pixels).enumerate() {
                             let result = (&result[i * planes.step..], 0, planes.pitch);
-                            merge(self.isa, vertical, 1, result, writable(y), value.width, ahead(out_pixels));
+                            let rows = (vertical, 0..vertical.count);
+                            merge(self.isa, rows, 1, result, writable(y), value.width, ahead(out_pixels));
                         }
                         // SAFETY: just written, and `y` is not used any more; statistics of this task alone.
                         unsafe {
@@ -309,7 +310,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
             for (i, grad_x) in grad_x.chunks_exact_mut(images * pixels).enumerate() {
                 for (image, plane) in grad_x.chunks_exact_mut(pixels).enumerate() {
                     let results = (&results[i * rows + image * planes.step..], set, planes.pitch);
-                    merge(isa, vertical, horizontal.len(), results, writable(plane), width, 0);
+                    merge(isa, (vertical, 0..vertical.count), horizontal.len(), results, writable(plane), width, 0);
                 }
             }
         }

@@ -83,8 +83,8 @@ pub struct View<'a, T> {
     pub top: isize,
     /// The plane's column that the first result sees through each column of the kernel.
     pub columns: &'a [isize],
-    /// Distance from what is read or written to what is asked for meanwhile.
-    pub ahead: usize,
+    /// Distances from what is read, and from the results, to what is asked for meanwhile.
+    pub ahead: [usize; 2],
 }
 
 impl<T: Element> View<'_, T> {
@@ -127,10 +127,16 @@ impl<T: Element> View<'_, T> {
         if outside { 0 } else { end.saturating_sub(at) / T::lanes::<I>() }
     }
 
-    /// Asks for what comes some time after so many vectors.
+    /// Asks for what will be read some time after so many vectors.
     #[inline(always)]
-    fn ask<I: Isa, V>(&self, isa: I, ptr: *const V, vectors: usize) {
-        (0..vectors).for_each(|v| isa.prefetch_far(ptr.wrapping_add(self.ahead + v * T::lanes::<I>())));
+    fn ask<I: Isa>(&self, isa: I, x: *const T, vectors: usize) {
+        (0..vectors).for_each(|v| isa.prefetch_far(x.wrapping_add(self.ahead[0] + v * T::lanes::<I>())));
+    }
+
+    /// Asks for the results that come some time after a vector.
+    #[inline(always)]
+    fn ask_results<I: Isa, Y>(&self, isa: I, y: *const Y) {
+        isa.prefetch_far(y.wrapping_add(self.ahead[1]));
     }
 
     /// Row 0, from a place in it on.
@@ -535,7 +541,7 @@ impl<T: Element> Correlate<'_, T> {
                     // SAFETY: a row of the output; the mask keeps the vector inside it.
                     unsafe {
                         let ptr = y_row.add(v * y_step);
-                        self.view.ask(isa, ptr, 1);
+                        self.view.ask_results(isa, ptr);
                         match edges.results(t + 2 == rows + J) {
                             Some(mask) => T::store_masked(isa, mask, ptr, sum),
                             None => T::store(isa, ptr, sum),
@@ -715,7 +721,7 @@ impl<T: Element> CorrelateSums<'_, T> {
             }
             g[0] = zero;
             if t < rows {
-                self.view.ask(isa, g_row, 1);
+                self.view.ask_results(isa, g_row);
                 // SAFETY: row t of the gradient; the mask keeps the vector inside it.
                 g[0] = unsafe {
                     match edges.results(t + 1 == rows) {
