@@ -830,6 +830,25 @@ pub fn active() -> Result<Active> {
         .clone()
 }
 
+/// Whether the processor looks ahead by itself in rows and pixels that are read in order, as Intel's do: asking for them then
+/// only takes the few places where the L1 cache takes note of what it lacks, which [`Isa::prefetch_far`] waits for there. (The
+/// weight gradients of the pointwise layers of kEffNet-B0 at 32x32 take two threads of a Xeon 37 ms asking, 30 without; the
+/// NHWC depthwise layers of kMobileNet V3 8.1 and 6.8. On an AMD EPYC it is the other way round, by more.)
+pub fn looks_ahead() -> bool {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        static INTEL: OnceLock<bool> = OnceLock::new();
+        *INTEL.get_or_init(|| {
+            // SAFETY: every x86-64 processor has the instruction. (From Rust 1.94 on, calling it is safe.)
+            #[allow(unused_unsafe)]
+            let name = unsafe { std::arch::x86_64::__cpuid(0) };
+            [name.ebx, name.edx, name.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+        })
+    }
+    #[cfg(any(not(target_arch = "x86_64"), miri))]
+    false
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

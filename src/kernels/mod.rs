@@ -9,7 +9,6 @@
 
 pub mod activations;
 mod bf16;
-pub mod depthwise;
 pub mod outer;
 pub mod planes;
 pub mod pointwise;
@@ -17,6 +16,7 @@ pub mod probe;
 pub mod products;
 pub mod rows;
 pub mod transpose;
+pub mod windows;
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;

@@ -5,18 +5,19 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::phases::{Phase, Seen};
+use super::phases::Phase;
 use super::planes::{PlaneConv, Taps};
+use super::windows::Windows;
 use super::{Shared, estimate};
 use crate::isa::Active;
-use crate::kernels::depthwise::{MAX_TAPS, TapPixels, TapSums};
 use crate::kernels::pointwise::{SumSlots, slot};
+use crate::kernels::windows::{WindowConv, WindowSums};
 use crate::kernels::{Element, lanes};
 use crate::pool::{parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Depthwise, Order};
 
-/// Tasks for each thread.
+/// Tasks for each thread, at least. (3x3 over 16 x 1024 planes of 7 x 7: 0.36 ms of two threads in 4 tasks of each, 0.28 in 32.)
 const TASKS_PER_THREAD: usize = 16;
 /// Pixels of neighbouring channels' planes in NCHW that are read together, about.
 const CHANNEL_PIXELS: usize = 512;
@@ -24,15 +25,8 @@ const CHANNEL_PIXELS: usize = 512;
 const MAX_CHANNELS: usize = 64;
 /// Images whose planes of one channel go through a kernel together, at most.
 const IMAGES: usize = 4;
-/// Pixels of the output's rows whose products are summed together in NHWC, at least: sums are loaded and stored for each.
-const ROW_PIXELS: usize = 32;
-/// Pixels of NHWC memory whose distance in bytes is a multiple of this fall into few sets of the first cache and push each
-/// other out: rows are copied then, with so many values more from pixel to pixel. (3x3 over 16 images of 7 x 7 pixels of
-/// 1024 channels: 1.04 ms of a thread without, 0.36 with; 14 x 14 of 512: 0.82 and 0.60; 28 x 28 of 256 are slower with.)
-const ALIASES: usize = 2048;
-const ALIAS_GAP: usize = 16;
-/// Images in one set of partial weight gradients, at least, and such sets at most.
-const MAX_PARTS: usize = 64;
+/// Sets of partial weight gradients in NHWC, at most.
+const MAX_PARTS: usize = 32;
 
 /// Convolution with one kernel for each channel.
 struct Correlation<'a, T> {
@@ -112,96 +106,32 @@ fn correlate<T: Element>(
 }
 
 impl<T: Element> Correlation<'_, T> {
-    /// NHWC: runs of pixels that see the same taps; weights are `[tap][channel]`.
+    /// NHWC: rectangles of pixels, one row of them after the other; weights are `[tap][channel]`.
     fn pixels(&self, weights: &[T::Wide], threads: usize) {
-        let Depthwise { count, channels, kernel: kernel_size, .. } = *self.shape;
-        let [height, width] = self.output;
-        let input = [self.vertical[0].input, self.horizontal[0].input];
-        // Runs of columns with their taps, from left to right, and how many of these see neighbours of each other.
-        let column_runs: Vec<_> = self
-            .horizontal
-            .iter()
-            .flat_map(|phase| phase.runs().into_iter().map(move |(run, taps)| (phase, run, taps)))
-            .map(|(phase, run, mut taps)| {
-                taps.sort_unstable_by_key(|tap| tap.1);
-                let slides = phase.in_step == 1 && taps.windows(2).all(|taps| taps[0].1 + 1 == taps[1].1);
-                let columns = if slides { taps.len().max(1) } else { 1 };
-                (phase, run, taps, columns)
-            })
-            .collect();
-        // Rows of the output, each with the vertical taps that it sees.
-        let mut rows: Vec<(usize, Seen)> = Vec::with_capacity(height);
-        for phase in &self.vertical {
-            for (run, taps) in phase.runs() {
-                for t in run.clone() {
-                    let shift = |&(tap, row)| (tap, row + phase.in_step * (t - run.start));
-                    rows.push((phase.first + phase.out_step * t, taps.iter().map(shift).collect()));
-                }
-            }
-        }
-        rows.sort_unstable();
-        let step = self.vertical[0].in_step;
-        let total = count * height;
-        let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(total) };
-        let row_len = input[1] * channels;
-        let pitch = if (channels * size_of::<T>()).is_multiple_of(ALIASES) { channels + ALIAS_GAP } else { channels };
-        let copies = pitch > channels;
+        let Depthwise { count, channels, kernel, .. } = *self.shape;
+        let (len, width) = (self.x.len() / count, self.output[1]);
+        let out_len = self.output[0] * width * channels;
+        let (vertical, horizontal) = (self.vertical.clone(), self.horizontal.clone());
+        let windows = Windows::new::<T>(self.isa, vertical, horizontal, [kernel, channels]);
+        let bands = windows.bands();
+        let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(count * bands) };
         parallel_for(threads, parts, |task| {
-            let mut taps = Vec::with_capacity(kernel_size * kernel_size);
-            let mut ahead = Vec::with_capacity(4);
-            // Which row of the input each row of copies is.
-            let mut copied = vec![usize::MAX; kernel_size];
-            scratch::with(if copies { kernel_size * input[1] * pitch } else { 0 }, |memory: &mut [T]| {
-                for row in part(total, parts, task) {
-                    let (n, (y, row_taps)) = (row / height, &rows[row % height]);
-                    let image = &self.x[n * input[0] * row_len..][..input[0] * row_len];
-                    for &(_, from) in row_taps.iter().filter(|_| copies) {
-                        if std::mem::replace(&mut copied[from % kernel_size], n * input[0] + from)
-                            != n * input[0] + from
-                        {
-                            let to = memory[from % kernel_size * input[1] * pitch..].chunks_exact_mut(pitch);
-                            for (to, pixel) in to.zip(image[from * row_len..][..row_len].chunks_exact(channels)) {
-                                to[..channels].copy_from_slice(pixel);
-                            }
-                        }
-                    }
-                    let x = if copies { memory.as_ptr() } else { image.as_ptr() };
-                    let place = |y: usize, x: usize| (if copies { y % kernel_size } else { y } * input[1] + x) * pitch;
-                    for (phase, run, column_taps, columns) in &column_runs {
-                        taps.clear();
-                        for &(tap_y, from_y) in row_taps {
-                            taps.extend(column_taps.iter().map(|&(tap_x, from_x)| {
-                                (place(from_y, from_x), (tap_y * kernel_size + tap_x) * channels)
-                            }));
-                        }
-                        // The rows that the next row of the output sees first.
-                        ahead.clear();
-                        let last = row_taps.iter().map(|tap| tap.1).max();
-                        if let (false, Some(y), Some(&(_, x))) = (copies, last, column_taps.first()) {
-                            for (dy, dx) in (1..=step).flat_map(|dy| (0..phase.in_step).map(move |dx| (dy, dx))) {
-                                ahead.push(place(y + dy, x + dx));
-                            }
-                        }
-                        let first = (n * height + y) * width + phase.first + phase.out_step * run.start;
-                        // SAFETY: the run's pixels see inside image n, or copies of its rows, through these taps; each
-                        // row of the output is written by one task.
+            let mut results = Vec::new();
+            scratch::with(windows.memory(), |copy: &mut [T::Wide]| {
+                for (n, band) in part(count * bands, parts, task).map(|i| (i / bands, i % bands)) {
+                    let (x, y) = (&self.x[n * len..][..len], self.y.at(n * out_len).ptr());
+                    let [rows, out_rows] = windows.rows().map(|rows| (band + 1) * rows);
+                    let ahead = x.as_ptr().wrapping_add(rows * len / self.vertical[0].input);
+                    let mut ahead = [ahead, y.wrapping_add(out_rows * width * channels).cast_const()];
+                    for rectangle in windows.rectangles(band) {
+                        results.clear();
+                        results.extend(windows.results(&rectangle, width, channels));
+                        let window = windows.window(x, channels, &rectangle, copy);
+                        // SAFETY: pixels of image n of the output, each of which one task writes.
                         let kernel = unsafe {
-                            TapPixels {
-                                channels,
-                                pixels: run.len(),
-                                taps: &taps,
-                                columns: *columns,
-                                x,
-                                x_stride: phase.in_step * pitch,
-                                weights,
-                                bias: self.bias,
-                                y: self.y.ptr().add(first * channels),
-                                y_stride: phase.out_step * channels,
-                                ahead: (&ahead, width * channels),
-                            }
-                            .promise()
+                            WindowConv { window, results: &results, weights, bias: self.bias, y, ahead }.promise()
                         };
-                        self.isa.run(kernel);
+                        ahead = self.isa.run(kernel);
                     }
                 }
             });
@@ -291,19 +221,23 @@ pub fn grad_weight<T: Element>(
         }
         // Each part of the images has sums of its own, added up in order at the end.
         Order::Nhwc => {
-            let parts = shape.count.clamp(1, MAX_PARTS);
-            let mut partial = vec![T::Wide::default(); parts * shape.weights()];
+            let (vertical, horizontal) = (vec![grad.vertical.clone()], vec![grad.horizontal.clone()]);
+            let windows = Windows::new::<T>(isa, vertical, horizontal, [shape.kernel, shape.channels]);
+            let (bands, len) = (shape.count * windows.bands(), shape.weights());
+            let parts = bands.min(MAX_PARTS);
+            let mut partial = vec![T::Wide::default(); parts * len];
             let shared = Shared(partial.as_mut_ptr());
             parallel_for(threads, parts, |task| {
-                let len = shape.weights();
                 // SAFETY: each task has sums of its own.
                 let sums = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(task * len), len) };
-                part(shape.count, parts, task).for_each(|n| grad.pixels(n, sums));
+                grad.pixels(&windows, part(bands, parts, task), sums);
             });
-            for (c, tap) in (0..shape.channels).flat_map(|c| (0..taps).map(move |tap| (c, tap))) {
-                let place = tap * shape.channels + c;
-                let sum = (0..parts).fold(T::Wide::default(), |sum, p| sum + partial[p * shape.weights() + place]);
-                grad_weight[shape.weight_index(c, tap)].write(T::narrow(sum));
+            let (sums, rest) = partial.split_at_mut(len);
+            for part in rest.chunks_exact(len) {
+                sums.iter_mut().zip(part).for_each(|(sum, &part)| *sum += part);
+            }
+            for (tap, c) in (0..taps).flat_map(|tap| (0..shape.channels).map(move |c| (tap, c))) {
+                grad_weight[shape.weight_index(c, tap)].write(T::narrow(sums[tap * shape.channels + c]));
             }
         }
     }
@@ -319,46 +253,38 @@ struct WeightGrad<'a, T> {
 }
 
 impl<T: Element> WeightGrad<'_, T> {
-    /// NHWC: adds image `n` to `[tap][channel]` sums.
-    fn pixels(&self, n: usize, sums: &mut [T::Wide]) {
+    /// NHWC: adds some bands of the images to `[tap][channel]` sums.
+    fn pixels(&self, windows: &Windows, bands: Range<usize>, sums: &mut [T::Wide]) {
         let Depthwise { channels, kernel, stride, .. } = *self.shape;
-        let (input, output) = (self.shape.horizontal.input, self.shape.horizontal.output);
-        let x = self.x[n * self.shape.vertical.input * input * channels..].as_ptr();
-        let grad = self.grad_output[n * self.shape.vertical.output * output * channels..].as_ptr();
-        let column_runs = self.horizontal.runs();
-        // Some rows at a time, which the second cache holds while each row of the kernel sees them.
-        let together = (ROW_PIXELS / output.max(1)).max(1);
-        let blocks = self.vertical.runs().into_iter().flat_map(|(run, taps)| {
-            let (first, end) = (run.start, run.end);
-            run.step_by(together).map(move |start| (start..(start + together).min(end), first, taps.clone()))
-        });
-        for (rows, first, row_taps) in blocks {
-            for (columns, column_taps) in &column_runs {
-                for &(tap_y, from_y) in &row_taps {
-                    let from_y = from_y + stride * (rows.start - first);
-                    // The taps of one row of the kernel are neighbours, in the image and in `sums`.
-                    let Some(&(tap_x, from_x)) = column_taps.first() else { continue };
-                    let taps: Vec<_> = (0..column_taps.len()).map(|i| i * channels).collect();
-                    assert!(taps.len() <= MAX_TAPS);
-                    let first = (tap_y * kernel + tap_x) * channels;
-                    // SAFETY: all pixels of the rectangle see inside image n through these taps.
+        let (row_len, width) = (self.horizontal.input * channels, self.horizontal.count);
+        let (len, out_len) = (self.vertical.input * row_len, self.vertical.count * width * channels);
+        scratch::with(windows.memory(), |copy: &mut [T::Wide]| {
+            for (n, band) in bands.map(|band| (band / windows.bands(), band % windows.bands())) {
+                let (x, g) = (&self.x[n * len..][..len], &self.grad_output[n * out_len..][..out_len]);
+                let [rows, out_rows] = windows.rows().map(|rows| (band + 1) * rows);
+                let ahead = x.as_ptr().wrapping_add(rows * row_len);
+                let mut ahead = [ahead, g.as_ptr().wrapping_add(out_rows * width * channels)];
+                for rectangle in windows.rectangles(band) {
+                    let [rows, columns] = &rectangle;
+                    // SAFETY: pixels of the gradient.
                     let kernel = unsafe {
-                        TapSums {
-                            channels,
+                        WindowSums {
+                            window: windows.window(x, channels, &rectangle, copy),
+                            kernel,
+                            step: stride,
+                            g: g.as_ptr().add((rows.start * width + columns.start) * channels),
                             size: [rows.len(), columns.len()],
-                            taps: &taps,
-                            x: x.add((from_y * input + from_x) * channels),
-                            x_strides: [stride * input * channels, stride * channels],
-                            g: grad.add((rows.start * output + columns.start) * channels),
-                            g_strides: [output * channels, channels],
-                            sums: &mut sums[first..first + taps.len() * channels],
+                            g_strides: [width * channels, channels],
+                            sums,
+                            asks: windows.asks(),
+                            ahead,
                         }
                         .promise()
                     };
-                    self.isa.run(kernel);
+                    ahead = self.isa.run(kernel);
                 }
             }
-        }
+        });
     }
 
     /// NCHW: the sums of some channels over all images.

@@ -7,6 +7,7 @@ pub(crate) mod planes;
 pub mod pointwise;
 #[cfg(test)]
 mod tests;
+mod windows;
 
 use std::mem::MaybeUninit;
 

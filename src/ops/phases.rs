@@ -4,8 +4,6 @@
 //! convolution has one phase; its input gradient at stride 2 has two, each with the taps of one parity. So forward and
 //! input gradient are one computation.
 
-use std::ops::Range;
-
 use crate::shape::Axis;
 
 /// Output pixels `first, first + out_step, ...` of one axis, `count` of them.
@@ -21,9 +19,6 @@ pub(crate) struct Phase {
     /// Number of input pixels.
     pub(crate) input: usize,
 }
-
-/// Taps along an axis, each with the input pixel that an output pixel sees through it.
-pub(crate) type Seen = Vec<(usize, usize)>;
 
 impl Phase {
     /// The convolution along an axis.
@@ -42,27 +37,6 @@ impl Phase {
                 let taps = seen.map(|tap| (tap, distance(tap).div_euclid(stride as isize))).collect();
                 let count = (axis.input - first).div_ceil(stride);
                 Self { first, out_step: stride, count, in_step: 1, taps, input: axis.output }
-            })
-            .collect()
-    }
-
-    /// Whether output pixel `t` sees an input pixel through a tap at `offset`.
-    fn sees(&self, t: usize, offset: isize) -> bool {
-        let pixel = (self.in_step * t) as isize + offset;
-        0 <= pixel && pixel < self.input as isize
-    }
-
-    /// Maximal runs of output pixels that see the same taps, with these taps and the input pixel that the first pixel
-    /// of the run sees through each.
-    pub(crate) fn runs(&self) -> Vec<(Range<usize>, Seen)> {
-        let seen = |t: usize| -> Vec<bool> { self.taps.iter().map(|&(_, offset)| self.sees(t, offset)).collect() };
-        let pixels: Vec<_> = (0..self.count).collect();
-        pixels
-            .chunk_by(|&a, &b| seen(a) == seen(b))
-            .map(|run| {
-                let visible = self.taps.iter().filter(|&&(_, offset)| self.sees(run[0], offset));
-                let taps = visible.map(|&(tap, offset)| (tap, (self.in_step * run[0]).wrapping_add_signed(offset)));
-                (run[0]..run[0] + run.len(), taps.collect())
             })
             .collect()
     }

@@ -311,8 +311,8 @@ impl PlaneConv {
         (y, steps, size): (Shared<T>, [usize; 2], [usize; 2]),
         memory: &mut [T::Wide],
     ) {
-        let ([images, channels], [most, pitch], sets) =
-            (planes.map(|(count, _)| count), self.most(), self.horizontal.len());
+        let ([images, channels], [_, pitch]) = (planes.map(|(count, _)| count), self.most());
+        let sets = self.horizontal.len();
         let last = (images.max(1) - 1) * steps[0] + (channels.max(1) - 1) * steps[1];
         for band in self.bands() {
             if let [taps] = &self.taps[..] {

@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::{Shared, estimate};
-use crate::isa::Active;
+use crate::isa::{Active, looks_ahead};
 use crate::kernels::outer::{OuterProducts, Pixels, Totals};
 use crate::kernels::pointwise::{
     ConvHeight, ConvRows, DotRows, DotWidth, MAX_DOT_A, MAX_SINGLE_B, Rows, SumColumns, SumSlots, slot,
@@ -533,7 +533,9 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                 continue;
             }
             // What comes next: pixels, images, or the next group.
-            let ahead = if tile < pixels {
+            let ahead = if looks_ahead() {
+                [0, 0]
+            } else if tile < pixels {
                 [tile; 2]
             } else if batch < range.len() {
                 [c_out, c_in].map(|channels| batch * channels * pixels)
