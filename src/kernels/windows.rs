@@ -147,7 +147,9 @@ impl<'a, T: Element> WindowConv<'a, T> {
         let Window { channels, extent, .. } = self.window;
         for Results { size, step, taps, columns, .. } in self.results {
             assert!(taps.iter().all(|&(_, w)| w + channels <= self.weights.len()), "weights");
+            let neighbours = |row: &[(usize, usize)]| row.windows(2).all(|taps| taps[0].0 + 1 == taps[1].0);
             assert!(taps.len().is_multiple_of(*columns) && (*columns == 1 || *step == 1), "columns");
+            assert!(taps.chunks_exact(*columns).all(neighbours), "columns");
             let [last_row, last] = size.map(|len| len.saturating_sub(1) * step);
             let last = last_row * extent[1] + last;
             assert!(taps.iter().all(|&(pixel, _)| pixel + last < extent[0] * extent[1]), "taps");

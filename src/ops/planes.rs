@@ -44,6 +44,18 @@ pub(crate) fn planes_together(pixels: usize, most: usize) -> usize {
     (BLOCK_PIXELS / pixels.max(1)).clamp(1, most.max(1))
 }
 
+/// Rows of results that are computed together, of so many rows and columns: of large planes few enough that what they see, or
+/// make together with other phases, stays in the L1 cache while neighbouring columns are computed; of either there are `scale`
+/// times as many rows and columns. (3x3 over 16 x 32 planes of 112 x 112: 1.46 ms of two threads all rows at once, 1.25 in
+/// bands; the gradient by the weight 2.4 and 2.0; that by the input of 16 x 64 of 113 x 113 at stride 2 4.0 in bands of 18
+/// rows, 3.2 in bands of 10.)
+fn bands([rows, columns]: [usize; 2], scale: usize) -> impl Iterator<Item = Range<usize>> {
+    let most = (BLOCK_PIXELS / (scale * columns).max(1)).max(BAND_ROWS);
+    // Even ones, as a vector may hold two rows.
+    let band = rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(2);
+    (0..rows).step_by(band.max(1)).map(move |start| start..rows.min(start + band))
+}
+
 /// The layout of padded planes.
 pub(crate) struct Planes {
     /// Height and width of a plane.
@@ -203,16 +215,6 @@ impl Taps {
         self.taps.iter().enumerate().filter_map(|(place, tap)| Some(((*tap)?, place)))
     }
 
-    /// Rows of results that are computed together, of `size`: of large planes few enough that what they see and what becomes
-    /// of it stays in the L1 cache while neighbouring columns are computed. (3x3 over 16 x 32 planes of 112 x 112: 1.46 ms of
-    /// two threads all rows at once, 1.25 in bands; the gradient by the weight 2.4 and 2.0.)
-    fn bands(&self, [rows, columns]: [usize; 2]) -> impl Iterator<Item = Range<usize>> + use<> {
-        let most = (BLOCK_PIXELS / (self.step * columns).max(1)).max(BAND_ROWS);
-        // Even ones, as a vector may hold two rows.
-        let band = rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(2);
-        (0..rows).step_by(band.max(1)).map(move |start| start..rows.min(start + band))
-    }
-
     /// Planes as the taps see them, from some rows of results of `width` columns on.
     fn view<'a, T>(
         &'a self,
@@ -244,7 +246,7 @@ impl Taps {
         (g, steps, size): (&[T], [usize; 2], [usize; 2]),
         slots: &mut [T::Wide],
     ) {
-        for rows in self.bands(size) {
+        for rows in bands(size, self.step) {
             isa.run(CorrelateSums::<T> {
                 view: self.view(x, planes, &rows, size[1]),
                 tap_rows: self.rows,
@@ -287,7 +289,7 @@ impl PlaneConv {
 
     /// Rows of results that are computed together.
     fn bands(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        self.taps[0].bands(self.most())
+        bands(self.most(), self.taps[0].step.max(self.horizontal.len()))
     }
 
     /// Values of temporary memory for so many planes.

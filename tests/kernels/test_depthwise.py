@@ -11,8 +11,8 @@ from . import reference
 from .test_pointwise import channels_last, nan_like, nhwc
 
 # (N, C, H, W): nothing, one pixel, narrower than a kernel, odd, wider than a band of a plane,
-# vectors of channels and one more, four images and one more of planes wider than two vectors, NHWC
-# pixels that push each other out of the cache.
+# vectors of channels and one more, four images and one more of planes wider than two vectors, many
+# channels, several windows of NHWC pixels and pairs of vectors in each direction.
 SHAPES = [
     (0, 4, 5, 5),
     (2, 4, 0, 5),
@@ -25,6 +25,7 @@ SHAPES = [
     (1, 2, 112, 110),
     (5, 3, 9, 77),
     (2, 1024, 5, 6),
+    (1, 70, 40, 39),
 ]
 PADDINGS = ["same", "valid", 1, ((0, 1), (2, 0))]
 
