@@ -830,10 +830,12 @@ pub fn active() -> Result<Active> {
         .clone()
 }
 
-/// Whether the processor looks ahead by itself in rows and pixels that are read in order, as Intel's do: asking for them then
-/// only takes the few places where the L1 cache takes note of what it lacks, which [`Isa::prefetch_far`] waits for there. (The
-/// weight gradients of the pointwise layers of kEffNet-B0 at 32x32 take two threads of a Xeon 37 ms asking, 30 without; the
-/// NHWC depthwise layers of kMobileNet V3 8.1 and 6.8. On an AMD EPYC it is the other way round, by more.)
+/// Whether the processor looks ahead by itself where rows and pixels are read in order, as Intel's do.
+///
+/// Then asking takes only what it could use itself: the few places where the L1 cache takes note of what it lacks, in which
+/// [`Isa::prefetch_far`] waits there too. (Two threads of an Intel Xeon: the weight gradients of the pointwise layers of
+/// kEffNet-B0 at 32x32 take 37 ms asking, 30 without; those of its depthwise layers at 224x224 in NHWC 32 and 28. On an AMD
+/// EPYC asking pays: see there.)
 pub fn looks_ahead() -> bool {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     {

@@ -21,7 +21,7 @@ use crate::shape::{Depthwise, Order};
 const TASKS_PER_THREAD: usize = 16;
 /// Pixels of neighbouring channels' planes in NCHW that are read together, about.
 const CHANNEL_PIXELS: usize = 512;
-/// Channels whose sums of products are kept together, at most.
+/// Channels whose sums of products are kept together, at most. (From 4 to 64 the time is the same.)
 const MAX_CHANNELS: usize = 64;
 /// Images whose planes of one channel go through a kernel together, at most.
 const IMAGES: usize = 4;
