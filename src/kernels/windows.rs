@@ -57,17 +57,13 @@ impl<T: Element> Window<'_, T> {
         };
         let (real_rows, real) = (inside(0), inside(1));
         let first = |axis: usize, place: usize| self.start[axis].saturating_add_unsigned(place).max(0) as usize;
-        let zeros = |to: *mut T::Wide, pixels: usize| {
-            for i in 0..pixels * V {
-                // SAFETY: `copy` has room for all pixels.
-                unsafe { T::store_wide(isa, to.add(i * lanes), zero) };
-            }
-        };
         for row in 0..rows {
             let real = if real_rows.contains(&row) { real.clone() } else { 0..0 };
             let to = self.copy.as_mut_ptr().wrapping_add(row * columns * V * lanes);
-            zeros(to, real.start);
-            zeros(to.wrapping_add(real.end * V * lanes), columns - real.end);
+            for i in (0..real.start).chain(real.end..columns).flat_map(|i| i * V..(i + 1) * V) {
+                // SAFETY: `copy` has room for all pixels.
+                unsafe { T::store_wide(isa, to.add(i * lanes), zero) };
+            }
             let pixel = first(0, row) * self.size[1] + first(1, real.start);
             let from = self.x.as_ptr().wrapping_add(pixel * self.channels + c);
             for i in 0..real.len() {
