@@ -125,6 +125,11 @@ pub fn part(len: usize, parts: usize, i: usize) -> std::ops::Range<usize> {
     i * len / parts..(i + 1) * len / parts
 }
 
+/// A range in chunks of at most `size`.
+pub fn chunks(range: std::ops::Range<usize>, size: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    range.clone().step_by(size).map(move |start| start..(start + size).min(range.end))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

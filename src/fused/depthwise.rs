@@ -5,14 +5,14 @@ use std::slice;
 use super::pointwise::{Packed, merge_parts};
 use super::program::{Conv, Step};
 use super::spatial::Phases;
-use super::{Pass, Statistics, Tape, chunks};
+use super::{Pass, Statistics, Tape};
 use crate::isa::Active;
 use crate::kernels::pointwise::{SumSlots, slot};
 use crate::kernels::rows::Sum;
 use crate::kernels::{WideElement, writable};
 use crate::ops::Shared;
 use crate::ops::planes::{PlaneConv, Taps, planes_together};
-use crate::pool::part;
+use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 
 /// What computes a depthwise convolution whose output has such a size.

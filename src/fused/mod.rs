@@ -45,7 +45,7 @@ use crate::kernels::{WideElement, writable};
 use crate::memory;
 use crate::ops::Shared;
 use crate::ops::planes::planes_together;
-use crate::pool::{num_threads, on_worker, parallel_for, part};
+use crate::pool::{chunks, num_threads, on_worker, parallel_for, part};
 use crate::scratch;
 use crate::shape::Order;
 
@@ -900,9 +900,4 @@ impl<T: WideElement> Tape<'_, '_, T> {
             }
         }
     }
-}
-
-/// A range in chunks of at most `size`.
-fn chunks(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
-    range.clone().step_by(size).map(move |start| start..(start + size).min(range.end))
 }

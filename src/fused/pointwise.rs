@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::program::{Conv, Step};
-use super::{PARTS, Pass, Statistics, Tape, chunks, merge};
+use super::{PARTS, Pass, Statistics, Tape, merge};
 use crate::isa::Active;
 use crate::kernels::WideElement;
 use crate::kernels::pointwise::{ConvHeight, ConvRows, Rows, SumSlots, slot};
@@ -11,7 +11,7 @@ use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
 use crate::ops::Shared;
 use crate::ops::pointwise::{GEMM_WEIGHTS, add_products};
-use crate::pool::part;
+use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 
 /// Values of a group's rows in a tile, about: in float32 as much as the L2 cache holds, because each call of a kernel costs

@@ -9,17 +9,17 @@ use std::slice;
 
 use super::pointwise::{Packed, merge_parts};
 use super::program::{Conv, Step};
-use super::{PARTS, Pass, Statistics, Tape, chunks};
+use super::{PARTS, Pass, Statistics, Tape};
 use crate::isa::Active;
 use crate::kernels::pointwise::{ConvRows, Rows, SumSlots, slot};
 use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
 use crate::kernels::{WideElement, writable};
 use crate::ops::Shared;
-use crate::ops::phases::Phase;
+use crate::ops::phases::{Phase, most_pixels};
 use crate::ops::planes::{Planes, ahead, merge, planes_together};
 use crate::ops::pointwise::add_products;
-use crate::pool::part;
+use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 use crate::shape::Axis;
 
@@ -183,7 +183,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let first = grad_planes.tap([0, 0]);
         let a_offsets: Vec<_> = (0..m).map(|o| o * grad_planes.len::<T>() + first).collect();
         let sets = phases.backward[1].len();
-        let rows = phases.backward[0].iter().map(|phase| phase.count).max().unwrap_or(0);
+        let rows = most_pixels(&phases.backward[0]);
         let sizes = [
             m * b_offsets.len() * slot::<T>(),
             k * planes.len::<T>(),

@@ -385,7 +385,7 @@ impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
     }
 
     /// A row's values from `ptr` on. (Not a closure: these are compiled without the instruction set when they are not inlined,
-    /// which made bfloat16 weight gradients 20 times slower without AVX512-BF16.)
+    /// which made bfloat16 weight gradients 12 to 16 times slower without AVX512-BF16.)
     ///
     /// # Safety
     /// They must be inside the row.

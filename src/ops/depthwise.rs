@@ -13,7 +13,7 @@ use crate::isa::Active;
 use crate::kernels::pointwise::{SumSlots, slot};
 use crate::kernels::windows::{WindowConv, WindowSums};
 use crate::kernels::{Element, lanes};
-use crate::pool::{parallel_for, part, threads_for};
+use crate::pool::{chunks, parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Depthwise, Order};
 
@@ -109,8 +109,8 @@ impl<T: Element> Correlation<'_, T> {
     /// NHWC: rectangles of pixels, one row of them after the other; weights are `[tap][channel]`.
     fn pixels(&self, weights: &[T::Wide], threads: usize) {
         let Depthwise { count, channels, kernel, .. } = *self.shape;
-        let (len, width) = (self.x.len() / count, self.output[1]);
-        let out_len = self.output[0] * width * channels;
+        let (row_len, width) = (self.horizontal[0].input * channels, self.output[1]);
+        let (len, out_len) = (self.vertical[0].input * row_len, self.output[0] * width * channels);
         let (vertical, horizontal) = (self.vertical.clone(), self.horizontal.clone());
         let windows = Windows::new::<T>(self.isa, vertical, horizontal, [kernel, channels]);
         let bands = windows.bands();
@@ -120,9 +120,7 @@ impl<T: Element> Correlation<'_, T> {
             scratch::with(windows.memory(), |copy: &mut [T::Wide]| {
                 for (n, band) in part(count * bands, parts, task).map(|i| (i / bands, i % bands)) {
                     let (x, y) = (&self.x[n * len..][..len], self.y.at(n * out_len).ptr());
-                    let [rows, out_rows] = windows.rows().map(|rows| (band + 1) * rows);
-                    let ahead = x.as_ptr().wrapping_add(rows * len / self.vertical[0].input);
-                    let mut ahead = [ahead, y.wrapping_add(out_rows * width * channels).cast_const()];
+                    let mut ahead = windows.ahead(band, [x.as_ptr(), y.cast_const()], [row_len, width * channels]);
                     for rectangle in windows.rectangles(band) {
                         results.clear();
                         results.extend(windows.results(&rectangle, width, channels));
@@ -261,9 +259,7 @@ impl<T: Element> WeightGrad<'_, T> {
         scratch::with(windows.memory(), |copy: &mut [T::Wide]| {
             for (n, band) in bands.map(|band| (band / windows.bands(), band % windows.bands())) {
                 let (x, g) = (&self.x[n * len..][..len], &self.grad_output[n * out_len..][..out_len]);
-                let [rows, out_rows] = windows.rows().map(|rows| (band + 1) * rows);
-                let ahead = x.as_ptr().wrapping_add(rows * row_len);
-                let mut ahead = [ahead, g.as_ptr().wrapping_add(out_rows * width * channels)];
+                let mut ahead = windows.ahead(band, [x.as_ptr(), g.as_ptr()], [row_len, width * channels]);
                 for rectangle in windows.rectangles(band) {
                     let [rows, columns] = &rectangle;
                     // SAFETY: pixels of the gradient.
@@ -299,7 +295,7 @@ impl<T: Element> WeightGrad<'_, T> {
         scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
             let [slots, sums] = cut(memory, lens);
             slots.fill(T::Wide::default());
-            for images in (0..count).step_by(IMAGES).map(|first| first..count.min(first + IMAGES)) {
+            for images in chunks(0..count, IMAGES) {
                 with_wide(self.isa, self.x, [channels, pixels], range.clone(), images.clone(), |channel, x, step| {
                     let slots =
                         &mut slots[(channel.start - range.start) * slots_len..(channel.end - range.start) * slots_len];
@@ -327,13 +323,13 @@ fn with_wide<T: Element>(
     mut body: impl FnMut(Range<usize>, &[T::Wide], usize),
 ) {
     let most = channels_together(pixels, channels);
-    let (first, end) = (range.start, range.end);
-    let blocks = range.step_by(most).map(|first| first..(first + most).min(end));
+    let len = images.len() * most.min(range.len()) * pixels;
+    let blocks = chunks(range, most);
     let start = |image: usize, channel: usize| (image * channels + channel) * pixels;
     if let Some(x) = T::as_wide(x) {
         return blocks.for_each(|block| body(block.clone(), &x[start(images.start, block.start)..], channels * pixels));
     }
-    scratch::with(images.len() * most.min(end - first) * pixels, |memory: &mut [T::Wide]| {
+    scratch::with(len, |memory: &mut [T::Wide]| {
         for block in blocks {
             let len = block.len() * pixels;
             for (image, memory) in images.clone().zip(memory.chunks_exact_mut(len)) {

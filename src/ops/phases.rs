@@ -20,6 +20,11 @@ pub(crate) struct Phase {
     pub(crate) input: usize,
 }
 
+/// The most output pixels of a phase.
+pub(crate) fn most_pixels(phases: &[Phase]) -> usize {
+    phases.iter().map(|phase| phase.count).max().unwrap_or(0)
+}
+
 impl Phase {
     /// The convolution along an axis.
     pub(crate) fn forward(axis: Axis, kernel: usize, stride: usize) -> Vec<Self> {

@@ -16,12 +16,13 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::Shared;
-use super::phases::Phase;
+use super::phases::{Phase, most_pixels};
 use crate::isa::Active;
 use crate::kernels::planes::{Correlate, CorrelateSums, Results, View, tap_rows};
 use crate::kernels::pointwise::slot;
 use crate::kernels::rows::{NarrowRows, SplitRows, WidenRows, ZipRows};
 use crate::kernels::{Element, lanes, writable};
+use crate::pool::chunks;
 
 /// How many values ahead of a plane to ask for others, at least, where planes follow each other, each too short for the
 /// processor to look ahead by itself. (A 5x5 depthwise convolution of 64 x 672 planes of 19 x 19 at stride 2 takes 15.7 ms of
@@ -53,7 +54,7 @@ fn bands([rows, columns]: [usize; 2], scale: usize) -> impl Iterator<Item = Rang
     let most = (BLOCK_PIXELS / (scale * columns).max(1)).max(BAND_ROWS);
     // Even ones, as a vector may hold two rows.
     let band = rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(2);
-    (0..rows).step_by(band.max(1)).map(move |start| start..rows.min(start + band))
+    chunks(0..rows, band.max(1))
 }
 
 /// The layout of padded planes.
@@ -96,7 +97,7 @@ impl Planes {
             };
             phases[axis].iter().map(end).max().unwrap_or(0)
         });
-        let count = phases[1].iter().map(|phase| phase.count).max().unwrap_or(0);
+        let count = most_pixels(phases[1]);
         let step = step
             .max(count)
             // The next image's pixels are not seen, nor do this one's reach the next one's zeros.
@@ -284,7 +285,7 @@ impl PlaneConv {
 
     /// Rows and columns of a phase's results, at most.
     fn most(&self) -> [usize; 2] {
-        [&self.vertical, &self.horizontal].map(|phases| phases.iter().map(|phase| phase.count).max().unwrap_or(0))
+        [&self.vertical, &self.horizontal].map(|phases| most_pixels(phases))
     }
 
     /// Rows of results that are computed together.

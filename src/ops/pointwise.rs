@@ -532,7 +532,7 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                 }
                 continue;
             }
-            // What comes next: pixels, images, or the next group.
+            // What comes next: pixels, images, or the next group. (0: nothing is asked for.)
             let ahead = if looks_ahead() {
                 [0, 0]
             } else if tile < pixels {

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use super::phases::Phase;
+use super::phases::{Phase, most_pixels};
 use crate::isa::{Active, looks_ahead};
 use crate::kernels::windows::{Results, VECTORS, Window};
 use crate::kernels::{Element, lanes};
+use crate::pool::chunks;
 
 /// Bytes of a window's copy, about: with the memory that is copied and the results it is to stay in the L1 cache. (3x3 over
 /// 128 channels of 28 x 28 takes 46 us with 8 KiB, 34 with 24; 5x5 at stride 2 needs as many for several rows of results.)
@@ -17,10 +18,8 @@ const COLUMNS: usize = 18;
 pub(crate) struct Windows {
     vertical: Vec<Phase>,
     horizontal: Vec<Phase>,
-    /// For each pair of phases what a result sees: the window's pixel and the tap of the kernel.
-    taps: Vec<Vec<(usize, usize)>>,
-    /// See [`Results::columns`].
-    slides: Vec<usize>,
+    /// [`Results::taps`] and [`Results::columns`] of each pair of phases.
+    taps: Vec<(Vec<(usize, usize)>, usize)>,
     /// The lowest offset through which a phase sees the image, and how many pixels all offsets span.
     low: [isize; 2],
     span: [usize; 2],
@@ -52,26 +51,27 @@ impl Windows {
             (low, spans.map(|(first, span)| (first - low) as usize + span).max().unwrap_or(0))
         });
         let (low, span) = (offsets.map(|(low, _)| low), offsets.map(|(_, span)| span));
-        let most = phases.map(|phases| phases.iter().map(|phase| phase.count).max().unwrap_or(0));
+        let most = phases.map(|phases| most_pixels(phases));
         // As many results as see so many pixels, or fewer, so that all rectangles are of about the same size.
         let evenly = |axis: usize, pixels: usize| {
             let fit = pixels.saturating_sub(span[axis] + 1) / step + 1;
             most[axis].div_ceil(most[axis].div_ceil(fit).max(1)).max(1)
         };
-        let columns = step * (evenly(1, COLUMNS) - 1) + span[1] + 1;
+        let results = evenly(1, COLUMNS);
+        let columns = step * (results - 1) + span[1] + 1;
         let rows = evenly(0, COPY_SIZE / (columns * copied * size_of::<T::Wide>()));
         let place = |y: isize, x: isize| (y - low[0]) as usize * columns + (x - low[1]) as usize;
-        let (mut taps, mut slides) = (Vec::new(), Vec::new());
-        for (vertical, horizontal) in vertical.iter().flat_map(|v| horizontal.iter().map(move |h| (v, h))) {
+        let taps = |(vertical, horizontal): (&Phase, &Phase)| {
             let mut seen = horizontal.taps.clone();
             seen.sort_unstable_by_key(|tap| tap.1);
             let neighbours = step == 1 && seen.windows(2).all(|taps| taps[0].1 + 1 == taps[1].1);
-            slides.push(if neighbours { seen.len().max(1) } else { 1 });
             let pairs = vertical.taps.iter().flat_map(|&y| seen.iter().map(move |&x| (y, x)));
-            taps.push(pairs.map(|((v, y), (h, x))| (place(y, x), (v * width + h) * channels)).collect());
-        }
-        let size = [rows, evenly(1, COLUMNS)];
-        Self { vertical, horizontal, taps, slides, low, span, step, most, size, columns, copied }
+            let taps = pairs.map(|((v, y), (h, x))| (place(y, x), (v * width + h) * channels)).collect();
+            (taps, if neighbours { seen.len().max(1) } else { 1 })
+        };
+        let taps = vertical.iter().flat_map(|v| horizontal.iter().map(move |h| (v, h))).map(taps).collect();
+        let size = [rows, results];
+        Self { vertical, horizontal, taps, low, span, step, most, size, columns, copied }
     }
 
     /// How many rows of rectangles an image has.
@@ -83,12 +83,13 @@ impl Windows {
     pub(crate) fn rectangles(&self, band: usize) -> impl Iterator<Item = [Range<usize>; 2]> + use<> {
         let ([height, width], [rows, columns]) = (self.size, self.most);
         let rows = band * height..rows.min((band + 1) * height);
-        (0..columns).step_by(width).map(move |start| [rows.clone(), start..columns.min(start + width)])
+        chunks(0..columns, width).map(move |columns| [rows.clone(), columns])
     }
 
-    /// Rows of the image, and of all results, from one band to the next.
-    pub(crate) fn rows(&self) -> [usize; 2] {
-        [self.step, self.vertical[0].out_step].map(|step| step * self.size[0])
+    /// What to ask for during a band: where the next band's rows begin in an image and in its results, rows being so long.
+    pub(crate) fn ahead<T>(&self, band: usize, [x, y]: [*const T; 2], lens: [usize; 2]) -> [*const T; 2] {
+        let rows = [self.step, self.vertical[0].out_step].map(|step| (band + 1) * step * self.size[0]);
+        [x.wrapping_add(rows[0] * lens[0]), y.wrapping_add(rows[1] * lens[1])]
     }
 
     /// Values of temporary memory.
@@ -123,7 +124,7 @@ impl Windows {
     ) -> impl Iterator<Item = Results<'_>> {
         let sets = self.horizontal.len();
         let rectangle = rectangle.clone();
-        self.taps.iter().zip(&self.slides).enumerate().map(move |(i, (taps, &columns))| {
+        self.taps.iter().enumerate().map(move |(i, &(ref taps, columns))| {
             let phases = [&self.vertical[i / sets], &self.horizontal[i % sets]];
             let results = [0, 1].map(|axis| {
                 let [start, end] = [rectangle[axis].start, rectangle[axis].end].map(|t| t.min(phases[axis].count));

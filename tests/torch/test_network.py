@@ -138,8 +138,9 @@ def test_every_parameter_gets_a_gradient(ktype):
     loss_of(model, images, labels).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        # A shift that a later batch norm takes out again may have none at all.
-        assert name.endswith(".bias") or parameter.grad.abs().max() > 0, name
+        # An only shift that a later batch norm takes out again has one rounding error, or 0.
+        lone_shift = name.endswith("_bn.bias") and parameter.numel() == 1
+        assert lone_shift or parameter.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if "effnet" not in name])
