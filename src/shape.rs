@@ -137,12 +137,12 @@ impl Pointwise {
         self.out_channels * self.group_in()
     }
 
-    /// Where the weight of output channel `o` of group `g` for that group's input channel `i` stands.
-    pub fn weight_index(&self, g: usize, o: usize, i: usize) -> usize {
-        let o = g * self.group_out() + o;
+    /// Distances in memory of the weights of neighbouring groups, of a group's neighbouring output channels and of its
+    /// neighbouring input channels.
+    pub fn weight_steps(&self) -> [usize; 3] {
         match self.weight_layout {
-            WeightLayout::Oi => o * self.group_in() + i,
-            WeightLayout::Io => i * self.out_channels + o,
+            WeightLayout::Oi => [self.group_out() * self.group_in(), self.group_in(), 1],
+            WeightLayout::Io => [self.group_out(), 1, self.out_channels],
         }
     }
 

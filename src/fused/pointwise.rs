@@ -282,14 +282,18 @@ impl<T: WideElement> Tape<'_, '_, T> {
     /// Adds up the parts of a convolution's gradients, `[part][group][output][input][tap]` and `[part][output channel]`.
     pub(super) fn write_weights(&self, conv: &Conv, parts: usize, partial: &[T], bias: &[f64]) {
         let Conv { groups, group_in, group_out, .. } = *conv;
-        let (taps, len) = (conv.taps(), conv.weights());
+        let len = conv.weights();
         // SAFETY: the places of this convolution's parameters.
         let write = |place: usize, value: T| unsafe { self.grad_parameters.ptr().add(place).write(value) };
-        for index in 0..len {
-            let sum = (0..parts).fold(T::default(), |sum, p| sum + partial[p * len + index]);
-            let (rest, tap) = (index / taps, index % taps);
-            let (rest, i) = (rest / group_in, rest % group_in);
-            write(conv.weight + conv.index(rest / group_out, rest % group_out, i, tap), sum);
+        let mut index = 0;
+        for (g, o) in (0..groups).flat_map(|g| (0..group_out).map(move |o| (g, o))) {
+            for i in 0..group_in {
+                for tap in 0..conv.taps() {
+                    let sum = partial[index..].iter().step_by(len).fold(T::default(), |sum, &part| sum + part);
+                    write(conv.weight + conv.index(g, o, i, tap), sum);
+                    index += 1;
+                }
+            }
         }
         if let Some(place) = conv.bias {
             for o in 0..groups * group_out {

@@ -14,6 +14,7 @@ pub struct Transpose<T> {
     dst: *mut T,
     dst_stride: usize,
     by_rows: bool,
+    ahead: usize,
 }
 
 impl<T: Element> Transpose<T> {
@@ -25,7 +26,13 @@ impl<T: Element> Transpose<T> {
     /// Until it has run, source and destination must be in bounds for the formula above and must not overlap.
     pub unsafe fn gather(size: [usize; 2], src: *const T, src_stride: usize, dst: *mut T, dst_stride: usize) -> Self {
         let [rows, cols] = size;
-        Self { rows, cols, src, src_stride, dst, dst_stride, by_rows: true }
+        Self { rows, cols, src, src_stride, dst, dst_stride, by_rows: true, ahead: rows * src_stride }
+    }
+
+    /// The same, but with another distance from what is read to what is asked for meanwhile than to what follows the last
+    /// row; 0 asks for nothing.
+    pub fn ahead(self, ahead: usize) -> Self {
+        Self { ahead, ..self }
     }
 
     /// Rows of pixels in a cache (`rows` channels of `cols` pixels) to pixels of NHWC memory.
@@ -36,7 +43,7 @@ impl<T: Element> Transpose<T> {
     /// As for [`Transpose::gather`].
     pub unsafe fn scatter(size: [usize; 2], src: *const T, src_stride: usize, dst: *mut T, dst_stride: usize) -> Self {
         let [rows, cols] = size;
-        Self { rows, cols, src, src_stride, dst, dst_stride, by_rows: false }
+        Self { rows, cols, src, src_stride, dst, dst_stride, by_rows: false, ahead: cols * dst_stride }
     }
 }
 
@@ -45,7 +52,7 @@ impl<T: Element> Kernel for Transpose<T> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { rows, cols, src, src_stride, dst, dst_stride, .. } = self;
+        let Self { rows, cols, src, src_stride, dst, dst_stride, ahead, .. } = self;
         if rows < BLOCK || cols < BLOCK {
             for r in 0..rows {
                 for c in 0..cols {
@@ -66,13 +73,13 @@ impl<T: Element> Kernel for Transpose<T> {
                 // SAFETY: row + 8 <= rows and col + 8 <= cols.
                 unsafe {
                     let (src, dst) = (src.add(row * src_stride + col), dst.add(col * dst_stride + row));
-                    // The pixels that follow these: a block's rows are half a cache line.
-                    if j % (2 * BLOCK) == 0 {
+                    // A block's rows are half a cache line.
+                    if ahead > 0 && j % (2 * BLOCK) == 0 {
                         for line in 0..BLOCK {
                             if self.by_rows {
-                                isa.prefetch_far(src.wrapping_add((rows + line) * src_stride));
+                                isa.prefetch_far(src.wrapping_add(line * src_stride + ahead));
                             } else {
-                                isa.prefetch_far(dst.wrapping_add((cols + line) * dst_stride));
+                                isa.prefetch_far(dst.wrapping_add(line * dst_stride + ahead));
                             }
                         }
                     }

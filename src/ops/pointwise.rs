@@ -17,7 +17,7 @@ use crate::kernels::products::{Products, Single};
 use crate::kernels::rows::Sum;
 use crate::kernels::transpose::Transpose;
 use crate::kernels::{Element, lanes};
-use crate::pool::{parallel_for, part, threads_for};
+use crate::pool::{chunks, parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Images, Order, Pointwise, interleave_places};
 
@@ -41,10 +41,13 @@ const OUTER_BYTES: usize = 32 << 10;
 const OUTER_PIXELS: usize = 8;
 /// Pixels of such a tile in the weight gradient, at least: its sums go through memory once a tile.
 const OUTER_TERMS: usize = 48;
-/// Multiply-adds of a vector that take as long as storing it. With [`TRANSPOSE`] it tells the faster way for 32 of the
-/// 36 forward and input gradient shapes of kEffNet-B0 at 32x32; the others differ by 5 %.
-const STORE: usize = 2;
-/// Multiply-adds of a vector that take as long as transposing a value.
+/// Multiply-adds of outer products that take as long as storing their sums. With [`SHORT_ROWS`] and [`TRANSPOSE`] it tells
+/// the faster way in NHWC for all 62 forward passes and input gradients of kEffNet-B0 at 32x32, within 2 % (AVX-512; the
+/// slower way takes 1.2 to 2.5 times as long).
+const STORE: usize = 1;
+/// Multiply-adds of outer products that take as long as one over transposed rows of [`PIXEL_TILE`] pixels.
+const SHORT_ROWS: f64 = 1.3;
+/// Multiply-adds of outer products that take as long as transposing a value.
 const TRANSPOSE: f64 = 0.35;
 /// Pixels of a tile of a weight gradient in NCHW and of a part of it in NHWC, at least.
 const DOT_TILE: usize = 96;
@@ -54,6 +57,12 @@ const DOT_BYTES: usize = 256 << 10;
 /// A group of this many weights or more is multiplied by GEMM: its partial sums (a cache line each) no longer fit the
 /// caches.
 pub(crate) const GEMM_WEIGHTS: usize = 4096;
+/// Planes shorter than so many vectors, with a rest, are transposed for the weight gradient of groups of so many weights:
+/// a step for the rest is a large part of the work. (512 channels of 7 x 7 to 1024, 32 to 64 in a group, 16 images: 1.09 ms
+/// without, 0.65 with; from 15 x 15 on, with 8 x 8 pixels and with 64 weights it takes as long or longer.)
+const SHORT_PLANE: usize = 8;
+/// See [`SHORT_PLANE`].
+const TRANSPOSED_WEIGHTS: Range<usize> = 256..GEMM_WEIGHTS;
 /// Work of one part of a weight gradient, at least.
 const PART_NANOSECONDS: f64 = 100_000.0;
 /// Parts of a weight gradient, at most.
@@ -80,6 +89,7 @@ pub fn forward<T: Element>(
 ) {
     assert_eq!(images.channels, shape.in_channels);
     assert_eq!(weight.len(), shape.weights());
+    let [group, out, input] = shape.weight_steps();
     Product {
         isa,
         images,
@@ -89,7 +99,7 @@ pub fn forward<T: Element>(
         in_places: None,
         out_places: shape.out_places(),
     }
-    .run(x, |g, o, i| weight[shape.weight_index(g, o, i)], bias, y);
+    .run(x, (weight, [group, out, input]), bias, y);
 }
 
 /// The gradient by the input: `(N, C_in)` from `grad_output (N, C_out)`, the gradient of the interleaved output.
@@ -105,6 +115,7 @@ pub fn grad_input<T: Element>(
 ) {
     assert_eq!(images.channels, shape.out_channels);
     assert_eq!(weight.len(), shape.weights());
+    let [group, out, input] = shape.weight_steps();
     Product {
         isa,
         images,
@@ -114,8 +125,11 @@ pub fn grad_input<T: Element>(
         in_places: shape.out_places(),
         out_places: None,
     }
-    .run(grad_output, |g, o, i| weight[shape.weight_index(g, i, o)], None, grad_x);
+    .run(grad_output, (weight, [group, input, out]), None, grad_x);
 }
+
+/// Weights, and the distances of those of neighbouring groups, output channels and input channels.
+type Weights<'a, T> = (&'a [T], [usize; 3]);
 
 /// Rows of each group times that group's matrix.
 struct Product {
@@ -144,13 +158,7 @@ struct Packed<'a, T: Element, M> {
 }
 
 impl Product {
-    fn run<T: Element>(
-        &self,
-        x: &[T],
-        weight: impl Fn(usize, usize, usize) -> T,
-        bias: Option<&[T]>,
-        y: &mut [MaybeUninit<T>],
-    ) {
+    fn run<T: Element>(&self, x: &[T], weight: Weights<'_, T>, bias: Option<&[T]>, y: &mut [MaybeUninit<T>]) {
         let out = self.images.with_channels(self.groups * self.group_out);
         assert_eq!(x.len(), self.images.len());
         assert_eq!(y.len(), out.len());
@@ -175,7 +183,7 @@ impl Product {
         products: M,
         threads: usize,
         x: &[T],
-        weight: impl Fn(usize, usize, usize) -> T,
+        weight: Weights<'_, T>,
         bias: Option<&[T]>,
         planes: bool,
         y: Shared<T>,
@@ -188,11 +196,11 @@ impl Product {
         let blocks: Vec<_> = (0..count).map(|i| part(self.group_out, count, i)).collect();
         let steps = self.group_in.div_ceil(M::TERMS);
         scratch::with(self.groups * self.group_out * steps, |packed: &mut [T::Wide]| {
-            let mut next = packed.iter_mut();
+            let mut rest = &mut *packed;
             for (g, block) in (0..self.groups).flat_map(|g| blocks.iter().map(move |block| (g, block))) {
-                for (i, o) in (0..steps).flat_map(|i| block.clone().map(move |o| (i, o))) {
-                    *next.next().expect("as many as weights") = self.pack(products, &weight, g, o, i);
-                }
+                let (weights, others) = std::mem::take(&mut rest).split_at_mut(steps * block.len());
+                self.pack(products, weight, g, block.clone(), weights);
+                rest = others;
             }
             let packed = Packed { products, weights: packed, bias, blocks: &blocks, y_offsets: &[] };
             if planes {
@@ -203,19 +211,23 @@ impl Product {
         });
     }
 
-    /// The weights of a step of a group's sums for an output channel.
-    #[inline]
+    /// The weights of a group for some of its output channels: `[step][output channel]`.
     fn pack<T: Element, M: Products<T>>(
         &self,
         products: M,
-        weight: impl Fn(usize, usize, usize) -> T,
+        (weights, [group, out, input]): Weights<'_, T>,
         g: usize,
-        o: usize,
-        step: usize,
-    ) -> T::Wide {
-        let (first, second) = (step * M::TERMS, step * M::TERMS + 1);
-        let second = (M::TERMS > 1 && second < self.group_in).then(|| weight(g, o, second));
-        products.pack(weight(g, o, first), second)
+        block: Range<usize>,
+        packed: &mut [T::Wide],
+    ) {
+        for (step, packed) in packed.chunks_exact_mut(block.len()).enumerate() {
+            let i = step * M::TERMS;
+            let second = M::TERMS > 1 && i + 1 < self.group_in;
+            for (o, packed) in block.clone().zip(packed) {
+                let place = g * group + o * out + i * input;
+                *packed = products.pack(weights[place], second.then(|| weights[place + input]));
+            }
+        }
     }
 
     /// NCHW: the rows are the image's own planes.
@@ -264,7 +276,7 @@ impl Product {
         let (k, m, lanes) = (self.group_in, self.group_out, lanes::<T>(self.isa));
         let steps = k.div_ceil(M::TERMS);
         let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64;
-        let transposed = (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
+        let transposed = SHORT_ROWS * (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
         if outer > transposed || self.out_places.is_some() {
             return None;
         }
@@ -279,7 +291,7 @@ impl Product {
         products: M,
         threads: usize,
         x: &[T],
-        weight: impl Fn(usize, usize, usize) -> T,
+        weight: Weights<'_, T>,
         bias: Option<&[T]>,
         places: &[[usize; 2]],
         y: Shared<T>,
@@ -292,8 +304,8 @@ impl Product {
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(OUTER_PIXELS)) };
         let steps = k.div_ceil(M::TERMS);
         scratch::with(c_out * steps, |packed: &mut [T::Wide]| {
-            for (i, value) in packed.iter_mut().enumerate() {
-                *value = self.pack(products, &weight, i / (steps * m), i % m, i / m % steps);
+            for (g, packed) in packed.chunks_exact_mut(steps * m).enumerate() {
+                self.pack(products, weight, g, 0..m, packed);
             }
             let packed = &*packed;
             parallel_for(threads, parts, |task| {
@@ -308,7 +320,8 @@ impl Product {
                                 a: x.as_ptr().add(start * c_in + first),
                                 a_step: distance * M::TERMS,
                                 a_rows: &rows[..tile.min(range.end - start)],
-                                a_ahead: tile * c_in,
+                                // The next tile's pixels, a part of them for each group.
+                                a_ahead: tile * c_in - first + g * k * tile,
                                 b: packed.as_ptr().add(g * steps * m),
                                 b_step: m,
                                 b_ahead: 0,
@@ -473,7 +486,13 @@ fn weight_grad<T: Element, M: Products<T>>(
     // Sums `[output channel][input channel]` of a group, or the other way round where that fills more of the vectors,
     // which interleaved output channels cannot.
     let lanes = lanes::<T>(isa);
-    let by_output = !planes && shape.out_places().is_none() && (k * m.div_ceil(lanes), k) < (m * k.div_ceil(lanes), m);
+    let transposed = planes
+        && images.pixels < SHORT_PLANE * lanes
+        && !images.pixels.is_multiple_of(lanes)
+        && TRANSPOSED_WEIGHTS.contains(&(m * k))
+        && places.chunks_exact(m).all(|places| constant_stride(places).is_some());
+    let contiguous = if planes { transposed } else { shape.out_places().is_none() };
+    let by_output = contiguous && (k * m.div_ceil(lanes), k) < (m * k.div_ceil(lanes), m);
     let grad = WeightGrad { isa, products, shape, images, places, by_output, x, grad_output };
     // One set of partial sums for each part, added up in order at the end.
     let mut partial = vec![T::Wide::default(); parts * shape.weights()];
@@ -484,16 +503,22 @@ fn weight_grad<T: Element, M: Products<T>>(
         let (first, len) = (task * shape.weights() + groups.start * m * k, groups.len() * m * k);
         // SAFETY: tasks differ in part or in groups: no two share sums.
         let sums = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(first), len) };
-        if planes {
+        if transposed {
+            grad.transposed(groups, part(images.count, parts, task), sums);
+        } else if planes {
             grad.planes(groups, part(images.count, parts, task), sums);
         } else {
             grad.pixels(groups, part(images.count * images.pixels, parts, task), sums);
         }
     });
-    for (i, g, o) in (0..shape.groups).flat_map(|g| (0..m * k).map(move |i| (i, g, i / k))) {
-        let at = if by_output { i % k * m + i / k } else { i };
-        let sum = (0..parts).fold(T::Wide::default(), |sum, p| sum + partial[p * shape.weights() + g * m * k + at]);
-        grad_weight[shape.weight_index(g, o, i % k)].write(T::narrow(sum));
+    let [group, out, input] = shape.weight_steps();
+    let [o_step, i_step] = if by_output { [1, m] } else { [k, 1] };
+    for (g, o) in (0..shape.groups).flat_map(|g| (0..m).map(move |o| (g, o))) {
+        for i in 0..k {
+            let sums = partial[g * m * k + o * o_step + i * i_step..].iter().step_by(shape.weights());
+            let sum = sums.fold(T::Wide::default(), |sum, &part| sum + part);
+            grad_weight[g * group + o * out + i * input].write(T::narrow(sum));
+        }
     }
 }
 
@@ -504,7 +529,7 @@ struct WeightGrad<'a, T, M> {
     images: Images,
     /// Where output channel `c` stands in an image of `grad_output`.
     places: Vec<usize>,
-    /// In NHWC, whether sums are `[input channel][output channel]`.
+    /// Whether sums are `[input channel][output channel]`.
     by_output: bool,
     x: &'a [T],
     grad_output: &'a [T],
@@ -573,7 +598,6 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
         // Copies are in a cache.
         let copied = size_of::<T>() < size_of::<T::Wide>();
         let ahead = channels.map(|channels| if copied { 0 } else { tile * channels });
-        let inputs: Vec<_> = (0..k).collect();
         for start in range.clone().step_by(tile) {
             let pixels = start..(start + tile).min(range.end);
             let [x, grad] = [(self.x, c_in), (self.grad_output, c_out)]
@@ -584,32 +608,89 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                 let grad = self.products.steps(self.isa, grad, c_out, grad_memory);
                 for (g, sums) in groups.clone().zip(sums.chunks_exact_mut(m * k)) {
                     let (x, grad) = ((&x[g * k..], c_in, ahead[0]), (grad, c_out, ahead[1]));
-                    let places = &self.places[g * m..][..m];
-                    // Vectors are of output channels or of input channels.
-                    let (a, a_rows, b, columns) =
-                        if self.by_output { (x, &inputs[..], grad, m) } else { (grad, places, x, k) };
-                    let first = if self.by_output { places[0] } else { 0 };
                     // SAFETY: the pixels exist in x and grad_output, with all of the group's channels, which follow each
-                    // other where they are the columns; there are m x k sums.
-                    self.isa.run(unsafe {
-                        OuterProducts {
-                            products: self.products,
-                            a: a.0.as_ptr(),
-                            a_step: a.1,
-                            a_rows,
-                            a_ahead: a.2,
-                            b: b.0.as_ptr().add(first),
-                            b_step: b.1,
-                            b_ahead: b.2,
-                            terms: pixels.len(),
-                            columns,
-                            out: Totals::<T> { sums: sums.as_mut_ptr(), row: columns },
-                        }
-                        .promise()
-                    });
+                    // other where they are the columns.
+                    unsafe { self.outer(x, grad, &self.places[g * m..][..m], pixels.len(), sums) };
                 }
             });
         }
+    }
+
+    /// NCHW, short planes of large groups: adds images `range` to the sums of `groups`, a few images at a time transposed.
+    fn transposed(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T::Wide]) {
+        let (k, m) = (self.shape.group_in(), self.shape.group_out());
+        let Images { pixels, channels: c_in, .. } = self.images;
+        let c_out = self.shape.out_channels;
+        let most = outer_tile::<T::Wide>(k + m).max(OUTER_TERMS).div_ceil(pixels);
+        let sizes = [k, m].map(|channels| most * pixels * channels);
+        let outputs: Vec<_> = (0..m).collect();
+        for (g, sums) in groups.zip(sums.chunks_exact_mut(m * k)) {
+            let places = &self.places[g * m..][..m];
+            let stride = constant_stride(places).expect("asked before");
+            for images in chunks(range.clone(), most) {
+                let terms = images.len() * pixels;
+                scratch::with(sizes.iter().sum(), |rows: &mut [T]| {
+                    let [x_rows, grad_rows] = cut(rows, sizes);
+                    let targets = x_rows.chunks_exact_mut(pixels * k).zip(grad_rows.chunks_exact_mut(pixels * m));
+                    for (n, (x_rows, grad_rows)) in images.zip(targets) {
+                        // SAFETY: image n of x and grad_output has the group's planes, the targets as many pixels.
+                        unsafe {
+                            let x = self.x.as_ptr().add((n * c_in + g * k) * pixels);
+                            let grad = self.grad_output.as_ptr().add(n * c_out * pixels + places[0]);
+                            let x_gather = Transpose::gather([k, pixels], x, pixels, x_rows.as_mut_ptr(), k);
+                            let grad_gather = Transpose::gather([m, pixels], grad, stride, grad_rows.as_mut_ptr(), m);
+                            self.isa.run(x_gather.ahead(most * c_in * pixels));
+                            self.isa.run(grad_gather.ahead(most * c_out * pixels));
+                        }
+                    }
+                    scratch::with(sizes.iter().sum(), |memory: &mut [T::Wide]| {
+                        let [x_memory, grad_memory] = cut(memory, sizes);
+                        let x = self.products.steps(self.isa, &x_rows[..terms * k], k, x_memory);
+                        let grad = self.products.steps(self.isa, &grad_rows[..terms * m], m, grad_memory);
+                        // SAFETY: so many pixels with the group's channels alone.
+                        unsafe { self.outer((x, k, 0), (grad, m, 0), &outputs, terms, sums) };
+                    });
+                });
+            }
+        }
+    }
+
+    /// Adds a group's products over `terms` pixels to its sums; of `x`, which starts with its channels, and `grad`, where
+    /// they stand at `places`, come the values, the distance of pixels and how far ahead to ask.
+    ///
+    /// # Safety
+    /// The pixels must have the group's channels, which must follow each other where they are the columns.
+    unsafe fn outer(
+        &self,
+        x: (&[T::Wide], usize, usize),
+        grad: (&[T::Wide], usize, usize),
+        places: &[usize],
+        terms: usize,
+        sums: &mut [T::Wide],
+    ) {
+        let (k, m) = (self.shape.group_in(), self.shape.group_out());
+        let inputs: Vec<_> = (0..k).collect();
+        // Vectors are of output channels or of input channels.
+        let (a, a_rows, b, columns) = if self.by_output { (x, &inputs[..], grad, m) } else { (grad, places, x, k) };
+        let first = if self.by_output { places[0] } else { 0 };
+        assert_eq!(sums.len(), m * k);
+        // SAFETY: the caller's promise; there are m x k sums.
+        self.isa.run(unsafe {
+            OuterProducts {
+                products: self.products,
+                a: a.0.as_ptr(),
+                a_step: a.1,
+                a_rows,
+                a_ahead: a.2,
+                b: b.0.as_ptr().add(first),
+                b_step: b.1,
+                b_ahead: b.2,
+                terms,
+                columns,
+                out: Totals::<T> { sums: sums.as_mut_ptr(), row: columns },
+            }
+            .promise()
+        });
     }
 }
 

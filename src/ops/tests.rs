@@ -67,6 +67,7 @@ fn pointwise_case<T: Element>(isa: Active, shape: &Pointwise, images: Images) {
     let mut y = vec![0.0; out.len()];
     let (mut grad_x, mut grad_w) = (vec![0.0; images.len()], vec![0.0; shape.weights()]);
     let mut grad_b = vec![0.0; shape.out_channels];
+    let [group, out_step, in_step] = shape.weight_steps();
     for (n, p) in (0..images.count).flat_map(|n| (0..images.pixels).map(move |p| (n, p))) {
         for (g, o) in (0..shape.groups).flat_map(|g| (0..shape.group_out()).map(move |o| (g, o))) {
             let c_out = g * shape.group_out() + o;
@@ -74,7 +75,8 @@ fn pointwise_case<T: Element>(isa: Active, shape: &Pointwise, images: Images) {
             y[to] += bias[c_out].to_f64();
             grad_b[c_out] += grad[to].to_f64();
             for i in 0..shape.group_in() {
-                let (from, w) = (place(images, n, p, g * shape.group_in() + i), shape.weight_index(g, o, i));
+                let from = place(images, n, p, g * shape.group_in() + i);
+                let w = g * group + o * out_step + i * in_step;
                 y[to] += weight[w].to_f64() * x[from].to_f64();
                 grad_x[from] += weight[w].to_f64() * grad[to].to_f64();
                 grad_w[w] += x[from].to_f64() * grad[to].to_f64();
@@ -109,6 +111,7 @@ fn pointwise_matches_the_reference() {
         (1, 70, 12, 72, 4, 1),
         (2, 35, 40, 106, 2, 1),
         (2, 35, 80, 20, 4, 5),
+        (11, 49, 32, 32, 2, 16),
     ];
     for isa in Active::available() {
         for (count, pixels, c_in, c_out, groups, step) in shapes {
