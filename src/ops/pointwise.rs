@@ -24,8 +24,9 @@ use crate::shape::{Images, Order, Pointwise, interleave_places};
 /// Values of a group's input rows that one pass in NCHW covers where the group needs several tiles of output rows, which
 /// read them again: they stay in the L2 cache.
 const PLANE_TILE: usize = 64 << 10;
-/// Bytes of a group's rows in NCHW, at most, for the next group's to be asked for meanwhile: both stay in the L2 cache.
-const AHEAD_BYTES: usize = 256 << 10;
+/// Bytes of a group's rows in NCHW, at most, for the next group's to be asked for meanwhile: both stay in the L2 cache. (With 369
+/// KiB, 96 channels of 31 x 31, 1.04 ms become 0.92.)
+const AHEAD_BYTES: usize = 384 << 10;
 /// How many pixels ahead to ask for in longer rows. (The forward pass of 18 layers of kEffNet-B0 at 32x32 takes 23.5 ms
 /// without asking ahead, 18.5 with; the input gradient 28 and 20.)
 const AHEAD_PIXELS: usize = 1024;
@@ -42,11 +43,11 @@ const OUTER_PIXELS: usize = 8;
 /// Pixels of such a tile in the weight gradient, at least: its sums go through memory once a tile.
 const OUTER_TERMS: usize = 48;
 /// Multiply-adds of outer products that take as long as storing their sums. With [`SHORT_ROWS`] and [`TRANSPOSE`] it tells
-/// the faster way in NHWC for all 62 forward passes and input gradients of kEffNet-B0 at 32x32, within 2 % (AVX-512; the
-/// slower way takes 1.2 to 2.5 times as long).
-const STORE: usize = 1;
+/// the faster way in NHWC for all 122 forward passes and input gradients of kEffNet-B0 D6_16ch and D6v3_4ch at 32x32, within
+/// 5 % (AVX-512; the slower way takes up to 2.5 times as long).
+const STORE: usize = 2;
 /// Multiply-adds of outer products that take as long as one over transposed rows of [`PIXEL_TILE`] pixels.
-const SHORT_ROWS: f64 = 1.3;
+const SHORT_ROWS: f64 = 1.4;
 /// Multiply-adds of outer products that take as long as transposing a value.
 const TRANSPOSE: f64 = 0.35;
 /// Pixels of a tile of a weight gradient in NCHW and of a part of it in NHWC, at least.
@@ -409,6 +410,8 @@ impl Product {
         let steps = self.group_in.div_ceil(M::TERMS);
         let weights = &packed.weights[g * self.group_out * steps..][..self.group_out * steps];
         for block in packed.blocks {
+            // The first block asks for what all read next. (All of them: 4 % slower.)
+            let ahead = if block.start == 0 { ahead } else { [0, ahead[1]] };
             let channels = g * self.group_out + block.start..g * self.group_out + block.end;
             let kernel = ConvRows {
                 products: packed.products,
@@ -493,7 +496,8 @@ fn weight_grad<T: Element, M: Products<T>>(
         && places.chunks_exact(m).all(|places| constant_stride(places).is_some());
     let contiguous = if planes { transposed } else { shape.out_places().is_none() };
     let by_output = contiguous && (k * m.div_ceil(lanes), k) < (m * k.div_ceil(lanes), m);
-    let grad = WeightGrad { isa, products, shape, images, places, by_output, x, grad_output };
+    let inputs = (0..k).collect();
+    let grad = WeightGrad { isa, products, shape, images, inputs, places, by_output, x, grad_output };
     // One set of partial sums for each part, added up in order at the end.
     let mut partial = vec![T::Wide::default(); parts * shape.weights()];
     let shared = Shared(partial.as_mut_ptr());
@@ -527,6 +531,8 @@ struct WeightGrad<'a, T, M> {
     products: M,
     shape: &'a Pointwise,
     images: Images,
+    /// Where a group's input channels stand behind its first one in NHWC.
+    inputs: Vec<usize>,
     /// Where output channel `c` stands in an image of `grad_output`.
     places: Vec<usize>,
     /// Whether sums are `[input channel][output channel]`.
@@ -660,6 +666,8 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
     ///
     /// # Safety
     /// The pixels must have the group's channels, which must follow each other where they are the columns.
+    // Not inlined, groups of four channels or less take 1.2 times as long.
+    #[inline(always)]
     unsafe fn outer(
         &self,
         x: (&[T::Wide], usize, usize),
@@ -669,9 +677,9 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
         sums: &mut [T::Wide],
     ) {
         let (k, m) = (self.shape.group_in(), self.shape.group_out());
-        let inputs: Vec<_> = (0..k).collect();
         // Vectors are of output channels or of input channels.
-        let (a, a_rows, b, columns) = if self.by_output { (x, &inputs[..], grad, m) } else { (grad, places, x, k) };
+        let (a, a_rows, b, columns) =
+            if self.by_output { (x, &self.inputs[..], grad, m) } else { (grad, places, x, k) };
         let first = if self.by_output { places[0] } else { 0 };
         assert_eq!(sums.len(), m * k);
         // SAFETY: the caller's promise; there are m x k sums.
