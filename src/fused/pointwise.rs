@@ -55,15 +55,7 @@ impl<T: WideElement> Packed<T> {
         inputs: usize,
         weight: impl Fn(usize, usize, usize) -> T,
     ) -> Self {
-        let count = outputs.div_ceil(isa.run(ConvHeight));
-        let blocks: Vec<_> = (0..count).map(|i| part(outputs, count, i)).collect();
-        let mut weights = Vec::with_capacity(groups * outputs * inputs);
-        for (g, block) in (0..groups).flat_map(|g| blocks.iter().map(move |block| (g, block))) {
-            for i in 0..inputs {
-                weights.extend(block.clone().map(|o| weight(g, o, i)));
-            }
-        }
-        Self { weights, bias: Vec::new(), group: outputs * inputs, inputs, blocks }
+        Self::of_taps(isa, groups, outputs, inputs, &[Some(0)], |g, o, i, _| weight(g, o, i))
     }
 
     /// Packs `weight(group, output row, input channel, tap)`, an input row being a channel seen through one of `taps`; a
@@ -76,9 +68,17 @@ impl<T: WideElement> Packed<T> {
         taps: &[Option<usize>],
         weight: impl Fn(usize, usize, usize, usize) -> T,
     ) -> Self {
-        Self::new(isa, groups, outputs, channels * taps.len(), |g, o, row| {
-            taps[row % taps.len()].map_or(T::default(), |tap| weight(g, o, row / taps.len(), tap))
-        })
+        let count = outputs.div_ceil(isa.run(ConvHeight));
+        let blocks: Vec<_> = (0..count).map(|i| part(outputs, count, i)).collect();
+        let inputs = channels * taps.len();
+        let mut weights = Vec::with_capacity(groups * outputs * inputs);
+        for (g, block) in (0..groups).flat_map(|g| blocks.iter().map(move |block| (g, block))) {
+            for (channel, tap) in (0..channels).flat_map(|channel| taps.iter().map(move |&tap| (channel, tap))) {
+                let weight = |o| tap.map_or(T::default(), |tap| weight(g, o, channel, tap));
+                weights.extend(block.clone().map(weight));
+            }
+        }
+        Self { weights, bias: Vec::new(), group: outputs * inputs, inputs, blocks }
     }
 
     /// These weights and a bias.
