@@ -246,10 +246,10 @@ impl Product {
         let group_parts = wanted.div_ceil(count).min(self.groups);
         let pixel_parts = wanted.div_ceil(count * group_parts).min(pixels.div_ceil(PLANE_PART));
         let tile = if packed.blocks.len() > 1 { (PLANE_TILE / self.group_in).max(PLANE_PART) } else { usize::MAX };
-        // The next group's rows, or those of the next image, follow this one's.
-        let ahead = [self.group_in, self.group_out].map(|channels| match channels * pixels {
-            next if next * size_of::<T>() <= AHEAD_BYTES => next,
-            _ => AHEAD_PIXELS.min(tile),
+        // The next group's rows; the next image's follow the last group's.
+        let ahead = [(self.group_in, &x_offsets), (self.group_out, &y_offsets)].map(|(channels, offsets)| {
+            let next = offsets.get(channels).and_then(|next| next.checked_sub(offsets[0])).unwrap_or(channels * pixels);
+            if channels * pixels * size_of::<T>() <= AHEAD_BYTES { next } else { AHEAD_PIXELS.min(tile) }
         });
         parallel_for(threads, count * group_parts * pixel_parts, |task| {
             let (n, rest) = (task / (group_parts * pixel_parts), task % (group_parts * pixel_parts));
