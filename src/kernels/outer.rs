@@ -222,7 +222,8 @@ impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
                 }
             }
             // The rows' terms hold one cache line for so many steps.
-            let steps = const { 64 / size_of::<S::Value>() / M::TERMS / R };
+            let line = 64 / size_of::<S::Value>();
+            let steps = line / M::TERMS / R;
             let (mut ahead, mut left) = (self.a.wrapping_add(self.a_ahead + row * self.terms), 0);
             let (mut a, mut b) = (self.a, self.b.add(column));
             for t in (0..self.terms).step_by(M::TERMS) {
@@ -231,7 +232,7 @@ impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
                 } else if column == 0 {
                     if left == 0 {
                         isa.prefetch_far(ahead);
-                        (ahead, left) = (ahead.wrapping_add(64 / size_of::<S::Value>()), steps);
+                        (ahead, left) = (ahead.wrapping_add(line), steps);
                     }
                     left -= 1;
                 }

@@ -30,7 +30,7 @@ impl<T: Element> Transpose<T> {
     }
 
     /// The same, but with another distance from what is read to what is asked for meanwhile than to what follows the last
-    /// row; 0 asks for nothing.
+    /// row.
     pub fn ahead(self, ahead: usize) -> Self {
         Self { ahead, ..self }
     }
@@ -74,7 +74,7 @@ impl<T: Element> Kernel for Transpose<T> {
                 unsafe {
                     let (src, dst) = (src.add(row * src_stride + col), dst.add(col * dst_stride + row));
                     // A block's rows are half a cache line.
-                    if ahead > 0 && j % (2 * BLOCK) == 0 {
+                    if j % (2 * BLOCK) == 0 {
                         for line in 0..BLOCK {
                             if self.by_rows {
                                 isa.prefetch_far(src.wrapping_add(line * src_stride + ahead));

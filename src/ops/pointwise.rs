@@ -90,7 +90,6 @@ pub fn forward<T: Element>(
 ) {
     assert_eq!(images.channels, shape.in_channels);
     assert_eq!(weight.len(), shape.weights());
-    let [group, out, input] = shape.weight_steps();
     Product {
         isa,
         images,
@@ -100,7 +99,7 @@ pub fn forward<T: Element>(
         in_places: None,
         out_places: shape.out_places(),
     }
-    .run(x, (weight, [group, out, input]), bias, y);
+    .run(x, (weight, shape.weight_steps()), bias, y);
 }
 
 /// The gradient by the input: `(N, C_in)` from `grad_output (N, C_out)`, the gradient of the interleaved output.
@@ -604,8 +603,7 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
         // Copies are in a cache.
         let copied = size_of::<T>() < size_of::<T::Wide>();
         let ahead = channels.map(|channels| if copied { 0 } else { tile * channels });
-        for start in range.clone().step_by(tile) {
-            let pixels = start..(start + tile).min(range.end);
+        for pixels in chunks(range, tile) {
             let [x, grad] = [(self.x, c_in), (self.grad_output, c_out)]
                 .map(|(values, channels)| &values[pixels.start * channels..pixels.end * channels]);
             scratch::with(sizes.iter().sum(), |memory: &mut [T::Wide]| {
