@@ -9,7 +9,7 @@ use super::{Pass, Statistics, Tape};
 use crate::isa::Active;
 use crate::kernels::pointwise::{SumSlots, slot};
 use crate::kernels::rows::Sum;
-use crate::kernels::{WideElement, writable};
+use crate::kernels::{WideElement, lanes, writable};
 use crate::ops::Shared;
 use crate::ops::planes::{PlaneConv, Taps, planes_together};
 use crate::pool::{chunks, part};
@@ -18,7 +18,7 @@ use crate::scratch::{self, cut};
 /// What computes a depthwise convolution whose output has such a size.
 pub(super) fn forward<T: WideElement>(isa: Active, step: &Step, conv: &Conv, output: [usize; 2]) -> PlaneConv {
     let [vertical, horizontal] = Phases::new(step, conv, output).forward;
-    PlaneConv::new::<T>(isa, vertical, horizontal, conv.kernel[1])
+    PlaneConv::new::<T>(isa, &vertical, &horizontal, conv.kernel[1])
 }
 
 impl<T: WideElement> Pass<'_, T> {
@@ -51,10 +51,9 @@ impl<T: WideElement> Pass<'_, T> {
                             self.isa,
                             source,
                             [(images.len(), pixels), (channels.len(), step_in)],
-                            |_| packed.groups(&channels),
+                            packed.groups(&channels),
                             packed.bias(channels.clone()).unwrap_or(&none[..channels.len()]),
                             (rows.at(channels.start * row_len + range.start), [out_pixels, row_len], size),
-                            &mut [],
                         );
                         let statistics = shared.ptr().add(p * conv.groups + channels.start);
                         let statistics = slice::from_raw_parts_mut(statistics, channels.len());
@@ -77,13 +76,12 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let block = planes_together(pixels, pass.count.div_ceil(parts));
         let most = step.source.most_rows;
         let weights = &pass.parameters[conv.weight..][..conv.weights()];
-        let forward = forward::<T>(pass.isa, step, conv, size);
-        let taps = &forward.taps()[0];
-        let [vertical, horizontal] = Phases::new(step, conv, size).backward;
-        let back = PlaneConv::new::<T>(pass.isa, vertical, horizontal, conv.kernel[1]);
+        let Phases { forward: [vertical, horizontal], backward } = Phases::new(step, conv, size);
+        let width = conv.kernel[1];
+        let taps = Taps::new(lanes::<T>(pass.isa), &vertical[0], &horizontal[0], width, horizontal[0].count);
+        let back = PlaneConv::new::<T>(pass.isa, &backward[0], &backward[1], width);
         let weight = |g, i, o, tap| weights[conv.index(g, o, i, tap)];
-        let pack = |taps: &Taps| Packed::of_taps(pass.isa, conv.groups, 1, 1, taps.order(), weight);
-        let packed: Vec<_> = back.taps().iter().map(pack).collect();
+        let packed = Packed::of_taps(pass.isa, conv.groups, 1, 1, back.order(), weight);
         let sizes = [
             taps.len() * slot::<T>(),
             taps.len(),
@@ -91,14 +89,13 @@ impl<T: WideElement> Tape<'_, '_, T> {
             block * pixels,
             most * block * pixels,
             block * pixels,
-            back.memory(block),
         ];
         let mut partial = vec![T::default(); parts * conv.weights()];
         let mut bias = vec![0.0; parts * conv.groups];
         let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
         self.give_back(&step.source, conv.groups, parts, |this, g, images, p, sums| {
             scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-                let [slots, tap_sums, grad_buffer, buffer, slopes, grad_x, results] = cut(memory, sizes);
+                let [slots, tap_sums, grad_buffer, buffer, slopes, grad_x] = cut(memory, sizes);
                 slots.fill(T::default());
                 let (at, len) = (p * conv.groups + g, conv.taps());
                 // SAFETY: sums of this part and channel alone.
@@ -133,10 +130,9 @@ impl<T: WideElement> Tape<'_, '_, T> {
                             pass.isa,
                             grad,
                             [(images.len(), out_pixels), (1, 0)],
-                            |pair| packed[pair].block(g, &(0..1)),
+                            packed.groups(&(g..g + 1)),
                             &[T::default()],
                             y,
-                            results,
                         );
                         this.give(&step.source, g, range, grad_x, Some(slopes), None, sums);
                     }

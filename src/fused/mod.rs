@@ -164,7 +164,7 @@ impl<T: WideElement> Arguments<'_, T> {
                 let value = &self.program.values[step.value];
                 let taps = if conv.depthwise() {
                     let size = [value.height, value.width];
-                    depthwise::forward::<T>(self.isa, step, conv, size).taps()[0].order().to_vec()
+                    depthwise::forward::<T>(self.isa, step, conv, size).order().to_vec()
                 } else {
                     (0..conv.taps()).map(Some).collect()
                 };

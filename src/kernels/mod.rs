@@ -15,6 +15,7 @@ pub mod pointwise;
 pub mod probe;
 pub mod products;
 pub mod rows;
+pub mod spread;
 pub mod transpose;
 pub mod windows;
 

@@ -343,8 +343,8 @@ impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Alternate<T::Mask<I>, C
 
 /// Memory for results, in which others may write to what is between them.
 pub struct Results<'a, T> {
-    start: *mut T,
-    len: usize,
+    pub(super) start: *mut T,
+    pub(super) len: usize,
     memory: PhantomData<&'a mut T>,
 }
 

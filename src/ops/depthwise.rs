@@ -147,33 +147,25 @@ impl<T: Element> Correlation<'_, T> {
         let tiles = (threads * TASKS_PER_THREAD).div_ceil(parts).min(channels);
         let bias: Vec<_> =
             (0..channels).map(|c| self.bias.map_or(T::Wide::default(), |bias| bias[c].widen())).collect();
-        let conv = PlaneConv::new::<T::Wide>(self.isa, self.vertical.clone(), self.horizontal.clone(), kernel);
-        let weight = |c: usize| move |tap| self.weight[self.shape.weight_index(c, tap)].widen();
-        let pack = |taps: &Taps| (0..channels).flat_map(|c| taps.pack(weight(c))).collect::<Vec<_>>();
-        let weights: Vec<_> = conv.taps().iter().map(pack).collect();
+        let conv = PlaneConv::new::<T::Wide>(self.isa, &self.vertical, &self.horizontal, kernel);
+        let weight = |c: usize, tap| self.weight[self.shape.weight_index(c, tap)].widen();
+        let of_channel = |c| conv.order().iter().map(move |tap| tap.map_or(T::Wide::default(), |tap| weight(c, tap)));
+        let (weights, taps): (Vec<_>, _) = ((0..channels).flat_map(of_channel).collect(), conv.order().len());
         parallel_for(threads, parts * tiles, |task| {
             let (range, images) = (part(channels, tiles, task % tiles), part(count, parts, task / tiles));
-            let most = channels_together(pixels, channels);
-            scratch::with(conv.memory(IMAGES * most), |memory: &mut [T::Wide]| {
-                with_wide(self.isa, self.x, [channels, pixels], range, images.clone(), |channel, x, step| {
-                    let first = (images.start * channels + channel.start) * out_pixels;
-                    let weights = |pair: usize| {
-                        let len = conv.taps()[pair].len();
-                        &weights[pair][channel.start * len..channel.end * len]
-                    };
-                    // SAFETY: planes of the output, which no other task writes.
-                    unsafe {
-                        conv.run(
-                            self.isa,
-                            x,
-                            [(images.len(), step), (channel.len(), pixels)],
-                            weights,
-                            &bias[channel.clone()],
-                            (self.y.at(first), [channels * out_pixels, out_pixels], size),
-                            memory,
-                        );
-                    }
-                });
+            with_wide(self.isa, self.x, [channels, pixels], range, images.clone(), |channel, x, step| {
+                let first = (images.start * channels + channel.start) * out_pixels;
+                // SAFETY: planes of the output, which no other task writes.
+                unsafe {
+                    conv.run(
+                        self.isa,
+                        x,
+                        [(images.len(), step), (channel.len(), pixels)],
+                        &weights[channel.start * taps..channel.end * taps],
+                        &bias[channel],
+                        (self.y.at(first), [channels * out_pixels, out_pixels], size),
+                    );
+                }
             });
         });
     }

@@ -46,6 +46,16 @@ impl Phase {
             .collect()
     }
 
+    /// The zeros before the input of the convolution whose [input gradient](Phase::backward) has these phases.
+    pub(crate) fn before(phases: &[Self]) -> usize {
+        let tap = |phase: &Self| {
+            let &(tap, offset) = phase.taps.first()?;
+            (phase.out_step as isize * offset + tap as isize).checked_sub_unsigned(phase.first)
+        };
+        // Without a tap, nothing is seen.
+        phases.iter().find_map(tap).unwrap_or(0) as usize
+    }
+
     /// The lowest offset, and how many pixels the offsets span.
     pub(crate) fn span(&self) -> (isize, usize) {
         let offsets = self.taps.iter().map(|&(_, offset)| offset);

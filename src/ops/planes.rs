@@ -21,6 +21,7 @@ use crate::isa::Active;
 use crate::kernels::planes::{Correlate, CorrelateSums, Results, View, tap_rows};
 use crate::kernels::pointwise::slot;
 use crate::kernels::rows::{NarrowRows, SplitRows, WidenRows, ZipRows};
+use crate::kernels::spread::{Spread, row_pairs, spread_taps};
 use crate::kernels::{Element, lanes, writable};
 use crate::pool::chunks;
 
@@ -196,17 +197,7 @@ impl Taps {
         Self { size, step, vector_rows, top, columns: seen.iter().map(|&(_, x)| x).collect(), rows, taps }
     }
 
-    /// Taps of the kernel, `[column][row]`; none where there is code for more rows than the kernel has.
-    pub(crate) fn order(&self) -> &[Option<usize>] {
-        &self.taps
-    }
-
-    /// Puts a channel's kernel into the order of the taps.
-    pub(crate) fn pack<T: Element>(&self, kernel: impl Fn(usize) -> T) -> impl Iterator<Item = T> {
-        self.taps.iter().map(move |tap| tap.map_or(T::default(), &kernel))
-    }
-
-    /// How many weights [`Taps::pack`] gives.
+    /// How many taps there are, those included that the kernel does not have.
     pub(crate) fn len(&self) -> usize {
         self.taps.len()
     }
@@ -260,101 +251,91 @@ impl Taps {
     }
 }
 
-/// A depthwise convolution of planes, or its gradient by the input: the pixels of all pairs of phases.
-pub(crate) struct PlaneConv {
-    vertical: Vec<Phase>,
-    horizontal: Vec<Phase>,
-    /// Those of each vertical phase with each horizontal one.
-    taps: Vec<Taps>,
+/// A depthwise convolution of planes, or its gradient by the input.
+pub(crate) enum PlaneConv {
+    /// All results see through the same taps.
+    Taps(Taps),
+    /// The gradient at a stride of 2.
+    Spread {
+        /// See [`Spread::taps`](crate::kernels::spread::Spread::taps).
+        taps: usize,
+        /// Taps of the kernel, `[row][column]`; none where there is code for more of them than the kernel has.
+        order: Vec<Option<usize>>,
+        /// Rows and columns of zeros before the convolution's input, and of the gradient by its output.
+        before: [usize; 2],
+        g_size: [usize; 2],
+    },
 }
 
 impl PlaneConv {
     /// That of a kernel of `width` columns.
-    pub(crate) fn new<T: Element>(isa: Active, vertical: Vec<Phase>, horizontal: Vec<Phase>, width: usize) -> Self {
-        let mut conv = Self { vertical, horizontal, taps: Vec::new() };
-        let (lanes, [_, pitch]) = (lanes::<T>(isa), conv.most());
-        let pairs = conv.vertical.iter().flat_map(|v| conv.horizontal.iter().map(move |h| (v, h)));
-        conv.taps = pairs.map(|(v, h)| Taps::new(lanes, v, h, width, pitch)).collect();
-        conv
+    pub(crate) fn new<T: Element>(isa: Active, vertical: &[Phase], horizontal: &[Phase], width: usize) -> Self {
+        if let ([vertical], [horizontal]) = (vertical, horizontal) {
+            return Self::Taps(Taps::new(lanes::<T>(isa), vertical, horizontal, width, horizontal.count));
+        }
+        let phases = [vertical, horizontal];
+        let known = |phases: &[Phase], tap: usize| phases.iter().any(|phase| phase.taps.iter().any(|&(t, _)| t == tap));
+        let last =
+            phases.iter().flat_map(|phases| phases.iter()).flat_map(|phase| &phase.taps).map(|&(tap, _)| tap).max();
+        let taps = spread_taps(last.map_or(0, |tap| tap + 1));
+        let tap = |i, j| (known(vertical, i) && known(horizontal, j)).then_some(i * width + j);
+        let order = (0..taps).flat_map(|i| (0..taps).map(move |j| (i, j))).map(|(i, j)| tap(i, j)).collect();
+        Self::Spread { taps, order, before: phases.map(Phase::before), g_size: phases.map(|phases| phases[0].input) }
     }
 
-    /// The taps of each pair of phases.
-    pub(crate) fn taps(&self) -> &[Taps] {
-        &self.taps
-    }
-
-    /// Rows and columns of a phase's results, at most.
-    fn most(&self) -> [usize; 2] {
-        [&self.vertical, &self.horizontal].map(|phases| most_pixels(phases))
-    }
-
-    /// Rows of results that are computed together.
-    fn bands(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        bands(self.most(), self.taps[0].step.max(self.horizontal.len()))
-    }
-
-    /// Values of temporary memory for so many planes.
-    pub(crate) fn memory(&self, planes: usize) -> usize {
-        let rows = self.bands().map(|rows| rows.len()).max().unwrap_or(0);
-        if self.taps.len() == 1 { 0 } else { self.horizontal.len() * planes * rows * self.most()[1] }
+    /// The taps of the kernel in the order of a channel's weights; none weighs nothing.
+    pub(crate) fn order(&self) -> &[Option<usize>] {
+        match self {
+            Self::Taps(taps) => &taps.taps,
+            Self::Spread { order, .. } => order,
+        }
     }
 
     /// Computes planes of `size` from planes of some images and channels (how many, and how far apart); those of the result are
-    /// `steps` apart. `weights` are the channels' in the order of a pair's taps.
+    /// `steps` apart. `weights` are the channels', in the [order](PlaneConv::order) of taps.
     ///
     /// # Safety
     /// The planes must be writable, and nobody else's.
-    pub(crate) unsafe fn run<'a, T: Element>(
+    pub(crate) unsafe fn run<T: Element>(
         &self,
         isa: Active,
         x: &[T::Wide],
         planes: [(usize, usize); 2],
-        weights: impl Fn(usize) -> &'a [T::Wide],
+        weights: &[T::Wide],
         bias: &[T::Wide],
         (y, steps, size): (Shared<T>, [usize; 2], [usize; 2]),
-        memory: &mut [T::Wide],
     ) {
-        let ([images, channels], [_, pitch]) = (planes.map(|(count, _)| count), self.most());
-        let sets = self.horizontal.len();
-        let last = (images.max(1) - 1) * steps[0] + (channels.max(1) - 1) * steps[1];
-        for band in self.bands() {
-            if let [taps] = &self.taps[..] {
-                // SAFETY: the caller's promise.
-                let y = unsafe { Results::new(y.ptr().add(band.start * pitch), last + band.len() * pitch) };
-                let view = taps.view(x, planes, &band, pitch);
-                let size = [band.len(), pitch];
-                let (tap_rows, weights) = (taps.rows, weights(0));
-                isa.run(Correlate::<T> { view, tap_rows, weights, bias, y, y_pitch: pitch, y_steps: steps, size });
-                continue;
-            }
-            let plane = band.len() * pitch;
-            let set = images * channels * plane;
-            for (v, vertical) in self.vertical.iter().enumerate() {
-                let rows = band.start.min(vertical.count)..band.end.min(vertical.count);
-                let memory = &mut memory[..sets * set];
-                for (h, (horizontal, results)) in self.horizontal.iter().zip(memory.chunks_exact_mut(set)).enumerate() {
-                    let taps = &self.taps[v * sets + h];
-                    isa.run(Correlate::<T::Wide> {
-                        view: taps.view(x, planes, &rows, pitch),
-                        tap_rows: taps.rows,
-                        weights: weights(v * sets + h),
-                        bias,
-                        y: writable(results).into(),
-                        y_pitch: pitch,
-                        y_steps: [channels * plane, plane],
-                        size: [rows.len(), horizontal.count],
-                    });
-                }
-                for (image, channel) in (0..images).flat_map(|image| (0..channels).map(move |channel| (image, channel)))
-                {
-                    let results = (&memory[(image * channels + channel) * plane..], set, pitch);
+        let last = planes.iter().zip(steps).map(|(&(count, _), step)| (count.max(1) - 1) * step).sum::<usize>();
+        match self {
+            Self::Taps(taps) => {
+                for band in bands(size, taps.step) {
                     // SAFETY: the caller's promise.
-                    let y = unsafe {
-                        let y = y.ptr().add(image * steps[0] + channel * steps[1]).cast();
-                        std::slice::from_raw_parts_mut(y, size[0] * size[1])
-                    };
-                    let ahead = ahead(vertical.out_step * rows.len() * size[1]);
-                    merge::<T>(isa, (vertical, rows.clone()), sets, results, y, size[1], ahead);
+                    let y = unsafe { Results::new(y.ptr().add(band.start * size[1]), last + band.len() * size[1]) };
+                    let (view, size) = (taps.view(x, planes, &band, size[1]), [band.len(), size[1]]);
+                    let (tap_rows, y_pitch) = (taps.rows, size[1]);
+                    isa.run(Correlate::<T> { view, tap_rows, weights, bias, y, y_pitch, y_steps: steps, size });
+                }
+            }
+            &Self::Spread { taps, before, g_size, .. } => {
+                let [images, channels] = planes;
+                for pairs in bands([row_pairs(size[0], before[0]), size[1].div_ceil(2)], 2) {
+                    // SAFETY: the caller's promise.
+                    let y = unsafe { Results::new(y.ptr(), last + size[0] * size[1]) };
+                    let ahead = [pairs.len() * g_size[1], 2 * pairs.len() * size[1]].map(ahead);
+                    isa.run(Spread::<T> {
+                        g: x,
+                        g_size,
+                        images,
+                        channels,
+                        taps,
+                        weights,
+                        before,
+                        y,
+                        size,
+                        y_steps: steps,
+                        pairs,
+                        ahead,
+                    });
                 }
             }
         }
