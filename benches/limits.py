@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,14 @@ import numpy as np
 import kconv
 
 CALLS = 3
-"""Calls in a turn."""
-PAUSE = 0.01
+"""Calls in a turn, at least."""
+TURN = 0.02
+"""Seconds of a turn, about: the first few calls after another library's are slower, its threads'
+stacks and data being in the caches (3x3 over 16 x 1024 planes of 7 x 7: 0.6 ms, after ten 0.4)."""
+PAUSE = 0.03
 """Seconds before a turn. The threads of PyTorch's libgomp wait actively for some milliseconds after
-a call and would take a core from whoever comes next: the medians of calls of 0.5 ms became 4 ms."""
+a call (15 on an Intel Xeon) and would take a core from whoever comes next: the medians of calls of
+0.5 ms became 4 ms."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,17 @@ def measure_limits() -> Limits:
 
 
 def seconds(calls: list[Callable[[], Any]], turns: int) -> list[list[float]]:
-    """The seconds of each call in each turn: of :data:`CALLS` after one that does not count."""
+    """The seconds of each call in each turn: of those after the first one, which does not count."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(turns):
         for call, taken in zip(calls, times, strict=True):
             time.sleep(PAUSE)
             call()
-            for _ in range(CALLS):
+            end = time.perf_counter() + TURN
+            for i in itertools.count():
                 start = time.perf_counter()
+                if i >= CALLS and start > end:
+                    break
                 call()
                 taken.append(time.perf_counter() - start)
     return times
