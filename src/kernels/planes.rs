@@ -292,8 +292,8 @@ impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Masked<T::Mask<I>, C> {
 }
 
 /// Vectors of every other column of planes, which two vectors hold: beside what a column of the kernel sees, those hold what
-/// the next one does. (5x5 over 32 x 672 planes of 17 x 17: 2.5 ms of a thread, 3.2 where each column loads its own; 3x3 over
-/// 16 x 512 of 15 x 15 0.52 and 0.62.)
+/// the next one does. (5x5 over 32 x 672 planes of 17 x 17: 2.8 ms of a thread, 3.4 where each column loads its own; 3x3 over
+/// 16 x 512 of 15 x 15 0.55 and 0.62.)
 #[derive(Clone, Copy)]
 struct Alternate<M, const C: usize> {
     /// For each column of the kernel, what is the plane's of either vector.
@@ -540,10 +540,11 @@ impl<T: Element> Correlate<'_, T> {
                 for c in (0..columns.len()).step_by(E::TOGETHER) {
                     let mut x = [start; 2];
                     let both = E::TOGETHER == 2 && c + 1 < columns.len();
-                    for v in 0..V {
+                    let [first, second] = &mut x;
+                    for (v, (first, second)) in first.iter_mut().zip(second).enumerate() {
                         let ptr = row.wrapping_offset(columns[c]).wrapping_add(v * x_step);
                         // SAFETY: `check` saw that it can be read.
-                        [x[0][v], x[1][v]] = unsafe { edges.load(isa, masks, c, ptr) };
+                        [*first, *second] = unsafe { edges.load(isa, masks, c, ptr) };
                     }
                     for (side, x) in x.into_iter().enumerate() {
                         if side > 0 && !both {

@@ -278,7 +278,7 @@ impl<T: Element> WeightGrad<'_, T> {
     /// NCHW: the sums of some channels over all images.
     fn planes(&self, range: Range<usize>, mut write: impl FnMut(usize, usize, T::Wide)) {
         let Depthwise { count, channels, kernel, .. } = *self.shape;
-        let taps = Taps::new(lanes::<T::Wide>(self.isa), self.vertical, self.horizontal, kernel, self.horizontal.count);
+        let taps = Taps::new(lanes::<T::Wide>(self.isa), self.vertical, self.horizontal, kernel);
         let pixels = self.vertical.input * self.horizontal.input;
         let size = [self.vertical.count, self.horizontal.count];
         let out_pixels = size[0] * size[1];

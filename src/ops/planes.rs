@@ -46,11 +46,10 @@ pub(crate) fn planes_together(pixels: usize, most: usize) -> usize {
     (BLOCK_PIXELS / pixels.max(1)).clamp(1, most.max(1))
 }
 
-/// Rows of results that are computed together, of so many rows and columns: of large planes few enough that what they see, or
-/// make together with other phases, stays in the L1 cache while neighbouring columns are computed; of either there are `scale`
-/// times as many rows and columns. (3x3 over 16 x 32 planes of 112 x 112: 1.46 ms of two threads all rows at once, 1.25 in
-/// bands; the gradient by the weight 2.4 and 2.0; that by the input of 16 x 64 of 113 x 113 at stride 2 4.0 in bands of 18
-/// rows, 3.2 in bands of 10.)
+/// Rows of results that are computed together, of so many rows and columns: of large planes few enough that they and what they
+/// see stay in the L1 cache while neighbouring columns are computed; of the larger of both there are `scale` times as many rows
+/// and columns. (3x3 over 16 x 32 planes of 112 x 112: 1.46 ms of two threads all rows at once, 1.25 in bands; the gradient by
+/// the weight 2.4 and 2.0.)
 fn bands([rows, columns]: [usize; 2], scale: usize) -> impl Iterator<Item = Range<usize>> {
     let most = (BLOCK_PIXELS / (scale * columns).max(1)).max(BAND_ROWS);
     // Even ones, as a vector may hold two rows.
@@ -183,10 +182,10 @@ pub(crate) struct Taps {
 }
 
 impl Taps {
-    /// The taps of a kernel of `width` columns, for vectors of so many values and results of which a row begins every `pitch`.
-    pub(crate) fn new(lanes: usize, vertical: &Phase, horizontal: &Phase, width: usize, pitch: usize) -> Self {
+    /// The taps of a kernel of `width` columns, for vectors of so many values.
+    pub(crate) fn new(lanes: usize, vertical: &Phase, horizontal: &Phase, width: usize) -> Self {
         let (size, step) = ([vertical.input, horizontal.input], horizontal.in_step);
-        let alike = step == 1 && [horizontal.count, pitch] == [size[1]; 2];
+        let alike = step == 1 && horizontal.count == size[1];
         let vector_rows = if alike { (lanes / size[1].max(1)).clamp(1, 2) } else { 1 };
         let (top, span) = vertical.span();
         let rows = tap_rows(span + 1, step * vector_rows);
@@ -271,14 +270,14 @@ impl PlaneConv {
     /// That of a kernel of `width` columns.
     pub(crate) fn new<T: Element>(isa: Active, vertical: &[Phase], horizontal: &[Phase], width: usize) -> Self {
         if let ([vertical], [horizontal]) = (vertical, horizontal) {
-            return Self::Taps(Taps::new(lanes::<T>(isa), vertical, horizontal, width, horizontal.count));
+            return Self::Taps(Taps::new(lanes::<T>(isa), vertical, horizontal, width));
         }
         let phases = [vertical, horizontal];
-        let known = |phases: &[Phase], tap: usize| phases.iter().any(|phase| phase.taps.iter().any(|&(t, _)| t == tap));
-        let last =
-            phases.iter().flat_map(|phases| phases.iter()).flat_map(|phase| &phase.taps).map(|&(tap, _)| tap).max();
-        let taps = spread_taps(last.map_or(0, |tap| tap + 1));
-        let tap = |i, j| (known(vertical, i) && known(horizontal, j)).then_some(i * width + j);
+        let of_axis =
+            |phases: &[Phase]| phases.iter().flat_map(|phase| &phase.taps).map(|tap| tap.0).collect::<Vec<_>>();
+        let [rows, columns] = phases.map(of_axis);
+        let taps = spread_taps(rows.iter().chain(&columns).max().map_or(0, |tap| tap + 1));
+        let tap = |i, j| (rows.contains(&i) && columns.contains(&j)).then_some(i * width + j);
         let order = (0..taps).flat_map(|i| (0..taps).map(move |j| (i, j))).map(|(i, j)| tap(i, j)).collect();
         Self::Spread { taps, order, before: phases.map(Phase::before), g_size: phases.map(|phases| phases[0].input) }
     }
@@ -292,7 +291,8 @@ impl PlaneConv {
     }
 
     /// Computes planes of `size` from planes of some images and channels (how many, and how far apart); those of the result are
-    /// `steps` apart. `weights` are the channels', in the [order](PlaneConv::order) of taps.
+    /// `steps` apart. `weights` are the channels', in the [order](PlaneConv::order) of taps; `bias` is theirs too, which the gradient
+    /// at a stride of 2 goes without.
     ///
     /// # Safety
     /// The planes must be writable, and nobody else's.
