@@ -14,7 +14,6 @@
 //! rows above and below them are left out, what a tap sees beside them is masked ([`View`]).
 
 use std::marker::PhantomData;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::Element;
@@ -107,16 +106,16 @@ impl<T: Element> View<'_, T> {
     }
 
     /// That all planes can be read, and `results` values hold as many planes of results (so far apart) of so many rows and
-    /// columns, a row every `pitch`.
-    fn check<I: Isa>(&self, results: usize, steps: [usize; 2], [rows, columns]: [usize; 2], pitch: usize) {
+    /// columns.
+    fn check<I: Isa>(&self, results: usize, steps: [usize; 2], [rows, columns]: [usize; 2]) {
         let [height, width] = self.size;
-        let double = self.step == 1 && columns == width && pitch == columns && 2 * width <= T::lanes::<I>();
+        let double = self.step == 1 && columns == width && 2 * width <= T::lanes::<I>();
         assert!((1..=2).contains(&self.step) && (self.rows == 1 || self.rows == 2 && double), "rows");
         assert!(self.columns.len() <= MAX_COLUMNS, "columns");
         // Every other value of a vector is what the next column sees.
         assert!(self.step == 1 || self.columns.windows(2).all(|columns| columns[0] + 1 == columns[1]), "neighbours");
         assert!(self.x.len() >= self.len([self.images.1, self.channels.1], height * width), "x");
-        assert!(results >= self.len(steps, (rows - 1) * pitch + columns), "results");
+        assert!(results >= self.len(steps, rows * columns), "results");
     }
 
     /// How many vectors of columns from `at` on, `end` of which are results, can be loaded whole in all rows.
@@ -217,7 +216,7 @@ impl<T: Element, I: Isa> Edges<T, I> for Whole {
 }
 
 /// Which of `len` lanes see columns of so many, lane `l` column `start + l`: the first one and the end.
-fn seen(start: isize, len: usize, columns: usize) -> [usize; 2] {
+pub(super) fn seen(start: isize, len: usize, columns: usize) -> [usize; 2] {
     [-start, columns as isize - start].map(|lane| lane.clamp(0, len as isize) as usize)
 }
 
@@ -369,12 +368,6 @@ impl<'a, T> Results<'a, T> {
     }
 }
 
-impl<'a, T> From<&'a mut [MaybeUninit<T>]> for Results<'a, T> {
-    fn from(y: &'a mut [MaybeUninit<T>]) -> Self {
-        Self { start: y.as_mut_ptr().cast(), len: y.len(), memory: PhantomData }
-    }
-}
-
 /// `y[t][p] = start + sum over taps of weights[tap] * x[stride * t + tap row][p + its column's view]`.
 pub struct Correlate<'a, T: Element> {
     /// The input.
@@ -387,8 +380,6 @@ pub struct Correlate<'a, T: Element> {
     pub bias: &'a [T::Wide],
     /// The output.
     pub y: Results<'a, T>,
-    /// From one row of the output to the next.
-    pub y_pitch: usize,
     /// From one image and from one channel of the output to the next.
     pub y_steps: [usize; 2],
     /// Rows of the output, and their length.
@@ -576,7 +567,7 @@ impl<T: Element> Correlate<'_, T> {
                         }
                     }
                 }
-                y_row = y_row.wrapping_add(self.view.rows * self.y_pitch);
+                y_row = y_row.wrapping_add(self.view.rows * self.size[1]);
             }
             x_row = x_row.wrapping_add(S * width);
             for j in (1..J).rev() {
@@ -597,7 +588,7 @@ impl<T: Element> Kernel for Correlate<'_, T> {
         if rows == 0 || columns == 0 {
             return;
         }
-        self.view.check::<I>(self.y.len, self.y_steps, self.size, self.y_pitch);
+        self.view.check::<I>(self.y.len, self.y_steps, self.size);
         let channels = self.view.channels.0;
         assert_eq!(self.weights.len(), channels * self.view.columns.len() * self.tap_rows, "weights");
         assert_eq!(self.bias.len(), channels, "bias");
@@ -793,7 +784,7 @@ impl<T: Element> Kernel for CorrelateSums<'_, T> {
         if rows == 0 || columns == 0 {
             return;
         }
-        self.view.check::<I>(self.g.len(), self.g_steps, self.size, columns);
+        self.view.check::<I>(self.g.len(), self.g_steps, self.size);
         let taps = self.view.channels.0 * self.view.columns.len() * self.tap_rows;
         assert_eq!(self.slots.len(), taps * slot::<T::Wide>(), "slots");
         with_rows!(self.view.stride(), self.tap_rows, K J S => self.rows::<I, K, J, S>(isa));

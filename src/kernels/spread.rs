@@ -16,7 +16,7 @@
 use std::ops::Range;
 
 use super::Element;
-use super::planes::{MAX_COLUMNS, Results};
+use super::planes::{MAX_COLUMNS, Results, seen};
 use crate::isa::{Isa, Kernel};
 
 /// The most vectors of the gradient's columns that an input's pixel sees.
@@ -98,9 +98,10 @@ impl<T: Element> Spread<'_, T> {
         let weights = self.weights.as_chunks::<K>().0.as_chunks::<K>().0;
         for at in (0..self.size[1].div_ceil(2)).step_by(lanes) {
             let first = at + self.before[1].div_ceil(2);
-            let clamp = |lane: isize| lane.clamp(0, lanes as isize) as usize;
-            let inside =
-                |start: isize, width: usize| T::mask_between(isa, clamp(-start), clamp(width as isize - start));
+            let inside = |start: isize, width: usize| {
+                let [first, end] = seen(start, lanes, width);
+                T::mask_between(isa, first, end)
+            };
             let edges = Edges {
                 seen: std::array::from_fn(|j| inside(first as isize - j as isize, g_width)),
                 results: [0, lanes].map(|more| inside((2 * at + more) as isize, self.size[1])),

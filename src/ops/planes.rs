@@ -312,8 +312,7 @@ impl PlaneConv {
                     // SAFETY: the caller's promise.
                     let y = unsafe { Results::new(y.ptr().add(band.start * size[1]), last + band.len() * size[1]) };
                     let (view, size) = (taps.view(x, planes, &band, size[1]), [band.len(), size[1]]);
-                    let (tap_rows, y_pitch) = (taps.rows, size[1]);
-                    isa.run(Correlate::<T> { view, tap_rows, weights, bias, y, y_pitch, y_steps: steps, size });
+                    isa.run(Correlate::<T> { view, tap_rows: taps.rows, weights, bias, y, y_steps: steps, size });
                 }
             }
             &Self::Spread { taps, before, g_size, .. } => {
