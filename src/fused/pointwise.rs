@@ -6,11 +6,11 @@ use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, merge};
 use crate::isa::Active;
 use crate::kernels::WideElement;
-use crate::kernels::pointwise::{ConvHeight, ConvRows, Rows, SumSlots, slot};
+use crate::kernels::pointwise::{ConvHeight, ConvRows, Rows};
 use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
 use crate::ops::Shared;
-use crate::ops::pointwise::{GEMM_WEIGHTS, add_products};
+use crate::ops::row_products::RowProducts;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 
@@ -195,14 +195,13 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let mut partial = vec![T::default(); parts * groups * m * k];
         let mut bias = vec![0.0; parts * groups * m];
         let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
-        let gemm = m * k >= GEMM_WEIGHTS;
+        let products = RowProducts::new::<T>(pass.isa, Single, [m, k], tile);
         let y_offsets: Vec<_> = (0..k).map(|i| i * tile).collect();
         self.give_back(&step.source, groups, parts, |this, g, images, p, sums| {
-            let slots = if gemm { 0 } else { m * k * slot::<T>() };
-            let sizes = [slots, k * tile, m * tile, k * tile, k * most * tile];
+            let sizes = [products.memory::<T>(), k * tile, m * tile, k * tile, k * most * tile];
             scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-                let [slots, x_rows, grad_rows, grad_x, slopes] = cut(memory, sizes);
-                slots.fill(T::default());
+                let [products_sums, x_rows, grad_rows, grad_x, slopes] = cut(memory, sizes);
+                products_sums.fill(T::default());
                 // SAFETY: sums of this part and group alone.
                 let (weight_sums, bias) = unsafe {
                     let at = p * groups + g;
@@ -231,13 +230,8 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         Rows { base: a, offsets: &a_offsets, image_stride: 0, ahead: 0 },
                         Rows { base: b, offsets: &b_offsets, image_stride: 0, ahead: 0 },
                     );
-                    if gemm {
-                        // SAFETY: rows of these pixels.
-                        unsafe { self::gemm(pass.isa, rows_a, rows_b, pixels.len(), tile, weight_sums) };
-                    } else {
-                        // SAFETY: as above.
-                        unsafe { add_products(pass.isa, Single, rows_a, rows_b, [1, pixels.len()], slots) };
-                    }
+                    // SAFETY: rows of these pixels.
+                    unsafe { products.add(rows_a, rows_b, [1, pixels.len()], products_sums) };
                     if !step.differentiate {
                         continue;
                     }
@@ -271,9 +265,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         unsafe { this.give(&step.source, g * k + i, pixels.clone(), grad, slopes, values, own) };
                     }
                 }
-                if !gemm {
-                    pass.isa.run(SumSlots(slots, weight_sums));
-                }
+                products.finish::<T>(products_sums, weight_sums);
             });
         });
         self.write_weights(conv, parts, &partial, &bias);
@@ -301,35 +293,4 @@ impl<T: WideElement> Tape<'_, '_, T> {
             }
         }
     }
-}
-
-/// Adds the products of all `a` rows with all `b` rows to the matrix `[a][b]`; GEMM wants rows at equal distances, so they
-/// are copied.
-///
-/// # Safety
-/// The rows must be readable.
-unsafe fn gemm<T: WideElement>(
-    isa: Active,
-    a: Rows<'_, T>,
-    b: Rows<'_, T>,
-    pixels: usize,
-    tile: usize,
-    products: &mut [T],
-) {
-    let (m, k) = (a.offsets.len(), b.offsets.len());
-    scratch::with((m + k) * tile, |copies: &mut [T]| {
-        let (a_copy, b_copy) = copies.split_at_mut(m * tile);
-        for (rows, copy) in [(a, &mut *a_copy), (b, &mut *b_copy)] {
-            for (&offset, copy) in rows.offsets.iter().zip(copy.chunks_exact_mut(tile)) {
-                // SAFETY: the caller's promise.
-                let row = unsafe { std::slice::from_raw_parts(rows.base.add(offset), pixels) };
-                copy[..pixels].copy_from_slice(row);
-            }
-        }
-        // SAFETY: m x pixels times pixels x k, of rows `tile` apart, into m x k.
-        unsafe {
-            let (a, b) = ((a_copy.as_ptr(), tile, 1), (b_copy.as_ptr(), 1, tile));
-            T::gemm(isa, [m, pixels, k], a, b, (products.as_mut_ptr(), k, 1));
-        }
-    });
 }

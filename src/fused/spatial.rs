@@ -11,14 +11,14 @@ use super::pointwise::{Packed, merge_parts};
 use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape};
 use crate::isa::Active;
-use crate::kernels::pointwise::{ConvRows, Rows, SumSlots, slot};
+use crate::kernels::pointwise::{ConvRows, Rows};
 use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
 use crate::kernels::{WideElement, writable};
 use crate::ops::Shared;
 use crate::ops::phases::{Phase, most_pixels};
 use crate::ops::planes::{Planes, ahead, merge, planes_together};
-use crate::ops::pointwise::add_products;
+use crate::ops::row_products::RowProducts;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 use crate::shape::Axis;
@@ -184,8 +184,9 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let a_offsets: Vec<_> = (0..m).map(|o| o * grad_planes.len::<T>() + first).collect();
         let sets = phases.backward[1].len();
         let rows = most_pixels(&phases.backward[0]);
+        let products = RowProducts::new::<T>(pass.isa, Single, [m, b_offsets.len()], 1);
         let sizes = [
-            m * b_offsets.len() * slot::<T>(),
+            products.memory::<T>(),
             k * planes.len::<T>(),
             m * grad_planes.len::<T>(),
             sets * k * rows * planes.pitch,
@@ -198,8 +199,8 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
         self.give_back(&step.source, groups, parts, |this, g, images, p, sums| {
             scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-                let [slots, padded, grads, results, buffer, slopes, grad_x] = cut(memory, sizes);
-                slots.fill(T::default());
+                let [products_sums, padded, grads, results, buffer, slopes, grad_x] = cut(memory, sizes);
+                products_sums.fill(T::default());
                 padded.fill(T::default());
                 grads.fill(T::default());
                 let at = p * groups + g;
@@ -236,7 +237,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: 0, ahead: 0 };
                     let len = (value.height - 1) * planes.pitch + columns;
                     // SAFETY: views of the planes end inside them.
-                    unsafe { add_products(pass.isa, Single, a, b, [1, len], slots) };
+                    unsafe { products.add(a, b, [1, len], products_sums) };
                     if !step.differentiate {
                         continue;
                     }
@@ -260,7 +261,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         unsafe { this.give(&step.source, g * k + i, range.clone(), grad, slopes, None, own) };
                     }
                 }
-                pass.isa.run(SumSlots(slots, weight_sums));
+                products.finish::<T>(products_sums, weight_sums);
             });
         });
         self.write_weights(conv, parts, &partial, &bias);

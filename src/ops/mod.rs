@@ -5,6 +5,7 @@ pub mod interleave;
 pub(crate) mod phases;
 pub(crate) mod planes;
 pub mod pointwise;
+pub(crate) mod row_products;
 #[cfg(test)]
 mod tests;
 mod windows;

@@ -7,12 +7,11 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::row_products::RowProducts;
 use super::{Shared, estimate};
 use crate::isa::{Active, looks_ahead};
 use crate::kernels::outer::{OuterProducts, Pixels, Totals};
-use crate::kernels::pointwise::{
-    ConvHeight, ConvRows, DotRows, DotWidth, MAX_DOT_A, MAX_SINGLE_B, Rows, SumColumns, SumSlots, slot,
-};
+use crate::kernels::pointwise::{ConvHeight, ConvRows, Rows, SumColumns};
 use crate::kernels::products::{Products, Single};
 use crate::kernels::rows::Sum;
 use crate::kernels::transpose::Transpose;
@@ -55,15 +54,10 @@ const DOT_TILE: usize = 96;
 /// Bytes of a group's rows over which one tile of the weight gradient runs: they are read once for each tile of
 /// weights, from the L2 cache (32 KiB: half as fast again), which also holds those to come.
 const DOT_BYTES: usize = 256 << 10;
-/// A group of this many weights or more is multiplied by GEMM: its partial sums (a cache line each) no longer fit the
-/// caches.
-pub(crate) const GEMM_WEIGHTS: usize = 4096;
-/// Planes shorter than so many vectors, with a rest, are transposed for the weight gradient of groups of so many weights:
-/// a step for the rest is a large part of the work. (512 channels of 7 x 7 to 1024, 32 to 64 in a group, 16 images: 1.09 ms
-/// without, 0.65 with; from 15 x 15 on, with 8 x 8 pixels and with 64 weights it takes as long or longer.)
-const SHORT_PLANE: usize = 8;
-/// See [`SHORT_PLANE`].
-const TRANSPOSED_WEIGHTS: Range<usize> = 256..GEMM_WEIGHTS;
+/// A group of this many weights or more is multiplied by GEMM, which also goes through the sums in blocks. (2048 channels of
+/// 14 x 14 to 512 in one group, 16 images: 55 ms, 63 without; 1024 to 1024 of 7 x 7 16.8 and 16.1, 512 to 512 of 28 x 28 28 and
+/// 28, 256 to 1024 of 14 x 14 10.4 and 7.1.)
+const GEMM_WEIGHTS: usize = 1 << 20;
 /// Work of one part of a weight gradient, at least.
 const PART_NANOSECONDS: f64 = 100_000.0;
 /// Parts of a weight gradient, at most.
@@ -488,12 +482,7 @@ fn weight_grad<T: Element, M: Products<T>>(
     // Sums `[output channel][input channel]` of a group, or the other way round where that fills more of the vectors,
     // which interleaved output channels cannot.
     let lanes = lanes::<T>(isa);
-    let transposed = planes
-        && images.pixels < SHORT_PLANE * lanes
-        && !images.pixels.is_multiple_of(lanes)
-        && TRANSPOSED_WEIGHTS.contains(&(m * k))
-        && places.chunks_exact(m).all(|places| constant_stride(places).is_some());
-    let contiguous = if planes { transposed } else { shape.out_places().is_none() };
+    let contiguous = !planes && shape.out_places().is_none();
     let by_output = contiguous && (k * m.div_ceil(lanes), k) < (m * k.div_ceil(lanes), m);
     let inputs = (0..k).collect();
     let grad = WeightGrad { isa, products, shape, images, inputs, places, by_output, x, grad_output };
@@ -506,9 +495,7 @@ fn weight_grad<T: Element, M: Products<T>>(
         let (first, len) = (task * shape.weights() + groups.start * m * k, groups.len() * m * k);
         // SAFETY: tasks differ in part or in groups: no two share sums.
         let sums = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(first), len) };
-        if transposed {
-            grad.transposed(groups, part(images.count, parts, task), sums);
-        } else if planes {
+        if planes {
             grad.planes(groups, part(images.count, parts, task), sums);
         } else {
             grad.pixels(groups, part(images.count * images.pixels, parts, task), sums);
@@ -573,8 +560,9 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                 let next = self.places.get((g + 1) * m).copied().unwrap_or(c_out * pixels + self.places[0]);
                 [next.saturating_sub(places[0]), k * pixels]
             };
-            scratch::with(m * k * slot::<T::Wide>(), |slots: &mut [T::Wide]| {
-                slots.fill(T::Wide::default());
+            let row_products = RowProducts::new::<T>(self.isa, self.products, [m, k], pixels);
+            scratch::with(row_products.memory::<T>(), |memory: &mut [T::Wide]| {
+                memory.fill(T::Wide::default());
                 for n in range.clone().step_by(batch) {
                     for start in (0..pixels).step_by(tile) {
                         // SAFETY: images n.. and pixels start.. exist, `batch` and `tile` cut at their ends.
@@ -585,11 +573,11 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                             let a = Rows { base: a, offsets: places, image_stride: c_out * pixels, ahead: a_ahead };
                             let b = Rows { base: b, offsets: &x_offsets, image_stride: c_in * pixels, ahead: b_ahead };
                             let size = [batch.min(range.end - n), tile.min(pixels - start)];
-                            add_products(self.isa, self.products, a, b, size, slots);
+                            row_products.add(a, b, size, memory);
                         }
                     }
                 }
-                self.isa.run(SumSlots(slots, sums));
+                row_products.finish::<T>(memory, sums);
             });
         }
     }
@@ -617,45 +605,6 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                     unsafe { self.outer(x, grad, &self.places[g * m..][..m], pixels.len(), sums) };
                 }
             });
-        }
-    }
-
-    /// NCHW, short planes of large groups: adds images `range` to the sums of `groups`, a few images at a time transposed.
-    fn transposed(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T::Wide]) {
-        let (k, m) = (self.shape.group_in(), self.shape.group_out());
-        let Images { pixels, channels: c_in, .. } = self.images;
-        let c_out = self.shape.out_channels;
-        let most = outer_tile::<T::Wide>(k + m).max(OUTER_TERMS).div_ceil(pixels);
-        let sizes = [k, m].map(|channels| most * pixels * channels);
-        let outputs: Vec<_> = (0..m).collect();
-        for (g, sums) in groups.zip(sums.chunks_exact_mut(m * k)) {
-            let places = &self.places[g * m..][..m];
-            let stride = constant_stride(places).expect("asked before");
-            for images in chunks(range.clone(), most) {
-                let terms = images.len() * pixels;
-                scratch::with(sizes.iter().sum(), |rows: &mut [T]| {
-                    let [x_rows, grad_rows] = cut(rows, sizes);
-                    let targets = x_rows.chunks_exact_mut(pixels * k).zip(grad_rows.chunks_exact_mut(pixels * m));
-                    for (n, (x_rows, grad_rows)) in images.zip(targets) {
-                        // SAFETY: image n of x and grad_output has the group's planes, the targets as many pixels.
-                        unsafe {
-                            let x = self.x.as_ptr().add((n * c_in + g * k) * pixels);
-                            let grad = self.grad_output.as_ptr().add(n * c_out * pixels + places[0]);
-                            let x_gather = Transpose::gather([k, pixels], x, pixels, x_rows.as_mut_ptr(), k);
-                            let grad_gather = Transpose::gather([m, pixels], grad, stride, grad_rows.as_mut_ptr(), m);
-                            self.isa.run(x_gather.ahead(most * c_in * pixels));
-                            self.isa.run(grad_gather.ahead(most * c_out * pixels));
-                        }
-                    }
-                    scratch::with(sizes.iter().sum(), |memory: &mut [T::Wide]| {
-                        let [x_memory, grad_memory] = cut(memory, sizes);
-                        let x = self.products.steps(self.isa, &x_rows[..terms * k], k, x_memory);
-                        let grad = self.products.steps(self.isa, &grad_rows[..terms * m], m, grad_memory);
-                        // SAFETY: so many pixels with the group's channels alone.
-                        unsafe { self.outer((x, k, 0), (grad, m, 0), &outputs, terms, sums) };
-                    });
-                });
-            }
         }
     }
 
@@ -697,40 +646,6 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
             }
             .promise()
         });
-    }
-}
-
-/// Adds the products of all `a` rows with all `b` rows to `[a][b]` slots; `size` is the number of images and of pixels.
-///
-/// # Safety
-/// The rows of all images must be readable over so many pixels.
-pub(crate) unsafe fn add_products<T: Element, M: Products<T>>(
-    isa: Active,
-    products: M,
-    a: Rows<'_, T>,
-    b: Rows<'_, T>,
-    [images, pixels]: [usize; 2],
-    slots: &mut [T::Wide],
-) {
-    let (m, k) = (a.offsets.len(), b.offsets.len());
-    let width = if m == 1 { MAX_SINGLE_B } else { isa.run(DotWidth) };
-    let (a_tiles, b_tiles) = (m.div_ceil(MAX_DOT_A), k.div_ceil(width));
-    for i in (0..a_tiles).map(|i| part(m, a_tiles, i)) {
-        for j in (0..b_tiles).map(|j| part(k, b_tiles, j)) {
-            let kernel = DotRows {
-                products,
-                // The first tile of each row asks for what follows.
-                a: Rows { offsets: &a.offsets[i.clone()], ahead: if j.start == 0 { a.ahead } else { 0 }, ..a },
-                b: Rows { offsets: &b.offsets[j.clone()], ahead: if i.start == 0 { b.ahead } else { 0 }, ..b },
-                images,
-                pixels,
-                sums: slots,
-                first_slot: i.start * k + j.start,
-                slot_stride: k,
-            };
-            // SAFETY: the caller's promise.
-            isa.run(unsafe { kernel.promise() });
-        }
     }
 }
 

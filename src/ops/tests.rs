@@ -112,6 +112,8 @@ fn pointwise_matches_the_reference() {
         (2, 35, 40, 106, 2, 1),
         (2, 35, 80, 20, 4, 5),
         (11, 49, 32, 32, 2, 16),
+        (2, 523, 72, 12, 1, 1),
+        (1, 523, 34, 102, 2, 3),
     ];
     for isa in Active::available() {
         for (count, pixels, c_in, c_out, groups, step) in shapes {
