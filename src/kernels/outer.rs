@@ -19,8 +19,8 @@ use crate::pool::part;
 
 /// The most rows of a tile, unless rows are planes. (14 of them take as long in NHWC.)
 const MAX_ROWS: usize = 8;
-/// The most rows of a tile where they are planes. (The weight gradients of 1:6 expansions of kEffNet-B0 at 32x32: 24.4 ms of a
-/// thread with 8, 23.3 with 12, 24.5 with as many as there are registers for.)
+/// The most rows of a tile where they are planes. (The weight gradients of seven expansions of kEffNet-B0 at 32x32: 27.1 ms of a
+/// thread with 8, 24.6 with 12, 24.5 with 14 and 16, as many as there are registers for.)
 const MAX_PLANES: usize = 12;
 /// The most vectors of a tile.
 const MAX_VECTORS: usize = 3;
