@@ -195,10 +195,10 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let mut partial = vec![T::default(); parts * groups * m * k];
         let mut bias = vec![0.0; parts * groups * m];
         let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
-        let products = RowProducts::new::<T>(pass.isa, Single, [m, k], tile);
+        let products = RowProducts::<T, _>::new(pass.isa, Single, [m, k], tile);
         let y_offsets: Vec<_> = (0..k).map(|i| i * tile).collect();
         self.give_back(&step.source, groups, parts, |this, g, images, p, sums| {
-            let sizes = [products.memory::<T>(), k * tile, m * tile, k * tile, k * most * tile];
+            let sizes = [products.memory(), k * tile, m * tile, k * tile, k * most * tile];
             scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
                 let [products_sums, x_rows, grad_rows, grad_x, slopes] = cut(memory, sizes);
                 products_sums.fill(T::default());
@@ -265,7 +265,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         unsafe { this.give(&step.source, g * k + i, pixels.clone(), grad, slopes, values, own) };
                     }
                 }
-                products.finish::<T>(products_sums, weight_sums);
+                products.finish(products_sums, weight_sums);
             });
         });
         self.write_weights(conv, parts, &partial, &bias);

@@ -184,9 +184,9 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let a_offsets: Vec<_> = (0..m).map(|o| o * grad_planes.len::<T>() + first).collect();
         let sets = phases.backward[1].len();
         let rows = most_pixels(&phases.backward[0]);
-        let products = RowProducts::new::<T>(pass.isa, Single, [m, b_offsets.len()], 1);
+        let products = RowProducts::<T, _>::new(pass.isa, Single, [m, b_offsets.len()], 1);
         let sizes = [
-            products.memory::<T>(),
+            products.memory(),
             k * planes.len::<T>(),
             m * grad_planes.len::<T>(),
             sets * k * rows * planes.pitch,
@@ -261,7 +261,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         unsafe { this.give(&step.source, g * k + i, range.clone(), grad, slopes, None, own) };
                     }
                 }
-                products.finish::<T>(products_sums, weight_sums);
+                products.finish(products_sums, weight_sums);
             });
         });
         self.write_weights(conv, parts, &partial, &bias);

@@ -560,8 +560,8 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                 let next = self.places.get((g + 1) * m).copied().unwrap_or(c_out * pixels + self.places[0]);
                 [next.saturating_sub(places[0]), k * pixels]
             };
-            let row_products = RowProducts::new::<T>(self.isa, self.products, [m, k], pixels);
-            scratch::with(row_products.memory::<T>(), |memory: &mut [T::Wide]| {
+            let row_products = RowProducts::<T, _>::new(self.isa, self.products, [m, k], pixels);
+            scratch::with(row_products.memory(), |memory: &mut [T::Wide]| {
                 memory.fill(T::Wide::default());
                 for n in range.clone().step_by(batch) {
                     for start in (0..pixels).step_by(tile) {
@@ -577,7 +577,7 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                         }
                     }
                 }
-                row_products.finish::<T>(memory, sums);
+                row_products.finish(memory, sums);
             });
         }
     }

@@ -4,6 +4,8 @@
 //! larger one and the other fills vectors, the small one's rows are transposed instead, and sums are
 //! [`OuterProducts`] of its pixels with the large one's values, which then are read as they are too.
 
+use std::marker::PhantomData;
+
 use crate::isa::Active;
 use crate::kernels::outer::{OuterProducts, PlaneTotals, Totals};
 use crate::kernels::pointwise::{DotRows, DotWidth, MAX_DOT_A, MAX_SINGLE_B, Rows, SumSlots, slot};
@@ -20,16 +22,18 @@ use crate::scratch;
 const DOT: [f64; 2] = [1.6, 2.2];
 /// Multiply-adds of outer products that take as long as transposing a value.
 const TRANSPOSE: f64 = 1.5;
-/// Pixels of the small set that are transposed at once, at most, and their values, which stay in the L2 cache.
+/// Pixels of the small set that are transposed at once, at most.
 const TILE_PIXELS: usize = 512;
-/// (512 channels of 14 x 14 to 512, 2 groups, 16 images: 13.8 ms, 16.9 with half of them, 14.9 with twice as many.)
+/// Values of these, about: they stay in the L2 cache. (512 channels of 14 x 14 to 512, 2 groups, 16 images: 13.8 ms, 16.9 with
+/// half as many, 14.9 with twice.)
 const TILE_VALUES: usize = 256 << 10;
 
 /// The products of `a` rows with `b` rows.
 #[derive(Clone, Copy)]
-pub(crate) struct RowProducts<M> {
+pub(crate) struct RowProducts<T, M> {
     isa: Active,
     products: M,
+    values: PhantomData<T>,
     /// How many rows the sets have.
     rows: [usize; 2],
     way: Way,
@@ -44,12 +48,9 @@ enum Way {
     Swapped,
 }
 
-impl<M> RowProducts<M> {
+impl<T: Element, M: Products<T>> RowProducts<T, M> {
     /// For so many `a` and `b` rows, at distances that are multiples of `pixels`.
-    pub fn new<T: Element>(isa: Active, products: M, rows: [usize; 2], pixels: usize) -> Self
-    where
-        M: Products<T>,
-    {
+    pub fn new(isa: Active, products: M, rows: [usize; 2], pixels: usize) -> Self {
         let [a, b] = rows;
         let lanes = lanes::<T>(isa);
         let outer = |wide: usize, rows: usize| TRANSPOSE * wide as f64 + (rows * wide.div_ceil(lanes)) as f64;
@@ -61,11 +62,11 @@ impl<M> RowProducts<M> {
         } else {
             Way::Swapped
         };
-        Self { isa, products, rows, way }
+        Self { isa, products, values: PhantomData, rows, way }
     }
 
     /// Values of memory for sums, which are zero at the beginning.
-    pub fn memory<T: Element>(&self) -> usize {
+    pub fn memory(&self) -> usize {
         let pairs = self.rows[0] * self.rows[1];
         if self.way == Way::Dot { pairs * slot::<T::Wide>() } else { pairs }
     }
@@ -75,12 +76,9 @@ impl<M> RowProducts<M> {
     ///
     /// # Safety
     /// The rows of all images must be readable over so many pixels.
-    pub unsafe fn add<T: Element>(&self, a: Rows<'_, T>, b: Rows<'_, T>, size: [usize; 2], memory: &mut [T::Wide])
-    where
-        M: Products<T>,
-    {
+    pub unsafe fn add(&self, a: Rows<'_, T>, b: Rows<'_, T>, size: [usize; 2], memory: &mut [T::Wide]) {
         assert_eq!([a.offsets.len(), b.offsets.len()], self.rows, "rows");
-        assert_eq!(memory.len(), self.memory::<T>(), "memory");
+        assert_eq!(memory.len(), self.memory(), "memory");
         // SAFETY: the caller's promise.
         unsafe {
             match self.way {
@@ -92,7 +90,7 @@ impl<M> RowProducts<M> {
     }
 
     /// Writes the sums to `[a][b]`.
-    pub fn finish<T: Element>(&self, memory: &[T::Wide], sums: &mut [T::Wide]) {
+    pub fn finish(&self, memory: &[T::Wide], sums: &mut [T::Wide]) {
         let [a, b] = self.rows;
         assert_eq!(sums.len(), a * b, "sums");
         match self.way {
@@ -110,15 +108,7 @@ impl<M> RowProducts<M> {
     ///
     /// # Safety
     /// As for [`RowProducts::add`].
-    unsafe fn dot<T: Element>(
-        &self,
-        a: Rows<'_, T>,
-        b: Rows<'_, T>,
-        [images, pixels]: [usize; 2],
-        slots: &mut [T::Wide],
-    ) where
-        M: Products<T>,
-    {
+    unsafe fn dot(&self, a: Rows<'_, T>, b: Rows<'_, T>, [images, pixels]: [usize; 2], slots: &mut [T::Wide]) {
         let (m, k) = (a.offsets.len(), b.offsets.len());
         let width = if m == 1 { MAX_SINGLE_B } else { self.isa.run(DotWidth) };
         let (a_tiles, b_tiles) = (m.div_ceil(MAX_DOT_A), k.div_ceil(width));
@@ -145,15 +135,7 @@ impl<M> RowProducts<M> {
     ///
     /// # Safety
     /// As for [`RowProducts::add`].
-    unsafe fn outer<T: Element>(
-        &self,
-        a: Rows<'_, T>,
-        b: Rows<'_, T>,
-        [images, pixels]: [usize; 2],
-        sums: &mut [T::Wide],
-    ) where
-        M: Products<T>,
-    {
+    unsafe fn outer(&self, a: Rows<'_, T>, b: Rows<'_, T>, [images, pixels]: [usize; 2], sums: &mut [T::Wide]) {
         let columns = b.offsets.len();
         // Vectors of all columns are inside cache lines.
         let pitch = columns.next_multiple_of(lanes::<T>(self.isa));
@@ -237,13 +219,13 @@ mod tests {
             for (m, k) in [(1, 1), (3, 2), (13, 37), (25, 9), (8, 40), (40, 16)] {
                 let (a_offsets, b_offsets) = (offsets(m, 3), offsets(k, 31));
                 for way in [Way::Dot, Way::Outer, Way::Swapped] {
-                    let row_products = RowProducts { way, ..RowProducts::new::<f64>(isa, Single, [m, k], PIXELS) };
+                    let row_products = RowProducts { way, ..RowProducts::new(isa, Single, [m, k], PIXELS) };
                     let rows = |offsets| Rows { base: values.as_ptr(), offsets, image_stride: 40 * PIXELS, ahead: 0 };
-                    let mut memory = vec![0.0; row_products.memory::<f64>()];
+                    let mut memory = vec![0.0; row_products.memory()];
                     let mut sums = vec![f64::NAN; m * k];
                     // SAFETY: the rows of both images are in `values`.
                     unsafe { row_products.add(rows(&a_offsets), rows(&b_offsets), [2, PIXELS], &mut memory) };
-                    row_products.finish::<f64>(&memory, &mut sums);
+                    row_products.finish(&memory, &mut sums);
                     for (i, j) in (0..m).flat_map(|i| (0..k).map(move |j| (i, j))) {
                         let places = (0..2).flat_map(|n| (0..PIXELS).map(move |p| n * 40 * PIXELS + p));
                         let sum: f64 = places.map(|p| values[a_offsets[i] + p] * values[b_offsets[j] + p]).sum();

@@ -134,6 +134,19 @@ fn pointwise_matches_the_reference() {
     }
 }
 
+/// Those whose weight gradients are left to GEMM.
+#[test]
+#[cfg_attr(miri, ignore = "too large")]
+fn the_largest_groups_match_the_reference() {
+    let shape = Pointwise::new(1024, 1024, 1, 1, WeightLayout::Oi).unwrap();
+    let images = Images { count: 1, pixels: 2, channels: 1024, order: Order::Nchw };
+    for isa in Active::available() {
+        pointwise_case::<bf16>(isa, &shape, images);
+        pointwise_case::<f32>(isa, &shape, images);
+        pointwise_case::<f64>(isa, &shape, images);
+    }
+}
+
 fn depthwise_case<T: Element>(isa: Active, shape: &Depthwise) {
     let image = |vertical: usize, horizontal: usize| Images {
         count: shape.count,
