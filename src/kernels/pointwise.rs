@@ -285,8 +285,8 @@ pub struct Rows<'a, T> {
     pub offsets: &'a [usize],
     /// Distance from one image to the next.
     pub image_stride: usize,
-    /// Distance from what is read to what is asked for meanwhile, which later calls will read; 0 where that is in a
-    /// cache.
+    /// Distance from what is read to what is asked for meanwhile, which later calls will read; 0 where that is in a cache.
+    /// (It may be before what is read: distances wrap.)
     pub ahead: usize,
 }
 
@@ -356,7 +356,7 @@ impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
     /// # Safety
     /// As for [`DotRows::promise`]; the values must be inside the rows.
     #[inline(always)]
-    unsafe fn step<I: Isa, const A: usize, const B: usize>(
+    unsafe fn step<I: Isa, const A: usize, const B: usize, const ASK: bool>(
         &self,
         isa: I,
         (a, b): ([*const T; A], [*const T; B]),
@@ -364,11 +364,10 @@ impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
         load: Load<M::Mask<I>>,
         sums: &mut [[T::Vector<I>; B]; A],
     ) {
-        if self.b.ahead > 0 {
-            b.iter().for_each(|row| isa.prefetch_far(row.wrapping_add(p + self.b.ahead)));
-        }
-        if self.a.ahead > 0 {
-            a.iter().for_each(|row| isa.prefetch_far(row.wrapping_add(p + self.a.ahead)));
+        if ASK {
+            let at = p + if let Load::Part(part) = load { part * T::lanes::<I>() * M::TERMS } else { 0 };
+            b.iter().for_each(|row| isa.prefetch(row.wrapping_add(at.wrapping_add(self.b.ahead))));
+            a.iter().for_each(|row| isa.prefetch(row.wrapping_add(at.wrapping_add(self.a.ahead))));
         }
         let mut bs = [T::splat(isa, T::default()); B];
         for (value, row) in bs.iter_mut().zip(b) {
@@ -401,11 +400,43 @@ impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
         }
     }
 
+    /// Adds the products of all images' rows, with `ASK` asking for what is ahead.
+    ///
+    /// # Safety
+    /// As for [`DotRows::promise`]; `A` and `B` must be the numbers of rows.
+    #[inline(always)]
+    unsafe fn add<I: Isa, const A: usize, const B: usize, const ASK: bool>(
+        &self,
+        isa: I,
+        sums: &mut [[T::Vector<I>; B]; A],
+    ) {
+        let lanes = T::lanes::<I>() * M::TERMS;
+        let full = self.pixels / lanes * lanes;
+        let mask = M::mask(isa, self.pixels - full);
+        for n in 0..self.images {
+            // SAFETY: image n exists, and there are A and B rows.
+            let rows = unsafe { (self.a.starts::<A>(n), self.b.starts::<B>(n)) };
+            let mut p = 0;
+            // SAFETY: inside the rows; the tail is masked.
+            unsafe {
+                while p + 2 * lanes <= self.pixels {
+                    self.step::<I, A, B, ASK>(isa, rows, p, Load::Part(0), sums);
+                    self.step::<I, A, B, ASK>(isa, rows, p, Load::Part(1), sums);
+                    p += 2 * lanes;
+                }
+                while p < self.pixels {
+                    let load = if p == full { Load::First(mask) } else { Load::All };
+                    self.step::<I, A, B, ASK>(isa, rows, p, load, sums);
+                    p += lanes;
+                }
+            }
+        }
+    }
+
     /// # Safety
     /// As for [`DotRows::promise`]; `A` and `B` must be the numbers of rows.
     #[inline(always)]
     unsafe fn tile<I: Isa, const A: usize, const B: usize>(&mut self, isa: I) {
-        let lanes = T::lanes::<I>() * M::TERMS;
         let zero = T::splat(isa, T::default());
         let (first, stride) = (self.first_slot, self.slot_stride);
         let slots = self.sums.as_mut_ptr();
@@ -416,24 +447,13 @@ impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
                 *sum = unsafe { T::load_wide(isa, slots.add((first + i * stride + j) * slot::<T::Wide>())) };
             }
         }
-        let full = self.pixels / lanes * lanes;
-        let mask = M::mask(isa, self.pixels - full);
-        for n in 0..self.images {
-            // SAFETY: image n exists, and there are A and B rows.
-            let rows = unsafe { (self.a.starts::<A>(n), self.b.starts::<B>(n)) };
-            let mut p = 0;
-            // SAFETY: inside the rows; the tail is masked.
-            unsafe {
-                while p + 2 * lanes <= self.pixels {
-                    self.step(isa, rows, p, Load::Part(0), &mut sums);
-                    self.step(isa, rows, p, Load::Part(1), &mut sums);
-                    p += 2 * lanes;
-                }
-                while p < self.pixels {
-                    let load = if p == full { Load::First(mask) } else { Load::All };
-                    self.step(isa, rows, p, load, &mut sums);
-                    p += lanes;
-                }
+        // SAFETY: the caller's promise.
+        unsafe {
+            // Not asked inside the loop: there it made the compiler copy all sums at each step.
+            if self.a.ahead == 0 && self.b.ahead == 0 {
+                self.add::<I, A, B, false>(isa, &mut sums);
+            } else {
+                self.add::<I, A, B, true>(isa, &mut sums);
             }
         }
         for (i, row) in sums.into_iter().enumerate() {
