@@ -45,7 +45,7 @@ use crate::kernels::{WideElement, writable};
 use crate::memory;
 use crate::ops::Shared;
 use crate::ops::planes::planes_together;
-use crate::pool::{chunks, num_threads, on_worker, parallel_for, part};
+use crate::pool::{chunks, num_threads, parallel_for, part};
 use crate::scratch;
 use crate::shape::Order;
 
@@ -234,31 +234,29 @@ pub fn forward<T: WideElement>(
     let channels = program.norm_channels();
     assert_eq!(statistics.len(), 2 * channels);
     assert_eq!(workspace.len(), program.workspace_len(arguments.count));
-    on_worker(num_threads(), || {
-        let weights = arguments.packed(None);
-        let mut pass = Pass::new(arguments, Shared::new(workspace), &program.kept, num_threads());
-        pass.packed = &weights;
-        pass.clear_gaps();
-        pass.import(0, pass.rows(0), x);
-        if let Some(given) = given {
-            pass.fix_statistics(given);
-            program.steps.iter().for_each(|step| _ = pass.step(step));
-            statistics.iter_mut().zip(given).for_each(|(to, &from)| _ = to.write(from));
-        } else {
-            let mut found = vec![(0.0, 0.0, 0.0); channels];
-            pass.normalise(0, None, &mut found);
-            for step in &program.steps {
-                let sums = pass.step(step);
-                pass.normalise(step.value, sums, &mut found);
-            }
-            let (means, variances) = statistics.split_at_mut(channels);
-            for ((mean, variance), (count, average, squares)) in means.iter_mut().zip(variances).zip(found) {
-                mean.write(T::from_f64(average));
-                variance.write(T::from_f64(squares / count));
-            }
+    let weights = arguments.packed(None);
+    let mut pass = Pass::new(arguments, Shared::new(workspace), &program.kept, num_threads());
+    pass.packed = &weights;
+    pass.clear_gaps();
+    pass.import(0, pass.rows(0), x);
+    if let Some(given) = given {
+        pass.fix_statistics(given);
+        program.steps.iter().for_each(|step| _ = pass.step(step));
+        statistics.iter_mut().zip(given).for_each(|(to, &from)| _ = to.write(from));
+    } else {
+        let mut found = vec![(0.0, 0.0, 0.0); channels];
+        pass.normalise(0, None, &mut found);
+        for step in &program.steps {
+            let sums = pass.step(step);
+            pass.normalise(step.value, sums, &mut found);
         }
-        pass.export(program.output, pass.rows(program.output), y);
-    });
+        let (means, variances) = statistics.split_at_mut(channels);
+        for ((mean, variance), (count, average, squares)) in means.iter_mut().zip(variances).zip(found) {
+            mean.write(T::from_f64(average));
+            variance.write(T::from_f64(squares / count));
+        }
+    }
+    pass.export(program.output, pass.rows(program.output), y);
 }
 
 /// Forward in inference, with given statistics (means and variances of all norms' channels).
@@ -268,40 +266,37 @@ pub fn infer<T: WideElement>(inference: &Inference<'_, T>, x: &[T], y: &mut [May
     let Inference { program, count, .. } = *inference;
     let [input, output] = program.sizes().map(|[channels, height, width]| channels * height * width);
     assert_eq!((x.len(), y.len()), (count * input, count * output));
-    on_worker(num_threads(), || {
-        let threads = num_threads();
-        let y = Shared::new(y);
-        let prepared = inference.prepared();
-        let arguments = inference.arguments(&prepared.parameters);
-        // What is the same for all images, which only the memory is not.
-        let mut first = Pass::new(&arguments, Shared::new(&mut []), &program.reused, 1);
-        first.packed = &prepared.weights;
-        first.affine.clone_from(&prepared.affine);
-        first.finished = true;
-        let run = |images: Range<usize>, threads: usize| {
-            let count = images.len();
-            memory::with(program.reused.len * count, |memory: &mut [MaybeUninit<T>]| {
-                let (start, places) = (Shared::new(memory), program.reused.places(count));
-                let pass = Pass { start, places, count, threads, ..first.clone() };
-                pass.import(0, pass.rows(0), &x[images.start * input..images.end * input]);
-                for step in &program.steps {
-                    pass.step(step);
-                }
-                // SAFETY: these images' own part of the output.
-                let y = unsafe {
-                    std::slice::from_raw_parts_mut(y.ptr().add(images.start * output).cast(), count * output)
-                };
-                pass.export(program.output, pass.rows(program.output), y);
-            });
-        };
-        // Fewer images than threads: the threads share each image's work.
-        if count < threads {
-            (0..count).for_each(|image| run(image..image + 1, threads));
-        } else {
-            let blocks = count.div_ceil(INFERENCE_IMAGES).next_multiple_of(threads).min(count);
-            parallel_for(threads, blocks, |i| run(part(count, blocks, i), 1));
-        }
-    });
+    let threads = num_threads();
+    let y = Shared::new(y);
+    let prepared = inference.prepared();
+    let arguments = inference.arguments(&prepared.parameters);
+    // What is the same for all images, which only the memory is not.
+    let mut first = Pass::new(&arguments, Shared::new(&mut []), &program.reused, 1);
+    first.packed = &prepared.weights;
+    first.affine.clone_from(&prepared.affine);
+    first.finished = true;
+    let run = |images: Range<usize>, threads: usize| {
+        let count = images.len();
+        memory::with(program.reused.len * count, |memory: &mut [MaybeUninit<T>]| {
+            let (start, places) = (Shared::new(memory), program.reused.places(count));
+            let pass = Pass { start, places, count, threads, ..first.clone() };
+            pass.import(0, pass.rows(0), &x[images.start * input..images.end * input]);
+            for step in &program.steps {
+                pass.step(step);
+            }
+            // SAFETY: these images' own part of the output.
+            let y =
+                unsafe { std::slice::from_raw_parts_mut(y.ptr().add(images.start * output).cast(), count * output) };
+            pass.export(program.output, pass.rows(program.output), y);
+        });
+    };
+    // Fewer images than threads: the threads share each image's work.
+    if count < threads {
+        (0..count).for_each(|image| run(image..image + 1, threads));
+    } else {
+        let blocks = count.div_ceil(INFERENCE_IMAGES).next_multiple_of(threads).min(count);
+        parallel_for(threads, blocks, |i| run(part(count, blocks, i), 1));
+    }
 }
 
 /// The gradients by the input (where the program wants it) and by the parameters.
@@ -321,35 +316,33 @@ pub fn backward<T: WideElement>(
     assert_eq!(statistics.len(), 2 * program.norm_channels());
     assert_eq!(workspace.len(), program.workspace_len(count));
     assert_eq!(grad_parameters.len(), program.parameters());
-    on_worker(num_threads(), || {
-        let mut pass = Pass::new(arguments, Shared(workspace.as_ptr().cast_mut()), &program.kept, num_threads());
-        pass.fix_statistics(statistics);
-        grad_parameters.iter_mut().for_each(|value| _ = value.write(T::default()));
-        memory::with(program.gradients.len * count, |memory: &mut [MaybeUninit<T>]| {
-            let mut tape = Tape {
-                pass: &pass,
-                start: Shared::new(memory),
-                places: program.gradients.places(count),
-                frozen,
-                norm_sums: vec![[0.0; 2]; program.norm_channels()],
-                grad_parameters: Shared::new(grad_parameters),
-                norm_grads: Vec::new(),
-                mean_grads: Vec::new(),
-                waiting: HashMap::new(),
-            };
-            for value in (0..program.values.len()).filter(|&value| program.values[value].zeroed) {
-                tape.clear(value);
-            }
-            pass.import(program.output, tape.rows(program.output), grad_output);
-            for step in program.steps.iter().rev() {
-                tape.step(step);
-            }
-            if program.input_grad {
-                tape.finish(0);
-                pass.export(0, tape.rows(0), grad_x);
-            }
-            tape.norm_gradients();
-        });
+    let mut pass = Pass::new(arguments, Shared(workspace.as_ptr().cast_mut()), &program.kept, num_threads());
+    pass.fix_statistics(statistics);
+    grad_parameters.iter_mut().for_each(|value| _ = value.write(T::default()));
+    memory::with(program.gradients.len * count, |memory: &mut [MaybeUninit<T>]| {
+        let mut tape = Tape {
+            pass: &pass,
+            start: Shared::new(memory),
+            places: program.gradients.places(count),
+            frozen,
+            norm_sums: vec![[0.0; 2]; program.norm_channels()],
+            grad_parameters: Shared::new(grad_parameters),
+            norm_grads: Vec::new(),
+            mean_grads: Vec::new(),
+            waiting: HashMap::new(),
+        };
+        for value in (0..program.values.len()).filter(|&value| program.values[value].zeroed) {
+            tape.clear(value);
+        }
+        pass.import(program.output, tape.rows(program.output), grad_output);
+        for step in program.steps.iter().rev() {
+            tape.step(step);
+        }
+        if program.input_grad {
+            tape.finish(0);
+            pass.export(0, tape.rows(0), grad_x);
+        }
+        tape.norm_gradients();
     });
 }
 
