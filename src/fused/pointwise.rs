@@ -6,7 +6,7 @@ use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, merge};
 use crate::isa::Active;
 use crate::kernels::WideElement;
-use crate::kernels::pointwise::{ConvHeight, ConvRows, Rows};
+use crate::kernels::pointwise::{ConvHeight, ConvRows, Rows, Start};
 use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
 use crate::ops::Shared;
@@ -159,7 +159,9 @@ impl<T: WideElement> Pass<'_, T> {
                                 y_offsets: &offsets[block.clone()],
                                 pixels: pixels.len(),
                                 ahead: [0, pixels.len()],
-                                bias: packed.bias(g * m + block.start..g * m + block.end),
+                                start: packed
+                                    .bias(g * m + block.start..g * m + block.end)
+                                    .map_or(Start::Zero, Start::Bias),
                             }
                             .promise()
                         };
@@ -247,7 +249,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                                 y_offsets: &y_offsets[block.clone()],
                                 pixels: pixels.len(),
                                 ahead: [0, 0],
-                                bias: None,
+                                start: Start::Zero,
                             }
                             .promise()
                         };

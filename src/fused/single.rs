@@ -7,7 +7,7 @@ use super::Pass;
 use super::program::{Conv, Row, Source, Step};
 use crate::kernels::WideElement;
 use crate::kernels::activations::Activation;
-use crate::kernels::pointwise::ConvRows;
+use crate::kernels::pointwise::{ConvRows, Start};
 use crate::kernels::products::Single;
 use crate::kernels::rows::{Activate, Factors};
 use crate::pool::parallel_for;
@@ -75,7 +75,7 @@ impl<T: WideElement> Pass<'_, T> {
                         x: packed.block(g, block).as_ptr(),
                         x_offsets: &starts[b],
                         weights: &x[g * k..][..k],
-                        bias: None,
+                        start: Start::Zero,
                         y: y.ptr().add(g * m + block.start),
                         y_offsets: &[0],
                         pixels: block.len(),

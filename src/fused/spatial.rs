@@ -11,7 +11,7 @@ use super::pointwise::{Packed, merge_parts};
 use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape};
 use crate::isa::Active;
-use crate::kernels::pointwise::{ConvRows, Rows};
+use crate::kernels::pointwise::{ConvRows, Rows, Start};
 use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
 use crate::kernels::{WideElement, writable};
@@ -97,7 +97,9 @@ impl<T: WideElement> Pass<'_, T> {
                                 y_offsets: &y_offsets[block.clone()],
                                 pixels: (value.height - 1) * planes.pitch + columns,
                                 ahead: [0, 0],
-                                bias: packed.bias(g * m + block.start..g * m + block.end),
+                                start: packed
+                                    .bias(g * m + block.start..g * m + block.end)
+                                    .map_or(Start::Zero, Start::Bias),
                             }
                             .promise()
                         };
@@ -301,7 +303,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                             y_offsets: &y_offsets[block.clone()],
                             pixels: (vertical.count - 1) * planes.pitch + columns,
                             ahead: [0, 0],
-                            bias: None,
+                            start: Start::Zero,
                         }
                         .promise()
                     };

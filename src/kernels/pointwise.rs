@@ -26,7 +26,18 @@ const MAX_DOT_B: usize = 6;
 /// The most `B` rows of one [`DotRows`] tile beside a single `A` row.
 pub const MAX_SINGLE_B: usize = 9;
 
-/// `y[r] = bias[r] + sum over j of weights[j][r] * x[j]` for `R` output rows over `pixels` pixels.
+/// What the sums of [`ConvRows`] start from.
+#[derive(Clone, Copy)]
+pub enum Start<'a, T> {
+    /// Zero.
+    Zero,
+    /// A value for each output row.
+    Bias(&'a [T]),
+    /// What is in the output: for types that are stored as they are computed with.
+    Output,
+}
+
+/// `y[r] = start[r] + sum over j of weights[j][r] * x[j]` for `R` output rows over `pixels` pixels.
 pub struct ConvRows<'a, T: Element, M> {
     /// How products are added up.
     pub products: M,
@@ -36,8 +47,8 @@ pub struct ConvRows<'a, T: Element, M> {
     pub x_offsets: &'a [usize],
     /// Weights `[step][output row]`, packed by [`Products::pack`]: a step takes one input row or two.
     pub weights: &'a [T::Wide],
-    /// What sums start from: a value for each output row, or zero.
-    pub bias: Option<&'a [T]>,
+    /// What sums start from.
+    pub start: Start<'a, T>,
     /// Output row `r` starts at `y + y_offsets[r]`.
     pub y: *mut T,
     /// One offset for each output row, at most [`MAX_ROWS`].
@@ -74,13 +85,17 @@ impl<'a, T: Element, M: Products<T>> ConvRows<'a, T, M> {
     /// Turns the description into a kernel.
     ///
     /// # Safety
-    /// Until it has run, every input row must be readable and every output row writable over `pixels` values, and
-    /// outputs must overlap neither inputs nor each other.
+    /// Until it has run, every input row must be readable and every output row writable over `pixels` values (readable too
+    /// for [`Start::Output`]), and outputs must overlap neither inputs nor each other.
     pub unsafe fn promise(self) -> CheckedConvRows<'a, T, M> {
         let rows = self.y_offsets.len();
         assert!((1..=MAX_ROWS).contains(&rows), "output rows");
         assert_eq!(self.weights.len(), self.x_offsets.len().div_ceil(M::TERMS) * rows, "weights");
-        assert!(self.bias.is_none_or(|bias| bias.len() == rows), "bias");
+        match self.start {
+            Start::Zero => {}
+            Start::Bias(bias) => assert_eq!(bias.len(), rows, "bias"),
+            Start::Output => assert_eq!(size_of::<T>(), size_of::<T::Wide>(), "sums are stored with rounding"),
+        }
         CheckedConvRows(self)
     }
 
@@ -210,9 +225,23 @@ impl<'a, T: Element, M: Products<T>> ConvRows<'a, T, M> {
         let zero = T::splat(isa, T::default());
         let paired = const { paired(V, TAIL) };
         let mut sums = [[zero; V]; R];
-        if let Some(bias) = self.bias {
-            for (row, &bias) in sums.iter_mut().zip(bias) {
-                *row = [T::splat(isa, bias); V];
+        match self.start {
+            Start::Zero => {}
+            Start::Bias(bias) => {
+                for (row, &bias) in sums.iter_mut().zip(bias) {
+                    *row = [T::splat(isa, bias); V];
+                }
+            }
+            Start::Output => {
+                for (row, &offset) in sums.iter_mut().zip(self.y_offsets) {
+                    for (v, sum) in row.iter_mut().enumerate() {
+                        // SAFETY: inside the output row.
+                        *sum = unsafe {
+                            let y = self.y.add(offset + p + v * lanes);
+                            if TAIL && v == V - 1 { T::load_masked(isa, mask, y) } else { T::load(isa, y) }
+                        };
+                    }
+                }
             }
         }
         let mut weights = self.weights.as_ptr();

@@ -134,16 +134,18 @@ fn pointwise_matches_the_reference() {
     }
 }
 
-/// Those whose weight gradients are left to GEMM.
+/// Those whose weight gradients are left to GEMM, and those whose long rows are gone through in passes.
 #[test]
 #[cfg_attr(miri, ignore = "too large")]
 fn the_largest_groups_match_the_reference() {
-    let shape = Pointwise::new(1024, 1024, 1, 1, WeightLayout::Oi).unwrap();
-    let images = Images { count: 1, pixels: 2, channels: 1024, order: Order::Nchw };
-    for isa in Active::available() {
-        pointwise_case::<bf16>(isa, &shape, images);
-        pointwise_case::<f32>(isa, &shape, images);
-        pointwise_case::<f64>(isa, &shape, images);
+    for (pixels, c_in, c_out, step) in [(2, 1024, 1024, 1), (4100, 33, 36, 5)] {
+        let shape = Pointwise::new(c_in, c_out, 1, step, WeightLayout::Oi).unwrap();
+        let images = Images { count: 1, pixels, channels: c_in, order: Order::Nchw };
+        for isa in Active::available() {
+            pointwise_case::<bf16>(isa, &shape, images);
+            pointwise_case::<f32>(isa, &shape, images);
+            pointwise_case::<f64>(isa, &shape, images);
+        }
     }
 }
 
