@@ -14,9 +14,11 @@ import kconv
 
 CALLS = 3
 """Calls in a turn, at least."""
-TURN = 0.02
-"""Seconds of a turn, about: the first few calls after another library's are slower, its threads'
-stacks and data being in the caches (3x3 over 16 x 1024 planes of 7 x 7: 0.6 ms, after ten 0.4)."""
+TURN = 0.08
+"""Seconds of a turn, about: the first calls after another library's and a rest are slower, its
+threads' stacks and data being in the caches (3x3 over 16 x 1024 planes of 7 x 7: 0.6 ms, after ten
+0.4), and on a virtual machine all threads may wake up on one CPU, where Linux leaves them for 30 to
+50 ms (40 to 40 channels of 31 x 31: 0.8 ms, then 0.4)."""
 PAUSE = 0.03
 """Seconds before a turn. The threads of PyTorch's libgomp wait actively for some milliseconds after
 a call (15 on an Intel Xeon) and would take a core from whoever comes next: the medians of calls of
