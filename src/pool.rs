@@ -155,6 +155,17 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no pthread_atfork")]
+    fn a_panic_of_any_task_reaches_the_caller() {
+        for culprit in [0, 99] {
+            let run = || parallel_for(2, 100, |i| assert_ne!(i, culprit));
+            assert!(std::panic::catch_unwind(run).is_err());
+        }
+        // The workers live on.
+        every_task_runs_once();
+    }
+
+    #[test]
     fn parts_cover_the_range() {
         for (len, parts) in [(0, 3), (2, 3), (10, 3), (9, 3)] {
             let joined: Vec<_> = (0..parts).flat_map(|i| part(len, parts, i)).collect();
