@@ -23,13 +23,13 @@ use crate::shape::{Images, Order, Pointwise, interleave_places};
 /// Values of a group's input rows that one pass in NCHW covers where the group needs several tiles of output rows, which
 /// read them again: they stay in the L2 cache.
 const PLANE_TILE: usize = 64 << 10;
-/// Input rows of a group in NCHW that one pass takes, at most, where they are long: processors follow no more. (Input gradients of
-/// two threads, 32 images, Intel Xeon: 96 channels of 112 x 112 to 16 13.0 ms at once, 11.2 by 24, 144 of 56 x 56 to 24 3.8 and
-/// 3.2. Sums of AMD EPYC, one thread, 11 layers: 38.7 ms at once, 36.0 by 32, 38.2 by 24. Groups of 32 rows by 16: a third
-/// slower.)
+/// Input rows of a group in NCHW that one pass takes, at most, where they are long: processors follow no more. (Input
+/// gradients, 32 images, two threads of an Intel Xeon: 96 channels of 112 x 112 to 16 take 13.0 ms at once, 11.2 by 24, 144
+/// of 56 x 56 to 24 3.8 and 3.2. 11 layers, 64 images, two threads of an AMD EPYC: 38.7 ms at once, 36.0 by 32, 38.2 by 24.
+/// Groups of 32 rows by 16: a third slower.)
 const PASS_ROWS: usize = 32;
 /// Values of so many rows that one pass covers, and of a group's rows from which on they are long. (A half: 1 to 4 % slower;
-/// 120 rows of 31 x 31, which are less, take 7 % more in passes.)
+/// 120 rows of 31 x 31, which are fewer, take 7 % more in passes.)
 const PASS_TILE: usize = 128 << 10;
 /// Bytes of a group's rows in NCHW, at most, for the next group's to be asked for meanwhile: both stay in the L2 cache. (With 369
 /// KiB, 96 channels of 31 x 31, 1.04 ms become 0.92.)

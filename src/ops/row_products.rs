@@ -16,9 +16,9 @@ use crate::pool::{chunks, part};
 use crate::scratch;
 
 /// Multiply-adds of outer products that take as long as one of [`DotRows`] over rows whose vectors are cache lines, and over
-/// others. (Fitted to 31 layers on AVX-512 of Intel and 22 on AMD's: the faster way is found where it is faster by a tenth. 16 of 31 x 31 to 96, 64
-/// images: 1.3 and 1.0 ms; 32 of 14 x 14 to 32, 16 groups, 16 images: 1.4 and 0.9; of 28 x 28 both take as long. AVX2: 15 of these
-/// take 19.8 ms by dots, 15.6 otherwise, 15.0 as chosen.)
+/// others. (Fitted to 31 layers on AVX-512 of an Intel Xeon and to 22 of an AMD EPYC: the faster way is found where it is
+/// faster by a tenth. 16 of 31 x 31 to 96, 64 images: 1.3 and 1.0 ms; 32 of 14 x 14 to 32, 16 groups, 16 images: 1.4 and
+/// 0.9; of 28 x 28 both take as long. AVX2: 15 of these take 19.8 ms by dots, 15.6 otherwise, 15.0 as chosen.)
 const DOT: [f64; 2] = [1.75, 2.2];
 /// Multiply-adds of outer products that take as long as transposing a value.
 const TRANSPOSE: f64 = 1.5;
