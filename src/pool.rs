@@ -162,7 +162,9 @@ mod tests {
             assert!(std::panic::catch_unwind(run).is_err());
         }
         // The workers live on.
-        every_task_runs_once();
+        let sum = AtomicUsize::new(0);
+        parallel_for(2, 100, |i| _ = sum.fetch_add(i, Ordering::SeqCst));
+        assert_eq!(sum.into_inner(), 4950);
     }
 
     #[test]
