@@ -159,9 +159,7 @@ impl<T: WideElement> Pass<'_, T> {
                                 y_offsets: &offsets[block.clone()],
                                 pixels: pixels.len(),
                                 ahead: [0, pixels.len()],
-                                start: packed
-                                    .bias(g * m + block.start..g * m + block.end)
-                                    .map_or(Start::Zero, Start::Bias),
+                                start: packed.bias(g * m + block.start..g * m + block.end).into(),
                             }
                             .promise()
                         };

@@ -97,9 +97,7 @@ impl<T: WideElement> Pass<'_, T> {
                                 y_offsets: &y_offsets[block.clone()],
                                 pixels: (value.height - 1) * planes.pitch + columns,
                                 ahead: [0, 0],
-                                start: packed
-                                    .bias(g * m + block.start..g * m + block.end)
-                                    .map_or(Start::Zero, Start::Bias),
+                                start: packed.bias(g * m + block.start..g * m + block.end).into(),
                             }
                             .promise()
                         };

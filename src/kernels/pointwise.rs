@@ -37,6 +37,13 @@ pub enum Start<'a, T> {
     Output,
 }
 
+impl<'a, T> From<Option<&'a [T]>> for Start<'a, T> {
+    /// The bias, where there is one.
+    fn from(bias: Option<&'a [T]>) -> Self {
+        bias.map_or(Self::Zero, Self::Bias)
+    }
+}
+
 /// `y[r] = start[r] + sum over j of weights[j][r] * x[j]` for `R` output rows over `pixels` pixels.
 pub struct ConvRows<'a, T: Element, M> {
     /// How products are added up.

@@ -438,14 +438,14 @@ impl Product {
             // The first block asks for what all read next. (All of them: 4 % slower.)
             let ahead = if block.start == 0 { ahead } else { [0, ahead[1]] };
             let channels = g * self.group_out + block.start..g * self.group_out + block.end;
-            let bias = packed.bias.map_or(Start::Zero, |bias| Start::Bias(&bias[channels.clone()]));
+            let bias = packed.bias.map(|bias| &bias[channels.clone()]);
             let weights = &weights[block.start * steps..][taken.start * block.len()..taken.end * block.len()];
             let kernel = ConvRows {
                 products: packed.products,
                 x,
                 x_offsets,
                 weights,
-                start: if first > 0 { Start::Output } else { bias },
+                start: if first > 0 { Start::Output } else { bias.into() },
                 y,
                 y_offsets: &packed.y_offsets[channels],
                 pixels: length,
