@@ -20,6 +20,8 @@ pub trait Isa: pulp::Simd {
     /// Whether there are instructions for [`Isa::look_up_f32s`], [`Isa::scale_f32s`] and
     /// [`Isa::estimate_reciprocal_f32s`].
     const EXPONENTIALS: bool = false;
+    /// Whether there are instructions for [`Isa::pick_f32s`] and [`Isa::load_pieces_f32s`].
+    const PICKS: bool = false;
 
     /// Asks for the cache line at `ptr`, which need not be readable; nothing where there is no such instruction.
     #[inline(always)]
@@ -82,6 +84,30 @@ pub trait Isa: pulp::Simd {
     #[inline(always)]
     fn estimate_reciprocal_f32s(self, x: Self::f32s) -> Self::f32s {
         self.div_f32s(self.splat_f32s(1.0), x)
+    }
+    /// The value of `values` at place `index`, below the number of lanes, for each lane.
+    #[inline(always)]
+    fn pick_f32s(self, values: Self::f32s, index: Self::u32s) -> Self::f32s {
+        let mut picked = values;
+        let (values, indices) = (cast_slice::<_, f32>(std::slice::from_ref(&values)), [index]);
+        let picked_values = cast_slice_mut::<_, f32>(std::slice::from_mut(&mut picked));
+        for (value, &index) in picked_values.iter_mut().zip(cast_slice::<_, u32>(&indices)) {
+            *value = values[index as usize];
+        }
+        picked
+    }
+    /// Four values from each of these places behind `ptr` on, as many as fill a vector.
+    ///
+    /// # Safety
+    /// They must be readable.
+    #[inline(always)]
+    unsafe fn load_pieces_f32s(self, ptr: *const f32, places: &[usize; 4]) -> Self::f32s {
+        let mut values = self.splat_f32s(0.0);
+        for (i, value) in cast_slice_mut::<_, f32>(std::slice::from_mut(&mut values)).iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *value = unsafe { *ptr.add(places[i / 4] + i % 4) };
+        }
+        values
     }
     /// The values of `a` and `b` at even places, and those at odd ones.
     #[inline(always)]
@@ -509,6 +535,21 @@ mod x86 {
         };
     }
     avx!(pulp::x86::V3 {
+        const PICKS: bool = true;
+
+        #[inline(always)]
+        fn pick_f32s(self, values: Self::f32s, index: Self::u32s) -> Self::f32s {
+            // SAFETY: the token proves AVX2.
+            cast(unsafe { _mm256_permutevar8x32_ps(cast(values), cast(index)) })
+        }
+        #[inline(always)]
+        unsafe fn load_pieces_f32s(self, ptr: *const f32, &[a, b, ..]: &[usize; 4]) -> Self::f32s {
+            // SAFETY: the token proves AVX2; the values are readable, by the caller's promise.
+            unsafe {
+                let low = _mm256_castps128_ps256(_mm_loadu_ps(ptr.add(a)));
+                cast(_mm256_insertf128_ps::<1>(low, _mm_loadu_ps(ptr.add(b))))
+            }
+        }
         #[inline(always)]
         fn split_f32s(self, a: Self::f32s, b: Self::f32s) -> [Self::f32s; 2] {
             // SAFETY: the token proves AVX2.
@@ -559,6 +600,7 @@ mod x86 {
     });
     avx!(pulp::x86::V4 {
         const EXPONENTIALS: bool = true;
+        const PICKS: bool = true;
 
         #[inline(always)]
         unsafe fn load_pairs_u16s(self, len: usize, ptr: *const u16) -> Self::u32s {
@@ -609,6 +651,21 @@ mod x86 {
             unsafe {
                 let (low, high) = (_mm512_loadu_ps(table.as_ptr()), _mm512_loadu_ps(table.as_ptr().add(16)));
                 cast(_mm512_permutex2var_ps(low, cast(index), high))
+            }
+        }
+        #[inline(always)]
+        fn pick_f32s(self, values: Self::f32s, index: Self::u32s) -> Self::f32s {
+            // SAFETY: the token proves AVX-512.
+            cast(unsafe { _mm512_permutexvar_ps(cast(index), cast(values)) })
+        }
+        #[inline(always)]
+        unsafe fn load_pieces_f32s(self, ptr: *const f32, &[a, b, c, d]: &[usize; 4]) -> Self::f32s {
+            // SAFETY: the token proves AVX-512; the values are readable, by the caller's promise.
+            unsafe {
+                let low = _mm512_castps128_ps512(_mm_loadu_ps(ptr.add(a)));
+                let two = _mm512_insertf32x4::<1>(low, _mm_loadu_ps(ptr.add(b)));
+                let three = _mm512_insertf32x4::<2>(two, _mm_loadu_ps(ptr.add(c)));
+                cast(_mm512_insertf32x4::<3>(three, _mm_loadu_ps(ptr.add(d))))
             }
         }
         #[inline(always)]

@@ -247,6 +247,16 @@ impl Element for bf16 {
         unsafe { ptr.cast::<I::u32s>().write_unaligned(isa.or_u32s(rounded(isa, even), odd)) };
     }
     #[inline(always)]
+    unsafe fn load_pieces<I: Isa>(isa: I, ptr: *const Self, places: &[usize; 4]) -> I::f32s {
+        let mut values = [[Self::ZERO; 4]; 4];
+        for (to, &place) in values.iter_mut().zip(places).take(Self::lanes::<I>() / 4) {
+            // SAFETY: the caller's promise.
+            *to = unsafe { ptr.add(place).cast::<[Self; 4]>().read_unaligned() };
+        }
+        // SAFETY: a vector's values at most.
+        unsafe { Self::load(isa, values.as_ptr().cast()) }
+    }
+    #[inline(always)]
     unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize) {
         // SAFETY: the caller's promise.
         unsafe { isa.transpose_u16(src.cast(), src_stride, dst.cast(), dst_stride) }

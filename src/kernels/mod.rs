@@ -15,6 +15,7 @@ pub mod pointwise;
 pub mod probe;
 pub mod products;
 pub mod rows;
+pub mod side_by_side;
 pub mod spread;
 pub mod transpose;
 pub mod windows;
@@ -57,6 +58,8 @@ pub trait Element:
     type Pairs: Products<Self>;
     /// One.
     const ONE: Self;
+    /// Whether [`Element::pick`] is there.
+    const PICKS: bool;
 
     /// What adds up two products at a time, if this machine has instructions for it.
     fn pairs(_isa: Active) -> Option<Self::Pairs> {
@@ -113,6 +116,8 @@ pub trait Element:
     fn split<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> [Self::Vector<I>; 2];
     /// The values of `a` and `b` in turns.
     fn zip<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> [Self::Vector<I>; 2];
+    /// The value at place `index`, below the number of lanes, for each lane: of numbers of 32 bits.
+    fn pick<I: Isa>(isa: I, values: Self::Vector<I>, index: I::u32s) -> Self::Vector<I>;
     /// The sum of a vector's values.
     fn sum<I: Isa>(isa: I, a: Self::Vector<I>) -> Self::Wide;
     /// Selects the first `len` values.
@@ -147,6 +152,11 @@ pub trait Element:
     /// # Safety
     /// The selected values must be writable at `ptr`.
     unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: Self::Vector<I>);
+    /// Loads four values from each of these places on, as many as fill a vector: of types that [`Element::PICKS`].
+    ///
+    /// # Safety
+    /// They must be readable at these distances from `ptr`.
+    unsafe fn load_pieces<I: Isa>(isa: I, ptr: *const Self, places: &[usize; 4]) -> Self::Vector<I>;
     /// Loads part 0 or 1 of the values of two vectors: one half of them, in the order that is the fastest.
     ///
     /// # Safety
@@ -215,6 +225,22 @@ impl<T: Element> Kernel for Lanes<T> {
     fn run<I: Isa>(self, _isa: I) -> usize {
         T::lanes::<I>()
     }
+}
+
+struct Picks<T>(PhantomData<T>);
+
+impl<T: Element> Kernel for Picks<T> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _isa: I) -> bool {
+        T::PICKS && I::PICKS
+    }
+}
+
+/// Whether [`Element::pick`] is there.
+pub(crate) fn picks<T: Element>(isa: Active) -> bool {
+    isa.run(Picks::<T>(PhantomData))
 }
 
 /// How many values an instruction set's vectors hold.
@@ -345,6 +371,12 @@ macro_rules! f32_vectors {
             zip_f32s,
             $crate::kernels::activations::sigmoid_f32
         );
+        const PICKS: bool = true;
+
+        #[inline(always)]
+        fn pick<I: Isa>(isa: I, values: I::f32s, index: I::u32s) -> I::f32s {
+            isa.pick_f32s(values, index)
+        }
     };
 }
 use {f32_vectors, vectors};
@@ -449,6 +481,12 @@ macro_rules! wide_storage {
 impl Element for f32 {
     f32_vectors!();
     wide_storage!(f32, transpose_f32, matrixmultiply::sgemm);
+
+    #[inline(always)]
+    unsafe fn load_pieces<I: Isa>(isa: I, ptr: *const Self, places: &[usize; 4]) -> I::f32s {
+        // SAFETY: the caller's promise.
+        unsafe { isa.load_pieces_f32s(ptr, places) }
+    }
 }
 
 impl Element for f64 {
@@ -476,4 +514,12 @@ impl Element for f64 {
         activations::sigmoid_f64
     );
     wide_storage!(f64, transpose_f64, matrixmultiply::dgemm);
+    const PICKS: bool = false;
+
+    fn pick<I: Isa>(_isa: I, _values: I::f64s, _index: I::u32s) -> I::f64s {
+        unreachable!("no instruction")
+    }
+    unsafe fn load_pieces<I: Isa>(_isa: I, _ptr: *const Self, _places: &[usize; 4]) -> I::f64s {
+        unreachable!("no instruction")
+    }
 }

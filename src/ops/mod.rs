@@ -8,6 +8,7 @@ pub mod pointwise;
 pub(crate) mod row_products;
 #[cfg(test)]
 mod tests;
+mod side_by_side;
 mod windows;
 
 use std::mem::MaybeUninit;

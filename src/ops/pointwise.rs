@@ -8,14 +8,16 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::row_products::RowProducts;
+use super::side_by_side::SideBySide;
 use super::{Shared, estimate};
 use crate::isa::{Active, looks_ahead};
 use crate::kernels::outer::{OuterProducts, Pixels, Totals};
 use crate::kernels::pointwise::{ConvHeight, ConvRows, Rows, Start, SumColumns};
 use crate::kernels::products::{Products, Single};
 use crate::kernels::rows::Sum;
+use crate::kernels::side_by_side::{Block, SideBySide as SideBySideRows, SideBySideSums, Source};
 use crate::kernels::transpose::Transpose;
-use crate::kernels::{Element, lanes};
+use crate::kernels::{Element, lanes, picks};
 use crate::pool::{chunks, parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Images, Order, Pointwise, interleave_places};
@@ -57,6 +59,8 @@ const STORE: usize = 2;
 const SHORT_ROWS: f64 = 1.4;
 /// Multiply-adds of outer products that take as long as transposing a value.
 const TRANSPOSE: f64 = 0.35;
+/// Multiply-adds of outer products that take as long as one of values picked for groups side by side.
+const PICKED: f64 = 2.1;
 /// Pixels of a tile of a weight gradient in NCHW and of a part of it in NHWC, at least.
 const DOT_TILE: usize = 96;
 /// Bytes of a group's rows over which one tile of the weight gradient runs: they are read once for each tile of
@@ -192,6 +196,9 @@ impl Product {
         planes: bool,
         y: Shared<T>,
     ) {
+        if let (false, Some(side_by_side)) = (planes, self.side_by_side::<T, M>()) {
+            return self.narrow(products, threads, x, weight, bias, &side_by_side, y);
+        }
         if let (false, Some(places)) = (planes, self.outer_places::<T, M>()) {
             return self.outer(products, threads, x, weight, bias, &places, y);
         }
@@ -290,16 +297,81 @@ impl Product {
     /// Where each group's first input channel stands in a pixel, and the distance to the next one, if
     /// [`Product::outer`] can do without transposing and is the faster way.
     fn outer_places<T: Element, M: Products<T>>(&self) -> Option<Vec<[usize; 2]>> {
-        let (k, m, lanes) = (self.group_in, self.group_out, lanes::<T>(self.isa));
-        let steps = k.div_ceil(M::TERMS);
-        let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64;
-        let transposed = SHORT_ROWS * (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
+        let (k, [outer, transposed]) = (self.group_in, self.costs::<T, M>());
         if outer > transposed || self.out_places.is_some() {
             return None;
         }
         let Some(places) = &self.in_places else { return Some((0..self.groups).map(|g| [g * k, 1]).collect()) };
         let place = |places: &[usize]| Some([places[0], constant_stride(places).filter(|&s| M::TERMS == 1 || s == 1)?]);
         places.chunks_exact(k).map(place).collect()
+    }
+
+    /// How groups stand side by side in vectors, if they can and that is the faster way.
+    fn side_by_side<T: Element, M: Products<T>>(&self) -> Option<SideBySide> {
+        let permuted = self.in_places.is_some() || self.out_places.is_some();
+        if permuted || M::TERMS > 1 || !picks::<T>(self.isa) || self.images.count * self.images.pixels < OUTER_TERMS {
+            return None;
+        }
+        let (k, m, lanes) = (self.group_in, self.group_out, lanes::<T>(self.isa));
+        let groups = SideBySide::new([self.groups, k, m], lanes)?;
+        let cost = PICKED * (groups.vectors.len() * k) as f64 / self.groups as f64;
+        let [outer, transposed] = self.costs::<T, M>();
+        (cost < outer.min(transposed)).then_some(groups)
+    }
+
+    /// What a pixel of one group costs as outer products and over transposed rows, in multiply-adds of the former.
+    fn costs<T: Element, M: Products<T>>(&self) -> [f64; 2] {
+        let (k, m, lanes) = (self.group_in, self.group_out, lanes::<T>(self.isa));
+        let steps = k.div_ceil(M::TERMS);
+        let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64;
+        [outer, SHORT_ROWS * (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64]
+    }
+
+    /// NHWC, groups of few output channels: pixels as they are, several groups in a vector.
+    fn narrow<T: Element, M: Products<T>>(
+        &self,
+        products: M,
+        threads: usize,
+        x: &[T],
+        (weights, [group, out, input]): Weights<'_, T>,
+        bias: Option<&[T]>,
+        groups: &SideBySide,
+        y: Shared<T>,
+    ) {
+        let (c_in, c_out) = (self.images.channels, self.groups * self.group_out);
+        let pixels = self.images.count * self.images.pixels;
+        // Twice the first cache: vectors share no pixels' lines, but their indices and weights.
+        let tile = 2 * outer_tile::<T>(c_in + c_out);
+        let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(OUTER_PIXELS)) };
+        scratch::with(groups.weights(), |packed: &mut [T::Wide]| {
+            groups.pack(|g, o, i| weights[g * group + o * out + i * input], packed);
+            let each = groups.weights() / groups.vectors.len();
+            let packed = &*packed;
+            parallel_for(threads, parts, |task| {
+                for range in chunks(part(pixels, parts, task), tile) {
+                    for (vector, weights) in groups.vectors.iter().zip(packed.chunks_exact(each)) {
+                        // SAFETY: the pixels exist in x and y, with all channels; those of y are this task's own.
+                        self.isa.run(unsafe {
+                            SideBySideRows {
+                                products,
+                                x: x.as_ptr().add(range.start * c_in),
+                                x_step: c_in,
+                                y: y.ptr().add(range.start * c_out + vector.columns.start),
+                                y_step: c_out,
+                                pixels: range.len(),
+                                columns: vector.columns.len(),
+                                sources: &groups.sources[vector.sources.clone()],
+                                index: groups.index(vector),
+                                weights,
+                                bias: bias.map(|bias| &bias[vector.columns.clone()]),
+                                ahead: [tile * c_in, tile * c_out],
+                            }
+                            .promise()
+                        });
+                    }
+                }
+            });
+        });
     }
 
     /// NHWC, groups whose output channels fill vectors: pixels as they are, times matrices.
@@ -519,7 +591,12 @@ fn weight_grad<T: Element, M: Products<T>>(
     let contiguous = !planes && shape.out_places().is_none();
     let by_output = contiguous && (k * m.div_ceil(lanes), k) < (m * k.div_ceil(lanes), m);
     let inputs = (0..k).collect();
-    let grad = WeightGrad { isa, products, shape, images, inputs, places, by_output, x, grad_output };
+    let side_by_side = (contiguous && group_parts == 1 && picks::<T>(isa))
+        .then(|| SideBySide::new([shape.groups, k.min(m), k.max(m)], lanes))
+        .flatten()
+        .filter(SideBySide::windows);
+    let by_output = by_output && side_by_side.is_none();
+    let grad = WeightGrad { isa, products, shape, images, inputs, places, by_output, side_by_side, x, grad_output };
     // One set of partial sums for each part, added up in order at the end.
     let mut partial = vec![T::Wide::default(); parts * shape.weights()];
     let shared = Shared(partial.as_mut_ptr());
@@ -531,6 +608,8 @@ fn weight_grad<T: Element, M: Products<T>>(
         let sums = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(first), len) };
         if planes {
             grad.planes(groups, part(images.count, parts, task), sums);
+        } else if let Some(side_by_side) = &grad.side_by_side {
+            grad.narrow(side_by_side, part(images.count * images.pixels, parts, task), sums);
         } else {
             grad.pixels(groups, part(images.count * images.pixels, parts, task), sums);
         }
@@ -557,6 +636,8 @@ struct WeightGrad<'a, T, M> {
     places: Vec<usize>,
     /// Whether sums are `[input channel][output channel]`.
     by_output: bool,
+    /// How all groups stand side by side in vectors in NHWC, if they do.
+    side_by_side: Option<SideBySide>,
     x: &'a [T],
     grad_output: &'a [T],
 }
@@ -640,6 +721,52 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                 }
             });
         }
+    }
+
+    /// NHWC, several groups in a vector: adds pixels `range` of all images to the sums of all groups.
+    fn narrow(&self, groups: &SideBySide, range: Range<usize>, sums: &mut [T::Wide]) {
+        let channels @ [c_in, c_out] = [self.shape.in_channels, self.shape.out_channels];
+        let tile = (2 * outer_tile::<T::Wide>(c_in + c_out)).max(OUTER_TERMS);
+        let sizes = channels.map(|channels| tile / M::TERMS * channels);
+        let copied = size_of::<T>() < size_of::<T::Wide>();
+        let ahead = channels.map(|channels| if copied { 0 } else { tile * channels });
+        // Vectors are of the side that has more channels.
+        let by_input = self.shape.group_in() > self.shape.group_out();
+        let each = groups.weights() / groups.vectors.len();
+        scratch::with(groups.weights(), |totals: &mut [T::Wide]| {
+            totals.fill(T::Wide::default());
+            for pixels in chunks(range, tile) {
+                let [x, grad] = [(self.x, c_in), (self.grad_output, c_out)]
+                    .map(|(values, channels)| &values[pixels.start * channels..pixels.end * channels]);
+                scratch::with(sizes.iter().sum(), |memory: &mut [T::Wide]| {
+                    let [x_memory, grad_memory] = cut(memory, sizes);
+                    let x = (self.products.steps(self.isa, x, c_in, x_memory), c_in, ahead[0]);
+                    let grad = (self.products.steps(self.isa, grad, c_out, grad_memory), c_out, ahead[1]);
+                    let ((a, a_step, a_ahead), (b, b_step, b_ahead)) = if by_input { (grad, x) } else { (x, grad) };
+                    for (vector, sums) in groups.vectors.iter().zip(totals.chunks_exact_mut(each)) {
+                        let Source { first, block, ask, .. } = groups.sources[vector.sources.start];
+                        let Block::Window(len) = block else { unreachable!("chosen for windows only") };
+                        // SAFETY: all pixels have the channels.
+                        self.isa.run(unsafe {
+                            SideBySideSums::<T, M> {
+                                products: self.products,
+                                a: (a.as_ptr().add(first), len),
+                                a_step,
+                                a_ahead: if ask { a_ahead } else { 0 },
+                                b: (b.as_ptr().add(vector.columns.start), vector.columns.len()),
+                                b_step,
+                                b_ahead,
+                                terms: pixels.len(),
+                                index: groups.index(vector),
+                                sums,
+                            }
+                            .promise()
+                        });
+                    }
+                });
+            }
+            groups.unpack(totals, by_input, sums);
+        });
     }
 
     /// Adds a group's products over `terms` pixels to its sums; of `x`, which starts with its channels, and `grad`, where
