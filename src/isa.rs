@@ -85,14 +85,14 @@ pub trait Isa: pulp::Simd {
     fn estimate_reciprocal_f32s(self, x: Self::f32s) -> Self::f32s {
         self.div_f32s(self.splat_f32s(1.0), x)
     }
-    /// The value of `values` at place `index`, below the number of lanes, for each lane.
+    /// The value of `values` at place `index`, modulo the number of lanes, for each lane.
     #[inline(always)]
     fn pick_f32s(self, values: Self::f32s, index: Self::u32s) -> Self::f32s {
         let mut picked = values;
         let (values, indices) = (cast_slice::<_, f32>(std::slice::from_ref(&values)), [index]);
         let picked_values = cast_slice_mut::<_, f32>(std::slice::from_mut(&mut picked));
         for (value, &index) in picked_values.iter_mut().zip(cast_slice::<_, u32>(&indices)) {
-            *value = values[index as usize];
+            *value = values[index as usize % values.len()];
         }
         picked
     }

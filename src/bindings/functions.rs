@@ -97,7 +97,7 @@ fn permute<T: Float>(call: &Call<'_>, output: Output<'_>, sources: fn(usize, usi
     let images = images(call, &x)?;
     expect("output", output.dims()?, x.dims::<4>()?)?;
     let step = check_step("step", call.integer("step")?)?;
-    interleave::permute::<T>(&sources(images.channels, step), images, x.read()?, output.write()?);
+    interleave::permute::<T>(isa::active()?, &sources(images.channels, step), images, x.read()?, output.write()?);
     Ok(())
 }
 

@@ -449,8 +449,9 @@ fn permute<'py, T: ArrayElement>(
         return y.finish(); // of however many channels
     }
     let (x, mut memory) = (x.image_values(layout, images.order)?, y.memory());
+    let isa = active()?;
     py.detach(|| {
-        ops::interleave::permute(&sources(images.channels, step), images, x.as_slice(), memory.as_mut_slice());
+        ops::interleave::permute(isa, &sources(images.channels, step), images, x.as_slice(), memory.as_mut_slice());
     });
     y.finish()
 }

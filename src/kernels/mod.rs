@@ -10,6 +10,7 @@
 pub mod activations;
 mod bf16;
 pub mod outer;
+pub mod permute;
 pub mod planes;
 pub mod pointwise;
 pub mod probe;
@@ -118,6 +119,8 @@ pub trait Element:
     fn zip<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> [Self::Vector<I>; 2];
     /// The value at place `index`, below the number of lanes, for each lane: of numbers of 32 bits.
     fn pick<I: Isa>(isa: I, values: Self::Vector<I>, index: I::u32s) -> Self::Vector<I>;
+    /// As [`Element::pick`], but what `others` holds where the index is not below the number of lanes.
+    fn pick_some<I: Isa>(isa: I, values: Self::Vector<I>, index: I::u32s, others: Self::Vector<I>) -> Self::Vector<I>;
     /// The sum of a vector's values.
     fn sum<I: Isa>(isa: I, a: Self::Vector<I>) -> Self::Wide;
     /// Selects the first `len` values.
@@ -377,6 +380,11 @@ macro_rules! f32_vectors {
         fn pick<I: Isa>(isa: I, values: I::f32s, index: I::u32s) -> I::f32s {
             isa.pick_f32s(values, index)
         }
+        #[inline(always)]
+        fn pick_some<I: Isa>(isa: I, values: I::f32s, index: I::u32s, others: I::f32s) -> I::f32s {
+            let picked = isa.less_than_u32s(index, isa.splat_u32s(Self::lanes::<I>() as u32));
+            isa.select_f32s(picked, isa.pick_f32s(values, index), others)
+        }
     };
 }
 use {f32_vectors, vectors};
@@ -517,6 +525,9 @@ impl Element for f64 {
     const PICKS: bool = false;
 
     fn pick<I: Isa>(_isa: I, _values: I::f64s, _index: I::u32s) -> I::f64s {
+        unreachable!("no instruction")
+    }
+    fn pick_some<I: Isa>(_isa: I, _values: I::f64s, _index: I::u32s, _others: I::f64s) -> I::f64s {
         unreachable!("no instruction")
     }
     unsafe fn load_pieces<I: Isa>(_isa: I, _ptr: *const Self, _places: &[usize; 4]) -> I::f64s {

@@ -78,7 +78,7 @@ pub struct Pixels<'a, T, M> {
     pub row: usize,
     /// One value for each column.
     pub bias: Option<&'a [T]>,
-    /// Distance from what is written to what is asked for meanwhile.
+    /// Distance from what is written to what is asked for meanwhile; 0 where that is in a cache.
     pub ahead: usize,
 }
 
@@ -113,7 +113,9 @@ impl<T: Element, M: Products<T>> Sums<T> for Pixels<'_, T, M> {
         // SAFETY: the caller's promise.
         unsafe {
             let ptr = self.y.add(row * self.row + column);
-            isa.prefetch_far(ptr.wrapping_add(self.ahead));
+            if self.ahead > 0 {
+                isa.prefetch_far(ptr.wrapping_add(self.ahead));
+            }
             self.products.store(isa, mask, ptr, value);
         }
     }

@@ -74,7 +74,7 @@ pub struct SideBySide<'a, T: Element, M> {
     pub weights: &'a [T::Wide],
     /// A value for each output channel.
     pub bias: Option<&'a [T]>,
-    /// Distances from what is read and written to what is asked for meanwhile.
+    /// Distances from what is read and written to what is asked for meanwhile; 0 where that is in a cache.
     pub ahead: [usize; 2],
 }
 
@@ -145,7 +145,9 @@ impl<'a, T: Element, M: Products<T>> SideBySide<'a, T, M> {
             let mask = (self.columns < lanes).then_some(mask);
             let mut to = y;
             for sum in sums {
-                isa.prefetch_far(to.wrapping_add(self.ahead[1]));
+                if self.ahead[1] > 0 {
+                    isa.prefetch_far(to.wrapping_add(self.ahead[1]));
+                }
                 self.products.store(isa, mask, to, sum);
                 to = to.wrapping_add(self.y_step);
             }

@@ -7,6 +7,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::interleave::Permutation;
 use super::row_products::RowProducts;
 use super::side_by_side::SideBySide;
 use super::{Shared, estimate};
@@ -61,6 +62,8 @@ const SHORT_ROWS: f64 = 1.4;
 const TRANSPOSE: f64 = 0.35;
 /// Multiply-adds of outer products that take as long as one of values picked for groups side by side.
 const PICKED: f64 = 2.1;
+/// Multiply-adds of outer products that take as long as permuting a vector from one window.
+const PERMUTED: f64 = 2.0;
 /// Pixels of a tile of a weight gradient in NCHW and of a part of it in NHWC, at least.
 const DOT_TILE: usize = 96;
 /// Bytes of a group's rows over which one tile of the weight gradient runs: they are read once for each tile of
@@ -153,6 +156,16 @@ struct Product {
     out_places: Option<Vec<usize>>,
 }
 
+/// How a [`Product`] goes through NHWC memory.
+enum Way {
+    /// Groups side by side in vectors.
+    SideBySide(SideBySide),
+    /// Pixels as they are, times matrices: where each group's first input channel stands, and the distance to the next one.
+    Outer(Vec<[usize; 2]>),
+    /// Transposed to rows and back.
+    Transposed,
+}
+
 /// Weights in the order in which the kernels read them: for each group, for each block of output rows,
 /// `[step][output row]`.
 struct Packed<'a, T: Element, M> {
@@ -196,11 +209,17 @@ impl Product {
         planes: bool,
         y: Shared<T>,
     ) {
-        if let (false, Some(side_by_side)) = (planes, self.side_by_side::<T, M>()) {
-            return self.narrow(products, threads, x, weight, bias, &side_by_side, y);
-        }
-        if let (false, Some(places)) = (planes, self.outer_places::<T, M>()) {
-            return self.outer(products, threads, x, weight, bias, &places, y);
+        if !planes {
+            let permutation = self.permutation::<T>();
+            match self.way::<T, M>(permutation.as_ref()) {
+                Way::SideBySide(groups) => {
+                    return self.side_by_side(products, threads, x, weight, bias, &groups, permutation.as_ref(), y);
+                }
+                Way::Outer(places) => {
+                    return self.outer(products, threads, x, weight, bias, &places, permutation.as_ref(), y);
+                }
+                Way::Transposed => {}
+            }
         }
         let height = self.isa.run(ConvHeight);
         let count = self.group_out.div_ceil(height);
@@ -294,41 +313,78 @@ impl Product {
         });
     }
 
-    /// Where each group's first input channel stands in a pixel, and the distance to the next one, if
-    /// [`Product::outer`] can do without transposing and is the faster way.
-    fn outer_places<T: Element, M: Products<T>>(&self) -> Option<Vec<[usize; 2]>> {
-        let (k, [outer, transposed]) = (self.group_in, self.costs::<T, M>());
-        if outer > transposed || self.out_places.is_some() {
-            return None;
+    /// The permutation of the output's channels, if there is one and it has instructions.
+    fn permutation<T: Element>(&self) -> Option<Permutation> {
+        let mut sources = vec![0; self.groups * self.group_out];
+        self.out_places.as_ref()?.iter().enumerate().for_each(|(channel, &place)| sources[place] = channel);
+        Permutation::new::<T>(self.isa, &sources, self.images.count * self.images.pixels)
+    }
+
+    /// The fastest way in NHWC, by what a pixel of one group costs in multiply-adds of outer products.
+    fn way<T: Element, M: Products<T>>(&self, permutation: Option<&Permutation>) -> Way {
+        let (k, m, lanes) = (self.group_in, self.group_out, lanes::<T>(self.isa));
+        if self.out_places.is_some() && permutation.is_none() {
+            return Way::Transposed;
         }
+        let per_group = |cost: f64| cost / self.groups as f64;
+        let permuted = permutation.map_or(0.0, |permutation| per_group(PERMUTED * permutation.windows() as f64));
+        let steps = k.div_ceil(M::TERMS);
+        let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64 + permuted;
+        let transposed = SHORT_ROWS * (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
+        let picks = self.in_places.is_none() && M::TERMS == 1 && picks::<T>(self.isa);
+        // (For few pixels the order of lanes takes longer than the products.)
+        if picks && self.images.count * self.images.pixels >= OUTER_TERMS {
+            let groups = SideBySide::new([self.groups, k, m], lanes).filter(|groups| {
+                PICKED * per_group((groups.vectors.len() * k) as f64) + permuted < outer.min(transposed)
+            });
+            if let Some(groups) = groups {
+                return Way::SideBySide(groups);
+            }
+        }
+        if outer > transposed {
+            return Way::Transposed;
+        }
+        self.outer_places(M::TERMS == 1).map_or(Way::Transposed, Way::Outer)
+    }
+
+    /// Where each group's first input channel stands in a pixel, and the distance to the next one, which is the same for all, and
+    /// 1 unless they may be `apart`.
+    fn outer_places(&self, apart: bool) -> Option<Vec<[usize; 2]>> {
+        let k = self.group_in;
         let Some(places) = &self.in_places else { return Some((0..self.groups).map(|g| [g * k, 1]).collect()) };
-        let place = |places: &[usize]| Some([places[0], constant_stride(places).filter(|&s| M::TERMS == 1 || s == 1)?]);
+        let place = |places: &[usize]| Some([places[0], constant_stride(places).filter(|&s| apart || s == 1)?]);
         places.chunks_exact(k).map(place).collect()
     }
 
-    /// How groups stand side by side in vectors, if they can and that is the faster way.
-    fn side_by_side<T: Element, M: Products<T>>(&self) -> Option<SideBySide> {
-        let permuted = self.in_places.is_some() || self.out_places.is_some();
-        if permuted || M::TERMS > 1 || !picks::<T>(self.isa) || self.images.count * self.images.pixels < OUTER_TERMS {
-            return None;
-        }
-        let (k, m, lanes) = (self.group_in, self.group_out, lanes::<T>(self.isa));
-        let groups = SideBySide::new([self.groups, k, m], lanes)?;
-        let cost = PICKED * (groups.vectors.len() * k) as f64 / self.groups as f64;
-        let [outer, transposed] = self.costs::<T, M>();
-        (cost < outer.min(transposed)).then_some(groups)
-    }
-
-    /// What a pixel of one group costs as outer products and over transposed rows, in multiply-adds of the former.
-    fn costs<T: Element, M: Products<T>>(&self) -> [f64; 2] {
-        let (k, m, lanes) = (self.group_in, self.group_out, lanes::<T>(self.isa));
-        let steps = k.div_ceil(M::TERMS);
-        let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64;
-        [outer, SHORT_ROWS * (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64]
+    /// Calls `body` for tiles of at most `tile` of this part's pixels, with where to write the first one's channels and how far
+    /// ahead to ask: the output itself or, with a permutation, memory from which they go there permuted.
+    fn tiles<T: Element>(
+        &self,
+        range: Range<usize>,
+        tile: usize,
+        permutation: Option<&Permutation>,
+        y: Shared<T>,
+        body: impl Fn(Range<usize>, (*mut T, usize), usize),
+    ) {
+        let c_out = self.groups * self.group_out;
+        let ahead = tile * c_out;
+        let to = |pixels: &Range<usize>| y.ptr().wrapping_add(pixels.start * c_out);
+        let Some(permutation) = permutation else {
+            return chunks(range, tile).for_each(|pixels| body(pixels.clone(), (to(&pixels), c_out), ahead));
+        };
+        // Pixels in whole cache lines.
+        let step = c_out.next_multiple_of(lanes::<T>(self.isa));
+        scratch::with(tile.min(range.len()) * step, |memory: &mut [T]| {
+            for pixels in chunks(range, tile) {
+                body(pixels.clone(), (memory.as_mut_ptr(), step), 0);
+                // SAFETY: memory holds these pixels; those of y are this task's own.
+                unsafe { permutation.run((memory.as_ptr(), step), to(&pixels), pixels.len(), [0, ahead]) };
+            }
+        });
     }
 
     /// NHWC, groups of few output channels: pixels as they are, several groups in a vector.
-    fn narrow<T: Element, M: Products<T>>(
+    fn side_by_side<T: Element, M: Products<T>>(
         &self,
         products: M,
         threads: usize,
@@ -336,6 +392,7 @@ impl Product {
         (weights, [group, out, input]): Weights<'_, T>,
         bias: Option<&[T]>,
         groups: &SideBySide,
+        permutation: Option<&Permutation>,
         y: Shared<T>,
     ) {
         let (c_in, c_out) = (self.images.channels, self.groups * self.group_out);
@@ -348,28 +405,28 @@ impl Product {
             let each = groups.weights() / groups.vectors.len();
             let packed = &*packed;
             parallel_for(threads, parts, |task| {
-                for range in chunks(part(pixels, parts, task), tile) {
+                self.tiles(part(pixels, parts, task), tile, permutation, y, |range, (y, y_step), ahead| {
                     for (vector, weights) in groups.vectors.iter().zip(packed.chunks_exact(each)) {
-                        // SAFETY: the pixels exist in x and y, with all channels; those of y are this task's own.
+                        // SAFETY: the pixels exist in x, with all channels, and where they are written.
                         self.isa.run(unsafe {
                             SideBySideRows {
                                 products,
                                 x: x.as_ptr().add(range.start * c_in),
                                 x_step: c_in,
-                                y: y.ptr().add(range.start * c_out + vector.columns.start),
-                                y_step: c_out,
+                                y: y.add(vector.columns.start),
+                                y_step,
                                 pixels: range.len(),
                                 columns: vector.columns.len(),
                                 sources: &groups.sources[vector.sources.clone()],
                                 index: groups.index(vector),
                                 weights,
                                 bias: bias.map(|bias| &bias[vector.columns.clone()]),
-                                ahead: [tile * c_in, tile * c_out],
+                                ahead: [tile * c_in, ahead],
                             }
                             .promise()
                         });
                     }
-                }
+                });
             });
         });
     }
@@ -383,6 +440,7 @@ impl Product {
         weight: Weights<'_, T>,
         bias: Option<&[T]>,
         places: &[[usize; 2]],
+        permutation: Option<&Permutation>,
         y: Shared<T>,
     ) {
         let (k, m) = (self.group_in, self.group_out);
@@ -398,17 +456,15 @@ impl Product {
             }
             let packed = &*packed;
             parallel_for(threads, parts, |task| {
-                let range = part(pixels, parts, task);
-                for start in range.clone().step_by(tile) {
+                self.tiles(part(pixels, parts, task), tile, permutation, y, |range, (y, y_step), ahead| {
                     for (g, &[first, distance]) in places.iter().enumerate() {
-                        // SAFETY: the pixels exist in x and y, with all of the group's channels; those of y are this
-                        // task's own.
+                        // SAFETY: the pixels exist in x, with all of the group's channels, and where they are written.
                         self.isa.run(unsafe {
                             OuterProducts {
                                 products,
-                                a: x.as_ptr().add(start * c_in + first),
+                                a: x.as_ptr().add(range.start * c_in + first),
                                 a_step: distance * M::TERMS,
-                                a_rows: &rows[..tile.min(range.end - start)],
+                                a_rows: &rows[..range.len()],
                                 // The next tile's pixels, a part of them for each group.
                                 a_ahead: tile * c_in - first + g * k * tile,
                                 b: packed.as_ptr().add(g * steps * m),
@@ -418,16 +474,16 @@ impl Product {
                                 columns: m,
                                 out: Pixels {
                                     products,
-                                    y: y.ptr().add(start * c_out + g * m),
-                                    row: c_out,
+                                    y: y.add(g * m),
+                                    row: y_step,
                                     bias: bias.map(|bias| &bias[g * m..][..m]),
-                                    ahead: tile * c_out,
+                                    ahead,
                                 },
                             }
                             .promise()
                         });
                     }
-                }
+                });
             });
         });
     }

@@ -114,6 +114,15 @@ fn pointwise_matches_the_reference() {
         (11, 49, 32, 32, 2, 16),
         (2, 523, 72, 12, 1, 1),
         (1, 523, 34, 102, 2, 3),
+        // Groups side by side in vectors: all that fit one, or pieces of each.
+        (1, 53, 24, 24, 8, 1),
+        (1, 50, 35, 35, 7, 1),
+        (1, 53, 108, 18, 6, 1),
+        (1, 53, 108, 18, 6, 3),
+        (1, 61, 63, 18, 3, 1),
+        (2, 40, 48, 16, 2, 8),
+        (1, 70, 96, 28, 4, 1),
+        (1, 49, 10, 90, 5, 1),
     ];
     for isa in Active::available() {
         for (count, pixels, c_in, c_out, groups, step) in shapes {
@@ -225,15 +234,24 @@ fn small_depthwise_matches_the_reference() {
 
 #[test]
 fn permuting_back_gives_the_input() {
-    for (order, channels, step) in [(Order::Nchw, 7, 3), (Order::Nhwc, 7, 3), (Order::Nhwc, 24, 4)] {
-        let images = Images { count: 2, pixels: 5, channels, order };
-        let x = random::<f32>(images.len(), 1);
+    fn check<T: Element>(isa: Active, order: Order, pixels: usize, channels: usize, step: usize) {
+        let images = Images { count: 2, pixels, channels, order };
+        let x = random::<T>(images.len(), 1);
         let sources = interleave_sources(channels, step);
-        let y = run(x.len(), |out| interleave::permute(&sources, images, &x, out));
-        for (n, p, c) in (0..2).flat_map(|n| (0..5).flat_map(move |p| (0..channels).map(move |c| (n, p, c)))) {
-            assert_eq!(y[place(images, n, p, c)], x[place(images, n, p, sources[c])]);
+        let y = run(x.len(), |out| interleave::permute(isa, &sources, images, &x, out));
+        for (n, p, c) in (0..2).flat_map(|n| (0..pixels).flat_map(move |p| (0..channels).map(move |c| (n, p, c)))) {
+            assert_eq!(y[place(images, n, p, c)], x[place(images, n, p, sources[c])], "{} {images:?}", isa.name());
         }
         let places = interleave_places(channels, step);
-        assert_eq!(run(x.len(), |out| interleave::permute(&places, images, &y, out)), x);
+        assert_eq!(run(x.len(), |out| interleave::permute(isa, &places, images, &y, out)), x);
+    }
+    for isa in Active::available() {
+        for (pixels, channels, step) in [(5, 7, 3), (5, 24, 4), (12, 7, 3), (13, 80, 4), (9, 90, 18), (8, 33, 2)] {
+            for order in [Order::Nchw, Order::Nhwc] {
+                check::<bf16>(isa, order, pixels, channels, step);
+                check::<f32>(isa, order, pixels, channels, step);
+                check::<f64>(isa, order, pixels, channels, step);
+            }
+        }
     }
 }
