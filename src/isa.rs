@@ -96,16 +96,16 @@ pub trait Isa: pulp::Simd {
         }
         picked
     }
-    /// Four values from each of these places behind `ptr` on, as many as fill a vector.
+    /// Four values from each of these places on, as many as fill a vector.
     ///
     /// # Safety
     /// They must be readable.
     #[inline(always)]
-    unsafe fn load_pieces_f32s(self, ptr: *const f32, places: &[usize; 4]) -> Self::f32s {
+    unsafe fn load_pieces_f32s(self, pieces: [*const f32; 4]) -> Self::f32s {
         let mut values = self.splat_f32s(0.0);
         for (i, value) in cast_slice_mut::<_, f32>(std::slice::from_mut(&mut values)).iter_mut().enumerate() {
             // SAFETY: the caller's promise.
-            *value = unsafe { *ptr.add(places[i / 4] + i % 4) };
+            *value = unsafe { pieces[i / 4].add(i % 4).read_unaligned() };
         }
         values
     }
@@ -181,6 +181,14 @@ pub trait Isa: pulp::Simd {
     #[inline(always)]
     unsafe fn pair_u16s(self, a: Self::u32s, b: Self::u32s) -> [Self::u32s; 2] {
         unreachable!("no instruction for {a:?} and {b:?}")
+    }
+    /// The 16-bit number of `values` at place `index`, modulo their number, for each 16 bits.
+    ///
+    /// # Safety
+    /// [`Active::bf16`] must be true.
+    #[inline(always)]
+    unsafe fn pick_u16s(self, values: Self::u32s, index: Self::u32s) -> Self::u32s {
+        unreachable!("no instruction for {values:?} and {index:?}")
     }
     /// `c` plus the products of the bfloat16 numbers in the lower halves of `a` and `b`, and in the upper ones; numbers too
     /// small to be normal are zero.
@@ -543,11 +551,11 @@ mod x86 {
             cast(unsafe { _mm256_permutevar8x32_ps(cast(values), cast(index)) })
         }
         #[inline(always)]
-        unsafe fn load_pieces_f32s(self, ptr: *const f32, &[a, b, ..]: &[usize; 4]) -> Self::f32s {
+        unsafe fn load_pieces_f32s(self, [a, b, ..]: [*const f32; 4]) -> Self::f32s {
             // SAFETY: the token proves AVX2; the values are readable, by the caller's promise.
             unsafe {
-                let low = _mm256_castps128_ps256(_mm_loadu_ps(ptr.add(a)));
-                cast(_mm256_insertf128_ps::<1>(low, _mm_loadu_ps(ptr.add(b))))
+                let low = _mm256_castps128_ps256(_mm_loadu_ps(a));
+                cast(_mm256_insertf128_ps::<1>(low, _mm_loadu_ps(b)))
             }
         }
         #[inline(always)]
@@ -659,14 +667,19 @@ mod x86 {
             cast(unsafe { _mm512_permutexvar_ps(cast(index), cast(values)) })
         }
         #[inline(always)]
-        unsafe fn load_pieces_f32s(self, ptr: *const f32, &[a, b, c, d]: &[usize; 4]) -> Self::f32s {
+        unsafe fn load_pieces_f32s(self, [a, b, c, d]: [*const f32; 4]) -> Self::f32s {
             // SAFETY: the token proves AVX-512; the values are readable, by the caller's promise.
             unsafe {
-                let low = _mm512_castps128_ps512(_mm_loadu_ps(ptr.add(a)));
-                let two = _mm512_insertf32x4::<1>(low, _mm_loadu_ps(ptr.add(b)));
-                let three = _mm512_insertf32x4::<2>(two, _mm_loadu_ps(ptr.add(c)));
-                cast(_mm512_insertf32x4::<3>(three, _mm_loadu_ps(ptr.add(d))))
+                let low = _mm512_castps128_ps512(_mm_loadu_ps(a));
+                let two = _mm512_insertf32x4::<1>(low, _mm_loadu_ps(b));
+                let three = _mm512_insertf32x4::<2>(two, _mm_loadu_ps(c));
+                cast(_mm512_insertf32x4::<3>(three, _mm_loadu_ps(d)))
             }
+        }
+        #[inline(always)]
+        unsafe fn pick_u16s(self, values: Self::u32s, index: Self::u32s) -> Self::u32s {
+            // SAFETY: the token proves AVX-512.
+            cast(unsafe { _mm512_permutexvar_epi16(cast(index), cast(values)) })
         }
         #[inline(always)]
         fn scale_f32s(self, a: Self::f32s, n: Self::f32s) -> Self::f32s {

@@ -107,6 +107,16 @@ impl Products<bf16> for Pairs {
         memory
     }
     #[inline(always)]
+    fn pick<I: Isa>(self, isa: I, values: I::f32s, index: I::u32s) -> I::f32s {
+        // SAFETY: to have `self` is to have the instructions.
+        isa.transmute_f32s_u32s(unsafe { isa.pick_u16s(isa.transmute_u32s_f32s(values), index) })
+    }
+    #[inline(always)]
+    unsafe fn load_pieces<I: Isa>(self, isa: I, pieces: [*const bf16; 4]) -> I::f32s {
+        // SAFETY: the caller's promise: as many bytes.
+        unsafe { isa.load_pieces_f32s(pieces.map(<*const bf16>::cast)) }
+    }
+    #[inline(always)]
     unsafe fn store_parts<I: Isa>(self, isa: I, ptr: *mut bf16, parts: [I::f32s; 2]) {
         // SAFETY: as above; to have `self` is to have the instructions.
         unsafe { ptr.cast::<I::u32s>().write_unaligned(isa.round_parts_bf16(parts)) };
@@ -247,11 +257,11 @@ impl Element for bf16 {
         unsafe { ptr.cast::<I::u32s>().write_unaligned(isa.or_u32s(rounded(isa, even), odd)) };
     }
     #[inline(always)]
-    unsafe fn load_pieces<I: Isa>(isa: I, ptr: *const Self, places: &[usize; 4]) -> I::f32s {
+    unsafe fn load_pieces<I: Isa>(isa: I, pieces: [*const Self; 4]) -> I::f32s {
         let mut values = [[Self::ZERO; 4]; 4];
-        for (to, &place) in values.iter_mut().zip(places).take(Self::lanes::<I>() / 4) {
+        for (to, piece) in values.iter_mut().zip(pieces).take(Self::lanes::<I>() / 4) {
             // SAFETY: the caller's promise.
-            *to = unsafe { ptr.add(place).cast::<[Self; 4]>().read_unaligned() };
+            *to = unsafe { piece.cast::<[Self; 4]>().read_unaligned() };
         }
         // SAFETY: a vector's values at most.
         unsafe { Self::load(isa, values.as_ptr().cast()) }

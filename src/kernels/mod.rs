@@ -155,11 +155,11 @@ pub trait Element:
     /// # Safety
     /// The selected values must be writable at `ptr`.
     unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: Self::Vector<I>);
-    /// Loads four values from each of these places on, as many as fill a vector: of types that [`Element::PICKS`].
+    /// Loads four values from each of these places on, as many as fill a vector: of types with [`Element::PICKS`].
     ///
     /// # Safety
-    /// They must be readable at these distances from `ptr`.
-    unsafe fn load_pieces<I: Isa>(isa: I, ptr: *const Self, places: &[usize; 4]) -> Self::Vector<I>;
+    /// They must be readable.
+    unsafe fn load_pieces<I: Isa>(isa: I, pieces: [*const Self; 4]) -> Self::Vector<I>;
     /// Loads part 0 or 1 of the values of two vectors: one half of them, in the order that is the fastest.
     ///
     /// # Safety
@@ -491,9 +491,9 @@ impl Element for f32 {
     wide_storage!(f32, transpose_f32, matrixmultiply::sgemm);
 
     #[inline(always)]
-    unsafe fn load_pieces<I: Isa>(isa: I, ptr: *const Self, places: &[usize; 4]) -> I::f32s {
+    unsafe fn load_pieces<I: Isa>(isa: I, pieces: [*const Self; 4]) -> I::f32s {
         // SAFETY: the caller's promise.
-        unsafe { isa.load_pieces_f32s(ptr, places) }
+        unsafe { isa.load_pieces_f32s(pieces) }
     }
 }
 
@@ -530,7 +530,7 @@ impl Element for f64 {
     fn pick_some<I: Isa>(_isa: I, _values: I::f64s, _index: I::u32s, _others: I::f64s) -> I::f64s {
         unreachable!("no instruction")
     }
-    unsafe fn load_pieces<I: Isa>(_isa: I, _ptr: *const Self, _places: &[usize; 4]) -> I::f64s {
+    unsafe fn load_pieces<I: Isa>(_isa: I, _pieces: [*const Self; 4]) -> I::f64s {
         unreachable!("no instruction")
     }
 }

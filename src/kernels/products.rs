@@ -56,6 +56,15 @@ pub trait Products<T: Element>: Copy + Send + Sync {
     /// # Safety
     /// They must be readable at `ptr`.
     unsafe fn splat<I: Isa>(self, isa: I, len: usize, ptr: *const T) -> T::Vector<I>;
+    /// For each lane, the values that one step multiplies, from [`Products::load_row`]'s or [`Products::load_pieces`]'s: places
+    /// modulo their number, the second one's in the upper half. For types with [`Element::PICKS`].
+    fn pick<I: Isa>(self, isa: I, values: T::Vector<I>, index: I::u32s) -> T::Vector<I>;
+    /// Four steps' neighbouring values from each of these places on, as many as fill a vector: for types with
+    /// [`Element::PICKS`].
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load_pieces<I: Isa>(self, isa: I, pieces: [*const T; 4]) -> T::Vector<I>;
     /// Packs rows of `len` values, a step's rows into one as [`Products::pack`] does: in the first places of `memory`, or
     /// where they are if they need not be packed.
     fn steps<'a>(self, isa: Active, rows: &'a [T], len: usize, memory: &'a mut [T::Wide]) -> &'a [T::Wide];
@@ -129,6 +138,15 @@ impl<T: Element> Products<T> for Single {
     unsafe fn splat<I: Isa>(self, isa: I, _len: usize, ptr: *const T) -> T::Vector<I> {
         // SAFETY: as above.
         T::splat(isa, unsafe { *ptr })
+    }
+    #[inline(always)]
+    fn pick<I: Isa>(self, isa: I, values: T::Vector<I>, index: I::u32s) -> T::Vector<I> {
+        T::pick(isa, values, index)
+    }
+    #[inline(always)]
+    unsafe fn load_pieces<I: Isa>(self, isa: I, pieces: [*const T; 4]) -> T::Vector<I> {
+        // SAFETY: as above.
+        unsafe { T::load_pieces(isa, pieces) }
     }
     fn steps<'a>(self, isa: Active, rows: &'a [T], _len: usize, memory: &'a mut [T::Wide]) -> &'a [T::Wide] {
         T::widened(isa, rows, memory)

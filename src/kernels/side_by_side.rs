@@ -19,7 +19,7 @@ use super::Element;
 use super::products::Products;
 use crate::isa::{Isa, Kernel};
 
-/// Channels of a [`Block::Pieces`]' piece.
+/// Steps' channels of a [`Block::Pieces`]' piece.
 pub const PIECE: usize = 4;
 /// The most pieces of a vector.
 pub const MAX_PIECES: usize = 4;
@@ -31,8 +31,8 @@ pub const MAX_STEPS: usize = 8;
 pub enum Block {
     /// So many neighbouring ones.
     Window(usize),
-    /// [`PIECE`] neighbouring ones from each of these places on, which count from the pixel's first channel; as many as fill a
-    /// vector.
+    /// [`PIECE`] steps' neighbouring ones from each of these places on, which count from the pixel's first channel; as many as
+    /// fill a vector.
     Pieces([usize; MAX_PIECES]),
 }
 
@@ -68,9 +68,9 @@ pub struct SideBySide<'a, T: Element, M> {
     pub columns: usize,
     /// Input channels in the order of steps.
     pub sources: &'a [Source],
-    /// For each step, for each lane, the place in the source's vector.
+    /// For each step, for each lane, the places in the source's vector, as [`Products::pick`] takes them.
     pub index: &'a [u32],
-    /// For each step, for each lane, the weight.
+    /// For each step, for each lane, the weights, packed by [`Products::pack`].
     pub weights: &'a [T::Wide],
     /// A value for each output channel.
     pub bias: Option<&'a [T]>,
@@ -119,17 +119,17 @@ impl<'a, T: Element, M: Products<T>> SideBySide<'a, T, M> {
                 let mut values = [T::splat(isa, T::default()); R];
                 match &source.block {
                     Block::Window(len) => {
-                        let mask = T::mask(isa, *len);
+                        let mask = M::mask(isa, *len);
                         let mut from = x.wrapping_add(source.first);
                         for value in &mut values {
-                            *value = T::load_masked(isa, mask, from);
+                            *value = self.products.load_row_masked(isa, mask, from);
                             from = from.wrapping_add(self.x_step);
                         }
                     }
                     Block::Pieces(places) => {
                         let mut from = x;
                         for value in &mut values {
-                            *value = T::load_pieces(isa, from, places);
+                            *value = self.products.load_pieces(isa, places.map(|place| from.wrapping_add(place)));
                             from = from.wrapping_add(self.x_step);
                         }
                     }
@@ -137,7 +137,7 @@ impl<'a, T: Element, M: Products<T>> SideBySide<'a, T, M> {
                 for _ in 0..source.steps {
                     let (places, weight) = (index.cast::<I::u32s>().read_unaligned(), T::load_wide(isa, weights));
                     for (sum, value) in sums.iter_mut().zip(values) {
-                        *sum = self.products.mul_add(isa, weight, T::pick(isa, value, places), *sum);
+                        *sum = self.products.mul_add(isa, weight, self.products.pick(isa, value, places), *sum);
                     }
                     (index, weights) = (index.add(lanes), weights.add(lanes));
                 }

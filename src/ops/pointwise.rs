@@ -331,11 +331,11 @@ impl Product {
         let steps = k.div_ceil(M::TERMS);
         let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64 + permuted;
         let transposed = SHORT_ROWS * (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
-        let picks = self.in_places.is_none() && M::TERMS == 1 && picks::<T>(self.isa);
+        let picks = self.in_places.is_none() && picks::<T>(self.isa);
         // (For few pixels the order of lanes takes longer than the products.)
         if picks && self.images.count * self.images.pixels >= OUTER_TERMS {
-            let groups = SideBySide::new([self.groups, k, m], lanes).filter(|groups| {
-                PICKED * per_group((groups.vectors.len() * k) as f64) + permuted < outer.min(transposed)
+            let groups = SideBySide::new([self.groups, k, m], lanes, M::TERMS).filter(|groups| {
+                PICKED * per_group((groups.vectors.len() * steps) as f64) + permuted < outer.min(transposed)
             });
             if let Some(groups) = groups {
                 return Way::SideBySide(groups);
@@ -401,7 +401,7 @@ impl Product {
         let tile = 2 * outer_tile::<T>(c_in + c_out);
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(OUTER_PIXELS)) };
         scratch::with(groups.weights(), |packed: &mut [T::Wide]| {
-            groups.pack(|g, o, i| weights[g * group + o * out + i * input], packed);
+            groups.pack(products, |g, o, i| weights[g * group + o * out + i * input], packed);
             let each = groups.weights() / groups.vectors.len();
             let packed = &*packed;
             parallel_for(threads, parts, |task| {
@@ -648,7 +648,7 @@ fn weight_grad<T: Element, M: Products<T>>(
     let by_output = contiguous && (k * m.div_ceil(lanes), k) < (m * k.div_ceil(lanes), m);
     let inputs = (0..k).collect();
     let side_by_side = (contiguous && group_parts == 1 && picks::<T>(isa))
-        .then(|| SideBySide::new([shape.groups, k.min(m), k.max(m)], lanes))
+        .then(|| SideBySide::new([shape.groups, k.min(m), k.max(m)], lanes, 1))
         .flatten()
         .filter(SideBySide::windows);
     let by_output = by_output && side_by_side.is_none();

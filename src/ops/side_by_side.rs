@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::kernels::products::Products;
 use crate::kernels::side_by_side::{Block, MAX_PIECES, MAX_STEPS, PIECE, Source};
 use crate::kernels::{Element, WideElement};
 
@@ -22,24 +23,29 @@ pub(super) struct SideBySide {
     k: usize,
     m: usize,
     lanes: usize,
+    /// Input channels that a step takes: 1 or 2.
+    terms: usize,
     pub vectors: Vec<Vector>,
     pub sources: Vec<Source>,
     index: Vec<u32>,
 }
 
 impl SideBySide {
-    /// Fills vectors of `lanes` lanes; nothing where groups do not fit. Output channels are contiguous, and so are input
-    /// channels.
-    pub fn new([groups, k, m]: [usize; 3], lanes: usize) -> Option<Self> {
+    /// Fills vectors of `lanes` lanes, a step taking `terms` input channels; nothing where groups do not fit. Output channels
+    /// are contiguous, and so are input channels.
+    pub fn new([groups, k, m]: [usize; 3], lanes: usize, terms: usize) -> Option<Self> {
         let pieces = (lanes / PIECE).min(MAX_PIECES);
-        let mut this = Self { k, m, lanes, vectors: Vec::new(), sources: Vec::new(), index: Vec::new() };
+        let mut this = Self { k, m, lanes, terms, vectors: Vec::new(), sources: Vec::new(), index: Vec::new() };
+        // Input channels of a vector. The second of a group's last step, if it has none, is one that is left out.
+        let odd = !k.is_multiple_of(terms);
+        let room = lanes * terms - usize::from(odd);
         let mut start = 0;
         while start < groups * m {
             let group = start / m;
             // As far as the groups' input channels fit one vector; or whole groups of which each has a piece or more.
-            let window = (start + lanes).min((group + lanes / k) * m);
+            let window = (start + lanes).min((group + room / k) * m);
             let side = (lanes / m).min(pieces);
-            let whole = if k >= PIECE && start.is_multiple_of(m) { start + side * m } else { 0 };
+            let whole = if k >= PIECE * terms && !odd && start.is_multiple_of(m) { start + side * m } else { 0 };
             let end = window.max(whole).min(groups * m);
             if end <= start {
                 return None;
@@ -49,10 +55,13 @@ impl SideBySide {
             let index = if window >= end {
                 let (first, len) = (group * k, groups.len() * k);
                 // Neighbouring vectors may pick from the same cache line.
-                let ask = this.sources.last().is_none_or(|last| last.first / lanes != first / lanes);
-                this.sources.push(Source { first, block: Block::Window(len), steps: k, ask });
-                let first: Vec<_> = (start..start + lanes).map(|c| ((c.min(end - 1) / m - group) * k) as u32).collect();
-                (0..k as u32).flat_map(|step| first.iter().map(move |first| first + step)).collect()
+                let ask =
+                    this.sources.last().is_none_or(|last| last.first / (lanes * terms) != first / (lanes * terms));
+                let steps = k.div_ceil(terms);
+                this.sources.push(Source { first, block: Block::Window(len), steps, ask });
+                let own: Vec<_> = (start..start + lanes).map(|c| (c.min(end - 1) / m - group) * k).collect();
+                let (this, own) = (&this, &own);
+                (0..steps).flat_map(|step| own.iter().map(move |own| this.places(own + step * terms, step))).collect()
             } else {
                 this.pieces(groups, pieces / side, side)
             };
@@ -66,27 +75,43 @@ impl SideBySide {
     /// Sources of `per_group` pieces from each of `side` groups, the last of them absent where `groups` are less; gives their
     /// indices.
     fn pieces(&mut self, groups: Range<usize>, per_group: usize, side: usize) -> Vec<u32> {
-        let Self { k, m, lanes, .. } = *self;
-        let taken = per_group * PIECE;
+        let Self { k, m, lanes, terms, .. } = *self;
+        let piece_len = PIECE * terms;
+        let taken = per_group * piece_len;
         let own: Vec<_> = (0..lanes).map(|lane| (lane / m).min(side - 1) * taken).collect();
         let mut index = Vec::with_capacity(k * lanes);
         for (line, start) in (0..k).step_by(taken).enumerate() {
             // The last pieces end where the group ends.
-            let place = |piece: usize| (start + piece * PIECE).min(k - PIECE);
+            let place = |piece: usize| (start + piece * piece_len).min(k - piece_len);
             let places = std::array::from_fn(|i| {
                 let group = (groups.start + i / per_group).min(groups.end - 1);
                 group * k + place(i % per_group)
             });
-            let steps = taken.min(k - start);
-            let first = groups.start * k + line * lanes;
+            let steps = taken.min(k - start) / terms;
+            let first = groups.start * k + line * lanes * terms;
             self.sources.push(Source { first, block: Block::Pieces(places), steps, ask: true });
             for step in 0..steps {
                 let piece = step / PIECE;
-                let at = piece * PIECE + start + step - place(piece);
-                index.extend(own.iter().map(|own| (own + at) as u32));
+                let at = piece * piece_len + start + step * terms - place(piece);
+                index.extend(own.iter().map(|own| self.places(own + at, step)));
             }
         }
         index
+    }
+
+    /// What one lane picks in a step, from `place` on.
+    fn places(&self, place: usize, step: usize) -> u32 {
+        match self.terms {
+            1 => place as u32,
+            // Beyond the window, where there are zeros.
+            _ if (step + 1) * self.terms > self.k => place as u32 | (2 * self.lanes as u32 - 1) << 16,
+            _ => place as u32 | (place as u32 + 1) << 16,
+        }
+    }
+
+    /// Vectors of weights and of indices that a vector of output channels needs.
+    fn steps(&self) -> usize {
+        self.k.div_ceil(self.terms)
     }
 
     /// The place of indices, which the vector before may have too.
@@ -99,22 +124,29 @@ impl SideBySide {
 
     /// A vector's indices.
     pub fn index(&self, vector: &Vector) -> &[u32] {
-        &self.index[vector.index..][..self.k * self.lanes]
+        &self.index[vector.index..][..self.steps() * self.lanes]
     }
 
     /// How many weights [`SideBySide::pack`] writes.
     pub fn weights(&self) -> usize {
-        self.vectors.len() * self.k * self.lanes
+        self.vectors.len() * self.steps() * self.lanes
     }
 
     /// Each vector's weights for each step; those of group `g`, output channel `o` and input channel `i` are
     /// `weight(g, o, i)`.
-    pub fn pack<T: Element>(&self, weight: impl Fn(usize, usize, usize) -> T, packed: &mut [T::Wide]) {
+    pub fn pack<T: Element, M: Products<T>>(
+        &self,
+        products: M,
+        weight: impl Fn(usize, usize, usize) -> T,
+        packed: &mut [T::Wide],
+    ) {
         packed.fill(T::Wide::default());
-        for (vector, packed) in self.vectors.iter().zip(packed.chunks_exact_mut(self.k * self.lanes)) {
+        for (vector, packed) in self.vectors.iter().zip(packed.chunks_exact_mut(self.steps() * self.lanes)) {
             for (lane, [g, o]) in self.channels(vector).enumerate() {
-                for (i, packed) in packed[lane..].iter_mut().step_by(self.lanes).enumerate() {
-                    *packed = weight(g, o, i).widen();
+                for (step, packed) in packed[lane..].iter_mut().step_by(self.lanes).enumerate() {
+                    let i = step * M::TERMS;
+                    let second = M::TERMS > 1 && i + 1 < self.k;
+                    *packed = products.pack(weight(g, o, i), second.then(|| weight(g, o, i + 1)));
                 }
             }
         }
@@ -135,7 +167,7 @@ impl SideBySide {
     /// each group.
     pub fn unpack<T: WideElement>(&self, sums: &[T], by_input: bool, to: &mut [T]) {
         let [input, output] = if by_input { [self.m, 1] } else { [1, self.k] };
-        for (vector, sums) in self.vectors.iter().zip(sums.chunks_exact(self.k * self.lanes)) {
+        for (vector, sums) in self.vectors.iter().zip(sums.chunks_exact(self.steps() * self.lanes)) {
             for (lane, [g, o]) in self.channels(vector).enumerate() {
                 for (i, &sum) in sums[lane..].iter().step_by(self.lanes).enumerate() {
                     to[g * self.m * self.k + i * input + o * output] = sum;
