@@ -6,7 +6,6 @@ pub(crate) mod phases;
 pub(crate) mod planes;
 pub mod pointwise;
 pub(crate) mod row_products;
-mod side_by_side;
 #[cfg(test)]
 mod tests;
 mod windows;

@@ -163,15 +163,13 @@ impl SideBySide {
         self.k <= MAX_STEPS && self.sources.iter().all(|source| matches!(source.block, Block::Window(_)))
     }
 
-    /// Writes sums, a vector for each vector's steps, to `[output channel][input channel]`, or the other way round within
-    /// each group.
-    pub fn unpack<T: WideElement>(&self, sums: &[T], by_input: bool, to: &mut [T]) {
+    /// Calls `write` with a vector's sums, of which there are as many as weights, and their places: `[output channel][input
+    /// channel]`, or the other way round within each group.
+    pub fn unpack<T: WideElement>(&self, vector: &Vector, sums: &[T], by_input: bool, write: impl Fn(usize, T)) {
         let [input, output] = if by_input { [self.m, 1] } else { [1, self.k] };
-        for (vector, sums) in self.vectors.iter().zip(sums.chunks_exact(self.steps() * self.lanes)) {
-            for (lane, [g, o]) in self.channels(vector).enumerate() {
-                for (i, &sum) in sums[lane..].iter().step_by(self.lanes).enumerate() {
-                    to[g * self.m * self.k + i * input + o * output] = sum;
-                }
+        for (lane, [g, o]) in self.channels(vector).enumerate() {
+            for (i, &sum) in sums[lane..].iter().step_by(self.lanes).enumerate() {
+                write(g * self.m * self.k + i * input + o * output, sum);
             }
         }
     }
