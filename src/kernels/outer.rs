@@ -310,8 +310,8 @@ impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
             let next = self.a_rows.get(row + R).map_or(self.a_ahead, |next| next.wrapping_sub(rows[0]));
             let (mut a, mut b, mut t) = (self.a, self.b.add(column), 0);
             // (Pixels beside several vectors: 3 % slower.)
-            let unrolled = S::VALUES == Values::Planes || S::VALUES == Values::Pixels && V == 1;
-            let neighbours = unrolled && self.a_step == M::TERMS;
+            let several = S::VALUES == Values::Planes || S::VALUES == Values::Pixels && V == 1;
+            let neighbours = several && self.a_step == M::TERMS;
             while t < self.terms {
                 let unrolled = neighbours && t + STEPS * M::TERMS <= self.terms;
                 match S::VALUES {

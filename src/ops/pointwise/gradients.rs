@@ -19,7 +19,7 @@ use crate::pool::{chunks, parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Images, Order, Pointwise, interleave_places};
 
-/// Pixels of such a tile in the weight gradient, at least: its sums go through memory once a tile.
+/// Pixels of a tile of a weight gradient in NHWC, at least: its sums go through memory once a tile.
 const OUTER_TERMS: usize = 48;
 /// Multiply-adds of outer products that take as long as one of values picked for groups side by side. (64 images, two threads of
 /// an AMD EPYC: 24 channels of 31 x 31 to 24 in 8 groups take 0.10 ms so, 0.28 otherwise; 144 to 24 0.50 and 0.56; 480 to 112 of 16
@@ -141,6 +141,9 @@ fn weight_grad<T: Element, M: Products<T>>(
     }
 }
 
+/// Pixels' values, packed as steps, the distance of steps and how far ahead to ask.
+type Values<'a, T> = (&'a [<T as Element>::Wide], usize, usize);
+
 struct WeightGrad<'a, T, M> {
     isa: Active,
     products: M,
@@ -214,8 +217,20 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
     /// NHWC: adds pixels `range` of all images to the sums of `groups`.
     fn pixels(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T::Wide]) {
         let (k, m) = (self.shape.group_in(), self.shape.group_out());
+        let tile = outer_tile::<T::Wide>(self.shape.in_channels + self.shape.out_channels).max(OUTER_TERMS);
+        self.tiles(range, tile, |(x, x_step, x_ahead), grad, terms| {
+            for (g, sums) in groups.clone().zip(sums.chunks_exact_mut(m * k)) {
+                let x = (&x[g * k..], x_step, x_ahead);
+                // SAFETY: the pixels exist in x and grad_output, with all of the group's channels, which follow each other
+                // where they are the columns.
+                unsafe { self.outer(x, grad, &self.places[g * m..][..m], terms, sums) };
+            }
+        });
+    }
+
+    /// Calls `body` for tiles of pixels `range`, with the values of `x` and of `grad_output` there and the number of pixels.
+    fn tiles(&self, range: Range<usize>, tile: usize, mut body: impl FnMut(Values<'_, T>, Values<'_, T>, usize)) {
         let channels @ [c_in, c_out] = [self.shape.in_channels, self.shape.out_channels];
-        let tile = outer_tile::<T::Wide>(c_in + c_out).max(OUTER_TERMS);
         let sizes = channels.map(|channels| tile / M::TERMS * channels);
         // Copies are in a cache.
         let copied = size_of::<T>() < size_of::<T::Wide>();
@@ -227,12 +242,7 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                 let [x_memory, grad_memory] = cut(memory, sizes);
                 let x = self.products.steps(self.isa, x, c_in, x_memory);
                 let grad = self.products.steps(self.isa, grad, c_out, grad_memory);
-                for (g, sums) in groups.clone().zip(sums.chunks_exact_mut(m * k)) {
-                    let (x, grad) = ((&x[g * k..], c_in, ahead[0]), (grad, c_out, ahead[1]));
-                    // SAFETY: the pixels exist in x and grad_output, with all of the group's channels, which follow each
-                    // other where they are the columns.
-                    unsafe { self.outer(x, grad, &self.places[g * m..][..m], pixels.len(), sums) };
-                }
+                body((x, c_in, ahead[0]), (grad, c_out, ahead[1]), pixels.len());
             });
         }
     }
@@ -246,55 +256,45 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
         range: Range<usize>,
         write: impl Fn(usize, T::Wide),
     ) {
-        let channels @ [c_in, c_out] = [self.shape.in_channels, self.shape.out_channels];
-        let tile = (2 * outer_tile::<T::Wide>(c_in + c_out)).max(OUTER_TERMS);
-        let sizes = channels.map(|channels| tile / M::TERMS * channels);
-        let copied = size_of::<T>() < size_of::<T::Wide>();
-        let ahead = channels.map(|channels| if copied { 0 } else { tile * channels });
+        let tile = 2 * outer_tile::<T::Wide>(self.shape.in_channels + self.shape.out_channels);
+        let tile = tile.max(OUTER_TERMS);
         // Vectors are of the side that has more channels.
         let by_input = self.shape.group_in() > self.shape.group_out();
         let each = groups.weights() / groups.vectors.len();
         let vectors = &groups.vectors[vectors];
         scratch::with(vectors.len() * each, |totals: &mut [T::Wide]| {
             totals.fill(T::Wide::default());
-            for pixels in chunks(range, tile) {
-                let [x, grad] = [(self.x, c_in), (self.grad_output, c_out)]
-                    .map(|(values, channels)| &values[pixels.start * channels..pixels.end * channels]);
-                scratch::with(sizes.iter().sum(), |memory: &mut [T::Wide]| {
-                    let [x_memory, grad_memory] = cut(memory, sizes);
-                    let x = (self.products.steps(self.isa, x, c_in, x_memory), c_in, ahead[0]);
-                    let grad = (self.products.steps(self.isa, grad, c_out, grad_memory), c_out, ahead[1]);
-                    let ((a, a_step, a_ahead), (b, b_step, b_ahead)) = if by_input { (grad, x) } else { (x, grad) };
-                    for (vector, sums) in vectors.iter().zip(totals.chunks_exact_mut(each)) {
-                        let Source { first, block, ask, .. } = groups.sources[vector.sources.start];
-                        let Block::Window(len) = block else { unreachable!("chosen for windows only") };
-                        // SAFETY: all pixels have the channels.
-                        self.isa.run(unsafe {
-                            SideBySideSums::<T, M> {
-                                products: self.products,
-                                a: (a.as_ptr().add(first), len),
-                                a_step,
-                                a_ahead: if ask { a_ahead } else { 0 },
-                                b: (b.as_ptr().add(vector.columns.start), vector.columns.len()),
-                                b_step,
-                                b_ahead,
-                                terms: pixels.len(),
-                                index: groups.index(vector),
-                                sums,
-                            }
-                            .promise()
-                        });
-                    }
-                });
-            }
+            self.tiles(range, tile, |x, grad, terms| {
+                let ((a, a_step, a_ahead), (b, b_step, b_ahead)) = if by_input { (grad, x) } else { (x, grad) };
+                for (vector, sums) in vectors.iter().zip(totals.chunks_exact_mut(each)) {
+                    let Source { first, block, ask, .. } = groups.sources[vector.sources.start];
+                    let Block::Window(len) = block else { unreachable!("chosen for windows only") };
+                    // SAFETY: all pixels have the channels.
+                    self.isa.run(unsafe {
+                        SideBySideSums::<T, M> {
+                            products: self.products,
+                            a: (a.as_ptr().add(first), len),
+                            a_step,
+                            a_ahead: if ask { a_ahead } else { 0 },
+                            b: (b.as_ptr().add(vector.columns.start), vector.columns.len()),
+                            b_step,
+                            b_ahead,
+                            terms,
+                            index: groups.index(vector),
+                            sums,
+                        }
+                        .promise()
+                    });
+                }
+            });
             for (vector, sums) in vectors.iter().zip(totals.chunks_exact(each)) {
                 groups.unpack(vector, sums, by_input, &write);
             }
         });
     }
 
-    /// Adds a group's products over `terms` pixels to its sums; of `x`, which starts with its channels, and `grad`, where
-    /// they stand at `places`, come the values, the distance of pixels and how far ahead to ask.
+    /// Adds a group's products over `terms` pixels to its sums, of `x`, which starts with its channels, and `grad`, where they
+    /// stand at `places`.
     ///
     /// # Safety
     /// The pixels must have the group's channels, which must follow each other where they are the columns.
@@ -302,8 +302,8 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
     #[inline(always)]
     unsafe fn outer(
         &self,
-        x: (&[T::Wide], usize, usize),
-        grad: (&[T::Wide], usize, usize),
+        x: Values<'_, T>,
+        grad: Values<'_, T>,
         places: &[usize],
         terms: usize,
         sums: &mut [T::Wide],

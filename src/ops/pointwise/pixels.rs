@@ -78,8 +78,9 @@ impl Product {
 
     /// The permutation of the output's channels, if there is one and it has instructions.
     fn permutation<T: Element>(&self) -> Option<Permutation> {
-        let mut sources = vec![0; self.groups * self.group_out];
-        self.out_places.as_ref()?.iter().enumerate().for_each(|(channel, &place)| sources[place] = channel);
+        let places = self.out_places.as_ref()?;
+        let mut sources = vec![0; places.len()];
+        places.iter().enumerate().for_each(|(channel, &place)| sources[place] = channel);
         Permutation::new::<T>(self.isa, &sources, self.images.count * self.images.pixels)
     }
 
