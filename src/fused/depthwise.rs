@@ -141,6 +141,6 @@ impl<T: WideElement> Tape<'_, '_, T> {
                 taps.places().for_each(|(tap, place)| weight_sums[tap] = tap_sums[place]);
             });
         });
-        self.write_weights(conv, parts, &partial, &bias);
+        self.write_weights(conv, parts, &mut partial, &bias);
     }
 }

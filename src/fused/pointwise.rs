@@ -9,8 +9,8 @@ use crate::kernels::WideElement;
 use crate::kernels::pointwise::{ConvHeight, ConvRows, Rows, Start};
 use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
-use crate::ops::Shared;
 use crate::ops::row_products::RowProducts;
+use crate::ops::{Shared, add_parts};
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 
@@ -268,24 +268,19 @@ impl<T: WideElement> Tape<'_, '_, T> {
                 products.finish(products_sums, weight_sums);
             });
         });
-        self.write_weights(conv, parts, &partial, &bias);
+        self.write_weights(conv, parts, &mut partial, &bias);
     }
 
     /// Adds up the parts of a convolution's gradients, `[part][group][output][input][tap]` and `[part][output channel]`.
-    pub(super) fn write_weights(&self, conv: &Conv, parts: usize, partial: &[T], bias: &[f64]) {
+    pub(super) fn write_weights(&self, conv: &Conv, parts: usize, partial: &mut [T], bias: &[f64]) {
         let Conv { groups, group_in, group_out, .. } = *conv;
-        let len = conv.weights();
         // SAFETY: the places of this convolution's parameters.
         let write = |place: usize, value: T| unsafe { self.grad_parameters.ptr().add(place).write(value) };
-        let mut index = 0;
-        for (g, o) in (0..groups).flat_map(|g| (0..group_out).map(move |o| (g, o))) {
-            for i in 0..group_in {
-                for tap in 0..conv.taps() {
-                    let sum = partial[index..].iter().step_by(len).fold(T::default(), |sum, &part| sum + part);
-                    write(conv.weight + conv.index(g, o, i, tap), sum);
-                    index += 1;
-                }
-            }
+        let channels = (0..groups).flat_map(|g| (0..group_out).map(move |o| (g, o)));
+        let inputs = (0..group_in).flat_map(|i| (0..conv.taps()).map(move |tap| (i, tap)));
+        let places = channels.flat_map(|(g, o)| inputs.clone().map(move |(i, tap)| conv.index(g, o, i, tap)));
+        for (place, &sum) in places.zip(add_parts(partial, conv.weights())) {
+            write(conv.weight + place, sum);
         }
         if let Some(place) = conv.bias {
             for o in 0..groups * group_out {

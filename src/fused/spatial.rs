@@ -264,7 +264,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                 products.finish(products_sums, weight_sums);
             });
         });
-        self.write_weights(conv, parts, &partial, &bias);
+        self.write_weights(conv, parts, &mut partial, &bias);
     }
 
     /// The gradient by the planes of some images of all of a group's input channels, from the group's planes of the

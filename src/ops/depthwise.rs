@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::phases::Phase;
 use super::planes::{PlaneConv, Taps};
 use super::windows::Windows;
-use super::{Shared, estimate};
+use super::{Shared, add_parts, estimate};
 use crate::isa::Active;
 use crate::kernels::pointwise::{SumSlots, slot};
 use crate::kernels::windows::{WindowConv, WindowSums};
@@ -222,10 +222,7 @@ pub fn grad_weight<T: Element>(
                 let sums = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(task * len), len) };
                 grad.pixels(&windows, part(bands, parts, task), sums);
             });
-            let (sums, rest) = partial.split_at_mut(len);
-            for part in rest.chunks_exact(len) {
-                sums.iter_mut().zip(part).for_each(|(sum, &part)| *sum += part);
-            }
+            let sums = add_parts(&mut partial, len);
             for (tap, c) in (0..taps).flat_map(|tap| (0..shape.channels).map(move |c| (tap, c))) {
                 grad_weight[shape.weight_index(c, tap)].write(T::narrow(sums[tap * shape.channels + c]));
             }

@@ -12,6 +12,8 @@ mod windows;
 
 use std::mem::MaybeUninit;
 
+use crate::kernels::WideElement;
+
 /// A pointer that tasks share; each writes its own part.
 pub(crate) struct Shared<T>(pub(crate) *mut T);
 
@@ -43,6 +45,15 @@ impl<T> Shared<T> {
     pub(crate) fn ptr(self) -> *mut T {
         self.0
     }
+}
+
+/// Adds up sets of `len` partial sums, in their order, in the place of the first set.
+pub(crate) fn add_parts<T: WideElement>(partial: &mut [T], len: usize) -> &[T] {
+    let (sums, rest) = partial.split_at_mut(len);
+    for part in rest.chunks_exact(len.max(1)) {
+        sums.iter_mut().zip(part).for_each(|(sum, &part)| *sum += part);
+    }
+    sums
 }
 
 /// The nanoseconds that one core needs for this many multiply-adds and bytes, roughly: what decides whether threads

@@ -11,10 +11,10 @@ use crate::kernels::outer::{OuterProducts, Totals};
 use crate::kernels::pointwise::{Rows, SumColumns};
 use crate::kernels::products::{Products, Single};
 use crate::kernels::rows::Sum;
-use crate::kernels::side_by_side::{Block, SideBySideSums, Source};
+use crate::kernels::side_by_side::{Block, MAX_STEPS, SideBySideSums, Source};
 use crate::kernels::{Element, lanes, picks};
 use crate::ops::row_products::RowProducts;
-use crate::ops::{Shared, estimate};
+use crate::ops::{Shared, add_parts, estimate};
 use crate::pool::{chunks, parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Images, Order, Pointwise, interleave_places};
@@ -97,7 +97,8 @@ fn weight_grad<T: Element, M: Products<T>>(
     let contiguous = !planes && shape.out_places().is_none();
     let by_output = contiguous && (k * m.div_ceil(lanes), k) < (m * k.div_ceil(lanes), m);
     let inputs = (0..k).collect();
-    let side_by_side = (contiguous && picks::<T>(isa) && images.count * images.pixels >= DOT_TILE)
+    let fits = k.min(m) <= MAX_STEPS && images.count * images.pixels >= DOT_TILE;
+    let side_by_side = (contiguous && fits && picks::<T>(isa))
         .then(|| SideBySide::new([shape.groups, k.min(m), k.max(m)], lanes, 1))
         .flatten()
         .filter(|groups| {
@@ -130,13 +131,14 @@ fn weight_grad<T: Element, M: Products<T>>(
             grad.pixels(groups, part(images.count * images.pixels, parts, task), sums);
         }
     });
+    let sums = add_parts(&mut partial, shape.weights());
     let [group, out, input] = shape.weight_steps();
     let [o_step, i_step] = if by_output { [1, m] } else { [k, 1] };
-    for (g, o) in (0..shape.groups).flat_map(|g| (0..m).map(move |o| (g, o))) {
-        for i in 0..k {
-            let sums = partial[g * m * k + o * o_step + i * i_step..].iter().step_by(shape.weights());
-            let sum = sums.fold(T::Wide::default(), |sum, &part| sum + part);
-            grad_weight[g * group + o * out + i * input].write(T::narrow(sum));
+    for (g, sums) in sums.chunks_exact(m * k).enumerate() {
+        for o in 0..m {
+            for i in 0..k {
+                grad_weight[g * group + o * out + i * input].write(T::narrow(sums[o * o_step + i * i_step]));
+            }
         }
     }
 }

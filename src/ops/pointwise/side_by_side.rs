@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::kernels::products::Products;
-use crate::kernels::side_by_side::{Block, MAX_PIECES, MAX_STEPS, PIECE, Source};
+use crate::kernels::side_by_side::{Block, MAX_PIECES, PIECE, Source};
 use crate::kernels::{Element, WideElement};
 
 /// One vector of output channels.
@@ -158,9 +158,9 @@ impl SideBySide {
         (start / m..).flat_map(move |g| (0..m).map(move |o| [g, o])).skip(start % m).take(vector.columns.len())
     }
 
-    /// Whether weight gradients can be computed so: all sources are windows.
+    /// Whether all sources are windows, as weight gradients need them, with few steps.
     pub fn windows(&self) -> bool {
-        self.k <= MAX_STEPS && self.sources.iter().all(|source| matches!(source.block, Block::Window(_)))
+        self.sources.iter().all(|source| matches!(source.block, Block::Window(_)))
     }
 
     /// Calls `write` with a vector's sums, of which there are as many as weights, and their places: `[output channel][input
