@@ -267,9 +267,15 @@ impl Element for bf16 {
         unsafe { Self::load(isa, values.as_ptr().cast()) }
     }
     #[inline(always)]
-    unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize) {
+    unsafe fn transpose<I: Isa, const R: usize, const C: usize>(
+        isa: I,
+        src: *const Self,
+        src_stride: usize,
+        dst: *mut Self,
+        dst_stride: usize,
+    ) {
         // SAFETY: the caller's promise.
-        unsafe { isa.transpose_u16(src.cast(), src_stride, dst.cast(), dst_stride) }
+        unsafe { isa.transpose_u16::<R, C>(src.cast(), src_stride, dst.cast(), dst_stride) }
     }
     unsafe fn gemm(
         isa: Active,

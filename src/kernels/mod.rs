@@ -119,8 +119,14 @@ pub trait Element:
     fn zip<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> [Self::Vector<I>; 2];
     /// The value at place `index`, below the number of lanes, for each lane: of numbers of 32 bits.
     fn pick<I: Isa>(isa: I, values: Self::Vector<I>, index: I::u32s) -> Self::Vector<I>;
-    /// As [`Element::pick`], but what `others` holds where the index is not below the number of lanes.
-    fn pick_some<I: Isa>(isa: I, values: Self::Vector<I>, index: I::u32s, others: Self::Vector<I>) -> Self::Vector<I>;
+    /// As [`Element::pick`], from two vectors, whose places follow each other; what `others` holds where the index is not
+    /// below their number.
+    fn pick_two<I: Isa>(
+        isa: I,
+        values: [Self::Vector<I>; 2],
+        index: I::u32s,
+        others: Self::Vector<I>,
+    ) -> Self::Vector<I>;
     /// The sum of a vector's values.
     fn sum<I: Isa>(isa: I, a: Self::Vector<I>) -> Self::Wide;
     /// Selects the first `len` values.
@@ -190,11 +196,17 @@ pub trait Element:
     /// # Safety
     /// As for that.
     unsafe fn store_wide_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self::Wide, value: Self::Vector<I>);
-    /// Transposes a block of 8 x 8 values.
+    /// Transposes a block of `R` rows of `C` values, 4 or 8 each.
     ///
     /// # Safety
     /// As for [`Isa::transpose_f32`].
-    unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize);
+    unsafe fn transpose<I: Isa, const R: usize, const C: usize>(
+        isa: I,
+        src: *const Self,
+        src_stride: usize,
+        dst: *mut Self,
+        dst_stride: usize,
+    );
     /// `c += a * b` for matrices of `[m, k, n]` with strides `(row, column)`: matrixmultiply's GEMM, which chooses the
     /// instruction set itself; `isa` is for what is to be widened before.
     ///
@@ -381,9 +393,9 @@ macro_rules! f32_vectors {
             isa.pick_f32s(values, index)
         }
         #[inline(always)]
-        fn pick_some<I: Isa>(isa: I, values: I::f32s, index: I::u32s, others: I::f32s) -> I::f32s {
-            let picked = isa.less_than_u32s(index, isa.splat_u32s(Self::lanes::<I>() as u32));
-            isa.select_f32s(picked, isa.pick_f32s(values, index), others)
+        fn pick_two<I: Isa>(isa: I, values: [I::f32s; 2], index: I::u32s, others: I::f32s) -> I::f32s {
+            let picked = isa.less_than_u32s(index, isa.splat_u32s(2 * Self::lanes::<I>() as u32));
+            isa.select_f32s(picked, isa.pick_two_f32s(values, index), others)
         }
     };
 }
@@ -452,9 +464,15 @@ macro_rules! wide_storage {
             }
         }
         #[inline(always)]
-        unsafe fn transpose<I: Isa>(isa: I, src: *const Self, src_stride: usize, dst: *mut Self, dst_stride: usize) {
+        unsafe fn transpose<I: Isa, const R: usize, const C: usize>(
+            isa: I,
+            src: *const Self,
+            src_stride: usize,
+            dst: *mut Self,
+            dst_stride: usize,
+        ) {
             // SAFETY: the caller's promise.
-            unsafe { isa.$transpose(src, src_stride, dst, dst_stride) }
+            unsafe { isa.$transpose::<R, C>(src, src_stride, dst, dst_stride) }
         }
         unsafe fn gemm(
             _isa: Active,
@@ -527,7 +545,7 @@ impl Element for f64 {
     fn pick<I: Isa>(_isa: I, _values: I::f64s, _index: I::u32s) -> I::f64s {
         unreachable!("no instruction")
     }
-    fn pick_some<I: Isa>(_isa: I, _values: I::f64s, _index: I::u32s, _others: I::f64s) -> I::f64s {
+    fn pick_two<I: Isa>(_isa: I, _values: [I::f64s; 2], _index: I::u32s, _others: I::f64s) -> I::f64s {
         unreachable!("no instruction")
     }
     unsafe fn load_pieces<I: Isa>(_isa: I, _pieces: [*const Self; 4]) -> I::f64s {

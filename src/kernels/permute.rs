@@ -1,7 +1,11 @@
-//! Permutation of each pixel's channels in NHWC memory, a vector at a time.
+//! Permutation of each pixel's channels in NHWC memory: any one a vector at a time, transposition in blocks.
 
 use super::Element;
+use super::transpose::Transpose;
 use crate::isa::{Isa, Kernel};
+
+/// The index of lanes that a pair of windows has nothing for.
+pub const NOWHERE: u32 = u32::MAX;
 
 /// Neighbouring channels of which some go to a vector.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -12,8 +16,9 @@ pub struct Window {
     pub len: usize,
 }
 
-/// `y[p][lane] = x[p][window.first + index[window][lane]]` for one vector of channels, of the one window in which a lane's index
-/// is below [`PermuteChannels::NOWHERE`].
+/// `y[p][lane] = x[p][place]` for one vector of channels, whose places are in pairs of windows: a lane's index there is the
+/// place's distance from the start of the first one, or, beyond a vector's lanes, of the second one, and
+/// [`NOWHERE`] in other pairs.
 pub struct PermuteChannels<'a, T> {
     /// The first pixel's channels.
     pub x: *const T,
@@ -26,8 +31,8 @@ pub struct PermuteChannels<'a, T> {
     /// Number of channels.
     pub columns: usize,
     /// Where they come from.
-    pub windows: &'a [Window],
-    /// For each window, for each lane, the place there.
+    pub windows: &'a [[Window; 2]],
+    /// For each pair of windows, for each lane, the place there.
     pub index: &'a [u32],
     /// Distances from what is read and written to what is asked for meanwhile; 0 where that is in a cache.
     pub ahead: [usize; 2],
@@ -37,9 +42,6 @@ pub struct PermuteChannels<'a, T> {
 pub struct CheckedPermuteChannels<'a, T>(PermuteChannels<'a, T>);
 
 impl<'a, T: Element> PermuteChannels<'a, T> {
-    /// The index of lanes that a window has nothing for.
-    pub const NOWHERE: u32 = u32::MAX;
-
     /// Turns the description into a kernel.
     ///
     /// # Safety
@@ -56,17 +58,20 @@ impl<'a, T: Element> PermuteChannels<'a, T> {
     unsafe fn tile<I: Isa, const R: usize>(&self, isa: I, x: *const T, y: *mut T) {
         let mut values = [T::splat(isa, T::default()); R];
         let mut index = self.index.as_ptr();
-        // SAFETY: the caller's promise; there are a vector's indices for each window.
+        // SAFETY: the caller's promise; there are a vector's indices for each pair of windows.
         unsafe {
-            for window in self.windows {
-                let (places, mask) = (index.cast::<I::u32s>().read_unaligned(), T::mask(isa, window.len));
-                let mut from = x.wrapping_add(window.first);
+            for windows in self.windows {
+                let places = index.cast::<I::u32s>().read_unaligned();
+                let [a_mask, b_mask] = windows.map(|window| T::mask(isa, window.len));
+                let [mut a, mut b] = windows.map(|window| x.wrapping_add(window.first));
                 for value in &mut values {
                     if self.ahead[0] > 0 {
-                        isa.prefetch_far(from.wrapping_add(self.ahead[0]));
+                        isa.prefetch_far(a.wrapping_add(self.ahead[0]));
+                        isa.prefetch_far(b.wrapping_add(self.ahead[0]));
                     }
-                    *value = T::pick_some(isa, T::load_masked(isa, mask, from), places, *value);
-                    from = from.wrapping_add(self.steps[0]);
+                    let pair = [T::load_masked(isa, a_mask, a), T::load_masked(isa, b_mask, b)];
+                    *value = T::pick_two(isa, pair, places, *value);
+                    (a, b) = (a.wrapping_add(self.steps[0]), b.wrapping_add(self.steps[0]));
                 }
                 index = index.add(T::lanes::<I>());
             }
@@ -111,6 +116,66 @@ impl<T: Element> Kernel for CheckedPermuteChannels<'_, T> {
                 (x, y) = (x.wrapping_add(pixels * kernel.steps[0]), y.wrapping_add(pixels * kernel.steps[1]));
                 left -= pixels;
             }
+        }
+    }
+}
+
+/// Each pixel's channels as a matrix, transposed: `y[p][c * rows + r] = x[p][r * columns + c]`, which is what interleaving by
+/// a divisor of the channels does, and undoing that.
+pub struct TransposeChannels<T> {
+    /// The first pixel's channels.
+    pub x: *const T,
+    /// Where they go.
+    pub y: *mut T,
+    /// Distances of pixels in `x` and `y`.
+    pub steps: [usize; 2],
+    /// Number of pixels.
+    pub pixels: usize,
+    /// Rows and columns of the matrix.
+    pub size: [usize; 2],
+    /// Distances from what is read and written to what is asked for meanwhile; 0 where that is in a cache.
+    pub ahead: [usize; 2],
+}
+
+/// A [`TransposeChannels`] that may run: see [`TransposeChannels::promise`].
+pub struct CheckedTransposeChannels<T>(TransposeChannels<T>);
+
+impl<T: Element> TransposeChannels<T> {
+    /// Turns the description into a kernel.
+    ///
+    /// # Safety
+    /// Until it has run, every pixel's channels must be readable in `x` and writable in `y`, apart from each other.
+    pub unsafe fn promise(self) -> CheckedTransposeChannels<T> {
+        CheckedTransposeChannels(self)
+    }
+}
+
+impl<T: Element> Kernel for CheckedTransposeChannels<T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let TransposeChannels { mut x, mut y, steps, pixels, size, ahead } = self.0;
+        let [rows, columns] = size;
+        for _ in 0..pixels {
+            for channel in (0..rows * columns).step_by(64 / size_of::<T>()) {
+                if ahead[0] > 0 {
+                    isa.prefetch_far(x.wrapping_add(channel + ahead[0]));
+                }
+                if ahead[1] > 0 {
+                    isa.prefetch_far(y.wrapping_add(channel + ahead[1]));
+                }
+            }
+            // Along the longer side.
+            // SAFETY: promised to `promise`; the pixels exist.
+            unsafe {
+                if rows < columns {
+                    Transpose::scatter(size, x, columns, y, rows).ahead(0).run(isa);
+                } else {
+                    Transpose::gather(size, x, columns, y, rows).ahead(0).run(isa);
+                }
+            }
+            (x, y) = (x.wrapping_add(steps[0]), y.wrapping_add(steps[1]));
         }
     }
 }

@@ -117,6 +117,7 @@ struct Product {
 
 /// Weights in the order in which the kernels read them: for each group, for each block of output rows,
 /// `[step][output row]`.
+#[derive(Clone, Copy)]
 struct Packed<'a, T: Element, M> {
     products: M,
     weights: &'a [T::Wide],

@@ -123,6 +123,13 @@ fn pointwise_matches_the_reference() {
         (2, 70, 48, 16, 2, 8),
         (1, 128, 96, 28, 4, 1),
         (1, 135, 10, 90, 5, 1),
+        // Interleaved by the channels of a group: permuted in a cache, or by chunks of transposed rows.
+        (1, 130, 24, 24, 6, 4),
+        (1, 133, 28, 168, 7, 24),
+        (2, 50, 48, 288, 3, 96),
+        (1, 101, 112, 336, 7, 48),
+        // Weight gradients whose channels are put back to their groups all at once, by two threads.
+        (1, 400, 96, 576, 24, 24),
     ];
     for isa in Active::available() {
         for (count, pixels, c_in, c_out, groups, step) in shapes {
@@ -246,7 +253,17 @@ fn permuting_back_gives_the_input() {
         assert_eq!(run(x.len(), |out| interleave::permute(isa, &places, images, &y, out)), x);
     }
     for isa in Active::available() {
-        for (pixels, channels, step) in [(5, 7, 3), (5, 24, 4), (12, 7, 3), (13, 80, 4), (9, 90, 18), (8, 33, 2)] {
+        for (pixels, channels, step) in [
+            (5, 7, 3),
+            (5, 24, 4),
+            (12, 7, 3),
+            (13, 80, 4),
+            (9, 90, 18),
+            (8, 33, 2),
+            (9, 84, 7),
+            (8, 160, 20),
+            (8, 60, 12),
+        ] {
             for order in [Order::Nchw, Order::Nhwc] {
                 check::<bf16>(isa, order, pixels, channels, step);
                 check::<f32>(isa, order, pixels, channels, step);

@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::pixels::outer_tile;
+use super::pixels::{PERMUTED, outer_tile};
 use super::side_by_side::SideBySide;
 use super::{TASKS_PER_THREAD, constant_stride, images_work};
 use crate::isa::{Active, looks_ahead};
@@ -13,6 +13,8 @@ use crate::kernels::products::{Products, Single};
 use crate::kernels::rows::Sum;
 use crate::kernels::side_by_side::{Block, MAX_STEPS, SideBySideSums, Source};
 use crate::kernels::{Element, lanes, picks};
+use crate::memory;
+use crate::ops::interleave::{Permutation, permute};
 use crate::ops::row_products::RowProducts;
 use crate::ops::{Shared, add_parts, estimate};
 use crate::pool::{chunks, parallel_for, part, threads_for};
@@ -24,7 +26,12 @@ const OUTER_TERMS: usize = 48;
 /// Multiply-adds of outer products that take as long as one of values picked for groups side by side. (64 images, two threads of
 /// an AMD EPYC: 24 channels of 31 x 31 to 24 in 8 groups take 0.10 ms so, 0.28 otherwise; 144 to 24 0.50 and 0.56; 480 to 112 of 16
 /// x 16 in 16 groups 0.53 and 0.51.)
-const PICKED: f64 = 1.3;
+const PICKED: f64 = 1.4;
+/// Bytes of a tile of `grad_output` that stay in the first cache.
+const CACHE_BYTES: usize = 40 << 10;
+/// Multiply-adds of outer products that take as long as reading a cache line once more for each group, where there are others'
+/// channels in it and the first cache does not hold it.
+const LINE: f64 = 1.2;
 /// Pixels of a tile of a weight gradient in NCHW and of a part of it in NHWC, at least.
 const DOT_TILE: usize = 96;
 /// Bytes of a group's rows over which one tile of the weight gradient runs: they are read once for each tile of
@@ -40,6 +47,8 @@ const GEMM_WEIGHTS: usize = 1 << 20;
 const PART_NANOSECONDS: f64 = 100_000.0;
 /// Parts of a weight gradient, at most.
 const MAX_PARTS: usize = 64;
+/// Parts of one for which channels are put back to their groups, at least: that is not divided into groups.
+const PERMUTED_PARTS: usize = 8;
 /// What starting and ending one partial sum costs beside the work itself is a fiftieth of this.
 const NANOSECONDS_PER_SUM: f64 = 100.0;
 /// Pixels that a bias gradient sums in the type that is computed with.
@@ -79,67 +88,74 @@ fn weight_grad<T: Element, M: Products<T>>(
     assert_eq!(grad_output.len(), out.len());
     assert_eq!(grad_weight.len(), shape.weights());
     let planes = images.order == Order::Nchw && images.pixels > 1;
-    let (k, m) = (shape.group_in(), shape.group_out());
-    let work = images_work::<T>(images, out, k);
+    let pixels = images.count * images.pixels;
+    let work = images_work::<T>(images, out, shape.group_in());
     let threads = threads_for(work);
+    let mut way = if planes { Way::default() } else { Way::new::<T>(isa, shape, pixels) };
     // The parts depend on the problem alone, so that the sums do too; the division into groups does not change them.
-    let most = if planes { images.count } else { (images.count * images.pixels).div_ceil(DOT_TILE) };
+    let most = if planes { images.count } else { pixels.div_ceil(DOT_TILE) };
+    let least = if way.permutation.is_some() { PERMUTED_PARTS } else { 1 };
     let worth = PART_NANOSECONDS.max(NANOSECONDS_PER_SUM * shape.weights() as f64);
-    let parts = ((work / worth) as usize).min(most).clamp(1, MAX_PARTS);
+    let parts = ((work / worth) as usize).max(least).min(most).clamp(1, MAX_PARTS);
     let wanted = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).div_ceil(parts) };
-    let mut places = shape.out_places().unwrap_or_else(|| (0..shape.out_channels).collect());
+    let group_parts = wanted.min(way.side_by_side.as_ref().map_or(shape.groups, |groups| groups.vectors.len()));
+    let mut places = match shape.out_places() {
+        Some(places) if way.permutation.is_none() => places,
+        _ => (0..shape.out_channels).collect(),
+    };
     if planes {
         places.iter_mut().for_each(|place| *place *= images.pixels);
     }
-    // Sums `[output channel][input channel]` of a group, or the other way round where that fills more of the vectors,
-    // which interleaved output channels cannot.
-    let lanes = lanes::<T>(isa);
-    let contiguous = !planes && shape.out_places().is_none();
-    let by_output = contiguous && (k * m.div_ceil(lanes), k) < (m * k.div_ceil(lanes), m);
-    let inputs = (0..k).collect();
-    let fits = k.min(m) <= MAX_STEPS && images.count * images.pixels >= DOT_TILE;
-    let side_by_side = (contiguous && fits && picks::<T>(isa))
-        .then(|| SideBySide::new([shape.groups, k.min(m), k.max(m)], lanes, 1))
-        .flatten()
-        .filter(|groups| {
-            let outer = shape.groups * (k * m.div_ceil(lanes)).min(m * k.div_ceil(lanes));
-            groups.windows() && PICKED * ((groups.vectors.len() * k.min(m)) as f64) < outer as f64
-        });
-    let by_output = by_output && side_by_side.is_none();
-    let group_parts = wanted.min(side_by_side.as_ref().map_or(shape.groups, |groups| groups.vectors.len()));
-    let grad = WeightGrad { isa, products, shape, images, inputs, places, by_output, x, grad_output };
-    // One set of partial sums for each part, added up in order at the end.
-    let mut partial = vec![T::Wide::default(); parts * shape.weights()];
-    let shared = Shared(partial.as_mut_ptr());
-    parallel_for(threads, parts * group_parts, |task| {
-        let (task, group_task) = (task / group_parts, task % group_parts);
-        if let Some(groups) = &side_by_side {
-            let vectors = part(groups.vectors.len(), group_parts, group_task);
-            grad.side_by_side(groups, vectors, part(images.count * images.pixels, parts, task), |place, sum| {
-                // SAFETY: tasks differ in part or in vectors: no two write the same place.
-                unsafe { shared.ptr().add(task * shape.weights() + place).write(sum) }
-            });
-            return;
+    // All at once where each part of the groups would do it once more.
+    let permutation = way.permutation.take_if(|_| group_parts > 1).and_then(|_| shape.out_places());
+    let permuted = if permutation.is_some() { grad_output.len() } else { 0 };
+    memory::with(permuted, |permuted: &mut [MaybeUninit<T>]| {
+        let mut grad_output = grad_output;
+        if let Some(sources) = permutation {
+            permute(isa, &sources, out, grad_output, permuted);
+            // SAFETY: all of it has been written.
+            grad_output = unsafe { std::slice::from_raw_parts(permuted.as_ptr().cast(), permuted.len()) };
         }
-        let groups = part(shape.groups, group_parts, group_task);
-        let (first, len) = (task * shape.weights() + groups.start * m * k, groups.len() * m * k);
-        // SAFETY: tasks differ in part or in groups: no two share sums.
-        let sums = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(first), len) };
-        if planes {
-            grad.planes(groups, part(images.count, parts, task), sums);
-        } else {
-            grad.pixels(groups, part(images.count * images.pixels, parts, task), sums);
-        }
+        let inputs = (0..shape.group_in()).collect();
+        let grad = WeightGrad { isa, products, shape, images, inputs, places, way, x, grad_output };
+        grad.run(threads, planes, [parts, group_parts], grad_weight);
     });
-    let sums = add_parts(&mut partial, shape.weights());
-    let [group, out, input] = shape.weight_steps();
-    let [o_step, i_step] = if by_output { [1, m] } else { [k, 1] };
-    for (g, sums) in sums.chunks_exact(m * k).enumerate() {
-        for o in 0..m {
-            for i in 0..k {
-                grad_weight[g * group + o * out + i * input].write(T::narrow(sums[o * o_step + i * i_step]));
-            }
+}
+
+/// How the sums are added up in NHWC.
+#[derive(Default)]
+struct Way {
+    /// What puts the channels of a pixel of `grad_output` into their groups first.
+    permutation: Option<Permutation>,
+    /// Several groups in a vector.
+    side_by_side: Option<SideBySide>,
+    /// Whether sums of a group are `[input channel][output channel]`.
+    by_output: bool,
+}
+
+impl Way {
+    /// The fastest one, by what a pixel of one group costs in multiply-adds of outer products.
+    fn new<T: Element>(isa: Active, shape: &Pointwise, pixels: usize) -> Self {
+        let (k, m, lanes) = (shape.group_in(), shape.group_out(), lanes::<T>(isa));
+        let per_group = |cost: f64| cost / shape.groups as f64;
+        // Which of a group's channels fill more of the vectors.
+        let [by_input, by_output] = [m * k.div_ceil(lanes), k * m.div_ceil(lanes)];
+        let mut way = Self { by_output: (by_output, k) < (by_input, m), ..Self::default() };
+        let mut cost = by_input.min(by_output) as f64;
+        if k.min(m) <= MAX_STEPS && pixels >= DOT_TILE && picks::<T>(isa) {
+            let picked = |groups: &SideBySide| PICKED * per_group((groups.vectors.len() * k.min(m)) as f64);
+            way.side_by_side = SideBySide::new([shape.groups, k.min(m), k.max(m)], lanes, 1)
+                .filter(|groups| groups.windows() && picked(groups) < cost);
+            cost = way.side_by_side.as_ref().map_or(cost, picked);
         }
+        let Some(sources) = shape.out_places() else { return way };
+        // Interleaved as they are, output channels are rows.
+        let cached = OUTER_TERMS * shape.out_channels * size_of::<T::Wide>() <= CACHE_BYTES;
+        let lines = if cached { 0 } else { m.min(shape.out_channels.div_ceil(lanes)) };
+        let scattered = by_input as f64 + LINE * lines as f64;
+        way.permutation = Permutation::new::<T>(isa, &sources, pixels)
+            .filter(|permutation| cost + per_group(PERMUTED * permutation.cost()) < scattered);
+        if way.permutation.is_some() { way } else { Self::default() }
     }
 }
 
@@ -155,13 +171,53 @@ struct WeightGrad<'a, T, M> {
     inputs: Vec<usize>,
     /// Where output channel `c` stands in an image of `grad_output`.
     places: Vec<usize>,
-    /// Whether sums are `[input channel][output channel]`.
-    by_output: bool,
+    way: Way,
     x: &'a [T],
     grad_output: &'a [T],
 }
 
 impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
+    /// All of it, as `parts` of the images or pixels times `group_parts` of the groups.
+    fn run(&self, threads: usize, planes: bool, [parts, group_parts]: [usize; 2], grad_weight: &mut [MaybeUninit<T>]) {
+        let Self { shape, images, way, .. } = self;
+        let (k, m, pixels) = (shape.group_in(), shape.group_out(), images.count * images.pixels);
+        // One set of partial sums for each part, added up in order at the end.
+        let mut partial = vec![T::Wide::default(); parts * shape.weights()];
+        let shared = Shared(partial.as_mut_ptr());
+        parallel_for(threads, parts * group_parts, |task| {
+            let (task, group_task) = (task / group_parts, task % group_parts);
+            if let Some(groups) = &way.side_by_side {
+                let vectors = part(groups.vectors.len(), group_parts, group_task);
+                self.side_by_side(groups, vectors, part(pixels, parts, task), |place, sum| {
+                    // SAFETY: tasks differ in part or in vectors: no two write the same place.
+                    unsafe { shared.ptr().add(task * shape.weights() + place).write(sum) }
+                });
+                return;
+            }
+            let groups = part(shape.groups, group_parts, group_task);
+            let (first, len) = (task * shape.weights() + groups.start * m * k, groups.len() * m * k);
+            // SAFETY: tasks differ in part or in groups: no two share sums.
+            let sums = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(first), len) };
+            if planes {
+                self.planes(groups, part(images.count, parts, task), sums);
+            } else {
+                self.pixels(groups, part(pixels, parts, task), sums);
+            }
+        });
+        let sums = add_parts(&mut partial, shape.weights());
+        let [group, out, input] = shape.weight_steps();
+        // Those side by side are put in the places that the others have.
+        let transposed = way.by_output && way.side_by_side.is_none();
+        let [o_step, i_step] = if transposed { [1, m] } else { [k, 1] };
+        for (g, sums) in sums.chunks_exact(m * k).enumerate() {
+            for o in 0..m {
+                for i in 0..k {
+                    grad_weight[g * group + o * out + i * input].write(T::narrow(sums[o * o_step + i * i_step]));
+                }
+            }
+        }
+    }
+
     /// NCHW: adds images `range` to the sums of `groups`.
     fn planes(&self, groups: Range<usize>, range: Range<usize>, sums: &mut [T::Wide]) {
         let (k, m) = (self.shape.group_in(), self.shape.group_out());
@@ -234,19 +290,31 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
     fn tiles(&self, range: Range<usize>, tile: usize, mut body: impl FnMut(Values<'_, T>, Values<'_, T>, usize)) {
         let channels @ [c_in, c_out] = [self.shape.in_channels, self.shape.out_channels];
         let sizes = channels.map(|channels| tile / M::TERMS * channels);
+        let permuted = if self.way.permutation.is_some() { tile * c_out } else { 0 };
         // Copies are in a cache.
         let copied = size_of::<T>() < size_of::<T::Wide>();
         let ahead = channels.map(|channels| if copied { 0 } else { tile * channels });
-        for pixels in chunks(range, tile) {
-            let [x, grad] = [(self.x, c_in), (self.grad_output, c_out)]
-                .map(|(values, channels)| &values[pixels.start * channels..pixels.end * channels]);
-            scratch::with(sizes.iter().sum(), |memory: &mut [T::Wide]| {
-                let [x_memory, grad_memory] = cut(memory, sizes);
-                let x = self.products.steps(self.isa, x, c_in, x_memory);
-                let grad = self.products.steps(self.isa, grad, c_out, grad_memory);
-                body((x, c_in, ahead[0]), (grad, c_out, ahead[1]), pixels.len());
-            });
-        }
+        scratch::with(permuted, |permuted: &mut [T]| {
+            for pixels in chunks(range, tile) {
+                let [x, mut grad] = [(self.x, c_in), (self.grad_output, c_out)]
+                    .map(|(values, channels)| &values[pixels.start * channels..pixels.end * channels]);
+                let mut ahead = ahead;
+                if let Some(permutation) = &self.way.permutation {
+                    let to = &mut permuted[..grad.len()];
+                    // SAFETY: both are these pixels, of all channels.
+                    unsafe {
+                        permutation.run(grad.as_ptr(), to.as_mut_ptr(), [c_out; 2], pixels.len(), [tile * c_out, 0]);
+                    }
+                    (grad, ahead[1]) = (to, 0);
+                }
+                scratch::with(sizes.iter().sum(), |memory: &mut [T::Wide]| {
+                    let [x_memory, grad_memory] = cut(memory, sizes);
+                    let x = self.products.steps(self.isa, x, c_in, x_memory);
+                    let grad = self.products.steps(self.isa, grad, c_out, grad_memory);
+                    body((x, c_in, ahead[0]), (grad, c_out, ahead[1]), pixels.len());
+                });
+            }
+        });
     }
 
     /// NHWC, several groups in a vector: calls `write` with the places and sums of some vectors' weights over pixels `range` of
@@ -313,8 +381,8 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
         let (k, m) = (self.shape.group_in(), self.shape.group_out());
         // Vectors are of output channels or of input channels.
         let (a, a_rows, b, columns) =
-            if self.by_output { (x, &self.inputs[..], grad, m) } else { (grad, places, x, k) };
-        let first = if self.by_output { places[0] } else { 0 };
+            if self.way.by_output { (x, &self.inputs[..], grad, m) } else { (grad, places, x, k) };
+        let first = if self.way.by_output { places[0] } else { 0 };
         assert_eq!(sums.len(), m * k);
         // SAFETY: the caller's promise; there are m x k sums.
         self.isa.run(unsafe {

@@ -15,10 +15,11 @@ use crate::kernels::{Element, lanes, picks};
 use crate::ops::Shared;
 use crate::ops::interleave::Permutation;
 use crate::pool::{chunks, parallel_for, part};
-use crate::scratch;
+use crate::scratch::{self, cut};
 
-/// Pixels of a transposed tile: two vectors of 16 (of 16, 32, 48 and 96 the fastest by 10 %).
-const PIXEL_TILE: usize = 32;
+/// Pixels of a transposed tile: three vectors of 16. (Forward passes of kEffNet-B0 D6v3_4ch at 32x32, two threads of an Intel
+/// Xeon: 20.5 ms with 32, 19.7 with 48, 19.9 with 64.)
+const PIXEL_TILE: usize = 48;
 /// Channels that are transposed together, at least: whole cache lines are read.
 const CHANNEL_TILE: usize = 64;
 /// Bytes of a tile of pixels that stays as it is: the first cache, as every group returns to it.
@@ -30,7 +31,7 @@ const OUTER_PIXELS: usize = 8;
 /// 5 % (AVX-512; the slower way takes up to 2.5 times as long).
 const STORE: usize = 2;
 /// Multiply-adds of outer products that take as long as one over transposed rows of [`PIXEL_TILE`] pixels.
-const SHORT_ROWS: f64 = 1.4;
+const SHORT_ROWS: f64 = 1.3;
 /// Multiply-adds of outer products that take as long as transposing a value.
 const TRANSPOSE: f64 = 0.35;
 /// Multiply-adds of outer products that take as long as one of values picked for groups side by side. (64 images, two threads of
@@ -40,9 +41,10 @@ const PICKED: f64 = 2.1;
 /// Pixels, at least, for which it is worth while to make out the lanes. (192 channels in 32 groups, a thread: 64 pixels take 4 us
 /// without, 6 with; 80 channels in 20 groups, 256 pixels: 6 and 3.)
 const PICKED_PIXELS: usize = 128;
-/// Multiply-adds of outer products that take as long as permuting a vector from one window. (The same layers, interleaved: 0.13
-/// ms permuted, 0.17 transposed; 0.43 and 0.54; 80 to 480 of 16 x 16, 5 groups, 1.08 both.)
-const PERMUTED: f64 = 2.0;
+/// Multiply-adds of outer products that take as long as a unit of [`Permutation::cost`]. (The forward passes of the 61 layers of
+/// kEffNet-B0 D6_16ch and D6v3_4ch at 32x32, interleaved, take 46.5 ms with 2, 3 or 5, 47.1 all transposed; 80 channels of 16 x 16
+/// to 80, 20 groups, 0.23 permuted, 0.28 transposed, 24 of 31 x 31 to 24, 6 groups, 0.36 and 0.28: Intel Xeon.)
+pub(super) const PERMUTED: f64 = 4.0;
 
 /// How a [`Product`] goes through pixels.
 enum Way {
@@ -91,7 +93,7 @@ impl Product {
             return Way::Transposed;
         }
         let per_group = |cost: f64| cost / self.groups as f64;
-        let permuted = permutation.map_or(0.0, |permutation| per_group(PERMUTED * permutation.windows() as f64));
+        let permuted = permutation.map_or(0.0, |permutation| per_group(PERMUTED * permutation.cost()));
         let steps = k.div_ceil(M::TERMS);
         let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64 + permuted;
         let transposed = SHORT_ROWS * (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
@@ -145,7 +147,7 @@ impl Product {
             for pixels in chunks(range, tile) {
                 body(pixels.clone(), (memory.as_mut_ptr(), step), 0);
                 // SAFETY: memory holds these pixels; those of y are this task's own.
-                unsafe { permutation.run((memory.as_ptr(), step), to(&pixels), pixels.len(), [0, ahead]) };
+                unsafe { permutation.run(memory.as_ptr(), to(&pixels), [step, c_out], pixels.len(), [0, ahead]) };
             }
         });
     }
@@ -255,61 +257,93 @@ impl Product {
         });
     }
 
-    /// Tiles of pixels are transposed into rows and back.
+    /// Tiles of pixels are transposed into rows and back: the input by [`CHANNEL_TILE`], the output by [`Chunk`].
     fn transposed<T: Element, M: Products<T>>(&self, threads: usize, x: &[T], packed: Packed<'_, T, M>, y: Shared<T>) {
-        let (c_in, c_out) = (self.images.channels, self.groups * self.group_out);
+        let (k, m) = (self.group_in, self.group_out);
+        let (c_in, c_out) = (self.images.channels, self.groups * m);
         let pixels = self.images.count * self.images.pixels;
         let tile = PIXEL_TILE.min(pixels.next_multiple_of(8));
-        // With permuted input rows a group's channels are anywhere, so all are transposed at once.
-        let cluster = match self.in_places {
-            Some(_) => self.groups,
-            None => CHANNEL_TILE.div_ceil(self.group_in).min(self.groups),
-        };
-        let x_offsets: Vec<_> = (0..c_in)
-            .map(|c| self.in_places.as_ref().map_or(c % (cluster * self.group_in), |places| places[c]) * tile)
-            .collect();
-        let y_offsets: Vec<_> =
-            (0..c_out).map(|c| self.out_places.as_ref().map_or(c, |places| places[c]) * tile).collect();
-        let packed = Packed { y_offsets: &y_offsets, ..packed };
+        let out_chunks = self.chunks(packed.blocks);
+        // All at once where a group's channels are anywhere, or where chunks come back to it.
+        let again = out_chunks.iter().any(|chunk| chunk.blocks.start > 0);
+        let cluster =
+            if again || self.in_places.is_some() { self.groups } else { CHANNEL_TILE.div_ceil(k).min(self.groups) };
+        let x_row = |c: usize| self.in_places.as_ref().map_or(c % (cluster * k), |places| places[c]);
+        let x_offsets: Vec<_> = (0..c_in).map(|c| x_row(c) * tile).collect();
+        let mut y_offsets = vec![0; c_out];
+        for Chunk { groups, rows, places, .. } in &out_chunks {
+            for c in groups.clone().flat_map(|g| rows.clone().map(move |row| g * m + row)) {
+                y_offsets[c] = (self.out_places.as_ref().map_or(c, |places| places[c]) - places.start) * tile;
+            }
+        }
+        let most = out_chunks.iter().map(|chunk| chunk.places.len()).max().unwrap_or(0);
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(tile)) };
         parallel_for(threads, parts, |task| {
-            scratch::with((cluster * self.group_in + c_out) * tile, |rows: &mut [T]| {
-                let (x_rows, y_rows) = rows.split_at_mut(cluster * self.group_in * tile);
-                let range = part(pixels, parts, task);
-                for start in range.clone().step_by(tile) {
-                    let length = tile.min(range.end - start);
-                    for first in (0..self.groups).step_by(cluster) {
-                        let groups = first..(first + cluster).min(self.groups);
-                        let channels = groups.len() * self.group_in;
-                        // SAFETY: the source is pixels x channels of x, the destination channels x tile of x_rows.
-                        self.isa.run(unsafe {
-                            let src = x.as_ptr().add(start * c_in + first * self.group_in);
-                            Transpose::gather([length, channels], src, c_in, x_rows.as_mut_ptr(), tile)
-                        });
-                        for g in groups {
-                            let x_offsets = &x_offsets[g * self.group_in..][..self.group_in];
+            let sizes = [cluster * k * tile, most * tile];
+            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+                let [x_rows, y_rows] = cut(memory, sizes);
+                for range in chunks(part(pixels, parts, task), tile) {
+                    for Chunk { groups, blocks, places, .. } in &out_chunks {
+                        let packed = Packed { blocks: &packed.blocks[blocks.clone()], y_offsets: &y_offsets, ..packed };
+                        for g in groups.clone() {
+                            if g % cluster == 0 && blocks.start == 0 {
+                                let size = [range.len(), cluster.min(self.groups - g) * k];
+                                // SAFETY: the source is pixels x channels of x, the destination channels x tile of x_rows.
+                                self.isa.run(unsafe {
+                                    let src = x.as_ptr().add(range.start * c_in + g * k);
+                                    Transpose::gather(size, src, c_in, x_rows.as_mut_ptr(), tile)
+                                });
+                            }
+                            let (x, y) = (x_rows.as_ptr(), y_rows.as_mut_ptr());
                             // SAFETY: offsets lie inside x_rows and y_rows, each row `tile` values long.
-                            unsafe {
-                                self.group(
-                                    [g, 0],
-                                    x_rows.as_ptr(),
-                                    x_offsets,
-                                    &packed,
-                                    y_rows.as_mut_ptr(),
-                                    length,
-                                    [0, 0],
-                                )
-                            };
+                            unsafe { self.group([g, 0], x, &x_offsets[g * k..][..k], &packed, y, range.len(), [0, 0]) };
                         }
+                        // SAFETY: the destination is this task's own pixels of y.
+                        self.isa.run(unsafe {
+                            let dst = y.ptr().add(range.start * c_out + places.start);
+                            Transpose::scatter([places.len(), range.len()], y_rows.as_ptr(), tile, dst, c_out)
+                        });
                     }
-                    // SAFETY: the destination is this task's own pixels of y.
-                    self.isa.run(unsafe {
-                        Transpose::scatter([c_out, length], y_rows.as_ptr(), tile, y.ptr().add(start * c_out), c_out)
-                    });
                 }
             });
         });
     }
+
+    /// Chunks of output rows: of [`CHANNEL_TILE`] or more where these stay in their places. Where they are interleaved by the
+    /// channels of a group, a block of rows of all groups; where they are anywhere, all.
+    fn chunks(&self, blocks: &[Range<usize>]) -> Vec<Chunk> {
+        let (m, all) = (self.group_out, 0..blocks.len());
+        let of_all = |i: usize, rows: &Range<usize>| Chunk {
+            groups: 0..self.groups,
+            blocks: i..i + 1,
+            rows: rows.clone(),
+            places: rows.start * self.groups..rows.end * self.groups,
+        };
+        let of_groups = |groups: Range<usize>| Chunk {
+            blocks: all.clone(),
+            rows: 0..m,
+            places: groups.start * m..groups.end * m,
+            groups,
+        };
+        match &self.out_places {
+            None => chunks(0..self.groups, CHANNEL_TILE.div_ceil(m)).map(of_groups).collect(),
+            Some(places) if (0..places.len()).all(|c| places[c] == c % m * self.groups + c / m) => {
+                blocks.iter().enumerate().map(|(i, rows)| of_all(i, rows)).collect()
+            }
+            Some(_) => vec![of_groups(0..self.groups)],
+        }
+    }
+}
+
+/// Output rows that go to neighbouring places, few enough to stay in the first cache until they are transposed.
+struct Chunk {
+    groups: Range<usize>,
+    /// Which blocks of each group's rows.
+    blocks: Range<usize>,
+    /// The rows.
+    rows: Range<usize>,
+    /// Where they go.
+    places: Range<usize>,
 }
 
 /// Pixels of a tile in NHWC that stays as it is.
