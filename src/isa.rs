@@ -397,6 +397,27 @@ mod x86 {
         }
     }
 
+    /// The columns of four rows, in each half.
+    ///
+    /// # Safety
+    /// AVX must be there.
+    #[inline(always)]
+    unsafe fn columns([r0, r1, r2, r3]: [__m256; 4]) -> [__m256; 4] {
+        //   r0 = a0 a1 a2 a3 | e0 e1 e2 e3      (rows a..h, columns 0..3)
+        //   unpack a,b: a0 b0 a1 b1 | e0 f0 e1 f1; shuffle with c,d: a0 b0 c0 d0 | e0 f0 g0 h0
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (t0, t1) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
+            let (t2, t3) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));
+            [
+                _mm256_shuffle_ps::<0x44>(t0, t2),
+                _mm256_shuffle_ps::<0xee>(t0, t2),
+                _mm256_shuffle_ps::<0x44>(t1, t3),
+                _mm256_shuffle_ps::<0xee>(t1, t3),
+            ]
+        }
+    }
+
     /// [`Isa::transpose_f32`] through registers.
     ///
     /// # Safety
@@ -408,43 +429,35 @@ mod x86 {
         dst: *mut f32,
         dst_stride: usize,
     ) {
-        // Of eight rows, half rows are loaded straight into the two lanes of a register (`vinsertf128` from memory), which
-        // leaves 16 instead of 24 shuffles for 8 x 8 values on the one shuffle port.
-        //
-        //   r0 = a0 a1 a2 a3 | e0 e1 e2 e3      (rows a..h, columns 0..3)
-        //   unpack a,b: a0 b0 a1 b1 | e0 f0 e1 f1; shuffle with c,d: a0 b0 c0 d0 | e0 f0 g0 h0
-        //
-        // Of four rows, the lanes are columns 0..3 and 4..7, and leave as such.
         // SAFETY: the caller promises AVX and that both blocks are in bounds.
         unsafe {
-            for column in (0..C).step_by(if R == 8 { 4 } else { 8 }) {
+            if R == 8 {
+                // Half rows are loaded straight into the two lanes of a register (`vinsertf128` from memory), which leaves
+                // 16 instead of 24 shuffles for 8 x 8 values on the one shuffle port.
+                for half in 0..C / 4 {
+                    let (from, to) = (src.add(4 * half), dst.add(4 * half * dst_stride));
+                    let r0 = two_halves(from, src_stride);
+                    let r1 = two_halves(from.add(src_stride), src_stride);
+                    let r2 = two_halves(from.add(2 * src_stride), src_stride);
+                    let r3 = two_halves(from.add(3 * src_stride), src_stride);
+                    let [c0, c1, c2, c3] = columns([r0, r1, r2, r3]);
+                    _mm256_storeu_ps(to, c0);
+                    _mm256_storeu_ps(to.add(dst_stride), c1);
+                    _mm256_storeu_ps(to.add(2 * dst_stride), c2);
+                    _mm256_storeu_ps(to.add(3 * dst_stride), c3);
+                }
+            } else {
+                // The lanes are columns 0..3 and 4..7, if there are any.
                 let mut rows = [_mm256_setzero_ps(); 4];
                 for (i, row) in rows.iter_mut().enumerate() {
-                    let from = src.add(i * src_stride + column);
-                    *row = match (R, C) {
-                        (8, _) => two_halves(from, src_stride),
-                        (_, 8) => _mm256_loadu_ps(from),
-                        _ => _mm256_castps128_ps256(_mm_loadu_ps(from)),
-                    };
+                    let from = src.add(i * src_stride);
+                    *row = if C == 8 { _mm256_loadu_ps(from) } else { _mm256_castps128_ps256(_mm_loadu_ps(from)) };
                 }
-                let [r0, r1, r2, r3] = rows;
-                let (t0, t1) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
-                let (t2, t3) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));
-                let columns = [
-                    _mm256_shuffle_ps::<0x44>(t0, t2),
-                    _mm256_shuffle_ps::<0xee>(t0, t2),
-                    _mm256_shuffle_ps::<0x44>(t1, t3),
-                    _mm256_shuffle_ps::<0xee>(t1, t3),
-                ];
-                for (i, values) in columns.into_iter().enumerate() {
-                    let to = dst.add((column + i) * dst_stride);
-                    if R == 8 {
-                        _mm256_storeu_ps(to, values);
-                        continue;
-                    }
-                    _mm_storeu_ps(to, _mm256_castps256_ps128(values));
+                for (i, column) in columns(rows).into_iter().enumerate() {
+                    let to = dst.add(i * dst_stride);
+                    _mm_storeu_ps(to, _mm256_castps256_ps128(column));
                     if C == 8 {
-                        _mm_storeu_ps(to.add(4 * dst_stride), _mm256_extractf128_ps::<1>(values));
+                        _mm_storeu_ps(to.add(4 * dst_stride), _mm256_extractf128_ps::<1>(column));
                     }
                 }
             }
@@ -572,11 +585,16 @@ mod x86 {
                 [_mm_unpacklo_epi32(a, c), _mm_unpackhi_epi32(a, c), _mm_unpacklo_epi32(b, d), _mm_unpackhi_epi32(b, d)]
             };
             let (upper, lower) = (fours(0), if R == 8 { fours(4) } else { [_mm_setzero_si128(); 4] });
-            for (i, (upper, lower)) in upper.into_iter().zip(lower).take(C / 2).enumerate() {
-                let columns = [_mm_unpacklo_epi64(upper, lower), _mm_unpackhi_epi64(upper, lower)];
-                for (column, values) in columns.into_iter().enumerate() {
-                    let to = dst.add((2 * i + column) * dst_stride).cast();
-                    if R == 8 { _mm_storeu_si128(to, values) } else { _mm_storel_epi64(to, values) }
+            for i in 0..C / 2 {
+                let to = dst.add(2 * i * dst_stride);
+                let even = _mm_unpacklo_epi64(upper[i], lower[i]);
+                let odd = _mm_unpackhi_epi64(upper[i], lower[i]);
+                if R == 8 {
+                    _mm_storeu_si128(to.cast(), even);
+                    _mm_storeu_si128(to.add(dst_stride).cast(), odd);
+                } else {
+                    _mm_storel_epi64(to.cast(), even);
+                    _mm_storel_epi64(to.add(dst_stride).cast(), odd);
                 }
             }
         }

@@ -217,6 +217,7 @@ impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
     /// # Safety
     /// Until it has run, `a` and `b` must be readable for all terms, rows and columns, and all sums there and nobody
     /// else's.
+    #[inline]
     pub unsafe fn promise(self) -> CheckedOuterProducts<'a, T, M, S> {
         CheckedOuterProducts(self)
     }

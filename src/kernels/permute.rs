@@ -46,6 +46,7 @@ impl<'a, T: Element> PermuteChannels<'a, T> {
     ///
     /// # Safety
     /// Until it has run, every pixel's windows must be readable and the vector's channels writable.
+    #[inline]
     pub unsafe fn promise(self) -> CheckedPermuteChannels<'a, T> {
         CheckedPermuteChannels(self)
     }
@@ -145,6 +146,7 @@ impl<T: Element> TransposeChannels<T> {
     ///
     /// # Safety
     /// Until it has run, every pixel's channels must be readable in `x` and writable in `y`, apart from each other.
+    #[inline]
     pub unsafe fn promise(self) -> CheckedTransposeChannels<T> {
         CheckedTransposeChannels(self)
     }

@@ -94,6 +94,7 @@ impl<'a, T: Element, M: Products<T>> ConvRows<'a, T, M> {
     /// # Safety
     /// Until it has run, every input row must be readable and every output row writable over `pixels` values (readable too
     /// for [`Start::Output`]), and outputs must overlap neither inputs nor each other.
+    #[inline]
     pub unsafe fn promise(self) -> CheckedConvRows<'a, T, M> {
         let rows = self.y_offsets.len();
         assert!((1..=MAX_ROWS).contains(&rows), "output rows");
@@ -380,6 +381,7 @@ impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
     ///
     /// # Safety
     /// Until it has run, every row of every image must be readable over `pixels` values.
+    #[inline]
     pub unsafe fn promise(self) -> CheckedDotRows<'a, T, M> {
         let (a, b) = (self.a.offsets.len(), self.b.offsets.len());
         assert!((1..=MAX_DOT_A).contains(&a) && (1..=MAX_SINGLE_B).contains(&b), "rows");

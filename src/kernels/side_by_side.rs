@@ -86,6 +86,7 @@ impl<'a, T: Element, M: Products<T>> SideBySide<'a, T, M> {
     ///
     /// # Safety
     /// Until it has run, every pixel's sources must be readable and its output channels writable.
+    #[inline]
     pub unsafe fn promise(self) -> CheckedSideBySide<'a, T, M> {
         assert!(self.bias.is_none_or(|bias| bias.len() == self.columns), "bias");
         CheckedSideBySide(self)
@@ -222,6 +223,7 @@ impl<'a, T: Element, M: Products<T>> SideBySideSums<'a, T, M> {
     ///
     /// # Safety
     /// Until it has run, `a` and `b` must be readable for all terms.
+    #[inline]
     pub unsafe fn promise(self) -> CheckedSideBySideSums<'a, T, M> {
         assert_eq!(self.index.len(), self.sums.len(), "indices");
         CheckedSideBySideSums(self)

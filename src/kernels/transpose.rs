@@ -99,14 +99,12 @@ impl<T: Element> Kernel for Transpose<T> {
 ///
 /// Where the last block would end beyond them it overlaps the one before: it writes the same values again, which is cheaper
 /// than any special case.
+#[inline(always)]
 pub fn blocks(size: usize) -> impl Iterator<Item = (usize, usize)> {
-    let mut start = 0;
-    std::iter::from_fn(move || {
-        let left = size.checked_sub(start).filter(|&left| left > 0)?;
-        let len = if left > HALF && size >= BLOCK { BLOCK } else { HALF };
-        let block = (start.min(size - len), len);
-        start += len;
-        Some(block)
+    let most = if size < BLOCK { HALF } else { BLOCK };
+    (0..size).step_by(most).map(move |start| {
+        let len = if size - start <= HALF { HALF } else { most };
+        (start.min(size - len), len)
     })
 }
 

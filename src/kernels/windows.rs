@@ -139,6 +139,7 @@ impl<'a, T: Element> WindowConv<'a, T> {
     ///
     /// # Safety
     /// Until it has run, `channels` values must be writable at every result.
+    #[inline]
     pub unsafe fn promise(self) -> CheckedWindowConv<'a, T> {
         let Window { channels, extent, .. } = self.window;
         for Results { size, step, taps, columns, .. } in self.results {
@@ -325,6 +326,7 @@ impl<'a, T: Element> WindowSums<'a, T> {
     ///
     /// # Safety
     /// Until it has run, `channels` values must be readable at every pixel of `g`.
+    #[inline]
     pub unsafe fn promise(self) -> CheckedWindowSums<'a, T> {
         let seen = self.size.map(|len| len.saturating_sub(1) * self.step + self.kernel);
         assert!(seen[0] <= self.window.extent[0] && seen[1] <= self.window.extent[1], "window");

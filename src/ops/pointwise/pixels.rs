@@ -17,11 +17,15 @@ use crate::ops::interleave::Permutation;
 use crate::pool::{chunks, parallel_for, part};
 use crate::scratch::{self, cut};
 
-/// Pixels of a transposed tile: three vectors of 16. (Forward passes of kEffNet-B0 D6v3_4ch at 32x32, two threads of an Intel
-/// Xeon: 20.5 ms with 32, 19.7 with 48, 19.9 with 64.)
-const PIXEL_TILE: usize = 48;
+/// Pixels of a transposed tile: as many vectors of 16 as [`ConvRows`](crate::kernels::pointwise::ConvRows) takes at a time, where
+/// a step takes one row and where it takes two. (Two threads of an Intel Xeon: the forward passes of kEffNet-B0 D6v3_4ch at 32x32
+/// take 20.5 ms with 32, 19.7 with 48, 19.9 with 64; of bfloat16, 7 interleaved layers 7.1 with 32, 7.3 with 48.)
+const PIXEL_TILES: [usize; 2] = [48, 32];
 /// Channels that are transposed together, at least: whole cache lines are read.
 const CHANNEL_TILE: usize = 64;
+/// Bytes of a pixel that are transposed back together, at least. (24 channels of 31 x 31 to 144, 6 groups, interleaved, bfloat16,
+/// two threads of an Intel Xeon: 1.12 ms with 96, 1.01 with 192.)
+const CHUNK_BYTES: usize = 256;
 /// Bytes of a tile of pixels that stays as it is: the first cache, as every group returns to it.
 const OUTER_BYTES: usize = 32 << 10;
 /// Pixels of such a tile are a multiple of this, the rows of the kernel's tiles.
@@ -30,7 +34,7 @@ const OUTER_PIXELS: usize = 8;
 /// the faster way in NHWC for all 122 forward passes and input gradients of kEffNet-B0 D6_16ch and D6v3_4ch at 32x32, within
 /// 5 % (AVX-512; the slower way takes up to 2.5 times as long).
 const STORE: usize = 2;
-/// Multiply-adds of outer products that take as long as one over transposed rows of [`PIXEL_TILE`] pixels.
+/// Multiply-adds of outer products that take as long as one over transposed rows.
 const SHORT_ROWS: f64 = 1.3;
 /// Multiply-adds of outer products that take as long as transposing a value.
 const TRANSPOSE: f64 = 0.35;
@@ -44,7 +48,7 @@ const PICKED_PIXELS: usize = 128;
 /// Multiply-adds of outer products that take as long as a unit of [`Permutation::cost`]. (The forward passes of the 61 layers of
 /// kEffNet-B0 D6_16ch and D6v3_4ch at 32x32, interleaved, take 46.5 ms with 2, 3 or 5, 47.1 all transposed; 80 channels of 16 x 16
 /// to 80, 20 groups, 0.23 permuted, 0.28 transposed, 24 of 31 x 31 to 24, 6 groups, 0.36 and 0.28: Intel Xeon.)
-pub(super) const PERMUTED: f64 = 4.0;
+pub(super) const PERMUTED: f64 = 3.95;
 
 /// How a [`Product`] goes through pixels.
 enum Way {
@@ -262,17 +266,16 @@ impl Product {
         let (k, m) = (self.group_in, self.group_out);
         let (c_in, c_out) = (self.images.channels, self.groups * m);
         let pixels = self.images.count * self.images.pixels;
-        let tile = PIXEL_TILE.min(pixels.next_multiple_of(8));
-        let out_chunks = self.chunks(packed.blocks);
+        let tile = PIXEL_TILES[M::TERMS - 1].min(pixels.next_multiple_of(8));
+        let out_chunks = self.chunks::<T>(packed.blocks);
         // All at once where a group's channels are anywhere, or where chunks come back to it.
-        let again = out_chunks.iter().any(|chunk| chunk.blocks.start > 0);
-        let cluster =
-            if again || self.in_places.is_some() { self.groups } else { CHANNEL_TILE.div_ceil(k).min(self.groups) };
+        let all = self.in_places.is_some() || out_chunks.len() > 1;
+        let cluster = if all { self.groups } else { CHANNEL_TILE.div_ceil(k).min(self.groups) };
         let x_row = |c: usize| self.in_places.as_ref().map_or(c % (cluster * k), |places| places[c]);
         let x_offsets: Vec<_> = (0..c_in).map(|c| x_row(c) * tile).collect();
         let mut y_offsets = vec![0; c_out];
-        for Chunk { groups, rows, places, .. } in &out_chunks {
-            for c in groups.clone().flat_map(|g| rows.clone().map(move |row| g * m + row)) {
+        for Chunk { rows, places, .. } in &out_chunks {
+            for c in (0..self.groups).flat_map(|g| rows.clone().map(move |row| g * m + row)) {
                 y_offsets[c] = (self.out_places.as_ref().map_or(c, |places| places[c]) - places.start) * tile;
             }
         }
@@ -283,9 +286,9 @@ impl Product {
             scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
                 let [x_rows, y_rows] = cut(memory, sizes);
                 for range in chunks(part(pixels, parts, task), tile) {
-                    for Chunk { groups, blocks, places, .. } in &out_chunks {
+                    for Chunk { blocks, places, .. } in &out_chunks {
                         let packed = Packed { blocks: &packed.blocks[blocks.clone()], y_offsets: &y_offsets, ..packed };
-                        for g in groups.clone() {
+                        for g in 0..self.groups {
                             if g % cluster == 0 && blocks.start == 0 {
                                 let size = [range.len(), cluster.min(self.groups - g) * k];
                                 // SAFETY: the source is pixels x channels of x, the destination channels x tile of x_rows.
@@ -309,35 +312,25 @@ impl Product {
         });
     }
 
-    /// Chunks of output rows: of [`CHANNEL_TILE`] or more where these stay in their places. Where they are interleaved by the
-    /// channels of a group, a block of rows of all groups; where they are anywhere, all.
-    fn chunks(&self, blocks: &[Range<usize>]) -> Vec<Chunk> {
-        let (m, all) = (self.group_out, 0..blocks.len());
-        let of_all = |i: usize, rows: &Range<usize>| Chunk {
-            groups: 0..self.groups,
-            blocks: i..i + 1,
-            rows: rows.clone(),
-            places: rows.start * self.groups..rows.end * self.groups,
+    /// Chunks of output rows: blocks of rows of all groups, of [`CHUNK_BYTES`] a pixel or more, where they are interleaved by the
+    /// channels of a group; else all. (Groups by chunks where they stay in their places: 1 % slower.)
+    fn chunks<T>(&self, blocks: &[Range<usize>]) -> Vec<Chunk> {
+        let (groups, m) = (self.groups, self.group_out);
+        let chunk = |some: Range<usize>| {
+            let rows = blocks[some.start].start..blocks[some.end - 1].end;
+            Chunk { blocks: some, places: rows.start * groups..rows.end * groups, rows }
         };
-        let of_groups = |groups: Range<usize>| Chunk {
-            blocks: all.clone(),
-            rows: 0..m,
-            places: groups.start * m..groups.end * m,
-            groups,
-        };
-        match &self.out_places {
-            None => chunks(0..self.groups, CHANNEL_TILE.div_ceil(m)).map(of_groups).collect(),
-            Some(places) if (0..places.len()).all(|c| places[c] == c % m * self.groups + c / m) => {
-                blocks.iter().enumerate().map(|(i, rows)| of_all(i, rows)).collect()
-            }
-            Some(_) => vec![of_groups(0..self.groups)],
+        let interleaved = |places: &Vec<usize>| (0..places.len()).all(|c| places[c] == c % m * groups + c / m);
+        if !self.out_places.as_ref().is_some_and(interleaved) {
+            return vec![chunk(0..blocks.len())];
         }
+        let together = (CHUNK_BYTES / size_of::<T>()).div_ceil(blocks[0].len() * groups);
+        chunks(0..blocks.len(), together).map(chunk).collect()
     }
 }
 
-/// Output rows that go to neighbouring places, few enough to stay in the first cache until they are transposed.
+/// Output rows of all groups that go to neighbouring places, few enough to stay in the first cache until they are transposed.
 struct Chunk {
-    groups: Range<usize>,
     /// Which blocks of each group's rows.
     blocks: Range<usize>,
     /// The rows.
