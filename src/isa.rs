@@ -662,7 +662,7 @@ mod x86 {
         }
         #[inline(always)]
         fn pick_two_f32s(self, values: [Self::f32s; 2], index: Self::u32s) -> Self::f32s {
-            let [first, second] = values.map(|values| cast(self.pick_f32s(values, index)));
+            let (first, second) = (cast(self.pick_f32s(values[0], index)), cast(self.pick_f32s(values[1], index)));
             // SAFETY: the token proves AVX2.
             unsafe {
                 // Places from 8 on: that bit becomes the sign, which selects.

@@ -68,7 +68,7 @@ impl<T: WideElement> Packed<T> {
         taps: &[Option<usize>],
         weight: impl Fn(usize, usize, usize, usize) -> T,
     ) -> Self {
-        let count = outputs.div_ceil(isa.run(ConvHeight));
+        let count = outputs.div_ceil(isa.run(ConvHeight { four: false }));
         let blocks: Vec<_> = (0..count).map(|i| part(outputs, count, i)).collect();
         let inputs = channels * taps.len();
         let mut weights = Vec::with_capacity(groups * outputs * inputs);

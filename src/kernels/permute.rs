@@ -61,10 +61,10 @@ impl<'a, T: Element> PermuteChannels<'a, T> {
         let mut index = self.index.as_ptr();
         // SAFETY: the caller's promise; there are a vector's indices for each pair of windows.
         unsafe {
-            for windows in self.windows {
+            for [first, second] in self.windows {
                 let places = index.cast::<I::u32s>().read_unaligned();
-                let [a_mask, b_mask] = windows.map(|window| T::mask(isa, window.len));
-                let [mut a, mut b] = windows.map(|window| x.wrapping_add(window.first));
+                let (a_mask, b_mask) = (T::mask(isa, first.len), T::mask(isa, second.len));
+                let (mut a, mut b) = (x.wrapping_add(first.first), x.wrapping_add(second.first));
                 for value in &mut values {
                     if self.ahead[0] > 0 {
                         isa.prefetch_far(a.wrapping_add(self.ahead[0]));

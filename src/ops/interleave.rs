@@ -87,8 +87,8 @@ enum Way {
 }
 
 impl Permutation {
-    /// That which takes the channel at `sources[place]` to each place, if there are instructions for it and pixels enough to
-    /// be worth the while.
+    /// That which takes the channel at `sources[place]` to each place, if it is a matrix's or there are instructions for any, and
+    /// if pixels are enough to be worth the while.
     pub fn new<T: Element>(isa: Active, sources: &[usize], pixels: usize) -> Option<Self> {
         let lanes = lanes::<T>(isa);
         if pixels < lanes {
@@ -151,7 +151,7 @@ impl Permutation {
 /// there is one with blocks.
 fn matrix(sources: &[usize]) -> Option<[usize; 2]> {
     let columns = *sources.get(1)?;
-    let rows = sources.len().checked_div(columns)?;
+    let rows = sources.len().checked_div(columns).filter(|rows| rows * columns == sources.len())?;
     let transposed = |(place, &source): (usize, &usize)| source == place % rows * columns + place / rows;
     (rows.min(columns) >= transpose::HALF && sources.iter().enumerate().all(transposed)).then_some([rows, columns])
 }

@@ -15,9 +15,9 @@ use std::ops::Range;
 pub use self::gradients::{grad_bias, grad_weight};
 use super::{Shared, estimate};
 use crate::isa::Active;
-use crate::kernels::Element;
 use crate::kernels::pointwise::{ConvHeight, ConvRows, Start};
 use crate::kernels::products::{Products, Single};
+use crate::kernels::{Element, lanes};
 use crate::pool::{parallel_for, part, threads_for};
 use crate::scratch;
 use crate::shape::{Images, Order, Pointwise};
@@ -160,21 +160,22 @@ impl Product {
         y: Shared<T>,
     ) {
         if planes {
-            self.packed(products, weight, bias, |packed| self.planes(threads, x, packed, y));
+            self.packed(products, weight, bias, self.images.pixels, |packed| self.planes(threads, x, packed, y));
         } else {
             self.pixels(products, threads, x, weight, bias, y);
         }
     }
 
-    /// Calls `body` with packed weights, in blocks of output rows.
+    /// Calls `body` with packed weights, in blocks of output rows, which are of so many pixels.
     fn packed<T: Element, M: Products<T>>(
         &self,
         products: M,
         weight: Weights<'_, T>,
         bias: Option<&[T]>,
+        pixels: usize,
         body: impl FnOnce(Packed<'_, T, M>),
     ) {
-        let height = self.isa.run(ConvHeight);
+        let height = self.isa.run(ConvHeight { four: pixels == 4 * lanes::<T>(self.isa) });
         let count = self.group_out.div_ceil(height);
         let blocks: Vec<_> = (0..count).map(|i| part(self.group_out, count, i)).collect();
         let steps = self.group_in.div_ceil(M::TERMS);

@@ -114,6 +114,8 @@ fn pointwise_matches_the_reference() {
         (11, 49, 32, 32, 2, 16),
         (2, 523, 72, 12, 1, 1),
         (1, 523, 34, 102, 2, 3),
+        // Rows of four vectors.
+        (3, 64, 20, 46, 2, 23),
         // Groups side by side in vectors: all that fit one, or pieces of each.
         (1, 133, 24, 24, 8, 1),
         (1, 130, 35, 35, 7, 1),

@@ -71,6 +71,7 @@ impl Product {
         bias: Option<&[T]>,
         y: Shared<T>,
     ) {
+        let pixels = self.images.count * self.images.pixels;
         let permutation = self.permutation::<T>();
         let permutation = permutation.as_ref();
         match self.way::<T, M>(permutation) {
@@ -78,7 +79,10 @@ impl Product {
                 self.side_by_side(products, threads, x, weight, bias, &groups, permutation, y);
             }
             Way::Outer(places) => self.outer(products, threads, x, weight, bias, &places, permutation, y),
-            Way::Transposed => self.packed(products, weight, bias, |packed| self.transposed(threads, x, packed, y)),
+            Way::Transposed => {
+                let tile = PIXEL_TILES[M::TERMS - 1].min(pixels.next_multiple_of(8));
+                self.packed(products, weight, bias, tile, |packed| self.transposed(threads, tile, x, packed, y));
+            }
         }
     }
 
@@ -261,12 +265,18 @@ impl Product {
         });
     }
 
-    /// Tiles of pixels are transposed into rows and back: the input by [`CHANNEL_TILE`], the output by [`Chunk`].
-    fn transposed<T: Element, M: Products<T>>(&self, threads: usize, x: &[T], packed: Packed<'_, T, M>, y: Shared<T>) {
+    /// Tiles of so many pixels are transposed into rows and back: the input by [`CHANNEL_TILE`], the output by [`Chunk`].
+    fn transposed<T: Element, M: Products<T>>(
+        &self,
+        threads: usize,
+        tile: usize,
+        x: &[T],
+        packed: Packed<'_, T, M>,
+        y: Shared<T>,
+    ) {
         let (k, m) = (self.group_in, self.group_out);
         let (c_in, c_out) = (self.images.channels, self.groups * m);
         let pixels = self.images.count * self.images.pixels;
-        let tile = PIXEL_TILES[M::TERMS - 1].min(pixels.next_multiple_of(8));
         let out_chunks = self.chunks::<T>(packed.blocks);
         // All at once where a group's channels are anywhere, or where chunks come back to it.
         let all = self.in_places.is_some() || out_chunks.len() > 1;
