@@ -91,7 +91,8 @@ fn weight_grad<T: Element, M: Products<T>>(
     let pixels = images.count * images.pixels;
     let work = images_work::<T>(images, out, shape.group_in());
     let threads = threads_for(work);
-    let mut way = if planes { Way::default() } else { Way::new::<T>(isa, shape, pixels) };
+    let interleaved = shape.out_places();
+    let mut way = if planes { Way::default() } else { Way::new::<T>(isa, shape, interleaved.as_deref(), pixels) };
     // The parts depend on the problem alone, so that the sums do too; the division into groups does not change them.
     let most = if planes { images.count } else { pixels.div_ceil(DOT_TILE) };
     let least = if way.permutation.is_some() { PERMUTED_PARTS } else { 1 };
@@ -99,15 +100,15 @@ fn weight_grad<T: Element, M: Products<T>>(
     let parts = ((work / worth) as usize).max(least).min(most).clamp(1, MAX_PARTS);
     let wanted = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).div_ceil(parts) };
     let group_parts = wanted.min(way.side_by_side.as_ref().map_or(shape.groups, |groups| groups.vectors.len()));
-    let mut places = match shape.out_places() {
-        Some(places) if way.permutation.is_none() => places,
-        _ => (0..shape.out_channels).collect(),
+    let (mut places, sources) = match interleaved {
+        Some(places) if way.permutation.is_none() => (places, None),
+        sources => ((0..shape.out_channels).collect(), sources),
     };
     if planes {
         places.iter_mut().for_each(|place| *place *= images.pixels);
     }
     // All at once where each part of the groups would do it once more.
-    let permutation = way.permutation.take_if(|_| group_parts > 1).and_then(|_| shape.out_places());
+    let permutation = way.permutation.take_if(|_| group_parts > 1).and(sources);
     let permuted = if permutation.is_some() { grad_output.len() } else { 0 };
     memory::with(permuted, |permuted: &mut [MaybeUninit<T>]| {
         let mut grad_output = grad_output;
@@ -134,8 +135,9 @@ struct Way {
 }
 
 impl Way {
-    /// The fastest one, by what a pixel of one group costs in multiply-adds of outer products.
-    fn new<T: Element>(isa: Active, shape: &Pointwise, pixels: usize) -> Self {
+    /// The fastest one, by what a pixel of one group costs in multiply-adds of outer products; output channels may be `interleaved`
+    /// to these places.
+    fn new<T: Element>(isa: Active, shape: &Pointwise, interleaved: Option<&[usize]>, pixels: usize) -> Self {
         let (k, m, lanes) = (shape.group_in(), shape.group_out(), lanes::<T>(isa));
         let per_group = |cost: f64| cost / shape.groups as f64;
         // Which of a group's channels fill more of the vectors.
@@ -148,12 +150,12 @@ impl Way {
                 .filter(|groups| groups.windows() && picked(groups) < cost);
             cost = way.side_by_side.as_ref().map_or(cost, picked);
         }
-        let Some(sources) = shape.out_places() else { return way };
+        let Some(sources) = interleaved else { return way };
         // Interleaved as they are, output channels are rows.
         let cached = OUTER_TERMS * shape.out_channels * size_of::<T::Wide>() <= CACHE_BYTES;
         let lines = if cached { 0 } else { m.min(shape.out_channels.div_ceil(lanes)) };
         let scattered = by_input as f64 + LINE * lines as f64;
-        way.permutation = Permutation::new::<T>(isa, &sources, pixels)
+        way.permutation = Permutation::new::<T>(isa, sources, pixels)
             .filter(|permutation| cost + per_group(PERMUTED * permutation.cost()) < scattered);
         if way.permutation.is_some() { way } else { Self::default() }
     }
