@@ -5,7 +5,7 @@
 //! memory becomes one by transposing it through the cache ([`transpose`]). Pixels are the vector dimension, so
 //! any group size runs at full width, and permuting channels (the interleave) is only another table of offsets. Where
 //! transposing costs more than it saves, NHWC pixels are computed with as they are, channels being the vector dimension
-//! ([`outer`], [`side_by_side`], [`windows`]), and permuted ([`permute`]).
+//! ([`outer`], [`side_by_side`], [`strips`]), and permuted ([`permute`]).
 
 pub mod activations;
 mod bf16;
@@ -18,8 +18,8 @@ pub mod products;
 pub mod rows;
 pub mod side_by_side;
 pub mod spread;
+pub mod strips;
 pub mod transpose;
-pub mod windows;
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;

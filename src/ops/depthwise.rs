@@ -7,15 +7,16 @@ use std::ops::Range;
 
 use super::phases::Phase;
 use super::planes::{PlaneConv, Taps};
-use super::windows::Windows;
+use super::strips::Strips;
 use super::{Shared, add_parts, estimate};
-use crate::isa::Active;
+use crate::isa::{Active, looks_ahead};
 use crate::kernels::pointwise::{SumSlots, slot};
-use crate::kernels::windows::{WindowConv, WindowSums};
+use crate::kernels::strips::{StripConv, StripSums};
+use crate::kernels::transpose::Transpose;
 use crate::kernels::{Element, lanes};
 use crate::pool::{chunks, parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
-use crate::shape::{Depthwise, Order};
+use crate::shape::{Depthwise, Order, WeightLayout};
 
 /// Tasks for each thread, at least. (3x3 over 16 x 1024 planes of 7 x 7: 0.36 ms of two threads in 4 tasks of each, 0.28 in 32.)
 const TASKS_PER_THREAD: usize = 16;
@@ -25,8 +26,12 @@ const CHANNEL_PIXELS: usize = 512;
 const MAX_CHANNELS: usize = 64;
 /// Images whose planes of one channel go through a kernel together, at most.
 const IMAGES: usize = 4;
-/// Sets of partial weight gradients in NHWC, at most.
+/// Sets of partial weight gradients in NHWC: at most so many, and, down to the other number, so few that this many values are
+/// read for each of the sums. (5x5 over 32 x 1152 planes of 7 x 7: 0.66 ms of two threads with 32 sets, 0.55 with 16, 0.50
+/// with 8, which is too few for more threads; 3x3 over 16 x 200 of 14 x 14 0.115, 0.096 and 0.095.)
 const MAX_PARTS: usize = 32;
+const MIN_PARTS: usize = 16;
+const READ_PER_SUM: usize = 32;
 
 /// Convolution with one kernel for each channel.
 struct Correlation<'a, T> {
@@ -96,43 +101,51 @@ fn correlate<T: Element>(
     let work = Correlation { isa, shape, vertical, horizontal, output, x, weight, bias, y: Shared::new(y) };
     match shape.order {
         Order::Nchw => work.planes(threads),
-        Order::Nhwc => scratch::with(shape.weights(), |weights: &mut [T::Wide]| {
-            for (tap, c) in (0..taps).flat_map(|tap| (0..shape.channels).map(move |c| (tap, c))) {
-                weights[tap * shape.channels + c] = weight[shape.weight_index(c, tap)].widen();
-            }
-            work.pixels(weights, threads);
-        }),
+        Order::Nhwc => {
+            let strips = Strips::new([&work.vertical, &work.horizontal], [output[1], shape.channels]);
+            with_vectors(isa, shape, weight, |weights| work.pixels(&strips, weights, threads));
+        }
     }
 }
 
 impl<T: Element> Correlation<'_, T> {
-    /// NHWC: rectangles of pixels, one row of them after the other; weights are `[tap][channel]`.
-    fn pixels(&self, weights: &[T::Wide], threads: usize) {
+    /// NHWC: bands of rows; weights are `[vector of channels][tap][lane]`.
+    fn pixels(&self, strips: &Strips, weights: &[T::Wide], threads: usize) {
         let Depthwise { count, channels, kernel, .. } = *self.shape;
-        let (row_len, width) = (self.horizontal[0].input * channels, self.output[1]);
-        let (len, out_len) = (self.vertical[0].input * row_len, self.output[0] * width * channels);
-        let (vertical, horizontal) = (self.vertical.clone(), self.horizontal.clone());
-        let windows = Windows::new::<T>(self.isa, vertical, horizontal, [kernel, channels]);
-        let bands = windows.bands();
+        let len = self.vertical[0].input * self.horizontal[0].input * channels;
+        let out_len = self.output[0] * self.output[1] * channels;
+        let bands = strips.bands();
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(count * bands) };
         parallel_for(threads, parts, |task| {
-            let mut results = Vec::new();
-            scratch::with(windows.memory(), |copy: &mut [T::Wide]| {
-                for (n, band) in part(count * bands, parts, task).map(|i| (i / bands, i % bands)) {
-                    let (x, y) = (&self.x[n * len..][..len], self.y.at(n * out_len).ptr());
-                    let mut ahead = windows.ahead(band, [x.as_ptr(), y.cast_const()], [row_len, width * channels]);
-                    for rectangle in windows.rectangles(band) {
-                        results.clear();
-                        results.extend(windows.results(&rectangle, width, channels));
-                        let window = windows.window(x, channels, &rectangle, copy);
-                        // SAFETY: pixels of image n of the output, each of which one task writes.
-                        let kernel = unsafe {
-                            WindowConv { window, results: &results, weights, bias: self.bias, y, ahead }.promise()
-                        };
-                        ahead = self.isa.run(kernel);
-                    }
+            for (n, band) in part(count * bands, parts, task).map(|i| (i / bands, i % bands)) {
+                let (x, y) = (&self.x[n * len..][..len], self.y.at(n * out_len).ptr());
+                let mut ahead = strips.ahead(band, [x.as_ptr(), y.cast_const()]);
+                // The first pair of phases asks for all that the next band's results see.
+                let mut asks = self.vertical[0].in_step * self.vertical[0].in_step;
+                for (vertical, horizontal) in strips.pairs() {
+                    let rows = strips.rows(band, vertical);
+                    let (first, strides) = strips.results((vertical, horizontal), rows.start);
+                    let ((tap_row, down), (tap_column, right)) = (vertical.first_tap(), horizontal.first_tap());
+                    // SAFETY: pixels of image n of the output, each of which one task writes.
+                    let kernel = unsafe {
+                        StripConv {
+                            sight: strips.sight(x, (vertical, horizontal), rows.start, asks),
+                            weights,
+                            kernel_taps: kernel * kernel,
+                            first_tap: tap_row * kernel + tap_column,
+                            tap_steps: [down * kernel as isize, right],
+                            bias: self.bias,
+                            y: y.wrapping_add(first),
+                            strides,
+                            size: [rows.len(), horizontal.count],
+                            ahead,
+                        }
+                        .promise()
+                    };
+                    ahead = self.isa.run(kernel);
+                    asks = 0;
                 }
-            });
+            }
         });
     }
 
@@ -148,24 +161,30 @@ impl<T: Element> Correlation<'_, T> {
         let bias: Vec<_> =
             (0..channels).map(|c| self.bias.map_or(T::Wide::default(), |bias| bias[c].widen())).collect();
         let conv = PlaneConv::new::<T::Wide>(self.isa, &self.vertical, &self.horizontal, kernel);
-        let weight = |c: usize, tap| self.weight[self.shape.weight_index(c, tap)].widen();
-        let of_channel = |c| conv.order().iter().map(move |tap| tap.map_or(T::Wide::default(), |tap| weight(c, tap)));
-        let (weights, taps): (Vec<_>, _) = ((0..channels).flat_map(of_channel).collect(), conv.order().len());
-        parallel_for(threads, parts * tiles, |task| {
-            let (range, images) = (part(channels, tiles, task % tiles), part(count, parts, task / tiles));
-            with_wide(self.isa, self.x, [channels, pixels], range, images.clone(), |channel, x, step| {
-                let first = (images.start * channels + channel.start) * out_pixels;
-                // SAFETY: planes of the output, which no other task writes.
-                unsafe {
-                    conv.run(
-                        self.isa,
-                        x,
-                        [(images.len(), step), (channel.len(), pixels)],
-                        &weights[channel.start * taps..channel.end * taps],
-                        &bias[channel],
-                        (self.y.at(first), [channels * out_pixels, out_pixels], size),
-                    );
+        let taps = conv.order().len();
+        scratch::with(channels * taps, |weights: &mut [T::Wide]| {
+            for (c, weights) in weights.chunks_exact_mut(taps).enumerate() {
+                for (weight, tap) in weights.iter_mut().zip(conv.order()) {
+                    *weight =
+                        tap.map_or(T::Wide::default(), |tap| self.weight[self.shape.weight_index(c, tap)].widen());
                 }
+            }
+            parallel_for(threads, parts * tiles, |task| {
+                let (range, images) = (part(channels, tiles, task % tiles), part(count, parts, task / tiles));
+                with_wide(self.isa, self.x, [channels, pixels], range, images.clone(), |channel, x, step| {
+                    let first = (images.start * channels + channel.start) * out_pixels;
+                    // SAFETY: planes of the output, which no other task writes.
+                    unsafe {
+                        conv.run(
+                            self.isa,
+                            x,
+                            [(images.len(), step), (channel.len(), pixels)],
+                            &weights[channel.start * taps..channel.end * taps],
+                            &bias[channel],
+                            (self.y.at(first), [channels * out_pixels, out_pixels], size),
+                        );
+                    }
+                });
             });
         });
     }
@@ -211,21 +230,29 @@ pub fn grad_weight<T: Element>(
         }
         // Each part of the images has sums of its own, added up in order at the end.
         Order::Nhwc => {
-            let (vertical, horizontal) = (vec![grad.vertical.clone()], vec![grad.horizontal.clone()]);
-            let windows = Windows::new::<T>(isa, vertical, horizontal, [shape.kernel, shape.channels]);
-            let (bands, len) = (shape.count * windows.bands(), shape.weights());
-            let parts = bands.min(MAX_PARTS);
-            let mut partial = vec![T::Wide::default(); parts * len];
-            let shared = Shared(partial.as_mut_ptr());
-            parallel_for(threads, parts, |task| {
-                // SAFETY: each task has sums of its own.
-                let sums = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(task * len), len) };
-                grad.pixels(&windows, part(bands, parts, task), sums);
+            let phases = [grad.vertical, grad.horizontal].map(std::slice::from_ref);
+            let strips = Strips::new(phases, [shape.horizontal.output, shape.channels]);
+            let (bands, lanes) = (shape.count * strips.bands(), lanes::<T::Wide>(isa));
+            let len = shape.channels.div_ceil(lanes) * taps * lanes;
+            let most = (x.len() + grad_output.len()) / (READ_PER_SUM * len);
+            let parts = bands.min(most.clamp(MIN_PARTS, MAX_PARTS));
+            scratch::with(parts * len, |partial: &mut [T::Wide]| {
+                let shared = Shared(partial.as_mut_ptr());
+                parallel_for(threads, parts, |task| {
+                    // SAFETY: each task has sums of its own.
+                    let sums = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(task * len), len) };
+                    sums.fill(T::Wide::default());
+                    grad.pixels(&strips, part(bands, parts, task), sums);
+                });
+                for (vector, sums) in add_parts(partial, len).chunks_exact(taps * lanes).enumerate() {
+                    let first = vector * lanes;
+                    for (tap, sums) in sums.chunks_exact(lanes).enumerate() {
+                        for (c, &sum) in (first..shape.channels).zip(sums) {
+                            grad_weight[shape.weight_index(c, tap)].write(T::narrow(sum));
+                        }
+                    }
+                }
             });
-            let sums = add_parts(&mut partial, len);
-            for (tap, c) in (0..taps).flat_map(|tap| (0..shape.channels).map(move |c| (tap, c))) {
-                grad_weight[shape.weight_index(c, tap)].write(T::narrow(sums[tap * shape.channels + c]));
-            }
         }
     }
 }
@@ -240,36 +267,30 @@ struct WeightGrad<'a, T> {
 }
 
 impl<T: Element> WeightGrad<'_, T> {
-    /// NHWC: adds some bands of the images to `[tap][channel]` sums.
-    fn pixels(&self, windows: &Windows, bands: Range<usize>, sums: &mut [T::Wide]) {
-        let Depthwise { channels, kernel, stride, .. } = *self.shape;
-        let (row_len, width) = (self.horizontal.input * channels, self.horizontal.count);
-        let (len, out_len) = (self.vertical.input * row_len, self.vertical.count * width * channels);
-        scratch::with(windows.memory(), |copy: &mut [T::Wide]| {
-            for (n, band) in bands.map(|band| (band / windows.bands(), band % windows.bands())) {
-                let (x, g) = (&self.x[n * len..][..len], &self.grad_output[n * out_len..][..out_len]);
-                let mut ahead = windows.ahead(band, [x.as_ptr(), g.as_ptr()], [row_len, width * channels]);
-                for rectangle in windows.rectangles(band) {
-                    let [rows, columns] = &rectangle;
-                    // SAFETY: pixels of the gradient.
-                    let kernel = unsafe {
-                        WindowSums {
-                            window: windows.window(x, channels, &rectangle, copy),
-                            kernel,
-                            step: stride,
-                            g: g.as_ptr().add((rows.start * width + columns.start) * channels),
-                            size: [rows.len(), columns.len()],
-                            g_strides: [width * channels, channels],
-                            sums,
-                            asks: windows.asks(),
-                            ahead,
-                        }
-                        .promise()
-                    };
-                    ahead = self.isa.run(kernel);
+    /// NHWC: adds some bands of the images to `[vector of channels][tap][lane]` sums.
+    fn pixels(&self, strips: &Strips, bands: Range<usize>, sums: &mut [T::Wide]) {
+        let (channels, phases) = (self.shape.channels, (self.vertical, self.horizontal));
+        let len = self.vertical.input * self.horizontal.input * channels;
+        let out_len = self.vertical.count * self.horizontal.count * channels;
+        let asks = if looks_ahead() { 0 } else { self.shape.stride * self.shape.stride };
+        for (n, band) in bands.map(|band| (band / strips.bands(), band % strips.bands())) {
+            let (x, g) = (&self.x[n * len..][..len], &self.grad_output[n * out_len..][..out_len]);
+            let rows = strips.rows(band, self.vertical);
+            let (first, strides) = strips.results(phases, rows.start);
+            // SAFETY: pixels of the gradient.
+            let kernel = unsafe {
+                StripSums {
+                    sight: strips.sight(x, phases, rows.start, asks),
+                    g: g.as_ptr().add(first),
+                    strides,
+                    size: [rows.len(), self.horizontal.count],
+                    sums,
+                    ahead: strips.ahead(band, [x.as_ptr(), g.as_ptr()]),
                 }
-            }
-        });
+                .promise()
+            };
+            self.isa.run(kernel);
+        }
     }
 
     /// NCHW: the sums of some channels over all images.
@@ -299,6 +320,31 @@ impl<T: Element> WeightGrad<'_, T> {
             }
         });
     }
+}
+
+/// Calls `body` with the weights of a kernel as `[vector of channels][tap][lane]`.
+fn with_vectors<T: Element>(isa: Active, shape: &Depthwise, weight: &[T], body: impl FnOnce(&[T::Wide])) {
+    let (channels, taps, lanes) = (shape.channels, shape.kernel * shape.kernel, lanes::<T::Wide>(isa));
+    let lens = [channels.div_ceil(lanes) * taps * lanes, weight.len()];
+    scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
+        let [packed, widened] = cut(memory, lens);
+        let weight = T::widened(isa, weight, widened);
+        for (channels, packed) in chunks(0..channels, lanes).zip(packed.chunks_exact_mut(taps * lanes)) {
+            let (size, to) = ([channels.len(), taps], packed.as_mut_ptr());
+            match shape.weight_layout {
+                // SAFETY: these channels' weights, and as many vectors.
+                WeightLayout::Oi => isa.run(unsafe {
+                    Transpose::gather(size, weight[channels.start * taps..].as_ptr(), taps, to, lanes).ahead(0)
+                }),
+                WeightLayout::Io => {
+                    for (packed, weight) in packed.chunks_exact_mut(lanes).zip(weight.chunks_exact(shape.channels)) {
+                        packed[..channels.len()].copy_from_slice(&weight[channels.clone()]);
+                    }
+                }
+            }
+        }
+        body(packed);
+    })
 }
 
 /// Calls `body` with some channels at a time, of `range`, of the planes of `[channels, pixels]` of some images: the channels,

@@ -6,9 +6,9 @@ pub(crate) mod phases;
 pub(crate) mod planes;
 pub mod pointwise;
 pub(crate) mod row_products;
+mod strips;
 #[cfg(test)]
 mod tests;
-mod windows;
 
 use std::mem::MaybeUninit;
 

@@ -56,6 +56,14 @@ impl Phase {
         phases.iter().find_map(tap).unwrap_or(0) as usize
     }
 
+    /// The tap of the lowest offset, and how many taps further the next offset's is.
+    pub(crate) fn first_tap(&self) -> (usize, isize) {
+        let low = self.span().0;
+        let tap = |offset| self.taps.iter().find(|tap| tap.1 == offset).map(|tap| tap.0);
+        let first = tap(low).unwrap_or(0);
+        (first, tap(low + 1).map_or(0, |next| next as isize - first as isize))
+    }
+
     /// The lowest offset, and how many pixels the offsets span.
     pub(crate) fn span(&self) -> (isize, usize) {
         let offsets = self.taps.iter().map(|&(_, offset)| offset);
