@@ -7,8 +7,10 @@
 //! transposing costs more than it saves, NHWC pixels are computed with as they are, channels being the vector dimension
 //! ([`outer`], [`side_by_side`], [`strips`]), and permuted ([`permute`]).
 
+pub mod across;
 pub mod activations;
 mod bf16;
+pub mod folds;
 pub mod outer;
 pub mod permute;
 pub mod planes;

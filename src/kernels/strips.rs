@@ -19,9 +19,9 @@ use crate::isa::{Isa, Kernel};
 /// Rows of results of a strip, at most.
 pub const ROWS: usize = 4;
 
-/// Rows of results whose sums registers hold, `flying` columns of each, beside `columns` weights, a start and a value.
-const fn strip_rows(registers: usize, columns: usize, flying: usize) -> usize {
-    match (registers - columns - 2) / flying {
+/// Rows of results whose sums registers hold, of so many columns each, beside a value for each row, a weight and a start.
+const fn strip_rows(registers: usize, columns: usize) -> usize {
+    match (registers - 2) / (columns + 1) {
         ROWS.. => ROWS,
         2 | 3 => 2,
         _ => 1,
@@ -157,13 +157,13 @@ impl<'a, T: Element> StripConv<'a, T> {
         // SAFETY: the caller's promise; some of the last rows may be computed twice.
         unsafe {
             // A constant: what registers do not hold is not compiled.
-            if const { strip_rows(I::REGISTER_COUNT, K, F) == ROWS } {
+            if const { strip_rows(I::REGISTER_COUNT, F) == ROWS } {
                 while row < rows && rows >= ROWS {
                     self.strip::<I, TAIL, K, S, F, ROWS>(isa, c, mask, row.min(rows - ROWS));
                     row += ROWS;
                 }
             }
-            if const { strip_rows(I::REGISTER_COUNT, K, F) >= 2 } {
+            if const { strip_rows(I::REGISTER_COUNT, F) >= 2 } {
                 while row < rows && rows >= 2 {
                     self.strip::<I, TAIL, K, S, F, 2>(isa, c, mask, row.min(rows - 2));
                     row += 2;
@@ -252,24 +252,22 @@ impl<'a, T: Element> StripConv<'a, T> {
         let x = sight.row(S * row, c).wrapping_add(column * sight.channels);
         let row_len = sight.size[1] * sight.channels;
         for tap in 0..sight.taps[0] {
-            let mut w = [T::splat(isa, T::default()); F];
-            for (f, w) in w.iter_mut().enumerate() {
+            // Rows outside the image are zeros.
+            let mut values = [T::splat(isa, T::default()); J];
+            for (j, value) in values.iter_mut().enumerate() {
+                if inside || sight.has_row(S * (row + j) + tap) {
+                    let x = x.wrapping_add((S * j + tap) * row_len);
+                    // SAFETY: a pixel of the image; the channels exist.
+                    *value = unsafe { load::<T, I, TAIL>(isa, mask, x) };
+                }
+            }
+            for (f, sums) in sums.iter_mut().rev().enumerate() {
                 if S * f + A < K {
                     let place = tap as isize * tap_row + (S * f + A) as isize * tap_column;
                     // SAFETY: inside the weights, as was asserted.
-                    *w = unsafe { T::load_wide(isa, weights.wrapping_offset(place)) };
-                }
-            }
-            for j in 0..J {
-                if !inside && !sight.has_row(S * (row + j) + tap) {
-                    continue;
-                }
-                let x = x.wrapping_add((S * j + tap) * row_len);
-                // SAFETY: a pixel of the image; the channels exist.
-                let value = unsafe { load::<T, I, TAIL>(isa, mask, x) };
-                for f in 0..F {
-                    if S * f + A < K {
-                        sums[F - 1 - f][j] = T::mul_add(isa, w[f], value, sums[F - 1 - f][j]);
+                    let weight = unsafe { T::load_wide(isa, weights.wrapping_offset(place)) };
+                    for (sum, &value) in sums.iter_mut().zip(&values) {
+                        *sum = T::mul_add(isa, weight, value, *sum);
                     }
                 }
             }

@@ -5,6 +5,7 @@
 //! places for the output rows (forward) or the input rows (backward) and costs nothing in NCHW, whose planes are such rows
 //! ([`Product::planes`]). NHWC has ways of its own ([`pixels`]). Weight and bias gradients are in [`gradients`].
 
+mod across;
 mod gradients;
 mod pixels;
 mod side_by_side;
@@ -311,4 +312,15 @@ fn images_work<T>(a: Images, b: Images, inner: usize) -> f64 {
 fn constant_stride(places: &[usize]) -> Option<usize> {
     let stride = if places.len() > 1 { places[1].checked_sub(places[0])? } else { 1 };
     places.windows(2).all(|pair| pair[0] + stride == pair[1]).then_some(stride)
+}
+
+/// Whether these places are those of channels interleaved by a group's, of which there are so many.
+fn interleaved_by_group(places: &[usize], group_out: usize) -> bool {
+    let groups = places.len() / group_out;
+    places.iter().enumerate().all(|(c, &place)| place == c % group_out * groups + c / group_out)
+}
+
+/// The greatest common divisor.
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }

@@ -125,11 +125,23 @@ fn pointwise_matches_the_reference() {
         (2, 70, 48, 16, 2, 8),
         (1, 128, 96, 28, 4, 1),
         (1, 135, 10, 90, 5, 1),
+        // Groups of one output channel, whose products are folded: 2 to 8 of them.
+        (2, 9, 10, 5, 5, 1),
+        (1, 21, 9, 3, 3, 1),
+        (1, 35, 96, 24, 24, 1),
+        (3, 7, 35, 7, 7, 1),
+        (2, 33, 60, 10, 10, 1),
+        (1, 33, 21, 3, 3, 1),
+        (1, 19, 40, 5, 5, 1),
         // Interleaved by the channels of a group: permuted in a cache, or by chunks of transposed rows.
         (1, 130, 24, 24, 6, 4),
         (1, 133, 28, 168, 7, 24),
         (2, 50, 48, 288, 3, 96),
         (1, 101, 112, 336, 7, 48),
+        // Interleaved vectors across groups, which fill one or more, or not.
+        (1, 70, 64, 256, 16, 16),
+        (2, 37, 40, 240, 2, 120),
+        (1, 65, 20, 80, 5, 16),
         // Weight gradients whose channels are put back to their groups all at once, by two threads.
         (1, 400, 96, 576, 24, 24),
     ];

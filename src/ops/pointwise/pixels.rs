@@ -1,12 +1,14 @@
 //! Grouped pointwise convolution and its input gradient in NHWC, whose pixels have all channels side by side.
 //!
-//! Three ways lead through them ([`Way`]), of which each is the fastest for some groups. Where the output is permuted, pixels are
+//! Five ways lead through them ([`Way`]), of which each is the fastest for some groups. Where the output is permuted, pixels are
 //! computed in a cache and permuted from there; transposed rows go to their places by themselves.
 
 use std::ops::Range;
 
+use super::across::Across;
 use super::side_by_side::SideBySide;
-use super::{Packed, Product, TASKS_PER_THREAD, Weights, constant_stride};
+use super::{Packed, Product, TASKS_PER_THREAD, Weights, constant_stride, gcd, interleaved_by_group};
+use crate::kernels::folds::{Folds, folds};
 use crate::kernels::outer::{OuterProducts, Pixels};
 use crate::kernels::products::Products;
 use crate::kernels::side_by_side::SideBySide as SideBySideRows;
@@ -52,8 +54,12 @@ pub(super) const PERMUTED: f64 = 3.95;
 
 /// How a [`Product`] goes through pixels.
 enum Way {
+    /// Groups of one output channel: products of neighbours added up.
+    Folded,
     /// Groups side by side in vectors.
     SideBySide(SideBySide),
+    /// Vectors of interleaved channels, across groups.
+    Across(Across),
     /// Pixels as they are, times matrices: where each group's first input channel stands, and the distance to the next one.
     Outer(Vec<[usize; 2]>),
     /// Transposed to rows and back.
@@ -75,9 +81,11 @@ impl Product {
         let permutation = self.permutation::<T>();
         let permutation = permutation.as_ref();
         match self.way::<T, M>(permutation) {
+            Way::Folded => self.folded(threads, x, weight, bias, y),
             Way::SideBySide(groups) => {
                 self.side_by_side(products, threads, x, weight, bias, &groups, permutation, y);
             }
+            Way::Across(across) => self.across(threads, x, weight, bias, &across, y),
             Way::Outer(places) => self.outer(products, threads, x, weight, bias, &places, permutation, y),
             Way::Transposed => {
                 let tile = PIXEL_TILES[M::TERMS - 1].min(pixels.next_multiple_of(8));
@@ -100,11 +108,21 @@ impl Product {
         if self.out_places.is_some() && permutation.is_none() {
             return Way::Transposed;
         }
+        if m == 1 && permutation.is_none() && self.in_places.is_none() && folds(k, picks::<T>(self.isa)) {
+            return Way::Folded;
+        }
         let per_group = |cost: f64| cost / self.groups as f64;
         let permuted = permutation.map_or(0.0, |permutation| per_group(PERMUTED * permutation.cost()));
         let steps = k.div_ceil(M::TERMS);
         let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64 + permuted;
         let transposed = SHORT_ROWS * (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
+        if M::TERMS == 1 && m > k && self.in_places.is_none() {
+            let pixels = self.images.count * self.images.pixels;
+            let across = Across::new::<T>(self.isa, [self.groups, k, m], self.out_places.as_deref(), pixels);
+            if let Some(across) = across.filter(|across| per_group(across.cost()) < outer.min(transposed)) {
+                return Way::Across(across);
+            }
+        }
         let picks = self.in_places.is_none() && picks::<T>(self.isa);
         if picks && self.images.count * self.images.pixels >= PICKED_PIXELS {
             let faster =
@@ -157,6 +175,51 @@ impl Product {
                 // SAFETY: memory holds these pixels; those of y are this task's own.
                 unsafe { permutation.run(memory.as_ptr(), to(&pixels), [step, c_out], pixels.len(), [0, ahead]) };
             }
+        });
+    }
+
+    /// Pixels one after the other: vectors of results, whatever groups they are of.
+    fn folded<T: Element>(
+        &self,
+        threads: usize,
+        x: &[T],
+        (weights, [group, _, input]): Weights<'_, T>,
+        bias: Option<&[T]>,
+        y: Shared<T>,
+    ) {
+        let (k, groups, lanes) = (self.group_in, self.groups, lanes::<T::Wide>(self.isa));
+        let results = self.images.count * self.images.pixels * groups;
+        // After so many results, pixels and vectors begin together.
+        let period = groups * (lanes / gcd(groups, lanes));
+        let lens = [period * k, if bias.is_some() { period } else { 0 }];
+        scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
+            let [packed, wide_bias] = cut(memory, lens);
+            for (i, weight) in packed.iter_mut().enumerate() {
+                *weight = weights[i / k % groups * group + i % k * input].widen();
+            }
+            for (i, value) in wide_bias.iter_mut().enumerate() {
+                *value = bias.map_or(T::Wide::default(), |bias| bias[i % groups].widen());
+            }
+            let (packed, bias) = (&*packed, bias.map(|_| &*wide_bias));
+            let vectors = results.div_ceil(lanes);
+            let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(vectors) };
+            parallel_for(threads, parts, |task| {
+                let vectors = part(vectors, parts, task);
+                let range = vectors.start * lanes..results.min(vectors.end * lanes);
+                // SAFETY: these results are this task's own.
+                self.isa.run(unsafe {
+                    Folds {
+                        x: &x[range.start * k..range.end * k],
+                        group_in: k,
+                        weights: packed,
+                        first: vectors.start % (period / lanes),
+                        bias,
+                        y: y.at(range.start).ptr(),
+                        len: range.len(),
+                    }
+                    .promise()
+                });
+            });
         });
     }
 
@@ -330,8 +393,7 @@ impl Product {
             let rows = blocks[some.start].start..blocks[some.end - 1].end;
             Chunk { blocks: some, places: rows.start * groups..rows.end * groups, rows }
         };
-        let interleaved = |places: &Vec<usize>| (0..places.len()).all(|c| places[c] == c % m * groups + c / m);
-        if !self.out_places.as_ref().is_some_and(interleaved) {
+        if !self.out_places.as_ref().is_some_and(|places| interleaved_by_group(places, m)) {
             return vec![chunk(0..blocks.len())];
         }
         let together = (CHUNK_BYTES / size_of::<T>()).div_ceil(blocks[0].len() * groups);

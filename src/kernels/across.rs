@@ -1,0 +1,395 @@
+//! Grouped pointwise convolution over NHWC pixels whose output is interleaved: neighbouring channels are of different groups,
+//! and a vector lies across these.
+//!
+//! With the input as a matrix of a row for each of a group's channels, a column for each group, a step multiplies a vector of one
+//! of its rows by as many weights; three groups of two input and four output channels, for example:
+//!
+//! ```text
+//!   place        0   1   2   3   4   5   6   7        a vector of interleaved output channels
+//!   group        0   1   2   0   1   2   0   1
+//!   channel      0   0   0   1   1   1   2   2
+//!   y        += x00 x01 x02 x00 x01 x02 x00 x01    * weights of step 0       row 0 of the input, again and again
+//!   y        += x10 x11 x12 x10 x11 x12 x10 x11    * weights of step 1
+//! ```
+//!
+//! Vectors that start with the same group share what is picked from a row.
+
+use super::Element;
+use crate::isa::{Isa, Kernel};
+
+/// Pixels that are computed together.
+const PIXELS: usize = 4;
+/// Vectors that are computed together, at most.
+pub const VECTORS: usize = 6;
+
+/// Vectors beside [`PIXELS`] pixels whose sums registers hold, with a row of each pixel, a weight and two indices.
+const fn tile_vectors(registers: usize) -> usize {
+    match (registers - PIXELS - 2) / PIXELS {
+        VECTORS.. => VECTORS,
+        4.. => 4,
+        2.. => 2,
+        _ => 1,
+    }
+}
+
+/// `y[p][v][lane] = bias[v][lane] + sum over rows i of weights[v][i][lane] * x[p][i][index[lane]]` for vectors `v` that start
+/// with the same group.
+pub struct Across<'a, T: Element> {
+    /// The first pixel's rows of input channels, each of one for every group.
+    pub x: *const T,
+    /// From one pixel to the next.
+    pub x_step: usize,
+    /// Groups: values of a row.
+    pub groups: usize,
+    /// Rows.
+    pub terms: usize,
+    /// What each lane takes from a row, where that does not begin with a whole vector's: see [`Across::promise`].
+    pub index: &'a [u32],
+    /// The weights of each vector, `[row][lane]`.
+    pub weights: &'a [T::Wide],
+    /// The bias of each vector.
+    pub bias: Option<&'a [T::Wide]>,
+    /// The first pixel's first vector of results.
+    pub y: *mut T,
+    /// From one pixel, and from one vector, to the next.
+    pub y_steps: [usize; 2],
+    /// Number of pixels.
+    pub pixels: usize,
+    /// Distance from what is written to what is asked for meanwhile.
+    pub ahead: usize,
+}
+
+/// An [`Across`] that may run: see [`Across::promise`].
+pub struct CheckedAcross<'a, T: Element>(Across<'a, T>);
+
+/// How a vector comes from a row.
+const NEIGHBOURS: usize = 0;
+const ONE: usize = 1;
+const TWO: usize = 2;
+
+/// What a vector takes from a row.
+///
+/// # Safety
+/// Two vectors must be readable from its start on, or one from `first` there if groups fill vectors.
+#[inline(always)]
+unsafe fn row<T: Element, I: Isa, const MODE: usize>(
+    isa: I,
+    row: *const T,
+    index: I::u32s,
+    first: u32,
+) -> T::Vector<I> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match MODE {
+            NEIGHBOURS => T::load(isa, row.wrapping_add(first as usize)),
+            ONE => T::pick(isa, T::load(isa, row), index),
+            _ => {
+                let pair = [T::load(isa, row), T::load(isa, row.wrapping_add(T::lanes::<I>()))];
+                T::pick_two(isa, pair, index, pair[0])
+            }
+        }
+    }
+}
+
+/// Checks indices of rows of so many groups, of which there must be code.
+fn check<T: Element, I: Isa>(index: &[u32], groups: usize) {
+    let lanes = T::lanes::<I>();
+    assert!(index.len() == lanes && size_of::<I::u32s>() == 4 * lanes, "index");
+    assert!(index.iter().all(|&place| (place as usize) < groups), "index");
+    assert!(groups.is_multiple_of(lanes) || groups <= 2 * lanes, "groups");
+}
+
+/// Evaluates an expression with the constant that says how a vector comes from a row of so many groups.
+macro_rules! with_mode {
+    ($groups:expr, $lanes:expr, $MODE:ident => $body:expr) => {
+        if $groups.is_multiple_of($lanes) {
+            const $MODE: usize = NEIGHBOURS;
+            $body
+        } else if $groups < $lanes {
+            const $MODE: usize = ONE;
+            $body
+        } else {
+            const $MODE: usize = TWO;
+            $body
+        }
+    };
+}
+
+impl<'a, T: Element> Across<'a, T> {
+    /// Turns the description into a kernel.
+    ///
+    /// # Safety
+    /// Until it has run, of each pixel two vectors must be readable from the start of every row on, if groups fill one two from
+    /// `index[0]` there, and the vectors of results be writable.
+    #[inline]
+    pub unsafe fn promise(self) -> CheckedAcross<'a, T> {
+        CheckedAcross(self)
+    }
+
+    /// All vectors and pixels, rows being taken as `MODE` says.
+    ///
+    /// # Safety
+    /// As for [`Across::promise`]; weights, bias and indices must have been checked.
+    #[inline(always)]
+    unsafe fn all<I: Isa, const MODE: usize>(&self, isa: I, vectors: usize) {
+        let mut vector = 0;
+        while vector < vectors {
+            let rest = vectors - vector;
+            // SAFETY: the caller's promise; there are so many vectors.
+            unsafe {
+                // Constants: what registers do not hold is not compiled.
+                vector += if const { tile_vectors(I::REGISTER_COUNT) >= 6 } && rest >= 6 {
+                    self.vectors::<I, MODE, 6>(isa, vector)
+                } else if const { tile_vectors(I::REGISTER_COUNT) >= 4 } && rest >= 4 {
+                    self.vectors::<I, MODE, 4>(isa, vector)
+                } else if const { tile_vectors(I::REGISTER_COUNT) >= 2 } && rest >= 2 {
+                    self.vectors::<I, MODE, 2>(isa, vector)
+                } else {
+                    self.vectors::<I, MODE, 1>(isa, vector)
+                };
+            }
+        }
+    }
+
+    /// `V` vectors of all pixels; returns how many these are.
+    ///
+    /// # Safety
+    /// As for [`Across::all`]; the vectors must exist.
+    #[inline(always)]
+    unsafe fn vectors<I: Isa, const MODE: usize, const V: usize>(&self, isa: I, vector: usize) -> usize {
+        let mut pixel = 0;
+        while pixel < self.pixels {
+            // SAFETY: the caller's promise; the pixels exist.
+            unsafe {
+                if self.pixels - pixel >= PIXELS {
+                    self.tile::<I, MODE, V, PIXELS>(isa, vector, pixel);
+                    pixel += PIXELS;
+                } else {
+                    self.tile::<I, MODE, V, 1>(isa, vector, pixel);
+                    pixel += 1;
+                }
+            }
+        }
+        V
+    }
+
+    /// `V` vectors of `P` pixels.
+    ///
+    /// # Safety
+    /// As for [`Across::vectors`]; the pixels must exist.
+    #[inline(always)]
+    unsafe fn tile<I: Isa, const MODE: usize, const V: usize, const P: usize>(
+        &self,
+        isa: I,
+        vector: usize,
+        pixel: usize,
+    ) {
+        let lanes = T::lanes::<I>();
+        // SAFETY: as many indices as lanes.
+        let index = unsafe { self.index.as_ptr().cast::<I::u32s>().read_unaligned() };
+        let mut sums = [[T::splat(isa, T::default()); P]; V];
+        if let Some(bias) = self.bias {
+            for (v, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: a vector of the bias.
+                *sums = [unsafe { T::load_wide(isa, bias.as_ptr().add((vector + v) * lanes)) }; P];
+            }
+        }
+        let mut x = self.x.wrapping_add(pixel * self.x_step);
+        let mut weights = self.weights.as_ptr().wrapping_add(vector * self.terms * lanes);
+        for _ in 0..self.terms {
+            let mut rows = [T::splat(isa, T::default()); P];
+            for (p, values) in rows.iter_mut().enumerate() {
+                let x = x.wrapping_add(p * self.x_step);
+                // SAFETY: the caller's promise.
+                *values = unsafe { row::<T, I, MODE>(isa, x, index, self.index[0]) };
+            }
+            for (v, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: inside the weights, whose number was checked.
+                let weight = unsafe { T::load_wide(isa, weights.wrapping_add(v * self.terms * lanes)) };
+                for (sum, &row) in sums.iter_mut().zip(&rows) {
+                    *sum = T::mul_add(isa, weight, row, *sum);
+                }
+            }
+            (x, weights) = (x.wrapping_add(self.groups), weights.wrapping_add(lanes));
+        }
+        for (v, sums) in sums.into_iter().enumerate() {
+            for (p, sum) in sums.into_iter().enumerate() {
+                let y = self.y.wrapping_add((pixel + p) * self.y_steps[0] + (vector + v) * self.y_steps[1]);
+                isa.prefetch_far(y.wrapping_add(self.ahead));
+                // SAFETY: the caller's promise.
+                unsafe { T::store(isa, y, sum) };
+            }
+        }
+    }
+}
+
+impl<T: Element> Kernel for CheckedAcross<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        if !const { T::PICKS && I::PICKS } {
+            unreachable!("no instruction picks lanes");
+        }
+        let (Self(kernel), lanes) = (self, T::lanes::<I>());
+        check::<T, I>(kernel.index, kernel.groups);
+        let vectors = kernel.weights.len() / (kernel.terms * lanes);
+        assert_eq!(kernel.weights.len(), vectors * kernel.terms * lanes, "weights");
+        assert!(kernel.bias.is_none_or(|bias| bias.len() == vectors * lanes), "bias");
+        // SAFETY: promised to `promise`; the slices have just been checked.
+        unsafe { with_mode!(kernel.groups, lanes, MODE => kernel.all::<I, MODE>(isa, vectors)) }
+    }
+}
+
+/// `sums[v][i][lane] += sum over pixels p of g[p][v][lane] * x[p][i][index[lane]]` for vectors `v` that start with the same
+/// group and all rows `i`: the weight gradient.
+pub struct AcrossSums<'a, T: Element> {
+    /// See [`Across::x`].
+    pub x: *const T,
+    /// From one pixel to the next.
+    pub x_step: usize,
+    /// Groups: values of a row.
+    pub groups: usize,
+    /// Rows.
+    pub terms: usize,
+    /// See [`Across::index`].
+    pub index: &'a [u32],
+    /// The first pixel's first vector of the gradient.
+    pub g: *const T,
+    /// From one pixel, and from one vector, to the next.
+    pub g_steps: [usize; 2],
+    /// The sums of each vector, `[row][lane]`.
+    pub sums: &'a mut [T::Wide],
+    /// Number of pixels.
+    pub pixels: usize,
+    /// Distance from what is read of the gradient to what is asked for meanwhile.
+    pub ahead: usize,
+}
+
+/// An [`AcrossSums`] that may run: see [`AcrossSums::promise`].
+pub struct CheckedAcrossSums<'a, T: Element>(AcrossSums<'a, T>);
+
+impl<'a, T: Element> AcrossSums<'a, T> {
+    /// Turns the description into a kernel.
+    ///
+    /// # Safety
+    /// As for [`Across::promise`], but that the vectors of the gradient must be readable.
+    #[inline]
+    pub unsafe fn promise(self) -> CheckedAcrossSums<'a, T> {
+        CheckedAcrossSums(self)
+    }
+
+    /// All vectors and rows, which are taken as `MODE` says.
+    ///
+    /// # Safety
+    /// As for [`AcrossSums::promise`]; the number of sums and the indices must have been checked.
+    #[inline(always)]
+    unsafe fn all<I: Isa, const MODE: usize>(&mut self, isa: I, vectors: usize) {
+        let mut vector = 0;
+        while vector < vectors {
+            let rest = vectors - vector;
+            // SAFETY: the caller's promise; there are so many vectors.
+            unsafe {
+                // Constants: what registers do not hold is not compiled.
+                vector += if const { tile_vectors(I::REGISTER_COUNT) >= 6 } && rest >= 6 {
+                    self.vectors::<I, MODE, 6>(isa, vector)
+                } else if const { tile_vectors(I::REGISTER_COUNT) >= 2 } && rest >= 2 {
+                    self.vectors::<I, MODE, 2>(isa, vector)
+                } else {
+                    self.vectors::<I, MODE, 1>(isa, vector)
+                };
+            }
+        }
+    }
+
+    /// All rows of `V` vectors; returns how many these are.
+    ///
+    /// # Safety
+    /// As for [`AcrossSums::all`]; the vectors must exist.
+    #[inline(always)]
+    unsafe fn vectors<I: Isa, const MODE: usize, const V: usize>(&mut self, isa: I, vector: usize) -> usize {
+        let mut term = 0;
+        while term < self.terms {
+            // SAFETY: the caller's promise; the rows exist.
+            unsafe {
+                if self.terms - term >= PIXELS {
+                    self.tile::<I, MODE, V, PIXELS>(isa, vector, term);
+                    term += PIXELS;
+                } else {
+                    self.tile::<I, MODE, V, 1>(isa, vector, term);
+                    term += 1;
+                }
+            }
+        }
+        V
+    }
+
+    /// `R` rows of `V` vectors.
+    ///
+    /// # Safety
+    /// As for [`AcrossSums::vectors`]; the rows must exist.
+    #[inline(always)]
+    unsafe fn tile<I: Isa, const MODE: usize, const V: usize, const R: usize>(
+        &mut self,
+        isa: I,
+        vector: usize,
+        term: usize,
+    ) {
+        let lanes = T::lanes::<I>();
+        // SAFETY: as many indices as lanes.
+        let index = unsafe { self.index.as_ptr().cast::<I::u32s>().read_unaligned() };
+        let place = |v: usize, r: usize| ((vector + v) * self.terms + term + r) * lanes;
+        let mut sums = [[T::splat(isa, T::default()); R]; V];
+        for (v, sums) in sums.iter_mut().enumerate() {
+            for (r, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: inside the sums, whose number was checked.
+                *sum = unsafe { T::load_wide(isa, self.sums.as_ptr().wrapping_add(place(v, r))) };
+            }
+        }
+        let mut x = self.x.wrapping_add(term * self.groups);
+        let mut g = self.g.wrapping_add(vector * self.g_steps[1]);
+        for _ in 0..self.pixels {
+            let mut rows = [T::splat(isa, T::default()); R];
+            for (r, values) in rows.iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                *values = unsafe { row::<T, I, MODE>(isa, x.wrapping_add(r * self.groups), index, self.index[0]) };
+            }
+            for (v, sums) in sums.iter_mut().enumerate() {
+                let g = g.wrapping_add(v * self.g_steps[1]);
+                // The first rows ask for all. (All at once before them: 40 % slower.)
+                if term == 0 {
+                    isa.prefetch_far(g.wrapping_add(self.ahead));
+                }
+                // SAFETY: the caller's promise.
+                let gradient = unsafe { T::load(isa, g) };
+                for (sum, &values) in sums.iter_mut().zip(&rows) {
+                    *sum = T::mul_add(isa, gradient, values, *sum);
+                }
+            }
+            (x, g) = (x.wrapping_add(self.x_step), g.wrapping_add(self.g_steps[0]));
+        }
+        for (v, sums) in sums.into_iter().enumerate() {
+            for (r, sum) in sums.into_iter().enumerate() {
+                // SAFETY: as for the loads.
+                unsafe { T::store_wide(isa, self.sums.as_mut_ptr().wrapping_add(place(v, r)), sum) };
+            }
+        }
+    }
+}
+
+impl<T: Element> Kernel for CheckedAcrossSums<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        if !const { T::PICKS && I::PICKS } {
+            unreachable!("no instruction picks lanes");
+        }
+        let (Self(mut kernel), lanes) = (self, T::lanes::<I>());
+        check::<T, I>(kernel.index, kernel.groups);
+        let vectors = kernel.sums.len() / (kernel.terms * lanes);
+        assert_eq!(kernel.sums.len(), vectors * kernel.terms * lanes, "sums");
+        // SAFETY: promised to `promise`; the slices have just been checked.
+        unsafe { with_mode!(kernel.groups, lanes, MODE => kernel.all::<I, MODE>(isa, vectors)) }
+    }
+}
