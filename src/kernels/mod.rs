@@ -5,7 +5,7 @@
 //! memory becomes one by transposing it through the cache ([`transpose`]). Pixels are the vector dimension, so
 //! any group size runs at full width, and permuting channels (the interleave) is only another table of offsets. Where
 //! transposing costs more than it saves, NHWC pixels are computed with as they are, channels being the vector dimension
-//! ([`outer`], [`side_by_side`], [`strips`]), and permuted ([`permute`]).
+//! ([`outer`], [`side_by_side`], [`across`], [`folds`], [`strips`]), and permuted ([`permute`]).
 
 pub mod across;
 pub mod activations;

@@ -133,6 +133,9 @@ fn pointwise_matches_the_reference() {
         (2, 33, 60, 10, 10, 1),
         (1, 33, 21, 3, 3, 1),
         (1, 19, 40, 5, 5, 1),
+        // Groups of one input channel.
+        (1, 37, 5, 15, 5, 1),
+        (2, 9, 3, 24, 3, 1),
         // Interleaved by the channels of a group: permuted in a cache, or by chunks of transposed rows.
         (1, 130, 24, 24, 6, 4),
         (1, 133, 28, 168, 7, 24),

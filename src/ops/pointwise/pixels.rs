@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::across::Across;
 use super::side_by_side::SideBySide;
 use super::{Packed, Product, TASKS_PER_THREAD, Weights, constant_stride, gcd, interleaved_by_group};
-use crate::kernels::folds::{Folds, folds};
+use crate::kernels::folds::{Folds, Unfolds, folds, unfolds};
 use crate::kernels::outer::{OuterProducts, Pixels};
 use crate::kernels::products::Products;
 use crate::kernels::side_by_side::SideBySide as SideBySideRows;
@@ -54,7 +54,7 @@ pub(super) const PERMUTED: f64 = 3.95;
 
 /// How a [`Product`] goes through pixels.
 enum Way {
-    /// Groups of one output channel: products of neighbours added up.
+    /// Groups of one output channel, or of one input channel: vectors of whatever groups.
     Folded,
     /// Groups side by side in vectors.
     SideBySide(SideBySide),
@@ -108,7 +108,9 @@ impl Product {
         if self.out_places.is_some() && permutation.is_none() {
             return Way::Transposed;
         }
-        if m == 1 && permutation.is_none() && self.in_places.is_none() && folds(k, picks::<T>(self.isa)) {
+        let picks = picks::<T>(self.isa);
+        let folded = (m == 1 && folds(k, picks)) || (k == 1 && picks && unfolds(m));
+        if folded && permutation.is_none() && self.in_places.is_none() {
             return Way::Folded;
         }
         let per_group = |cost: f64| cost / self.groups as f64;
@@ -123,8 +125,7 @@ impl Product {
                 return Way::Across(across);
             }
         }
-        let picks = self.in_places.is_none() && picks::<T>(self.isa);
-        if picks && self.images.count * self.images.pixels >= PICKED_PIXELS {
+        if picks && self.in_places.is_none() && self.images.count * self.images.pixels >= PICKED_PIXELS {
             let faster =
                 |vectors: usize| PICKED * per_group((vectors * steps) as f64) + permuted < outer.min(transposed);
             // So many vectors there are at least.
@@ -178,47 +179,50 @@ impl Product {
         });
     }
 
-    /// Pixels one after the other: vectors of results, whatever groups they are of.
+    /// Pixels one after the other: products of groups of one output channel folded, or values of one input channel unfolded.
     fn folded<T: Element>(
         &self,
         threads: usize,
         x: &[T],
-        (weights, [group, _, input]): Weights<'_, T>,
+        (weights, [group, out, input]): Weights<'_, T>,
         bias: Option<&[T]>,
         y: Shared<T>,
     ) {
-        let (k, groups, lanes) = (self.group_in, self.groups, lanes::<T::Wide>(self.isa));
-        let results = self.images.count * self.images.pixels * groups;
-        // After so many results, pixels and vectors begin together.
+        let (groups, lanes) = (self.groups, lanes::<T::Wide>(self.isa));
+        let unfolded = self.group_in == 1;
+        let (several, step) = if unfolded { (self.group_out, out) } else { (self.group_in, input) };
+        // After so many groups, pixels and vectors begin together.
         let period = groups * (lanes / gcd(groups, lanes));
-        let lens = [period * k, if bias.is_some() { period } else { 0 }];
+        let lens = [period * several, bias.map_or(0, |_| period * self.group_out)];
         scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
             let [packed, wide_bias] = cut(memory, lens);
             for (i, weight) in packed.iter_mut().enumerate() {
-                *weight = weights[i / k % groups * group + i % k * input].widen();
+                *weight = weights[i / several % groups * group + i % several * step].widen();
             }
-            for (i, value) in wide_bias.iter_mut().enumerate() {
-                *value = bias.map_or(T::Wide::default(), |bias| bias[i % groups].widen());
+            if let Some(bias) = bias {
+                wide_bias.iter_mut().enumerate().for_each(|(i, value)| *value = bias[i % bias.len()].widen());
             }
             let (packed, bias) = (&*packed, bias.map(|_| &*wide_bias));
-            let vectors = results.div_ceil(lanes);
+            let all = self.images.count * self.images.pixels * groups;
+            let vectors = all.div_ceil(lanes);
             let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(vectors) };
             parallel_for(threads, parts, |task| {
                 let vectors = part(vectors, parts, task);
-                let range = vectors.start * lanes..results.min(vectors.end * lanes);
-                // SAFETY: these results are this task's own.
-                self.isa.run(unsafe {
-                    Folds {
-                        x: &x[range.start * k..range.end * k],
-                        group_in: k,
-                        weights: packed,
-                        first: vectors.start % (period / lanes),
-                        bias,
-                        y: y.at(range.start).ptr(),
-                        len: range.len(),
+                let range = vectors.start * lanes..all.min(vectors.end * lanes);
+                let first = vectors.start % (period / lanes);
+                let x = &x[range.start * self.group_in..range.end * self.group_in];
+                let y = y.at(range.start * self.group_out).ptr();
+                // SAFETY: the results of these groups are this task's own.
+                unsafe {
+                    if unfolded {
+                        let kernel = Unfolds { x, group_out: several, weights: packed, first, bias, y };
+                        self.isa.run(kernel.promise());
+                    } else {
+                        let len = range.len();
+                        let kernel = Folds { x, group_in: several, weights: packed, first, bias, y, len };
+                        self.isa.run(kernel.promise());
                     }
-                    .promise()
-                });
+                }
             });
         });
     }
