@@ -1029,8 +1029,7 @@ pub fn active() -> Result<Active> {
 ///
 /// Then asking takes only what it could use itself: the few places where the L1 cache takes note of what it lacks, in which
 /// [`Isa::prefetch_far`] waits there too. (Two threads of an Intel Xeon: the weight gradients of the pointwise layers of
-/// kEffNet-B0 at 32x32 take 37 ms asking, 30 without; those of its depthwise layers at 224x224 in NHWC 32 and 28. On an AMD
-/// EPYC asking pays: see there.)
+/// kEffNet-B0 at 32x32 take 37 ms asking, 30 without. On an AMD EPYC asking pays: see there.)
 pub fn looks_ahead() -> bool {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     {

@@ -16,7 +16,8 @@
 use super::Element;
 use crate::isa::{Isa, Kernel};
 
-/// Rows of results of a strip, at most.
+/// Rows of results of a strip, at most. (15 layers of kMobileNet V3 and others, 16 images, forward, a thread of an Intel Xeon:
+/// 12.2 ms with 4, 12.6 with 7, 13.4 with 8.)
 pub const ROWS: usize = 4;
 
 /// Rows of results whose sums registers hold, of so many columns each, beside a value for each row, a weight and a start.

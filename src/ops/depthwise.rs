@@ -9,7 +9,7 @@ use super::phases::Phase;
 use super::planes::{PlaneConv, Taps};
 use super::strips::Strips;
 use super::{Shared, add_parts, estimate};
-use crate::isa::{Active, looks_ahead};
+use crate::isa::Active;
 use crate::kernels::pointwise::{SumSlots, slot};
 use crate::kernels::strips::{StripConv, StripSums};
 use crate::kernels::transpose::Transpose;
@@ -272,7 +272,8 @@ impl<T: Element> WeightGrad<'_, T> {
         let (channels, phases) = (self.shape.channels, (self.vertical, self.horizontal));
         let len = self.vertical.input * self.horizontal.input * channels;
         let out_len = self.vertical.count * self.horizontal.count * channels;
-        let asks = if looks_ahead() { 0 } else { self.shape.stride * self.shape.stride };
+        // (15 layers of 16 images, a thread of an Intel Xeon: 12.5 ms asking, 14.1 not.)
+        let asks = self.shape.stride * self.shape.stride;
         for (n, band) in bands.map(|band| (band / strips.bands(), band % strips.bands())) {
             let (x, g) = (&self.x[n * len..][..len], &self.grad_output[n * out_len..][..out_len]);
             let rows = strips.rows(band, self.vertical);
