@@ -163,7 +163,7 @@ impl<T: Element> Correlation<'_, T> {
         let conv = PlaneConv::new::<T::Wide>(self.isa, &self.vertical, &self.horizontal, kernel);
         let taps = conv.order().len();
         scratch::with(channels * taps, |weights: &mut [T::Wide]| {
-            for (c, weights) in weights.chunks_exact_mut(taps).enumerate() {
+            for (c, weights) in weights.chunks_exact_mut(taps.max(1)).enumerate() {
                 for (weight, tap) in weights.iter_mut().zip(conv.order()) {
                     *weight =
                         tap.map_or(T::Wide::default(), |tap| self.weight[self.shape.weight_index(c, tap)].widen());

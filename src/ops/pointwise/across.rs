@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::pixels::PERMUTED;
 use super::{Product, TASKS_PER_THREAD, Weights, gcd, interleaved_by_group};
 use crate::isa::Active;
-use crate::kernels::across::{Across as AcrossRows, AcrossSums, VECTORS};
-use crate::kernels::{Element, lanes, picks};
+use crate::kernels::across::{Across as AcrossRows, AcrossSums, VECTORS, fits};
+use crate::kernels::{Element, lanes};
 use crate::ops::Shared;
 use crate::ops::interleave::Permutation;
 use crate::pool::{chunks, parallel_for, part};
@@ -49,11 +49,8 @@ impl Across {
         pixels: usize,
     ) -> Option<Self> {
         let lanes = lanes::<T>(isa);
-        let fits = picks::<T>(isa)
-            && places.is_some_and(|places| interleaved_by_group(places, m))
-            && (groups * m).is_multiple_of(lanes)
-            && (groups <= 2 * lanes || groups.is_multiple_of(lanes));
-        if !fits {
+        let interleaved = places.is_some_and(|places| interleaved_by_group(places, m));
+        if !interleaved || !(groups * m).is_multiple_of(lanes) || !fits::<T>(isa, groups) {
             return None;
         }
         let rows = Permutation::new::<T>(isa, &interleave_sources(groups * k, k), pixels)?;
