@@ -41,10 +41,14 @@ impl<T: Element> Kernel for HasCode<T> {
     }
 }
 
+/// Whether a vector comes from a row of so many groups in one of the ways that there is code for: see [`row`].
+fn has_mode(groups: usize, lanes: usize) -> bool {
+    groups.is_multiple_of(lanes) || groups <= 2 * lanes
+}
+
 /// Whether there is code for rows of so many groups.
 pub(crate) fn fits<T: Element>(isa: Active, groups: usize) -> bool {
-    let lanes = lanes::<T>(isa);
-    isa.run(HasCode::<T>(PhantomData)) && (groups.is_multiple_of(lanes) || groups <= 2 * lanes)
+    isa.run(HasCode::<T>(PhantomData)) && has_mode(groups, lanes::<T>(isa))
 }
 
 /// `y[p][v][lane] = bias[v][lane] + sum over rows i of weights[v][i][lane] * x[p][i][index[lane]]` for vectors `v` that start
@@ -111,7 +115,7 @@ fn check<T: Element, I: Isa>(index: &[u32], groups: usize) {
     let lanes = T::lanes::<I>();
     assert!(index.len() == lanes && size_of::<I::u32s>() == 4 * lanes, "index");
     assert!(index.iter().all(|&place| (place as usize) < groups), "index");
-    assert!(groups.is_multiple_of(lanes) || groups <= 2 * lanes, "groups");
+    assert!(has_mode(groups, lanes), "groups");
 }
 
 /// Evaluates an expression with the constant that says how a vector comes from a row of so many groups.
@@ -134,8 +138,8 @@ impl<'a, T: Element> Across<'a, T> {
     /// Turns the description into a kernel.
     ///
     /// # Safety
-    /// Until it has run, of each pixel two vectors must be readable from the start of every row on, if groups fill one two from
-    /// `index[0]` there, and the vectors of results be writable.
+    /// Until it has run, two vectors must be readable from the start of every pixel's every row on (where groups fill vectors, one
+    /// from `index[0]` there), and the vectors of results be writable.
     #[inline]
     pub unsafe fn promise(self) -> CheckedAcross<'a, T> {
         CheckedAcross(self)

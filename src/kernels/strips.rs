@@ -493,12 +493,11 @@ impl<'a, T: Element> StripSums<'a, T> {
 }
 
 impl<T: Element> Kernel for CheckedStripSums<'_, T> {
-    /// Where [`StripSums::ahead`] would go on.
-    type Output = [*const T; 2];
+    type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(mut self, isa: I) -> [*const T; 2] {
-        let Self(grad) = &mut self;
+    fn run<I: Isa>(self, isa: I) {
+        let Self(mut grad) = self;
         let Sight { taps: [kernel, _], step, channels, .. } = grad.sight;
         let lanes = T::lanes::<I>();
         assert_eq!(grad.sums.len(), channels.div_ceil(lanes) * kernel * kernel * lanes, "sums");
@@ -514,6 +513,5 @@ impl<T: Element> Kernel for CheckedStripSums<'_, T> {
                 (kernel, step) => unreachable!("a kernel of {kernel} columns at a step of {step}"),
             }
         }
-        self.0.ahead
     }
 }
