@@ -40,10 +40,11 @@ const STORE: usize = 2;
 const SHORT_ROWS: f64 = 1.3;
 /// Multiply-adds of outer products that take as long as transposing a value.
 const TRANSPOSE: f64 = 0.35;
-/// Multiply-adds of outer products that take as long as one of values picked for groups side by side. (64 images, two threads of
-/// an AMD EPYC: 80 channels of 16 x 16 to 80, 20 groups, take 0.08 ms so, 0.17 transposed; 480 to 80 0.38 and 0.55; 672 to 192, 32
-/// groups, of 8 x 8, 0.23 both.)
-const PICKED: f64 = 2.1;
+/// Multiply-adds of outer products that take as long as one of values picked for groups side by side, or storing half of their
+/// sums. (Two threads of an Intel Xeon, so and the next faster way: 480 channels of 16 x 16 to 112, 16 groups, 64 images, 0.91 and
+/// 1.26 ms; 672 of 8 x 8 to 192, 32 groups, 0.38 and 0.50; 24 of 31 x 31 to 144, 6 groups, 1.43 and 1.17, which it leaves. Of an AMD
+/// EPYC: 80 channels of 16 x 16 to 80, 20 groups, 0.08 and 0.17.)
+const PICKED: f64 = 1.5;
 /// Pixels, at least, for which it is worth while to make out the lanes. (192 channels in 32 groups, a thread: 64 pixels take 4 us
 /// without, 6 with; 80 channels in 20 groups, 256 pixels: 6 and 3.)
 const PICKED_PIXELS: usize = 128;
@@ -126,8 +127,9 @@ impl Product {
             }
         }
         if picks && self.in_places.is_none() && self.images.count * self.images.pixels >= PICKED_PIXELS {
-            let faster =
-                |vectors: usize| PICKED * per_group((vectors * steps) as f64) + permuted < outer.min(transposed);
+            let faster = |vectors: usize| {
+                PICKED * per_group((vectors * (steps + STORE)) as f64) + permuted < outer.min(transposed)
+            };
             // So many vectors there are at least.
             let groups = faster((self.groups * m).div_ceil(lanes))
                 .then(|| SideBySide::new([self.groups, k, m], lanes, M::TERMS))
