@@ -107,6 +107,14 @@ pub trait Isa: pulp::Simd {
         }
         picked
     }
+    /// `N` values again and again, as many as fill a vector, where there is an instruction; `N` is 2, 4 or 8.
+    ///
+    /// # Safety
+    /// They must be readable.
+    #[inline(always)]
+    unsafe fn load_repeated_f32s<const N: usize>(self, _ptr: *const f32) -> Self::f32s {
+        unreachable!("no instruction")
+    }
     /// Four values from each of these places on, as many as fill a vector.
     ///
     /// # Safety
@@ -790,6 +798,18 @@ mod x86 {
         fn pick_two_f32s(self, [a, b]: [Self::f32s; 2], index: Self::u32s) -> Self::f32s {
             // SAFETY: the token proves AVX-512.
             cast(unsafe { _mm512_permutex2var_ps(cast(a), cast(index), cast(b)) })
+        }
+        #[inline(always)]
+        unsafe fn load_repeated_f32s<const N: usize>(self, ptr: *const f32) -> Self::f32s {
+            // SAFETY: the token proves AVX-512; the values are readable, by the caller's promise.
+            cast(unsafe {
+                match const { N } {
+                    2 => _mm512_castpd_ps(_mm512_set1_pd(ptr.cast::<f64>().read_unaligned())),
+                    4 => _mm512_broadcast_f32x4(_mm_loadu_ps(ptr)),
+                    8 => _mm512_broadcast_f32x8(_mm256_loadu_ps(ptr)),
+                    _ => unreachable!("no instruction"),
+                }
+            })
         }
         #[inline(always)]
         unsafe fn load_pieces_f32s(self, [a, b, c, d]: [*const f32; 4]) -> Self::f32s {

@@ -163,6 +163,15 @@ pub trait Element:
     /// # Safety
     /// The selected values must be writable at `ptr`.
     unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: Self::Vector<I>);
+    /// Loads `N` values again and again, as [`Element::pick`] does by their `index`; `N` is 2, 4 or 8.
+    ///
+    /// # Safety
+    /// A vector's values must be readable at `ptr`.
+    #[inline(always)]
+    unsafe fn load_repeated<I: Isa, const N: usize>(isa: I, ptr: *const Self, index: I::u32s) -> Self::Vector<I> {
+        // SAFETY: the caller's promise.
+        Self::pick(isa, unsafe { Self::load(isa, ptr) }, index)
+    }
     /// Loads four values from each of these places on, as many as fill a vector: of types with [`Element::PICKS`].
     ///
     /// # Safety
@@ -510,6 +519,11 @@ impl Element for f32 {
     f32_vectors!();
     wide_storage!(f32, transpose_f32, matrixmultiply::sgemm);
 
+    #[inline(always)]
+    unsafe fn load_repeated<I: Isa, const N: usize>(isa: I, ptr: *const Self, _index: I::u32s) -> I::f32s {
+        // SAFETY: the caller's promise.
+        unsafe { isa.load_repeated_f32s::<N>(ptr) }
+    }
     #[inline(always)]
     unsafe fn load_pieces<I: Isa>(isa: I, pieces: [*const Self; 4]) -> I::f32s {
         // SAFETY: the caller's promise.

@@ -94,14 +94,10 @@ impl Permutation {
         if pixels < lanes {
             return None;
         }
-        let matrix = matrix(sources).map(|size| (Way::Matrix(size), matrix_cost(size)));
-        let windows = picks::<T>(isa).then(|| Windows::new(sources, lanes));
-        let windows = windows.map(|windows| (windows.pairs.len() as f64, Way::Windows(windows)));
-        let way = match (matrix, windows) {
-            (Some((matrix, cost)), Some((other, _))) if cost < other => matrix,
-            (_, Some((_, windows))) => windows,
-            (matrix, None) => matrix?.0,
-        };
+        let matrix = matrix(sources);
+        let most = matrix.map_or(f64::INFINITY, matrix_cost);
+        let windows = if picks::<T>(isa) { Windows::new(sources, lanes, most) } else { None };
+        let way = windows.map(Way::Windows).or(matrix.map(Way::Matrix))?;
         Some(Self { isa, channels: sources.len(), way })
     }
 
@@ -174,32 +170,33 @@ struct Windows {
 }
 
 impl Windows {
-    fn new(sources: &[usize], lanes: usize) -> Self {
+    /// Those of vectors of `lanes` places, unless they are more pairs than `most`.
+    fn new(sources: &[usize], lanes: usize, most: f64) -> Option<Self> {
         let channels = sources.len();
         let mut this = Self { lanes, vectors: Vec::new(), pairs: Vec::new(), index: Vec::new() };
+        let mut windows = Vec::new();
         for sources in sources.chunks(lanes) {
+            // Whole cache lines, where pixels are.
+            windows.clear();
             let before = this.pairs.len();
-            let mut left: Vec<_> = (0..sources.len()).collect();
-            while !left.is_empty() {
-                let mut index = vec![NOWHERE; lanes];
-                let pair = [0, lanes].map(|places| {
-                    // Whole cache lines, where pixels are; the same once more where there is no second one.
-                    let first = left.iter().map(|&lane| sources[lane]).min()? / lanes * lanes;
-                    let window = Window { first, len: lanes.min(channels - first) };
-                    left.retain(|&lane| {
-                        let taken = sources[lane] < first + window.len;
-                        if taken {
-                            index[lane] = (places + sources[lane] - first) as u32;
-                        }
-                        !taken
-                    });
-                    Some(window)
-                });
-                this.pairs.extend(pair[0].map(|first| [first, pair[1].unwrap_or(first)]));
-                this.index.extend(index);
+            this.index.resize((before + sources.len().div_ceil(2)) * lanes, NOWHERE);
+            for (lane, source) in sources.iter().enumerate() {
+                let first = source / lanes * lanes;
+                let window = windows.iter().position(|&window| window == first).unwrap_or(windows.len());
+                if window == windows.len() {
+                    windows.push(first);
+                }
+                this.index[(before + window / 2) * lanes + lane] = (window % 2 * lanes + source - first) as u32;
             }
+            // The same once more where there is no second one.
+            let window = |&first: &usize| Window { first, len: lanes.min(channels - first) };
+            this.pairs.extend(windows.chunks(2).map(|pair| [window(&pair[0]), window(&pair[pair.len() - 1])]));
+            this.index.truncate(this.pairs.len() * lanes);
             this.vectors.push(before..this.pairs.len());
+            if this.pairs.len() as f64 > most {
+                return None;
+            }
         }
-        this
+        Some(this)
     }
 }

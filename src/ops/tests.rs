@@ -145,6 +145,9 @@ fn pointwise_matches_the_reference() {
         (1, 70, 64, 256, 16, 16),
         (2, 37, 40, 240, 2, 120),
         (1, 65, 20, 80, 5, 16),
+        (1, 39, 16, 96, 4, 24),
+        (1, 67, 32, 16, 8, 2),
+        (2, 35, 80, 80, 8, 10),
         // Weight gradients whose channels are put back to their groups all at once, by two threads.
         (1, 400, 96, 576, 24, 24),
     ];

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::pixels::PERMUTED;
 use super::{Product, TASKS_PER_THREAD, Weights, gcd, interleaved_by_group};
 use crate::isa::Active;
-use crate::kernels::across::{Across as AcrossRows, AcrossSums, VECTORS, fits};
+use crate::kernels::across::{Across as AcrossRows, AcrossSums, VECTORS, fits, picks};
 use crate::kernels::{Element, lanes};
 use crate::ops::Shared;
 use crate::ops::interleave::Permutation;
@@ -40,32 +40,40 @@ pub(super) struct Across {
 }
 
 impl Across {
-    /// That of groups of so many input and output channels which are interleaved to these `places`, if the latter fill vectors
-    /// and there is code for so many groups and pixels.
+    /// That of groups of so many input and output channels which are interleaved to these `places`, if the latter fill vectors,
+    /// there is code for so many groups and pixels, and a group costs less than `most` multiply-adds of outer products a pixel.
     pub(super) fn new<T: Element>(
         isa: Active,
         size @ [groups, k, m]: [usize; 3],
         places: Option<&[usize]>,
         pixels: usize,
+        most: f64,
     ) -> Option<Self> {
-        let lanes = lanes::<T>(isa);
+        let (lanes, most) = (lanes::<T>(isa), most * groups as f64);
         let interleaved = places.is_some_and(|places| interleaved_by_group(places, m));
         if !interleaved || !(groups * m).is_multiple_of(lanes) || !fits::<T>(isa, groups) {
             return None;
         }
-        let rows = Permutation::new::<T>(isa, &interleave_sources(groups * k, k), pixels)?;
         let (all, sets) = (groups * m / lanes, groups / gcd(groups, lanes));
+        if ACROSS * (all * (k + 1)) as f64 >= most {
+            return None;
+        }
+        let rows = Permutation::new::<T>(isa, &interleave_sources(groups * k, k), pixels)?;
         let vectors: Vec<_> = (0..sets).flat_map(|start| (start..all).step_by(sets)).collect();
         let first = |set: usize| (0..set).map(|start| (all - start).div_ceil(sets)).sum();
         let starts = (0..=sets).map(first).collect();
         let index = (0..sets * lanes).map(|place| (place % groups) as u32).collect();
-        Some(Self { isa, lanes, size, rows, vectors, starts, index })
+        let this = Self { isa, lanes, size, rows, vectors, starts, index };
+        (this.cost() < most).then_some(this)
     }
 
     /// What a pixel costs in multiply-adds of outer products.
-    pub(super) fn cost(&self) -> f64 {
-        let picked: usize = self.starts.windows(2).map(|starts| (starts[1] - starts[0]).div_ceil(VECTORS)).sum();
-        ACROSS * ((self.vectors.len() + picked) * self.size[1]) as f64 + PERMUTED * self.rows.cost()
+    fn cost(&self) -> f64 {
+        let [groups, k, _] = self.size;
+        let times = |starts: &[usize]| (starts[1] - starts[0]).div_ceil(VECTORS);
+        let picked = if picks(groups, self.lanes) { self.starts.windows(2).map(times).sum() } else { 0 };
+        // Storing a sum takes about as long as adding to it.
+        ACROSS * (self.vectors.len() * (k + 1) + picked * k) as f64 + PERMUTED * self.rows.cost()
     }
 
     /// The group and output channel of each lane of a vector.

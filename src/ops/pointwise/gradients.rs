@@ -166,9 +166,10 @@ impl Way {
         way.permutation = Permutation::new::<T>(isa, sources, pixels)
             .filter(|permutation| cost + per_group(PERMUTED * permutation.cost()) < scattered);
         let permuted = way.permutation.as_ref().map(|permutation| cost + per_group(PERMUTED * permutation.cost()));
-        if M::TERMS == 1 && m > k {
-            let across = Across::new::<T>(isa, [shape.groups, k, m], interleaved, pixels)
-                .filter(|across| per_group(across.cost()) < permuted.unwrap_or(scattered));
+        // (Reductions so: up to 15 % slower.)
+        if M::TERMS == 1 && m >= k {
+            let most = permuted.unwrap_or(scattered);
+            let across = Across::new::<T>(isa, [shape.groups, k, m], interleaved, pixels, most);
             if across.is_some() {
                 return Self { across, ..Self::default() };
             }

@@ -119,25 +119,27 @@ impl Product {
         let steps = k.div_ceil(M::TERMS);
         let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64 + permuted;
         let transposed = SHORT_ROWS * (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
-        if M::TERMS == 1 && m > k && self.in_places.is_none() {
-            let pixels = self.images.count * self.images.pixels;
-            let across = Across::new::<T>(self.isa, [self.groups, k, m], self.out_places.as_deref(), pixels);
-            if let Some(across) = across.filter(|across| per_group(across.cost()) < outer.min(transposed)) {
+        let (mut best, mut way) = (outer.min(transposed), None);
+        let pixels = self.images.count * self.images.pixels;
+        if picks && self.in_places.is_none() && pixels >= PICKED_PIXELS {
+            let cost = |vectors: usize| PICKED * per_group((vectors * (steps + STORE)) as f64) + permuted;
+            // So many vectors there are at least.
+            let groups = (cost((self.groups * m).div_ceil(lanes)) < best)
+                .then(|| SideBySide::new([self.groups, k, m], lanes, M::TERMS))
+                .flatten()
+                .filter(|groups| cost(groups.vectors.len()) < best);
+            if let Some(groups) = groups {
+                (best, way) = (cost(groups.vectors.len()), Some(Way::SideBySide(groups)));
+            }
+        }
+        if M::TERMS == 1 && self.in_places.is_none() {
+            let size = [self.groups, k, m];
+            if let Some(across) = Across::new::<T>(self.isa, size, self.out_places.as_deref(), pixels, best) {
                 return Way::Across(across);
             }
         }
-        if picks && self.in_places.is_none() && self.images.count * self.images.pixels >= PICKED_PIXELS {
-            let faster = |vectors: usize| {
-                PICKED * per_group((vectors * (steps + STORE)) as f64) + permuted < outer.min(transposed)
-            };
-            // So many vectors there are at least.
-            let groups = faster((self.groups * m).div_ceil(lanes))
-                .then(|| SideBySide::new([self.groups, k, m], lanes, M::TERMS))
-                .flatten()
-                .filter(|groups| faster(groups.vectors.len()));
-            if let Some(groups) = groups {
-                return Way::SideBySide(groups);
-            }
+        if let Some(way) = way {
+            return way;
         }
         if outer > transposed {
             return Way::Transposed;
