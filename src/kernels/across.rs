@@ -12,14 +12,16 @@
 //!   y        += x10 x11 x12 x10 x11 x12 x10 x11    * weights of step 1
 //! ```
 //!
-//! Vectors that start with the same group share what is picked from a row.
+//! Vectors that start with the same group share what is picked from a row. The other way round, the input gradient of such a layer
+//! finds these rows in memory, and its vectors are permuted afterwards.
 
 use std::marker::PhantomData;
 
 use super::{Element, lanes};
 use crate::isa::{Active, Isa, Kernel};
 
-/// Pixels that are computed together.
+/// Pixels that are computed together; of one or two vectors twice as many, whose sums else wait for each other. (Input gradients
+/// of 320 channels of 8 x 8 to 1280, 80 groups: 0.64 and 0.63 ms, of 80 of 16 x 16 to 184, 4 groups, 0.115 and 0.104.)
 const PIXELS: usize = 4;
 /// Vectors that are computed together, at most.
 pub const VECTORS: usize = 6;
@@ -174,28 +176,33 @@ impl<'a, T: Element> Across<'a, T> {
             // SAFETY: the caller's promise; there are so many vectors.
             unsafe {
                 vector += match rest {
-                    VECTORS.. => self.vectors::<I, MODE, VECTORS>(isa, vector),
-                    4.. => self.vectors::<I, MODE, 4>(isa, vector),
-                    2.. => self.vectors::<I, MODE, 2>(isa, vector),
-                    _ => self.vectors::<I, MODE, 1>(isa, vector),
+                    VECTORS.. => self.vectors::<I, MODE, VECTORS, PIXELS>(isa, vector),
+                    4.. => self.vectors::<I, MODE, 4, PIXELS>(isa, vector),
+                    3.. => self.vectors::<I, MODE, 3, PIXELS>(isa, vector),
+                    2.. => self.vectors::<I, MODE, 2, { 2 * PIXELS }>(isa, vector),
+                    _ => self.vectors::<I, MODE, 1, { 2 * PIXELS }>(isa, vector),
                 };
             }
         }
     }
 
-    /// `V` vectors of all pixels; returns how many these are.
+    /// `V` vectors of all pixels, of which `P` are computed together; returns how many vectors these are.
     ///
     /// # Safety
     /// As for [`Across::all`]; the vectors must exist.
     #[inline(always)]
-    unsafe fn vectors<I: Isa, const MODE: usize, const V: usize>(&self, isa: I, vector: usize) -> usize {
+    unsafe fn vectors<I: Isa, const MODE: usize, const V: usize, const P: usize>(
+        &self,
+        isa: I,
+        vector: usize,
+    ) -> usize {
         let mut pixel = 0;
         while pixel < self.pixels {
             // SAFETY: the caller's promise; the pixels exist.
             unsafe {
-                if self.pixels - pixel >= PIXELS {
-                    self.tile::<I, MODE, V, PIXELS>(isa, vector, pixel);
-                    pixel += PIXELS;
+                if self.pixels - pixel >= P {
+                    self.tile::<I, MODE, V, P>(isa, vector, pixel);
+                    pixel += P;
                 } else {
                     self.tile::<I, MODE, V, 1>(isa, vector, pixel);
                     pixel += 1;

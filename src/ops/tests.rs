@@ -148,6 +148,9 @@ fn pointwise_matches_the_reference() {
         (1, 39, 16, 96, 4, 24),
         (1, 67, 32, 16, 8, 2),
         (2, 35, 80, 80, 8, 10),
+        (1, 43, 56, 336, 28, 12),
+        (1, 41, 96, 192, 48, 4),
+        (1, 70, 6, 12, 3, 4),
         // Weight gradients whose channels are put back to their groups all at once, by two threads.
         (1, 400, 96, 576, 24, 24),
     ];

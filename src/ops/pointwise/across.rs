@@ -1,8 +1,11 @@
-//! Interleaved output channels in vectors that lie across groups: how [`crate::kernels::across`] goes through pixels.
+//! Interleaved channels in vectors that lie across groups: how [`crate::kernels::across`] goes through pixels.
+//!
+//! Where the output is interleaved, the input's channels are permuted first; where the input is (the input gradient), it is read
+//! as it is, and the results are permuted.
 
 use std::ops::Range;
 
-use super::pixels::PERMUTED;
+use super::pixels::{PERMUTED, outer_tile};
 use super::{Product, TASKS_PER_THREAD, Weights, gcd, interleaved_by_group};
 use crate::isa::Active;
 use crate::kernels::across::{Across as AcrossRows, AcrossSums, VECTORS, fits, picks};
@@ -23,14 +26,16 @@ const SUMS_TILE_BYTES: usize = 48 << 10;
 /// 480 in 5 groups, a thread of an Intel Xeon: 111 ns a pixel so, 81 by outer products without the interleave, 152 with it.)
 const ACROSS: f64 = 1.08;
 
-/// Vectors of output channels across groups.
+/// Vectors of interleaved channels across groups.
 pub(super) struct Across {
     isa: Active,
     lanes: usize,
     /// Groups, input and output channels of each.
     size: [usize; 3],
-    /// The input's channels as rows of one for each group.
-    rows: Permutation,
+    /// What makes rows of the input's channels, each of one for every group, unless they are.
+    before: Option<Permutation>,
+    /// What puts the output's channels into their groups, unless they are interleaved.
+    after: Option<Permutation>,
     /// The vectors: those that start with the same group follow each other.
     vectors: Vec<usize>,
     /// Where the vectors that start with each group begin among these, and where the last ones end.
@@ -40,30 +45,35 @@ pub(super) struct Across {
 }
 
 impl Across {
-    /// That of groups of so many input and output channels which are interleaved to these `places`, if the latter fill vectors,
-    /// there is code for so many groups and pixels, and a group costs less than `most` multiply-adds of outer products a pixel.
+    /// That of groups of so many input and output channels, of which either are interleaved to these places, if there is code for
+    /// so many groups and pixels, and a group costs less than `most` multiply-adds of outer products a pixel.
     pub(super) fn new<T: Element>(
         isa: Active,
         size @ [groups, k, m]: [usize; 3],
-        places: Option<&[usize]>,
+        places: [Option<&[usize]>; 2],
         pixels: usize,
         most: f64,
     ) -> Option<Self> {
         let (lanes, most) = (lanes::<T>(isa), most * groups as f64);
-        let interleaved = places.is_some_and(|places| interleaved_by_group(places, m));
-        if !interleaved || !(groups * m).is_multiple_of(lanes) || !fits::<T>(isa, groups) {
+        let backwards = match places {
+            // Vectors of the output, which are full.
+            [None, Some(places)] if interleaved_by_group(places, m) && (groups * m).is_multiple_of(lanes) => false,
+            [Some(places), None] if interleaved_by_group(places, k) => true,
+            _ => return None,
+        };
+        let (all, sets) = ((groups * m).div_ceil(lanes), groups / gcd(groups, lanes));
+        if !fits::<T>(isa, groups) || ACROSS * (all * (k + 1)) as f64 >= most {
             return None;
         }
-        let (all, sets) = (groups * m / lanes, groups / gcd(groups, lanes));
-        if ACROSS * (all * (k + 1)) as f64 >= most {
-            return None;
-        }
-        let rows = Permutation::new::<T>(isa, &interleave_sources(groups * k, k), pixels)?;
+        let sources =
+            if backwards { interleave_sources(groups * m, groups) } else { interleave_sources(groups * k, k) };
+        let permutation = Permutation::new::<T>(isa, &sources, pixels)?;
         let vectors: Vec<_> = (0..sets).flat_map(|start| (start..all).step_by(sets)).collect();
-        let first = |set: usize| (0..set).map(|start| (all - start).div_ceil(sets)).sum();
+        let first = |set: usize| (0..set.min(all)).map(|start| (all - start).div_ceil(sets)).sum();
         let starts = (0..=sets).map(first).collect();
         let index = (0..sets * lanes).map(|place| (place % groups) as u32).collect();
-        let this = Self { isa, lanes, size, rows, vectors, starts, index };
+        let [before, after] = if backwards { [None, Some(permutation)] } else { [Some(permutation), None] };
+        let this = Self { isa, lanes, size, before, after, vectors, starts, index };
         (this.cost() < most).then_some(this)
     }
 
@@ -73,10 +83,11 @@ impl Across {
         let times = |starts: &[usize]| (starts[1] - starts[0]).div_ceil(VECTORS);
         let picked = if picks(groups, self.lanes) { self.starts.windows(2).map(times).sum() } else { 0 };
         // Storing a sum takes about as long as adding to it.
-        ACROSS * (self.vectors.len() * (k + 1) + picked * k) as f64 + PERMUTED * self.rows.cost()
+        let permuted: f64 = self.before.iter().chain(&self.after).map(Permutation::cost).sum();
+        ACROSS * (self.vectors.len() * (k + 1) + picked * k) as f64 + PERMUTED * permuted
     }
 
-    /// The group and output channel of each lane of a vector.
+    /// The group and output channel of each lane of a vector, the last of which may have more lanes than there are channels.
     fn channels(&self, vector: usize) -> impl Iterator<Item = [usize; 2]> + use<> {
         let groups = self.size[0];
         (vector * self.lanes..(vector + 1) * self.lanes).map(move |place| [place % groups, place / groups])
@@ -84,9 +95,9 @@ impl Across {
 
     /// Calls `write` with the places of weights among those of all vectors, and their groups, output and input channels.
     pub(super) fn weights(&self, mut write: impl FnMut(usize, [usize; 3])) {
-        let k = self.size[1];
+        let [_, k, m] = self.size;
         for (v, &vector) in self.vectors.iter().enumerate() {
-            for (lane, [g, o]) in self.channels(vector).enumerate() {
+            for (lane, [g, o]) in self.channels(vector).enumerate().filter(|(_, [_, o])| *o < m) {
                 (0..k).for_each(|i| write((v * k + i) * self.lanes + lane, [g, o, i]));
             }
         }
@@ -94,7 +105,13 @@ impl Across {
 
     /// From one pixel's rows to the next one's: two vectors may be read from the last row on.
     fn step(&self) -> usize {
-        (self.size[0] * self.size[1]).next_multiple_of(self.lanes) + 2 * self.lanes
+        let channels = self.size[0] * self.size[1];
+        if self.before.is_some() { channels.next_multiple_of(self.lanes) + 2 * self.lanes } else { channels }
+    }
+
+    /// The memory that [`Across::tiles`] of at most so many pixels take.
+    fn memory(&self, tile: usize) -> usize {
+        if self.before.is_some() { tile * self.step() } else { self.step() + 4 * self.lanes }
     }
 
     /// Calls `body` for tiles of pixels, with their rows.
@@ -102,18 +119,30 @@ impl Across {
         &self,
         x: &[T],
         range: Range<usize>,
-        tile: usize,
+        memory: &mut [T],
         mut body: impl FnMut(Range<usize>, *const T),
     ) {
         let (c_in, step) = (self.size[0] * self.size[1], self.step());
-        scratch::with(tile * step, |rows: &mut [T]| {
-            for range in chunks(range, tile) {
-                let x = &x[range.start * c_in..range.end * c_in];
-                // SAFETY: these pixels, for which there is room.
-                unsafe { self.rows.run(x.as_ptr(), rows.as_mut_ptr(), [c_in, step], range.len(), [tile * c_in, 0]) };
-                body(range, rows.as_ptr());
+        let Some(rows) = &self.before else {
+            // After the last pixels there are no two vectors to be read.
+            let end = (x.len().saturating_sub(2 * self.lanes) / c_in).clamp(range.start, range.end);
+            let last = &x[end * c_in..range.end * c_in];
+            memory[..last.len()].copy_from_slice(last);
+            for (range, x) in [(range.start..end, x[range.start * c_in..].as_ptr()), (end..range.end, memory.as_ptr())]
+            {
+                if !range.is_empty() {
+                    body(range, x);
+                }
             }
-        });
+            return;
+        };
+        for range in chunks(range, memory.len() / step) {
+            let x = &x[range.start * c_in..range.end * c_in];
+            let ahead = [memory.len() / step * c_in, 0];
+            // SAFETY: these pixels, for which there is room.
+            unsafe { rows.run(x.as_ptr(), memory.as_mut_ptr(), [c_in, step], range.len(), ahead) };
+            body(range, memory.as_ptr());
+        }
     }
 
     /// Adds the weight gradient of pixels `range` to sums in the order of [`Across::weights`].
@@ -121,32 +150,34 @@ impl Across {
         let ([groups, k, m], lanes) = (self.size, self.lanes);
         let (c_out, sets) = (groups * m, self.starts.len() - 1);
         let tile = (SUMS_TILE_BYTES / ((self.step() + c_out) * size_of::<T>())).max(8);
-        self.tiles(x, range, tile, |range, rows| {
-            for set in 0..sets {
-                let [start, end] = [set, set + 1].map(|set| self.starts[set] * k * lanes);
-                // SAFETY: rows hold these pixels and more; the vectors exist in grad_output.
-                self.isa.run(unsafe {
-                    AcrossSums {
-                        x: rows,
-                        x_step: self.step(),
-                        groups,
-                        terms: k,
-                        index: &self.index[set * lanes..(set + 1) * lanes],
-                        g: grad_output[range.start * c_out + set * lanes..].as_ptr(),
-                        g_steps: [c_out, sets * lanes],
-                        sums: &mut sums[start..end],
-                        pixels: range.len(),
-                        ahead: tile * c_out,
-                    }
-                    .promise()
-                });
-            }
+        scratch::with(self.memory(tile), |memory: &mut [T]| {
+            self.tiles(x, range, memory, |range, rows| {
+                for set in 0..sets {
+                    let [start, end] = [set, set + 1].map(|set| self.starts[set] * k * lanes);
+                    // SAFETY: rows hold these pixels and more; the vectors exist in grad_output.
+                    self.isa.run(unsafe {
+                        AcrossSums {
+                            x: rows,
+                            x_step: self.step(),
+                            groups,
+                            terms: k,
+                            index: &self.index[set * lanes..(set + 1) * lanes],
+                            g: grad_output[range.start * c_out + set * lanes..].as_ptr(),
+                            g_steps: [c_out, sets * lanes],
+                            sums: &mut sums[start..end],
+                            pixels: range.len(),
+                            ahead: tile * c_out,
+                        }
+                        .promise()
+                    });
+                }
+            });
         });
     }
 }
 
 impl Product {
-    /// Pixels' input channels as rows, in a cache, times vectors of weights across groups.
+    /// Pixels' input channels as rows times vectors of weights across groups.
     pub(super) fn across<T: Element>(
         &self,
         threads: usize,
@@ -157,41 +188,53 @@ impl Product {
         y: Shared<T>,
     ) {
         let ([groups, k, m], lanes) = (across.size, across.lanes);
-        let (c_out, sets) = (groups * m, across.starts.len() - 1);
+        let (c_in, sets) = (groups * k, across.starts.len() - 1);
         let pixels = self.images.count * self.images.pixels;
-        let tile = (TILE_BYTES / (across.step() * size_of::<T>())).max(1).next_multiple_of(4);
+        let tile = if across.before.is_some() {
+            (TILE_BYTES / (across.step() * size_of::<T>())).max(1).next_multiple_of(4)
+        } else {
+            outer_tile::<T>(c_in + groups * m)
+        };
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(4)) };
-        let lens = [c_out * k, if bias.is_some() { c_out } else { 0 }];
+        let columns = across.vectors.len() * lanes;
+        let lens = [columns * k, if bias.is_some() { columns } else { 0 }];
         scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
+            memory.fill(T::Wide::default());
             let [packed, wide_bias] = cut(memory, lens);
             across.weights(|place, [g, o, i]| packed[place] = weights[g * group + o * out + i * input].widen());
             if let Some(bias) = bias {
                 let channels = across.vectors.iter().flat_map(|&vector| across.channels(vector));
-                wide_bias.iter_mut().zip(channels).for_each(|(value, [g, o])| *value = bias[g * m + o].widen());
+                let real = wide_bias.iter_mut().zip(channels).filter(|(_, [_, o])| *o < m);
+                real.for_each(|(value, [g, o])| *value = bias[g * m + o].widen());
             }
             let (packed, bias) = (&*packed, bias.map(|_| &*wide_bias));
             parallel_for(threads, parts, |task| {
-                across.tiles(x, part(pixels, parts, task), tile, |range, rows| {
-                    for set in 0..sets {
-                        let [start, end] = [across.starts[set], across.starts[set + 1]];
-                        // SAFETY: rows hold these pixels and more; those of y are this task's own.
-                        self.isa.run(unsafe {
-                            AcrossRows {
-                                x: rows,
-                                x_step: across.step(),
-                                groups,
-                                terms: k,
-                                index: &across.index[set * lanes..(set + 1) * lanes],
-                                weights: &packed[start * k * lanes..end * k * lanes],
-                                bias: bias.map(|bias| &bias[start * lanes..end * lanes]),
-                                y: y.ptr().add(range.start * c_out + set * lanes),
-                                y_steps: [c_out, sets * lanes],
-                                pixels: range.len(),
-                                ahead: tile * c_out,
+                scratch::with(across.memory(tile), |memory: &mut [T]| {
+                    let range = part(pixels, parts, task);
+                    self.tiles(range, tile, across.after.as_ref(), y, |all, (y, y_step), ahead| {
+                        across.tiles(x, all.clone(), memory, |range, rows| {
+                            for set in 0..sets {
+                                let [start, end] = [across.starts[set], across.starts[set + 1]];
+                                // SAFETY: rows hold these pixels and more; y has room for their vectors.
+                                self.isa.run(unsafe {
+                                    AcrossRows {
+                                        x: rows,
+                                        x_step: across.step(),
+                                        groups,
+                                        terms: k,
+                                        index: &across.index[set * lanes..(set + 1) * lanes],
+                                        weights: &packed[start * k * lanes..end * k * lanes],
+                                        bias: bias.map(|bias| &bias[start * lanes..end * lanes]),
+                                        y: y.wrapping_add((range.start - all.start) * y_step + set * lanes),
+                                        y_steps: [y_step, sets * lanes],
+                                        pixels: range.len(),
+                                        ahead,
+                                    }
+                                    .promise()
+                                });
                             }
-                            .promise()
                         });
-                    }
+                    });
                 });
             });
         });

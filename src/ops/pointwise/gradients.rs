@@ -169,7 +169,7 @@ impl Way {
         // (Reductions so: up to 15 % slower.)
         if M::TERMS == 1 && m >= k {
             let most = permuted.unwrap_or(scattered);
-            let across = Across::new::<T>(isa, [shape.groups, k, m], interleaved, pixels, most);
+            let across = Across::new::<T>(isa, [shape.groups, k, m], [None, interleaved], pixels, most);
             if across.is_some() {
                 return Self { across, ..Self::default() };
             }

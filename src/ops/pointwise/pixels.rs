@@ -132,9 +132,9 @@ impl Product {
                 (best, way) = (cost(groups.vectors.len()), Some(Way::SideBySide(groups)));
             }
         }
-        if M::TERMS == 1 && self.in_places.is_none() {
-            let size = [self.groups, k, m];
-            if let Some(across) = Across::new::<T>(self.isa, size, self.out_places.as_deref(), pixels, best) {
+        if M::TERMS == 1 {
+            let places = [self.in_places.as_deref(), self.out_places.as_deref()];
+            if let Some(across) = Across::new::<T>(self.isa, [self.groups, k, m], places, pixels, best) {
                 return Way::Across(across);
             }
         }
@@ -158,13 +158,13 @@ impl Product {
 
     /// Calls `body` for tiles of at most `tile` of this part's pixels, with where to write the first one's channels and how far
     /// ahead to ask: the output itself or, with a permutation, memory from which they go there permuted.
-    fn tiles<T: Element>(
+    pub(super) fn tiles<T: Element>(
         &self,
         range: Range<usize>,
         tile: usize,
         permutation: Option<&Permutation>,
         y: Shared<T>,
-        body: impl Fn(Range<usize>, (*mut T, usize), usize),
+        mut body: impl FnMut(Range<usize>, (*mut T, usize), usize),
     ) {
         let c_out = self.groups * self.group_out;
         let ahead = tile * c_out;
