@@ -48,9 +48,19 @@ fn has_mode(groups: usize, lanes: usize) -> bool {
     groups.is_multiple_of(lanes) || groups <= 2 * lanes
 }
 
+/// How a vector comes from a row of so many groups.
+fn mode(groups: usize, lanes: usize) -> usize {
+    match groups {
+        _ if groups.is_multiple_of(lanes) => NEIGHBOURS,
+        2 | 4 | 8 => groups,
+        _ if groups < lanes => ONE,
+        _ => TWO,
+    }
+}
+
 /// Whether it takes an instruction to pick a vector from a row of so many groups.
-pub(crate) fn picks(groups: usize, lanes: usize) -> bool {
-    !(groups.is_multiple_of(lanes) || matches!(groups, 2 | 4 | 8))
+pub(crate) fn needs_pick(groups: usize, lanes: usize) -> bool {
+    matches!(mode(groups, lanes), ONE | TWO)
 }
 
 /// Whether there is code for rows of so many groups.
@@ -131,24 +141,31 @@ fn check<T: Element, I: Isa>(index: &[u32], groups: usize) {
 /// Evaluates an expression with the constant that says how a vector comes from a row of so many groups.
 macro_rules! with_mode {
     ($groups:expr, $lanes:expr, $MODE:ident => $body:expr) => {
-        if $groups.is_multiple_of($lanes) {
-            const $MODE: usize = NEIGHBOURS;
-            $body
-        } else if $groups == 2 {
-            const $MODE: usize = 2;
-            $body
-        } else if $groups == 4 {
-            const $MODE: usize = 4;
-            $body
-        } else if $groups == 8 {
-            const $MODE: usize = 8;
-            $body
-        } else if $groups < $lanes {
-            const $MODE: usize = ONE;
-            $body
-        } else {
-            const $MODE: usize = TWO;
-            $body
+        match mode($groups, $lanes) {
+            NEIGHBOURS => {
+                const $MODE: usize = NEIGHBOURS;
+                $body
+            }
+            2 => {
+                const $MODE: usize = 2;
+                $body
+            }
+            4 => {
+                const $MODE: usize = 4;
+                $body
+            }
+            8 => {
+                const $MODE: usize = 8;
+                $body
+            }
+            ONE => {
+                const $MODE: usize = ONE;
+                $body
+            }
+            _ => {
+                const $MODE: usize = TWO;
+                $body
+            }
         }
     };
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::pixels::{PERMUTED, outer_tile};
 use super::{Product, TASKS_PER_THREAD, Weights, gcd, interleaved_by_group};
 use crate::isa::Active;
-use crate::kernels::across::{Across as AcrossRows, AcrossSums, VECTORS, fits, picks};
+use crate::kernels::across::{Across as AcrossRows, AcrossSums, VECTORS, fits, needs_pick};
 use crate::kernels::{Element, lanes};
 use crate::ops::Shared;
 use crate::ops::interleave::Permutation;
@@ -32,10 +32,11 @@ pub(super) struct Across {
     lanes: usize,
     /// Groups, input and output channels of each.
     size: [usize; 3],
-    /// What makes rows of the input's channels, each of one for every group, unless they are.
-    before: Option<Permutation>,
-    /// What puts the output's channels into their groups, unless they are interleaved.
-    after: Option<Permutation>,
+    /// Whether the input is interleaved, not the output.
+    backwards: bool,
+    /// What makes rows of the input's channels, each of one for every group; backwards, where it is such rows, what puts the
+    /// output's channels into their groups.
+    permutation: Permutation,
     /// The vectors: those that start with the same group follow each other.
     vectors: Vec<usize>,
     /// Where the vectors that start with each group begin among these, and where the last ones end.
@@ -55,16 +56,16 @@ impl Across {
         most: f64,
     ) -> Option<Self> {
         let (lanes, most) = (lanes::<T>(isa), most * groups as f64);
-        let backwards = match places {
-            // Vectors of the output, which are full.
-            [None, Some(places)] if interleaved_by_group(places, m) && (groups * m).is_multiple_of(lanes) => false,
-            [Some(places), None] if interleaved_by_group(places, k) => true,
-            _ => return None,
-        };
         let (all, sets) = ((groups * m).div_ceil(lanes), groups / gcd(groups, lanes));
         if !fits::<T>(isa, groups) || ACROSS * (all * (k + 1)) as f64 >= most {
             return None;
         }
+        let backwards = match places {
+            // Vectors of the output, which are full.
+            [None, Some(places)] if (groups * m).is_multiple_of(lanes) && interleaved_by_group(places, m) => false,
+            [Some(places), None] if interleaved_by_group(places, k) => true,
+            _ => return None,
+        };
         let sources =
             if backwards { interleave_sources(groups * m, groups) } else { interleave_sources(groups * k, k) };
         let permutation = Permutation::new::<T>(isa, &sources, pixels)?;
@@ -72,8 +73,7 @@ impl Across {
         let first = |set: usize| (0..set.min(all)).map(|start| (all - start).div_ceil(sets)).sum();
         let starts = (0..=sets).map(first).collect();
         let index = (0..sets * lanes).map(|place| (place % groups) as u32).collect();
-        let [before, after] = if backwards { [None, Some(permutation)] } else { [Some(permutation), None] };
-        let this = Self { isa, lanes, size, before, after, vectors, starts, index };
+        let this = Self { isa, lanes, size, backwards, permutation, vectors, starts, index };
         (this.cost() < most).then_some(this)
     }
 
@@ -81,10 +81,9 @@ impl Across {
     fn cost(&self) -> f64 {
         let [groups, k, _] = self.size;
         let times = |starts: &[usize]| (starts[1] - starts[0]).div_ceil(VECTORS);
-        let picked = if picks(groups, self.lanes) { self.starts.windows(2).map(times).sum() } else { 0 };
+        let picked = if needs_pick(groups, self.lanes) { self.starts.windows(2).map(times).sum() } else { 0 };
         // Storing a sum takes about as long as adding to it.
-        let permuted: f64 = self.before.iter().chain(&self.after).map(Permutation::cost).sum();
-        ACROSS * (self.vectors.len() * (k + 1) + picked * k) as f64 + PERMUTED * permuted
+        ACROSS * (self.vectors.len() * (k + 1) + picked * k) as f64 + PERMUTED * self.permutation.cost()
     }
 
     /// The group and output channel of each lane of a vector, the last of which may have more lanes than there are channels.
@@ -106,16 +105,16 @@ impl Across {
     /// From one pixel's rows to the next one's: two vectors may be read from the last row on.
     fn step(&self) -> usize {
         let channels = self.size[0] * self.size[1];
-        if self.before.is_some() { channels.next_multiple_of(self.lanes) + 2 * self.lanes } else { channels }
+        if self.backwards { channels } else { channels.next_multiple_of(self.lanes) + 2 * self.lanes }
     }
 
-    /// The memory that [`Across::tiles`] of at most so many pixels take.
+    /// The memory that [`Across::rows`] of at most so many pixels take.
     fn memory(&self, tile: usize) -> usize {
-        if self.before.is_some() { tile * self.step() } else { self.step() + 4 * self.lanes }
+        if self.backwards { self.step() + 4 * self.lanes } else { tile * self.step() }
     }
 
-    /// Calls `body` for tiles of pixels, with their rows.
-    fn tiles<T: Element>(
+    /// Calls `body` for these pixels, or some after the others, with their rows.
+    fn rows<T: Element>(
         &self,
         x: &[T],
         range: Range<usize>,
@@ -123,25 +122,23 @@ impl Across {
         mut body: impl FnMut(Range<usize>, *const T),
     ) {
         let (c_in, step) = (self.size[0] * self.size[1], self.step());
-        let Some(rows) = &self.before else {
-            // After the last pixels there are no two vectors to be read.
-            let end = (x.len().saturating_sub(2 * self.lanes) / c_in).clamp(range.start, range.end);
-            let last = &x[end * c_in..range.end * c_in];
-            memory[..last.len()].copy_from_slice(last);
-            for (range, x) in [(range.start..end, x[range.start * c_in..].as_ptr()), (end..range.end, memory.as_ptr())]
-            {
-                if !range.is_empty() {
-                    body(range, x);
-                }
-            }
-            return;
-        };
-        for range in chunks(range, memory.len() / step) {
+        if !self.backwards {
+            assert!(memory.len() >= range.len() * step, "memory");
             let x = &x[range.start * c_in..range.end * c_in];
-            let ahead = [memory.len() / step * c_in, 0];
             // SAFETY: these pixels, for which there is room.
-            unsafe { rows.run(x.as_ptr(), memory.as_mut_ptr(), [c_in, step], range.len(), ahead) };
-            body(range, memory.as_ptr());
+            unsafe {
+                self.permutation.run(x.as_ptr(), memory.as_mut_ptr(), [c_in, step], range.len(), [x.len(), 0]);
+            }
+            return body(range, memory.as_ptr());
+        }
+        // After the last pixels there are no two vectors to be read.
+        let end = (x.len().saturating_sub(2 * self.lanes) / c_in).clamp(range.start, range.end);
+        let last = &x[end * c_in..range.end * c_in];
+        memory[..last.len()].copy_from_slice(last);
+        for (range, x) in [(range.start..end, x[range.start * c_in..].as_ptr()), (end..range.end, memory.as_ptr())] {
+            if !range.is_empty() {
+                body(range, x);
+            }
         }
     }
 
@@ -150,28 +147,29 @@ impl Across {
         let ([groups, k, m], lanes) = (self.size, self.lanes);
         let (c_out, sets) = (groups * m, self.starts.len() - 1);
         let tile = (SUMS_TILE_BYTES / ((self.step() + c_out) * size_of::<T>())).max(8);
+        let mut each = |range: Range<usize>, rows: *const T| {
+            for set in 0..sets {
+                let [start, end] = [set, set + 1].map(|set| self.starts[set] * k * lanes);
+                // SAFETY: rows hold these pixels and more; the vectors exist in grad_output.
+                self.isa.run(unsafe {
+                    AcrossSums {
+                        x: rows,
+                        x_step: self.step(),
+                        groups,
+                        terms: k,
+                        index: &self.index[set * lanes..(set + 1) * lanes],
+                        g: grad_output[range.start * c_out + set * lanes..].as_ptr(),
+                        g_steps: [c_out, sets * lanes],
+                        sums: &mut sums[start..end],
+                        pixels: range.len(),
+                        ahead: tile * c_out,
+                    }
+                    .promise()
+                });
+            }
+        };
         scratch::with(self.memory(tile), |memory: &mut [T]| {
-            self.tiles(x, range, memory, |range, rows| {
-                for set in 0..sets {
-                    let [start, end] = [set, set + 1].map(|set| self.starts[set] * k * lanes);
-                    // SAFETY: rows hold these pixels and more; the vectors exist in grad_output.
-                    self.isa.run(unsafe {
-                        AcrossSums {
-                            x: rows,
-                            x_step: self.step(),
-                            groups,
-                            terms: k,
-                            index: &self.index[set * lanes..(set + 1) * lanes],
-                            g: grad_output[range.start * c_out + set * lanes..].as_ptr(),
-                            g_steps: [c_out, sets * lanes],
-                            sums: &mut sums[start..end],
-                            pixels: range.len(),
-                            ahead: tile * c_out,
-                        }
-                        .promise()
-                    });
-                }
-            });
+            chunks(range, tile).for_each(|range| self.rows(x, range, memory, &mut each));
         });
     }
 }
@@ -190,16 +188,20 @@ impl Product {
         let ([groups, k, m], lanes) = (across.size, across.lanes);
         let (c_in, sets) = (groups * k, across.starts.len() - 1);
         let pixels = self.images.count * self.images.pixels;
-        let tile = if across.before.is_some() {
-            (TILE_BYTES / (across.step() * size_of::<T>())).max(1).next_multiple_of(4)
-        } else {
+        let tile = if across.backwards {
             outer_tile::<T>(c_in + groups * m)
+        } else {
+            (TILE_BYTES / (across.step() * size_of::<T>())).max(1).next_multiple_of(4)
         };
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(4)) };
+        let after = across.backwards.then_some(&across.permutation);
         let columns = across.vectors.len() * lanes;
         let lens = [columns * k, if bias.is_some() { columns } else { 0 }];
         scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
-            memory.fill(T::Wide::default());
+            // Lanes without a channel, whose sums nobody reads.
+            if columns > groups * m {
+                memory.fill(T::Wide::default());
+            }
             let [packed, wide_bias] = cut(memory, lens);
             across.weights(|place, [g, o, i]| packed[place] = weights[g * group + o * out + i * input].widen());
             if let Some(bias) = bias {
@@ -211,8 +213,8 @@ impl Product {
             parallel_for(threads, parts, |task| {
                 scratch::with(across.memory(tile), |memory: &mut [T]| {
                     let range = part(pixels, parts, task);
-                    self.tiles(range, tile, across.after.as_ref(), y, |all, (y, y_step), ahead| {
-                        across.tiles(x, all.clone(), memory, |range, rows| {
+                    self.tiles(range, tile, after, y, |all, (y, y_step), ahead| {
+                        across.rows(x, all.clone(), memory, |range, rows| {
                             for set in 0..sets {
                                 let [start, end] = [across.starts[set], across.starts[set + 1]];
                                 // SAFETY: rows hold these pixels and more; y has room for their vectors.
