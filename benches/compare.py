@@ -5,9 +5,10 @@
 Every result is checked against the peers' before anything is timed. Then kconv and the peers take
 turns; figures are comparable within one run only. As the peers do, kconv allocates its result
 anew in each call; "out=" are its times where the result goes into memory that is there already.
-Ratios are those of the best times, and so are the sums. The limit of a layer is the larger of its
-multiply-adds at the measured peak and its bytes (inputs and outputs once) at the measured bandwidth
-of a copy.
+Ratios are those of the best times, and so are the sums, which are also given of the layers bound by
+memory and by arithmetic alone. The limit of a layer is the larger of its multiply-adds at the
+measured peak and its bytes (inputs and outputs once) at the measured bandwidth of a copy. Beside
+the peers stand kconv itself on one thread and, where numbers are bfloat16, in float32.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "kmobilenet_v3": ("kmobilenet_v3_large", {"ktype": "D6_16ch"}, 16),
 }
 PEERS = ("torch-nchw", "torch-nhwc", "torch-einsum", "jax-conv", "jax-einsum", "numpy-einsum")
+ONE_THREAD = "one thread"
 # kconv, allocating and not; in the same two ways, the convolution without the fused interleave, and
-# beside bfloat16 the same call in float32.
-OURS = ("kconv", "kconv-out", "without", "without-out", "float32", "float32-out")
+# beside bfloat16 the same call in float32; on one thread.
+OURS = ("kconv", "kconv-out", "without", "without-out", "float32", "float32-out", ONE_THREAD)
 # XLA's grouped convolutions can take thousands of times as long as the others: one turn is enough.
 ONE_TURN = ("jax-conv",)
 
@@ -87,6 +89,7 @@ class Row:
     multiply_adds: float
     bytes: float
     limit: float
+    bound: str
     milliseconds: dict[str, float] = field(default_factory=dict)
     medians: dict[str, float] = field(default_factory=dict)
 
@@ -97,9 +100,9 @@ class Row:
         return min(peers, default=np.nan)
 
 
-def layers(network: str, kind: type[graph.Layer]) -> Iterator[tuple[Any, tuple[int, int], int]]:
-    """The distinct layers of a kind outside squeeze-excite: layer, height and width, batch."""
-    name, options, batch = NETWORKS[network]
+def layers(network: str, kind: type[graph.Layer]) -> Iterator[tuple[Any, tuple[int, int]]]:
+    """The distinct layers of a kind outside squeeze-excite: layer, height and width."""
+    name, options, _ = NETWORKS[network]
     layer_graph = models.create(name, classes=10, **options).graph()
     seen = set()
     for layer in layer_graph.layers:
@@ -113,7 +116,7 @@ def layers(network: str, kind: type[graph.Layer]) -> Iterator[tuple[Any, tuple[i
         key = (channels, layer.shape, getattr(layer, "groups", 0), getattr(layer, "strides", 1))
         if (*key, height, width) not in seen:
             seen.add((*key, height, width))
-            yield layer, (height, width), batch
+            yield layer, (height, width)
 
 
 class Bench:
@@ -125,6 +128,7 @@ class Bench:
             __import__("ml_dtypes")  # tells NumPy
         self.dtype = np.dtype(options.dtype)
         self.patience: float = options.patience
+        self.batch: int | None = options.batch
         self.rng = np.random.default_rng(0)
         self.peers = self._find(options.peers)
 
@@ -302,7 +306,8 @@ class Bench:
             print(f"\n{network}: {operation}, {self.layout} memory, {self.dtype}")
             print_header(columns := self._columns(operation))
             total: dict[str, list[Row]] = {}
-            for layer, size, n in layers(network, kind):
+            n = self.batch or NETWORKS[network][-1]
+            for layer, size in layers(network, kind):
                 for name, calls in getattr(self, operation)(layer, size, n):
                     row = self._time(name, layer, size, n, calls, limits, turns)
                     rows.append(row)
@@ -310,6 +315,9 @@ class Bench:
                     total.setdefault(name, []).append(row)
             for same in total.values():
                 print_row(sum_of(same), columns)
+                for bound in ("memory", "arithmetic"):
+                    if some := [row for row in same if row.bound == bound]:
+                        print_row(sum_of(some, f"  {len(some)} bound by {bound}"), columns)
         if any(row.best_peer > 0 for row in rows):
             print_slower(rows)
         return rows
@@ -319,7 +327,9 @@ class Bench:
         if operation == "interleave":
             return ["without", "without-out"]
         einsums = operation == "pointwise"
-        return [name for name in self.peers if einsums or "einsum" not in name] + ["best peer"]
+        peers = [name for name in self.peers if einsums or "einsum" not in name]
+        wide = ["float32", "float32-out"] if self.dtype == "bfloat16" else []
+        return [*peers, "best peer", ONE_THREAD, *wide]
 
     def _time(
         self,
@@ -342,7 +352,9 @@ class Bench:
             multiply_adds = pixels_out * c_out * layer.kernel_size**2
         moved = (pixels_in * c_in + pixels_out * c_out) * self.dtype.itemsize
         check(label, operation, calls)
-        row = Row(label, operation, multiply_adds, moved, limits.milliseconds(multiply_adds, moved))
+        limit = limits.milliseconds(multiply_adds, moved)
+        bound = "memory" if limits.milliseconds(0, moved) == limit else "arithmetic"
+        row = Row(label, operation, multiply_adds, moved, limit, bound)
         together = {name: call for name, call in calls.items() if name not in ONE_TURN}
         times = dict(zip(together, seconds(list(together.values()), turns), strict=True))
         for name in set(calls) - set(together):
@@ -358,6 +370,7 @@ def ours(function: Callable[..., Array], *arguments: Any, like: Array, **options
     """kconv's call with a result that it allocates, and with one like an array that is there."""
     call = partial(function, *arguments, **options)
     calls = {"kconv": call, "kconv-out": partial(call, out=np.copy(like, order="K"))}
+    calls[ONE_THREAD] = partial(on_one_thread, call)
     if like.dtype == "bfloat16":
         wide = [a.astype(np.float32) if isinstance(a, np.ndarray) else a for a in arguments]
         call = partial(function, *wide, **options)
@@ -365,10 +378,20 @@ def ours(function: Callable[..., Array], *arguments: Any, like: Array, **options
     return calls
 
 
-def sum_of(rows: list[Row]) -> Row:
+def on_one_thread(call: Call) -> Any:
+    """The result of a call of kconv's on one thread."""
+    threads = kconv.get_num_threads()
+    kconv.set_num_threads(1)
+    try:
+        return call()
+    finally:
+        kconv.set_num_threads(threads)
+
+
+def sum_of(rows: list[Row], label: str = "sum") -> Row:
     """The sums over rows, of peers that did them all."""
     names = set.intersection(*(set(row.milliseconds) for row in rows))
-    total = Row("sum", rows[0].operation, *(0.0,) * 3)
+    total = Row(label, rows[0].operation, *(0.0,) * 3, bound="")
     for key in ("multiply_adds", "bytes", "limit"):
         setattr(total, key, sum(getattr(row, key) for row in rows))
     for times in ("milliseconds", "medians"):
@@ -494,9 +517,10 @@ def roofline(rows: list[Row], limits: Limits, path: Path, title: str) -> None:
 
     operations = list(dict.fromkeys(row.operation for row in rows))
     names = list(dict.fromkeys(name for row in rows for name in row.milliseconds))
+    names.remove(ONE_THREAD)
     names.sort(key=lambda name: name in OURS)  # kconv's last, on top of the others
     styles = {"kconv": ("o", "black"), "kconv-out": ("o", "white")}
-    others = zip("v^s<>Dp", ("C0", "C1", "C2", "C3", "C4", "C5", "C6"), strict=True)
+    others = zip("v^s<>DpX", (f"C{i}" for i in range(8)), strict=True)
     styles |= dict(zip((name for name in names if name not in styles), others, strict=False))
     intensities = [2 * row.multiply_adds / row.bytes for row in rows]
     ridge = limits.gflops / limits.gbytes
@@ -574,7 +598,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=2, help="seconds for a call of jax-conv")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--model", choices=networks.NETWORKS, default="keffnet32")
-    parser.add_argument("--batch", type=int, help="images in a step (default: the network's)")
+    parser.add_argument("--batch", type=int, help="images (default: the network's)")
     parser.add_argument("--sides", nargs="+", choices=networks.SIDES, help="of step and inference")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--roofline", type=Path, metavar="PNG")
