@@ -13,6 +13,14 @@ use pulp::bytemuck::{Pod, cast_slice, cast_slice_mut};
 
 use crate::error::{Result, bail};
 
+/// Bytes of a cache line, and of the widest vector.
+pub const LINE_BYTES: usize = 64;
+
+/// Values of a cache line.
+pub const fn line<T>() -> usize {
+    LINE_BYTES / size_of::<T>()
+}
+
 /// A set of vector instructions: pulp's vectors plus the few operations that pulp lacks.
 pub trait Isa: pulp::Simd {
     /// Whether there is an instruction for `a * b + c`; without one the compiler calls a function for it.

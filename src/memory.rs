@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 
+use crate::isa::LINE_BYTES;
 use crate::kernels::Element;
 
 /// Memory from this size on is recycled; the system's allocator keeps smaller blocks itself.
@@ -15,8 +16,6 @@ const SURPLUS: usize = 2;
 const LARGEST: usize = isize::MAX as usize / 8;
 /// The size of a huge page.
 const HUGE_PAGE: usize = 2 << 20;
-/// A cache line; also the widest vector.
-const LINE: usize = 64;
 
 struct Block {
     /// What the allocator gave.
@@ -34,10 +33,11 @@ impl Block {
     /// A block of this size, `None` where there is no memory for it.
     fn new(size: usize) -> Option<Self> {
         let recycled = size >= RECYCLED;
-        let align = if size >= 2 * HUGE_PAGE { HUGE_PAGE } else { LINE };
+        let align = if size >= 2 * HUGE_PAGE { HUGE_PAGE } else { LINE_BYTES };
         // Large memory is aligned here and not by the allocator: it comes zeroed from the system, untouched, but an
         // allocator that aligns it clears it once more, on one thread and before pages can be huge.
-        let layout = if recycled { Layout::array::<u8>(size + align) } else { Layout::from_size_align(size, LINE) };
+        let layout =
+            if recycled { Layout::array::<u8>(size + align) } else { Layout::from_size_align(size, LINE_BYTES) };
         let layout = layout.ok()?;
         // SAFETY: the size is not zero.
         let base = unsafe { if recycled { alloc_zeroed(layout) } else { alloc(layout) } };
@@ -149,7 +149,11 @@ impl Memory {
 
     /// Memory for `len` values, aligned to a cache line, `None` where there is not enough.
     pub fn try_new<T: Element>(len: usize) -> Option<Self> {
-        let size = len.checked_mul(size_of::<T>()).filter(|&size| size <= LARGEST)?.next_multiple_of(LINE).max(LINE);
+        let size = len
+            .checked_mul(size_of::<T>())
+            .filter(|&size| size <= LARGEST)?
+            .next_multiple_of(LINE_BYTES)
+            .max(LINE_BYTES);
         let block = if size < RECYCLED { Block::new(size) } else { Self::recycled(size) }?;
         if cfg!(debug_assertions) && !cfg!(miri) {
             // NaN shows where something is read that nobody has written. Miri sees that by itself.
@@ -248,6 +252,6 @@ mod tests {
     #[test]
     fn small_memory_is_aligned_and_not_counted() {
         let mut memory = Memory::new::<f64>(3);
-        assert_eq!(memory.as_mut::<f64>(3).as_ptr().addr() % LINE, 0);
+        assert_eq!(memory.as_mut::<f64>(3).as_ptr().addr() % LINE_BYTES, 0);
     }
 }

@@ -2,14 +2,12 @@
 
 use std::cell::RefCell;
 
+use crate::isa::LINE_BYTES;
 use crate::kernels::Element;
-
-/// A cache line; also the widest vector.
-const ALIGN: usize = 64;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([u8; ALIGN]);
+struct Line([u8; LINE_BYTES]);
 
 thread_local! {
     static BUFFERS: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
@@ -18,10 +16,10 @@ thread_local! {
 /// Calls `body` with `len` values of temporary memory, aligned to a cache line and of unknown content
 /// (old values, never uninitialised memory). Calls nest.
 pub fn with<T: Element, R>(len: usize, body: impl FnOnce(&mut [T]) -> R) -> R {
-    let lines = (len * size_of::<T>()).div_ceil(ALIGN);
+    let lines = (len * size_of::<T>()).div_ceil(LINE_BYTES);
     let mut buffer = BUFFERS.with_borrow_mut(Vec::pop).unwrap_or_default();
     if buffer.len() < lines {
-        buffer.resize(lines, Line([0; ALIGN]));
+        buffer.resize(lines, Line([0; LINE_BYTES]));
     }
     // SAFETY: the buffer holds at least `len` initialised values, is aligned beyond any element's
     // alignment, and every bit pattern is a value of a floating-point element.

@@ -18,13 +18,11 @@
 use std::marker::PhantomData;
 
 use super::{Element, lanes};
-use crate::isa::{Active, Isa, Kernel};
+use crate::isa::{Active, Isa, Kernel, line};
 
 /// Pixels that are computed together; of one or two vectors twice as many, whose sums else wait for each other. (Input gradients
 /// of 320 channels of 8 x 8 to 1280, 80 groups: 0.64 and 0.63 ms, of 80 of 16 x 16 to 184, 4 groups, 0.115 and 0.104.)
 const PIXELS: usize = 4;
-/// Bytes of a cache line.
-const LINE_BYTES: usize = 64;
 /// Vectors that are computed together, at most.
 pub const VECTORS: usize = 6;
 
@@ -260,7 +258,7 @@ impl<'a, T: Element> Across<'a, T> {
         for term in 1..=self.terms {
             while asked < term * self.groups {
                 (0..P).for_each(|p| isa.prefetch_far(ahead.wrapping_add(p * self.x_step + asked)));
-                asked += LINE_BYTES / size_of::<T>();
+                asked += line::<T>();
             }
             let mut rows = [T::splat(isa, T::default()); P];
             for (p, values) in rows.iter_mut().enumerate() {

@@ -14,7 +14,7 @@
 
 use super::Element;
 use super::products::Products;
-use crate::isa::{Isa, Kernel};
+use crate::isa::{Isa, Kernel, line};
 use crate::pool::part;
 
 /// The most rows of a tile. (14 of them take as long in NHWC; 12 in NCHW 7 % longer.)
@@ -305,7 +305,7 @@ impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
                     *sum = self.out.start(isa, column + v * lanes, mask_of(v));
                 }
             }
-            let line = 64 / size_of::<S::Value>();
+            let line = line::<S::Value>();
             let mut ahead = self.a.wrapping_add(self.a_ahead + row * self.terms);
             // Planes of the next tile.
             let next = self.a_rows.get(row + R).map_or(self.a_ahead, |next| next.wrapping_sub(rows[0]));

@@ -2,7 +2,7 @@
 
 use super::Element;
 use super::transpose::Transpose;
-use crate::isa::{Isa, Kernel};
+use crate::isa::{Isa, Kernel, line};
 
 /// The index of lanes that a pair of windows has nothing for.
 pub const NOWHERE: u32 = u32::MAX;
@@ -160,7 +160,7 @@ impl<T: Element> Kernel for CheckedTransposeChannels<T> {
         let TransposeChannels { mut x, mut y, steps, pixels, size, ahead } = self.0;
         let [rows, columns] = size;
         for _ in 0..pixels {
-            for channel in (0..rows * columns).step_by(64 / size_of::<T>()) {
+            for channel in (0..rows * columns).step_by(line::<T>()) {
                 if ahead[0] > 0 {
                     isa.prefetch_far(x.wrapping_add(channel + ahead[0]));
                 }

@@ -15,7 +15,7 @@
 
 use super::products::Products;
 use super::{Element, WideElement};
-use crate::isa::{Isa, Kernel};
+use crate::isa::{Isa, Kernel, line};
 
 /// The most output rows of one [`ConvRows`] tile.
 pub const MAX_ROWS: usize = 8;
@@ -361,7 +361,7 @@ pub struct DotRows<'a, T: Element, M> {
 
 /// Values of one slot of partial sums: a cache line, the widest vector.
 pub const fn slot<T>() -> usize {
-    64 / size_of::<T>()
+    line::<T>()
 }
 
 /// Which values of a row make a vector.
