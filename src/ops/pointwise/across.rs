@@ -21,7 +21,7 @@ const TILE_BYTES: usize = 16 << 10;
 /// Bytes of pixels of a tile of a weight gradient, whose sums go through memory once a tile. (80 channels to 480 in 5 groups, two
 /// threads of an Intel Xeon: 0.90 ms with 24 KiB, 0.82 with 48, 0.79 with 96; 80 to 80 in 10 0.18, 0.18 and 0.22.)
 const SUMS_TILE_BYTES: usize = 48 << 10;
-/// Bytes of a pixel's input channels, read as they are, from which on the next tile's are asked for. (Input gradients, 64 images, two
+/// Bytes of a pixel's input channels, read as they are, beyond which the next tile's are asked for. (Input gradients, 64 images, two
 /// threads of an Intel Xeon: 40 channels of 31 x 31 to 240 in 2 groups take 9.7 ms without, 5.8 with, 16 to 96 in 4 2.35 and 1.12,
 /// 24 to 24 in 8 0.55 and 0.45; 16 to 16 in 2, which is a cache line, 0.27 and 0.32.)
 const ASKED_BYTES: usize = LINE_BYTES;
