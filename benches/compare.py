@@ -516,7 +516,7 @@ def roofline(rows: list[Row], limits: Limits, path: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     operations = list(dict.fromkeys(row.operation for row in rows))
     names = list(dict.fromkeys(name for row in rows for name in row.milliseconds))
@@ -551,7 +551,7 @@ def roofline(rows: list[Row], limits: Limits, path: Path, title: str) -> None:
         axes.set(xlabel="operations per byte", title=operation.replace("_", " "))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
+            axis.set_minor_formatter(ticker.LogFormatter())  # labels where there are few decades
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("GFLOP/s")
     handles, labels = panels[0][0].get_legend_handles_labels()
