@@ -320,7 +320,7 @@ class Bench:
                 print_row(sum_of(same), columns)
                 for bound in ("memory", "arithmetic"):
                     if some := [row for row in same if row.bound == bound]:
-                        print_row(sum_of(some, f"  {len(some)} bound by {bound}"), columns)
+                        print_row(sum_of(some, f"{len(some)} bound by {bound}"), columns)
         if any(row.best_peer > 0 for row in rows):
             print_slower(rows)
         return rows
@@ -328,11 +328,13 @@ class Bench:
     def _columns(self, operation: str) -> list[str]:
         """What the table gives ratios to."""
         if operation == "interleave":
-            return ["without", "without-out"]
-        einsums = operation == "pointwise"
-        peers = [name for name in self.peers if einsums or "einsum" not in name]
+            beside = ["without", "without-out"]
+        else:
+            einsums = operation == "pointwise"
+            peers = [name for name in self.peers if einsums or "einsum" not in name]
+            beside = [*peers, "best peer"]
         wide = ["float32", "float32-out"] if self.dtype == "bfloat16" else []
-        return [*peers, "best peer", ONE_THREAD, *wide]
+        return [*beside, ONE_THREAD, *wide]
 
     def _time(
         self,
@@ -523,7 +525,7 @@ def roofline(rows: list[Row], limits: Limits, path: Path, title: str) -> None:
     names.remove(ONE_THREAD)
     names.sort(key=lambda name: name in OURS)  # kconv's last, on top of the others
     styles = {"kconv": ("o", "black"), "kconv-out": ("o", "white")}
-    others = zip("v^s<>DpX", (f"C{i}" for i in range(8)), strict=True)
+    others = zip("v^s<>Dp", ("C0", "C1", "C2", "C3", "C4", "C5", "C6"), strict=True)
     styles |= dict(zip((name for name in names if name not in styles), others, strict=False))
     intensities = [2 * row.multiply_adds / row.bytes for row in rows]
     ridge = limits.gflops / limits.gbytes
