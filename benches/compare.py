@@ -100,23 +100,58 @@ class Row:
         return min(peers, default=np.nan)
 
 
-def layers(network: str, kind: type[graph.Layer]) -> Iterator[tuple[Any, tuple[int, int]]]:
-    """The distinct layers of a kind outside squeeze-excite: layer, height and width."""
+@dataclass(frozen=True)
+class Case:
+    """A layer at its place in a network."""
+
+    layer: Any
+    size: tuple[int, int]
+    step: int
+    """Of the interleave that follows it; 1 for none."""
+
+    @property
+    def label(self) -> str:
+        """Channels, groups or kernel, stride, and the size of the images."""
+        layer, (height, width) = self.layer, self.size
+        if isinstance(layer, graph.DepthwiseConv):
+            k = layer.kernel_size
+            return f"{layer.in_channels} {k}x{k}/{layer.strides} {height}x{width}"
+        step = f" by {self.step}" if self.step > 1 else ""
+        return f"{layer.in_channels}>{layer.filters}/{layer.groups}{step} {height}x{width}"
+
+
+def cases(network: str, operation: str) -> Iterator[Case]:
+    """The distinct layers of an operation outside squeeze-excite."""
     name, options, _ = NETWORKS[network]
     layer_graph = models.create(name, classes=10, **options).graph()
+    steps = interleave_steps(layer_graph) if operation == "interleave" else {}
+    kind = graph.DepthwiseConv if operation == "depthwise" else graph.Conv
     seen = set()
     for layer in layer_graph.layers:
         if not isinstance(layer, kind):
             continue
         if isinstance(layer, graph.Conv) and not layer.is_pointwise:
             continue
-        height, width, channels = layer_graph[layer.inputs[0]].shape
-        if (height, width) == (1, 1):
+        if operation == "interleave" and layer.name not in steps:
             continue
-        key = (channels, layer.shape, getattr(layer, "groups", 0), getattr(layer, "strides", 1))
-        if (*key, height, width) not in seen:
-            seen.add((*key, height, width))
-            yield layer, (height, width)
+        height, width, _ = layer_graph[layer.inputs[0]].shape
+        case = Case(layer, (height, width), steps.get(layer.name, 1))
+        if (height, width) != (1, 1) and case.label not in seen:
+            seen.add(case.label)
+            yield case
+
+
+def interleave_steps(layer_graph: graph.Graph) -> dict[str, int]:
+    """The steps of the interleaves that follow convolutions, by the names of these."""
+    steps = {}
+    for layer in layer_graph.layers:
+        if isinstance(layer, graph.Interleave):
+            source = layer_graph[layer.inputs[0]]
+            while isinstance(source, graph.BatchNorm | graph.Activation):
+                source = layer_graph[source.inputs[0]]
+            if isinstance(source, graph.Conv):
+                steps[source.name] = layer.step
+    return steps
 
 
 class Bench:
@@ -164,9 +199,8 @@ class Bench:
         x = self.random(n, c, h, w)
         return x if self.layout == "NCHW" else as_nhwc(x)
 
-    def pointwise(
-        self, layer: graph.Conv, size: tuple[int, int], n: int
-    ) -> Iterator[tuple[str, Calls]]:
+    def pointwise(self, case: Case, n: int) -> Iterator[tuple[str, Calls]]:
+        layer, size = case.layer, case.size
         c_in, c_out, groups = layer.in_channels, layer.filters, layer.groups
         x, g = self.array(n, c_in, *size), self.array(n, c_out, *size)
         w = self.random(c_out, c_in // groups)
@@ -190,9 +224,8 @@ class Bench:
                 calls[operation][peer] = einsum(peer, equation, a, b)
         yield from calls.items()
 
-    def depthwise(
-        self, layer: graph.DepthwiseConv, size: tuple[int, int], n: int
-    ) -> Iterator[tuple[str, Calls]]:
+    def depthwise(self, case: Case, n: int) -> Iterator[tuple[str, Calls]]:
+        layer, size = case.layer, case.size
         c, k, stride = layer.in_channels, layer.kernel_size, layer.strides
         pad = k // 2 if layer.padding == "same" else 0
         x = self.array(n, c, *size)
@@ -207,16 +240,12 @@ class Bench:
         self._convolutions(calls, Convolution(x, w[:, None], g, c, (pad, pad), stride))
         yield from calls.items()
 
-    def interleave(
-        self, layer: graph.Conv, size: tuple[int, int], n: int
-    ) -> Iterator[tuple[str, Calls]]:
+    def interleave(self, case: Case, n: int) -> Iterator[tuple[str, Calls]]:
         """The convolution with the interleave fused into it, beside the one without."""
-        if layer.groups == 1:
-            return
-        x = self.array(n, layer.in_channels, *size)
-        g = self.array(n, layer.filters, *size)
+        layer, step = case.layer, case.step
+        x = self.array(n, layer.in_channels, *case.size)
+        g = self.array(n, layer.filters, *case.size)
         w = self.random(layer.filters, layer.in_channels // layer.groups)
-        step = layer.filters // layer.groups
         fused = partial(kconv.pointwise_conv, groups=layer.groups, interleave=step)
         plain = partial(kconv.pointwise_conv, groups=layer.groups)
         assert np.array_equal(fused(x, w), kconv.interleave(plain(x, w), step))
@@ -303,16 +332,15 @@ class Bench:
 
     def run(self, operation: str, networks: list[str], limits: Limits, turns: int) -> list[Row]:
         """Checks, then times, every distinct layer of the networks; prints as it goes."""
-        kind = graph.DepthwiseConv if operation == "depthwise" else graph.Conv
         rows = []
         for network in networks:
             print(f"\n{network}: {operation}, {self.layout} memory, {self.dtype}")
             print_header(columns := self._columns(operation))
             total: dict[str, list[Row]] = {}
             n = self.batch or NETWORKS[network][-1]
-            for layer, size in layers(network, kind):
-                for name, calls in getattr(self, operation)(layer, size, n):
-                    row = self._time(name, layer, size, n, calls, limits, turns)
+            for case in cases(network, operation):
+                for name, calls in getattr(self, operation)(case, n):
+                    row = self._time(name, case, n, calls, limits, turns)
                     rows.append(row)
                     print_row(row, columns)
                     total.setdefault(name, []).append(row)
@@ -339,21 +367,18 @@ class Bench:
     def _time(
         self,
         operation: str,
-        layer: Any,
-        size: tuple[int, int],
+        case: Case,
         n: int,
         calls: Calls,
         limits: Limits,
         turns: int,
     ) -> Row:
+        layer, size, label = case.layer, case.size, case.label
         c_in, c_out = layer.in_channels, layer.shape[-1]
         pixels_in, pixels_out = n * size[0] * size[1], n * layer.shape[0] * layer.shape[1]
         if isinstance(layer, graph.Conv):
-            label = f"{c_in}>{c_out}/{layer.groups} {size[0]}x{size[1]}"
             multiply_adds = pixels_out * c_out * c_in // layer.groups
         else:
-            k = layer.kernel_size
-            label = f"{c_in} {k}x{k}/{layer.strides} {size[0]}x{size[1]}"
             multiply_adds = pixels_out * c_out * layer.kernel_size**2
         moved = (pixels_in * c_in + pixels_out * c_out) * self.dtype.itemsize
         check(label, operation, calls)
