@@ -48,19 +48,19 @@ fn has_mode(groups: usize, lanes: usize) -> bool {
     groups.is_multiple_of(lanes) || groups <= 2 * lanes
 }
 
-/// How a vector comes from a row of so many groups.
-fn mode(groups: usize, lanes: usize) -> usize {
+/// How a vector that starts with group `start` comes from a row of so many groups.
+fn mode(groups: usize, lanes: usize, start: usize) -> usize {
     match groups {
-        _ if groups.is_multiple_of(lanes) => NEIGHBOURS,
+        _ if start + lanes <= groups => NEIGHBOURS,
         2 | 4 | 8 => groups,
         _ if groups < lanes => ONE,
         _ => TWO,
     }
 }
 
-/// Whether it takes an instruction to pick a vector from a row of so many groups.
-pub(crate) fn needs_pick(groups: usize, lanes: usize) -> bool {
-    matches!(mode(groups, lanes), ONE | TWO)
+/// Whether it takes an instruction to pick a vector that starts with group `start` from a row of so many groups.
+pub(crate) fn needs_pick(groups: usize, lanes: usize, start: usize) -> bool {
+    matches!(mode(groups, lanes, start), ONE | TWO)
 }
 
 /// Whether there is code for rows of so many groups.
@@ -79,7 +79,7 @@ pub struct Across<'a, T: Element> {
     pub groups: usize,
     /// Rows.
     pub terms: usize,
-    /// What each lane takes from a row, where that does not begin with a whole vector's: see [`Across::promise`].
+    /// What each lane takes from a row: see [`Across::promise`].
     pub index: &'a [u32],
     /// The weights of each vector, `[row][lane]`.
     pub weights: &'a [T::Wide],
@@ -124,7 +124,7 @@ unsafe fn row<T: Element, I: Isa, const MODE: usize>(
             ONE => T::pick(isa, T::load(isa, row), index),
             _ => {
                 let pair = [T::load(isa, row), T::load(isa, row.wrapping_add(T::lanes::<I>()))];
-                T::pick_two(isa, pair, index, pair[0])
+                T::pick_two(isa, pair, index)
             }
         }
     }
@@ -134,14 +134,16 @@ unsafe fn row<T: Element, I: Isa, const MODE: usize>(
 fn check<T: Element, I: Isa>(index: &[u32], groups: usize) {
     let lanes = T::lanes::<I>();
     assert!(index.len() == lanes && size_of::<I::u32s>() == 4 * lanes, "index");
-    assert!(index.iter().all(|&place| (place as usize) < groups), "index");
+    let start = index[0] as usize;
+    assert!(start < groups && (start..).zip(index).all(|(place, &index)| index as usize == place % groups), "index");
     assert!(has_mode(groups, lanes), "groups");
 }
 
-/// Evaluates an expression with the constant that says how a vector comes from a row of so many groups.
+/// Evaluates an expression with the constant that says how a vector that takes what `index` says comes from a row of so many
+/// groups.
 macro_rules! with_mode {
-    ($groups:expr, $lanes:expr, $MODE:ident => $body:expr) => {
-        match mode($groups, $lanes) {
+    ($groups:expr, $lanes:expr, $index:expr, $MODE:ident => $body:expr) => {
+        match mode($groups, $lanes, $index[0] as usize) {
             NEIGHBOURS => {
                 const $MODE: usize = NEIGHBOURS;
                 $body
@@ -174,8 +176,8 @@ impl<'a, T: Element> Across<'a, T> {
     /// Turns the description into a kernel.
     ///
     /// # Safety
-    /// Until it has run, two vectors must be readable from the start of every pixel's every row on (where groups fill vectors, one
-    /// from `index[0]` there), and the vectors of results be writable.
+    /// Until it has run, every pixel's rows must be readable, unless groups fill vectors two vectors from the start of each on, and
+    /// the vectors of results be writable.
     #[inline]
     pub unsafe fn promise(self) -> CheckedAcross<'a, T> {
         CheckedAcross(self)
@@ -300,7 +302,7 @@ impl<T: Element> Kernel for CheckedAcross<'_, T> {
         assert_eq!(kernel.weights.len(), vectors * kernel.terms * lanes, "weights");
         assert!(kernel.bias.is_none_or(|bias| bias.len() == vectors * lanes), "bias");
         // SAFETY: promised to `promise`; the slices have just been checked.
-        unsafe { with_mode!(kernel.groups, lanes, MODE => kernel.all::<I, MODE>(isa, vectors)) }
+        unsafe { with_mode!(kernel.groups, lanes, kernel.index, MODE => kernel.all::<I, MODE>(isa, vectors)) }
     }
 }
 
@@ -450,6 +452,6 @@ impl<T: Element> Kernel for CheckedAcrossSums<'_, T> {
         let vectors = kernel.sums.len() / (kernel.terms * lanes);
         assert_eq!(kernel.sums.len(), vectors * kernel.terms * lanes, "sums");
         // SAFETY: promised to `promise`; the slices have just been checked.
-        unsafe { with_mode!(kernel.groups, lanes, MODE => kernel.all::<I, MODE>(isa, vectors)) }
+        unsafe { with_mode!(kernel.groups, lanes, kernel.index, MODE => kernel.all::<I, MODE>(isa, vectors)) }
     }
 }

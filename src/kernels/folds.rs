@@ -157,7 +157,8 @@ fn fold_odd<T: Element, I: Isa, const L: usize>(isa: I, values: &[T::Vector<I>])
         let mut picked = T::pick(isa, values[L - 1], index);
         for (i, pair) in values.as_chunks::<2>().0.iter().enumerate().rev() {
             let places = isa.sub_u32s(index, isa.splat_u32s((2 * i * lanes) as u32));
-            picked = T::pick_two(isa, *pair, places, picked);
+            let here = isa.less_than_u32s(places, isa.splat_u32s(2 * lanes as u32));
+            picked = T::select(isa, here, T::pick_two(isa, *pair, places), picked);
         }
         sum = T::add_vectors(isa, sum, picked);
     }

@@ -121,14 +121,10 @@ pub trait Element:
     fn zip<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> [Self::Vector<I>; 2];
     /// The value at place `index`, below the number of lanes, for each lane: of numbers of 32 bits.
     fn pick<I: Isa>(isa: I, values: Self::Vector<I>, index: I::u32s) -> Self::Vector<I>;
-    /// As [`Element::pick`], from two vectors, whose places follow each other; what `others` holds where the index is not
-    /// below their number.
-    fn pick_two<I: Isa>(
-        isa: I,
-        values: [Self::Vector<I>; 2],
-        index: I::u32s,
-        others: Self::Vector<I>,
-    ) -> Self::Vector<I>;
+    /// As [`Element::pick`], from two vectors, whose places follow each other.
+    fn pick_two<I: Isa>(isa: I, values: [Self::Vector<I>; 2], index: I::u32s) -> Self::Vector<I>;
+    /// What `yes` holds in the lanes that a mask selects, what `no` holds in the others: of numbers of 32 bits.
+    fn select<I: Isa>(isa: I, mask: I::m32s, yes: Self::Vector<I>, no: Self::Vector<I>) -> Self::Vector<I>;
     /// The sum of a vector's values.
     fn sum<I: Isa>(isa: I, a: Self::Vector<I>) -> Self::Wide;
     /// Selects the first `len` values.
@@ -404,9 +400,12 @@ macro_rules! f32_vectors {
             isa.pick_f32s(values, index)
         }
         #[inline(always)]
-        fn pick_two<I: Isa>(isa: I, values: [I::f32s; 2], index: I::u32s, others: I::f32s) -> I::f32s {
-            let picked = isa.less_than_u32s(index, isa.splat_u32s(2 * Self::lanes::<I>() as u32));
-            isa.select_f32s(picked, isa.pick_two_f32s(values, index), others)
+        fn pick_two<I: Isa>(isa: I, values: [I::f32s; 2], index: I::u32s) -> I::f32s {
+            isa.pick_two_f32s(values, index)
+        }
+        #[inline(always)]
+        fn select<I: Isa>(isa: I, mask: I::m32s, yes: I::f32s, no: I::f32s) -> I::f32s {
+            isa.select_f32s(mask, yes, no)
         }
     };
 }
@@ -561,7 +560,10 @@ impl Element for f64 {
     fn pick<I: Isa>(_isa: I, _values: I::f64s, _index: I::u32s) -> I::f64s {
         unreachable!("no instruction")
     }
-    fn pick_two<I: Isa>(_isa: I, _values: [I::f64s; 2], _index: I::u32s, _others: I::f64s) -> I::f64s {
+    fn pick_two<I: Isa>(_isa: I, _values: [I::f64s; 2], _index: I::u32s) -> I::f64s {
+        unreachable!("no instruction")
+    }
+    fn select<I: Isa>(_isa: I, _mask: I::m32s, _yes: I::f64s, _no: I::f64s) -> I::f64s {
         unreachable!("no instruction")
     }
     unsafe fn load_pieces<I: Isa>(_isa: I, _pieces: [*const Self; 4]) -> I::f64s {

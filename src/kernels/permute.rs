@@ -4,9 +4,6 @@ use super::Element;
 use super::transpose::Transpose;
 use crate::isa::{Isa, Kernel, line};
 
-/// The index of lanes that a pair of windows has nothing for.
-pub const NOWHERE: u32 = u32::MAX;
-
 /// Neighbouring channels of which some go to a vector.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Window {
@@ -16,9 +13,7 @@ pub struct Window {
     pub len: usize,
 }
 
-/// `y[p][lane] = x[p][place]` for one vector of channels, whose places are in pairs of windows: a lane's index there is the
-/// place's distance from the start of the first one, or, beyond a vector's lanes, of the second one, and
-/// [`NOWHERE`] in other pairs.
+/// `y[p][lane] = x[p][windows[window[lane]].first + place[lane]]` for one vector of channels.
 pub struct PermuteChannels<'a, T> {
     /// The first pixel's channels.
     pub x: *const T,
@@ -31,9 +26,9 @@ pub struct PermuteChannels<'a, T> {
     /// Number of channels.
     pub columns: usize,
     /// Where they come from.
-    pub windows: &'a [[Window; 2]],
-    /// For each pair of windows, for each lane, the place there.
-    pub index: &'a [u32],
+    pub windows: &'a [Window],
+    /// For each lane, which of these its channel is in, and the channel's place there.
+    pub index: [&'a [u32]; 2],
     /// Distances from what is read and written to what is asked for meanwhile; 0 where that is in a cache.
     pub ahead: [usize; 2],
 }
@@ -58,23 +53,24 @@ impl<'a, T: Element> PermuteChannels<'a, T> {
     #[inline(always)]
     unsafe fn tile<I: Isa, const R: usize>(&self, isa: I, x: *const T, y: *mut T) {
         let mut values = [T::splat(isa, T::default()); R];
-        let mut index = self.index.as_ptr();
-        // SAFETY: the caller's promise; there are a vector's indices for each pair of windows.
+        // SAFETY: the caller's promise; there is a vector of either index.
         unsafe {
-            for [first, second] in self.windows {
-                let places = index.cast::<I::u32s>().read_unaligned();
-                let (a_mask, b_mask) = (T::mask(isa, first.len), T::mask(isa, second.len));
-                let (mut a, mut b) = (x.wrapping_add(first.first), x.wrapping_add(second.first));
+            let [window, place] = self.index.map(|index| index.as_ptr().cast::<I::u32s>().read_unaligned());
+            for (number, &Window { first, len }) in self.windows.iter().enumerate() {
+                let here = isa.equal_u32s(window, isa.splat_u32s(number as u32));
+                let mask = (len < T::lanes::<I>()).then(|| T::mask(isa, len));
+                let mut from = x.wrapping_add(first);
                 for value in &mut values {
                     if self.ahead[0] > 0 {
-                        isa.prefetch_far(a.wrapping_add(self.ahead[0]));
-                        isa.prefetch_far(b.wrapping_add(self.ahead[0]));
+                        isa.prefetch_far(from.wrapping_add(self.ahead[0]));
                     }
-                    let pair = [T::load_masked(isa, a_mask, a), T::load_masked(isa, b_mask, b)];
-                    *value = T::pick_two(isa, pair, places, *value);
-                    (a, b) = (a.wrapping_add(self.steps[0]), b.wrapping_add(self.steps[0]));
+                    let channels = match mask {
+                        Some(mask) => T::load_masked(isa, mask, from),
+                        None => T::load(isa, from),
+                    };
+                    *value = T::select(isa, here, T::pick(isa, channels, place), *value);
+                    from = from.wrapping_add(self.steps[0]);
                 }
-                index = index.add(T::lanes::<I>());
             }
             let (lanes, mut to) = (T::lanes::<I>(), y);
             for value in values {
@@ -102,7 +98,7 @@ impl<T: Element> Kernel for CheckedPermuteChannels<'_, T> {
         }
         let Self(kernel) = self;
         let lanes = T::lanes::<I>();
-        assert!(kernel.columns <= lanes && kernel.index.len() == kernel.windows.len() * lanes, "indices");
+        assert!(kernel.columns <= lanes && kernel.index.iter().all(|index| index.len() == lanes), "indices");
         let (mut x, mut y, mut left) = (kernel.x, kernel.y, kernel.pixels);
         // SAFETY: promised to `promise`; the pixels exist.
         unsafe {

@@ -84,8 +84,12 @@ impl Across {
     /// What a pixel costs in multiply-adds of outer products.
     fn cost(&self) -> f64 {
         let [groups, k, _] = self.size;
-        let times = |starts: &[usize]| (starts[1] - starts[0]).div_ceil(VECTORS);
-        let picked = if needs_pick(groups, self.lanes) { self.starts.windows(2).map(times).sum() } else { 0 };
+        // So many times are rows picked from for the vectors that start with the same group.
+        let times = |(starts, index): (&[usize], &[u32])| {
+            let needed = needs_pick(groups, self.lanes, index[0] as usize);
+            if needed { (starts[1] - starts[0]).div_ceil(VECTORS) } else { 0 }
+        };
+        let picked: usize = self.starts.windows(2).zip(self.index.chunks_exact(self.lanes)).map(times).sum();
         // Storing a sum takes about as long as adding to it.
         ACROSS * (self.vectors.len() * (k + 1) + picked * k) as f64 + PERMUTED * self.permutation.cost()
     }

@@ -49,9 +49,9 @@ const PICKED: f64 = 1.5;
 /// without, 6 with; 80 channels in 20 groups, 256 pixels: 6 and 3.)
 const PICKED_PIXELS: usize = 128;
 /// Multiply-adds of outer products that take as long as a unit of [`Permutation::cost`]. (The forward passes of the 61 layers of
-/// kEffNet-B0 D6_16ch and D6v3_4ch at 32x32, interleaved, take 46.5 ms with 2, 3 or 5, 47.1 all transposed; 80 channels of 16 x 16
-/// to 80, 20 groups, 0.23 permuted, 0.28 transposed, 24 of 31 x 31 to 24, 6 groups, 0.36 and 0.28: Intel Xeon.)
-pub(super) const PERMUTED: f64 = 3.95;
+/// kEffNet-B0 D6_16ch and D6v3_4ch at 32x32, interleaved, take 46.5 ms with 0.8, 1.2 or 2, 47.1 all transposed; 80 channels of
+/// 16 x 16 to 80, 20 groups, 0.23 permuted, 0.28 transposed, 24 of 31 x 31 to 24, 6 groups, 0.36 and 0.28: Intel Xeon.)
+pub(super) const PERMUTED: f64 = 1.6;
 
 /// How a [`Product`] goes through pixels.
 enum Way {
