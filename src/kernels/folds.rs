@@ -35,8 +35,6 @@ pub struct Folds<'a, T: Element> {
     pub group_in: usize,
     /// The weights of some whole vectors of results, after which they come again.
     pub weights: &'a [T::Wide],
-    /// The vector of weights that the first results have.
-    pub first: usize,
     /// The bias of as many vectors of results as there are weights for.
     pub bias: Option<&'a [T::Wide]>,
     /// The output.
@@ -67,9 +65,9 @@ impl<'a, T: Element> Folds<'a, T> {
     unsafe fn all<I: Isa, const K: usize>(&self, isa: I) {
         let lanes = T::lanes::<I>();
         let period = self.weights.len() / (K * lanes);
-        assert!(self.first < period && self.weights.len() == period * K * lanes, "weights");
+        assert!(period > 0 && self.weights.len() == period * K * lanes, "weights");
         assert!(self.bias.is_none_or(|bias| bias.len() == period * lanes), "bias");
-        let (mut at, mut place) = (0, self.first);
+        let (mut at, mut place) = (0, 0);
         while at < self.len {
             // SAFETY: the caller's promise; these results exist, and there are weights for a vector of them.
             unsafe {
@@ -213,8 +211,6 @@ pub struct Unfolds<'a, T: Element> {
     pub group_out: usize,
     /// The weights of some whole vectors of the input, after which they come again.
     pub weights: &'a [T::Wide],
-    /// The vector of the input, among these, that the first values are.
-    pub first: usize,
     /// As many values.
     pub bias: Option<&'a [T::Wide]>,
     /// The output: `group_out` values for each of the input.
@@ -242,10 +238,10 @@ impl<'a, T: Element> Unfolds<'a, T> {
     unsafe fn all<I: Isa, const K: usize>(&self, isa: I) {
         let lanes = T::lanes::<I>();
         let period = self.weights.len() / (K * lanes);
-        assert!(self.first < period && self.weights.len() == period * K * lanes, "weights");
+        assert!(period > 0 && self.weights.len() == period * K * lanes, "weights");
         assert!(self.bias.is_none_or(|bias| bias.len() == self.weights.len()), "bias");
         assert!(lanes <= MAX_LANES && size_of::<I::u32s>() == 4 * lanes);
-        let (mut at, mut place) = (0, self.first);
+        let (mut at, mut place) = (0, 0);
         while at < self.x.len() {
             // SAFETY: the caller's promise; these values exist, and there are weights for a vector of them.
             unsafe {

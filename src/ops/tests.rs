@@ -133,6 +133,10 @@ fn pointwise_matches_the_reference() {
         (2, 33, 60, 10, 10, 1),
         (1, 33, 21, 3, 3, 1),
         (1, 19, 40, 5, 5, 1),
+        // The same, interleaved: permuted in a cache, and the gradient's input before it is unfolded; several tiles of pixels.
+        (1, 35, 96, 24, 24, 6),
+        (2, 43, 50, 10, 10, 4),
+        (1, 700, 36, 12, 12, 3),
         // Groups of one input channel.
         (1, 37, 5, 15, 5, 1),
         (2, 9, 3, 24, 3, 1),

@@ -55,8 +55,9 @@ pub(super) const PERMUTED: f64 = 1.6;
 
 /// How a [`Product`] goes through pixels.
 enum Way {
-    /// Groups of one output channel, or of one input channel: vectors of whatever groups.
-    Folded,
+    /// Groups of one output channel, whose output may be permuted, or of one input channel, whose input may be: vectors of whatever
+    /// groups.
+    Folded(Option<Permutation>),
     /// Groups side by side in vectors.
     SideBySide(SideBySide),
     /// Vectors of interleaved channels, across groups.
@@ -82,7 +83,7 @@ impl Product {
         let permutation = self.permutation::<T>();
         let permutation = permutation.as_ref();
         match self.way::<T, M>(permutation) {
-            Way::Folded => self.folded(threads, x, weight, bias, y),
+            Way::Folded(before) => self.folded(threads, x, weight, bias, before.as_ref().or(permutation), y),
             Way::SideBySide(groups) => {
                 self.side_by_side(products, threads, x, weight, bias, &groups, permutation, y);
             }
@@ -110,9 +111,15 @@ impl Product {
             return Way::Transposed;
         }
         let picks = picks::<T>(self.isa);
-        let folded = (m == 1 && folds(k, picks)) || (k == 1 && picks && unfolds(m));
-        if folded && permutation.is_none() && self.in_places.is_none() {
-            return Way::Folded;
+        let pixels = self.images.count * self.images.pixels;
+        if m == 1 && folds(k, picks) && self.in_places.is_none() {
+            return Way::Folded(None);
+        }
+        if k == 1 && picks && unfolds(m) && permutation.is_none() {
+            let Some(places) = &self.in_places else { return Way::Folded(None) };
+            if let Some(before) = Permutation::new::<T>(self.isa, places, pixels) {
+                return Way::Folded(Some(before));
+            }
         }
         let per_group = |cost: f64| cost / self.groups as f64;
         let permuted = permutation.map_or(0.0, |permutation| per_group(PERMUTED * permutation.cost()));
@@ -120,7 +127,6 @@ impl Product {
         let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64 + permuted;
         let transposed = SHORT_ROWS * (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
         let (mut best, mut way) = (outer.min(transposed), None);
-        let pixels = self.images.count * self.images.pixels;
         if picks && self.in_places.is_none() && pixels >= PICKED_PIXELS {
             let cost = |vectors: usize| PICKED * per_group((vectors * (steps + STORE)) as f64) + permuted;
             // So many vectors there are at least.
@@ -183,21 +189,24 @@ impl Product {
         });
     }
 
-    /// Pixels one after the other: products of groups of one output channel folded, or values of one input channel unfolded.
+    /// Pixels one after the other: products of groups of one output channel folded, or values of one input channel unfolded. With a
+    /// permutation, the former's results or the latter's input are permuted in a cache, whichever channels are fewer.
     fn folded<T: Element>(
         &self,
         threads: usize,
         x: &[T],
         (weights, [group, out, input]): Weights<'_, T>,
         bias: Option<&[T]>,
+        permutation: Option<&Permutation>,
         y: Shared<T>,
     ) {
         let (groups, lanes) = (self.groups, lanes::<T::Wide>(self.isa));
+        let (c_in, c_out) = (groups * self.group_in, groups * self.group_out);
         let unfolded = self.group_in == 1;
         let (several, step) = if unfolded { (self.group_out, out) } else { (self.group_in, input) };
-        // After so many groups, pixels and vectors begin together.
-        let period = groups * (lanes / gcd(groups, lanes));
-        let lens = [period * several, bias.map_or(0, |_| period * self.group_out)];
+        // After so many pixels, pixels and vectors begin together.
+        let unit = lanes / gcd(groups, lanes);
+        let lens = [unit * groups * several, bias.map_or(0, |_| unit * c_out)];
         scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
             let [packed, wide_bias] = cut(memory, lens);
             for (i, weight) in packed.iter_mut().enumerate() {
@@ -206,29 +215,55 @@ impl Product {
             if let Some(bias) = bias {
                 wide_bias.iter_mut().enumerate().for_each(|(i, value)| *value = bias[i % bias.len()].widen());
             }
-            let (packed, bias) = (&*packed, bias.map(|_| &*wide_bias));
-            let all = self.images.count * self.images.pixels * groups;
-            let vectors = all.div_ceil(lanes);
-            let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(vectors) };
+            let (weights, bias) = (&*packed, bias.map(|_| &*wide_bias));
+            let pixels = self.images.count * self.images.pixels;
+            let units = pixels.div_ceil(unit);
+            let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(units) };
+            let tile = outer_tile::<T>(c_in + c_out).next_multiple_of(unit);
             parallel_for(threads, parts, |task| {
-                let vectors = part(vectors, parts, task);
-                let range = vectors.start * lanes..all.min(vectors.end * lanes);
-                let first = vectors.start % (period / lanes);
-                let x = &x[range.start * self.group_in..range.end * self.group_in];
-                let y = y.at(range.start * self.group_out).ptr();
-                // SAFETY: the results of these groups are this task's own.
-                unsafe {
-                    if unfolded {
-                        let kernel = Unfolds { x, group_out: several, weights: packed, first, bias, y };
-                        self.isa.run(kernel.promise());
-                    } else {
-                        let len = range.len();
-                        let kernel = Folds { x, group_in: several, weights: packed, first, bias, y, len };
-                        self.isa.run(kernel.promise());
+                let units = part(units, parts, task);
+                let range = units.start * unit..pixels.min(units.end * unit);
+                let (x, y) = (&x[..range.end * c_in], |start: usize| y.at(start * c_out).ptr());
+                let Some(permutation) = permutation else {
+                    // SAFETY: the results of these pixels are this task's own.
+                    return unsafe { self.fold(&x[range.start * c_in..], weights, bias, y(range.start)) };
+                };
+                scratch::with(tile * groups, |memory: &mut [T]| {
+                    for range in chunks(range, tile) {
+                        let (x, y) = (&x[range.start * c_in..range.end * c_in], y(range.start));
+                        let permuted = &mut memory[..range.len() * groups];
+                        let steps = [groups; 2];
+                        // SAFETY: memory and x hold these pixels; those of y are this task's own.
+                        unsafe {
+                            if unfolded {
+                                let ahead = [tile * groups, 0];
+                                permutation.run(x.as_ptr(), permuted.as_mut_ptr(), steps, range.len(), ahead);
+                                self.fold(permuted, weights, bias, y);
+                            } else {
+                                self.fold(x, weights, bias, permuted.as_mut_ptr());
+                                permutation.run(permuted.as_ptr(), y, steps, range.len(), [0, tile * groups]);
+                            }
+                        }
                     }
-                }
+                });
             });
         });
+    }
+
+    /// The results of pixels that begin with the first weight.
+    ///
+    /// # Safety
+    /// There must be room for them at `y`.
+    unsafe fn fold<T: Element>(&self, x: &[T], weights: &[T::Wide], bias: Option<&[T::Wide]>, y: *mut T) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.group_in == 1 {
+                self.isa.run(Unfolds { x, group_out: self.group_out, weights, bias, y }.promise());
+            } else {
+                let (group_in, len) = (self.group_in, x.len() / self.group_in);
+                self.isa.run(Folds { x, group_in, weights, bias, y, len }.promise());
+            }
+        }
     }
 
     /// Pixels as they are, several groups in a vector.
