@@ -251,6 +251,7 @@ class Bench:
         plain = partial(kconv.pointwise_conv, groups=layer.groups)
         calls = ours(fused, x, w, like=g)
         calls["apart"] = lambda: kconv.interleave(plain(x, w), step)
+        assert np.array_equal(calls["kconv"](), calls["apart"]())
         call = ours(plain, x, w, like=g)
         yield "forward", calls | {"without": call["kconv"], "without-out": call["kconv-out"]}
 
