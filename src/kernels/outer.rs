@@ -90,10 +90,10 @@ pub struct Totals<T: Element> {
 
 impl<T: Element, M: Products<T>> Sums<T> for Pixels<'_, T, M> {
     const VALUES: Values = Values::Pixels;
-    type Value = T;
+    type Value = M::Value;
 
     #[inline(always)]
-    unsafe fn splat<I: Isa>(&self, isa: I, terms: usize, ptr: *const T) -> T::Vector<I> {
+    unsafe fn splat<I: Isa>(&self, isa: I, terms: usize, ptr: *const M::Value) -> T::Vector<I> {
         // SAFETY: the caller's promise.
         unsafe { self.products.splat(isa, terms, ptr) }
     }
@@ -160,10 +160,10 @@ pub struct PlaneTotals<T: Element, M> {
 
 impl<T: Element, M: Products<T>> Sums<T> for PlaneTotals<T, M> {
     const VALUES: Values = Values::Planes;
-    type Value = T;
+    type Value = M::Value;
 
     #[inline(always)]
-    unsafe fn splat<I: Isa>(&self, isa: I, terms: usize, ptr: *const T) -> T::Vector<I> {
+    unsafe fn splat<I: Isa>(&self, isa: I, terms: usize, ptr: *const M::Value) -> T::Vector<I> {
         // SAFETY: the caller's promise, as for the others.
         unsafe { self.products.splat(isa, terms, ptr) }
     }
@@ -183,17 +183,18 @@ impl<T: Element, M: Products<T>> Sums<T> for PlaneTotals<T, M> {
 pub struct OuterProducts<'a, T: Element, M, S: Sums<T>> {
     /// How products are added up.
     pub products: M,
-    /// The values of step `s` for row `r` stand at `a + s * a_step + a_rows[r]`: those of pixels as they are, others packed
-    /// by [`Products::pack`].
+    /// The values of step `s` for row `r` stand at `a + s * a_step + a_rows[r]`: those of pixels and planes as
+    /// [`Products::Value`], others packed by [`Products::pack`].
     pub a: *const S::Value,
     /// Distance from step to step of `a`.
     pub a_step: usize,
     /// One offset for each row.
     pub a_rows: &'a [usize],
-    /// Distance from what is read of `a` to what is asked for meanwhile. Where rows are pixels: from `a` to as many values as
-    /// its rows have, which are asked for line after line, at even intervals (all lines of a tile of rows at its beginning: 10 to
-    /// 25 % slower, as their number exceeds that of the first cache's line buffers). Where they are planes: from the last tile's.
+    /// Distance from what is read of `a` to what is asked for meanwhile, where rows are no pixels; of planes from the last tile's.
     pub a_ahead: usize,
+    /// Where rows are pixels, as many values as they have are asked for from here on, line after line, at even intervals. (All lines
+    /// of a tile of rows at its beginning: 10 to 25 % slower, as their number exceeds that of the first cache's line buffers.)
+    pub a_next: *const T,
     /// Those of step `s` for column `c`, packed by [`Products::pack`], stand at `b + s * b_step + c`.
     pub b: *const T::Wide,
     /// Distance from step to step of `b`.
@@ -305,8 +306,8 @@ impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
                     *sum = self.out.start(isa, column + v * lanes, mask_of(v));
                 }
             }
-            let line = line::<S::Value>();
-            let mut ahead = self.a.wrapping_add(self.a_ahead + row * self.terms);
+            let line = line::<T>();
+            let mut ahead = self.a_next.wrapping_add(row * self.terms);
             // Planes of the next tile.
             let next = self.a_rows.get(row + R).map_or(self.a_ahead, |next| next.wrapping_sub(rows[0]));
             let (mut a, mut b, mut t) = (self.a, self.b.add(column), 0);

@@ -11,6 +11,10 @@ use crate::isa::{Active, Isa};
 pub trait Products<T: Element>: Copy + Send + Sync {
     /// Products that a step adds to each sum: 1 or 2.
     const TERMS: usize;
+    /// What [`Products::splat`] reads: values as they are, or as they are computed with.
+    type Value: Copy;
+    /// Whether [`Products::splat`] reads copies of values, which [`super::rows::WidenRows`] makes.
+    const COPIES: bool = size_of::<Self::Value>() > size_of::<T>();
     /// A mask over the first values of [`Products::load_row`].
     type Mask<I: Isa>: Copy;
 
@@ -55,7 +59,7 @@ pub trait Products<T: Element>: Copy + Send + Sync {
     ///
     /// # Safety
     /// They must be readable at `ptr`.
-    unsafe fn splat<I: Isa>(self, isa: I, len: usize, ptr: *const T) -> T::Vector<I>;
+    unsafe fn splat<I: Isa>(self, isa: I, len: usize, ptr: *const Self::Value) -> T::Vector<I>;
     /// For each lane, the values that one step multiplies, from [`Products::load_row`]'s or [`Products::load_pieces`]'s: places
     /// modulo their number, the second one's in the upper half. For types with [`Element::PICKS`].
     fn pick<I: Isa>(self, isa: I, values: T::Vector<I>, index: I::u32s) -> T::Vector<I>;
@@ -93,6 +97,7 @@ pub struct Single;
 
 impl<T: Element> Products<T> for Single {
     const TERMS: usize = 1;
+    type Value = T::Wide;
     type Mask<I: Isa> = T::Mask<I>;
 
     #[inline(always)]
@@ -135,9 +140,9 @@ impl<T: Element> Products<T> for Single {
         }
     }
     #[inline(always)]
-    unsafe fn splat<I: Isa>(self, isa: I, _len: usize, ptr: *const T) -> T::Vector<I> {
+    unsafe fn splat<I: Isa>(self, isa: I, _len: usize, ptr: *const T::Wide) -> T::Vector<I> {
         // SAFETY: as above.
-        T::splat(isa, unsafe { *ptr })
+        T::splat_wide(isa, unsafe { *ptr })
     }
     #[inline(always)]
     fn pick<I: Isa>(self, isa: I, values: T::Vector<I>, index: I::u32s) -> T::Vector<I> {

@@ -11,9 +11,10 @@ use super::{Packed, Product, TASKS_PER_THREAD, Weights, constant_stride, gcd, in
 use crate::kernels::folds::{Folds, Unfolds, folds, unfolds};
 use crate::kernels::outer::{OuterProducts, Pixels};
 use crate::kernels::products::Products;
+use crate::kernels::rows::WidenRows;
 use crate::kernels::side_by_side::SideBySide as SideBySideRows;
 use crate::kernels::transpose::Transpose;
-use crate::kernels::{Element, lanes, picks};
+use crate::kernels::{Element, lanes, picks, writable};
 use crate::ops::Shared;
 use crate::ops::interleave::Permutation;
 use crate::pool::{chunks, parallel_for, part};
@@ -329,7 +330,8 @@ impl Product {
         let (k, m) = (self.group_in, self.group_out);
         let (c_in, c_out) = (self.images.channels, self.groups * m);
         let pixels = self.images.count * self.images.pixels;
-        let tile = outer_tile::<T>(c_in + c_out);
+        // Values that are copied to be computed with count, too.
+        let tile = outer_tile::<T>(if M::COPIES { 3 } else { 1 } * c_in + c_out);
         let rows: Vec<_> = (0..tile).map(|pixel| pixel * c_in).collect();
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(OUTER_PIXELS)) };
         let steps = k.div_ceil(M::TERMS);
@@ -339,33 +341,46 @@ impl Product {
             }
             let packed = &*packed;
             parallel_for(threads, parts, |task| {
-                self.tiles(part(pixels, parts, task), tile, permutation, y, |range, (y, y_step), ahead| {
-                    for (g, &[first, distance]) in places.iter().enumerate() {
-                        // SAFETY: the pixels exist in x, with all of the group's channels, and where they are written.
-                        self.isa.run(unsafe {
-                            OuterProducts {
-                                products,
-                                a: x.as_ptr().add(range.start * c_in + first),
-                                a_step: distance * M::TERMS,
-                                a_rows: &rows[..range.len()],
-                                // The next tile's pixels, a part of them for each group.
-                                a_ahead: tile * c_in - first + g * k * tile,
-                                b: packed.as_ptr().add(g * steps * m),
-                                b_step: m,
-                                b_ahead: 0,
-                                terms: k,
-                                columns: m,
-                                out: Pixels {
+                scratch::with(if M::COPIES { tile * c_in } else { 0 }, |memory: &mut [T::Wide]| {
+                    self.tiles(part(pixels, parts, task), tile, permutation, y, |range, (y, y_step), ahead| {
+                        let x = &x[range.start * c_in..range.end * c_in];
+                        let next = x.as_ptr().wrapping_add(tile * c_in);
+                        let a: *const M::Value = if M::COPIES {
+                            let (len, y) = (x.len(), writable(memory));
+                            // The kernel asks for what comes next, evenly.
+                            self.isa.run(WidenRows { x: (x, len), y: (y, len), size: [1, len], ahead: 0 });
+                            memory.as_ptr().cast()
+                        } else {
+                            x.as_ptr().cast()
+                        };
+                        for (g, &[first, distance]) in places.iter().enumerate() {
+                            // SAFETY: the pixels exist in x, with all of the group's channels, and where they are written.
+                            self.isa.run(unsafe {
+                                OuterProducts {
                                     products,
-                                    y: y.add(g * m),
-                                    row: y_step,
-                                    bias: bias.map(|bias| &bias[g * m..][..m]),
-                                    ahead,
-                                },
-                            }
-                            .promise()
-                        });
-                    }
+                                    a: a.add(first),
+                                    a_step: distance * M::TERMS,
+                                    a_rows: &rows[..range.len()],
+                                    a_ahead: 0,
+                                    // Those of the next tile, a part of them for each group.
+                                    a_next: next.wrapping_add(g * k * tile),
+                                    b: packed.as_ptr().add(g * steps * m),
+                                    b_step: m,
+                                    b_ahead: 0,
+                                    terms: k,
+                                    columns: m,
+                                    out: Pixels {
+                                        products,
+                                        y: y.add(g * m),
+                                        row: y_step,
+                                        bias: bias.map(|bias| &bias[g * m..][..m]),
+                                        ahead,
+                                    },
+                                }
+                                .promise()
+                            });
+                        }
+                    });
                 });
             });
         });
