@@ -813,15 +813,7 @@ mod x86 {
         }
         #[inline(always)]
         fn round_places_bf16(self, [even, odd]: [Self::f32s; 2]) -> Self::u32s {
-            // The instruction leaves the even ones in the lower half.
-            const PLACES: [u16; 32] = {
-                let (mut places, mut i) = ([0; 32], 0);
-                while i < 32 {
-                    places[i] = i as u16 / 2 + i as u16 % 2 * 16;
-                    i += 1;
-                }
-                places
-            };
+            const PLACES: [u16; 32] = in_turns(1);
             if !has_bf16() {
                 return rounded_places(self, [even, odd]);
             }
@@ -830,15 +822,7 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn round_parts_bf16(self, [first, second]: [Self::f32s; 2]) -> Self::u32s {
-            // The instruction leaves the first part in the lower half.
-            const PLACES: [u16; 32] = {
-                let (mut places, mut i) = ([0; 32], 0);
-                while i < 32 {
-                    places[i] = (i as u16 / 8 * 4 + i as u16 % 4) + (i as u16 / 4 % 2) * 16;
-                    i += 1;
-                }
-                places
-            };
+            const PLACES: [u16; 32] = in_turns(4);
             // SAFETY: the caller's promise.
             unsafe { cast(_mm512_permutexvar_epi16(cast(PLACES), round_512(cast(first), cast(second)))) }
         }
@@ -948,6 +932,18 @@ mod x86 {
             unsafe { _mm256_mask_storeu_epi16(ptr.cast(), mask.0, _mm512_cvtepi32_epi16(cast(value))) }
         }
     });
+
+    /// Places of the values of two vectors of 16, one behind the other as [`round_512`] leaves them, that take `run` values of
+    /// each in turns.
+    const fn in_turns(run: u16) -> [u16; 32] {
+        let (mut places, mut i) = ([0; 32], 0);
+        while i < 32 {
+            let place = i as u16;
+            places[i] = place / (2 * run) * run + place % run + place / run % 2 * 16;
+            i += 1;
+        }
+        places
+    }
 
     /// The lower halves of eight numbers whose upper ones are zero.
     ///

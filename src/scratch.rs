@@ -8,6 +8,7 @@ use crate::kernels::Element;
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([u8; LINE_BYTES]);
+const _: () = assert!(align_of::<Line>() == LINE_BYTES);
 
 thread_local! {
     static BUFFERS: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };

@@ -6,8 +6,8 @@ use super::pointwise::{Packed, merge_parts};
 use super::program::{Conv, Step};
 use super::spatial::Phases;
 use super::{Pass, Statistics, Tape};
-use crate::isa::Active;
-use crate::kernels::pointwise::{SumSlots, slot};
+use crate::isa::{Active, line};
+use crate::kernels::pointwise::SumSlots;
 use crate::kernels::rows::Sum;
 use crate::kernels::{WideElement, lanes, writable};
 use crate::ops::Shared;
@@ -83,7 +83,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let weight = |g, i, o, tap| weights[conv.index(g, o, i, tap)];
         let packed = Packed::of_taps(pass.isa, conv.groups, 1, 1, back.order(), weight);
         let sizes = [
-            taps.len() * slot::<T>(),
+            taps.len() * line::<T>(),
             taps.len(),
             block * out_pixels,
             block * pixels,

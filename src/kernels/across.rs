@@ -17,7 +17,7 @@
 
 use std::marker::PhantomData;
 
-use super::{Element, lanes};
+use super::Element;
 use crate::isa::{Active, Isa, Kernel, line};
 
 /// Pixels that are computed together; of one or two vectors twice as many, whose sums else wait for each other. (Input gradients
@@ -44,7 +44,7 @@ impl<T: Element> Kernel for HasCode<T> {
 }
 
 /// Whether a vector comes from a row of so many groups in one of the ways that there is code for: see [`row`].
-fn has_mode(groups: usize, lanes: usize) -> bool {
+pub(crate) fn has_mode(groups: usize, lanes: usize) -> bool {
     groups.is_multiple_of(lanes) || groups <= 2 * lanes
 }
 
@@ -63,19 +63,19 @@ pub(crate) fn needs_pick(groups: usize, lanes: usize, start: usize) -> bool {
     matches!(mode(groups, lanes, start), ONE | TWO)
 }
 
-/// Whether there is code for rows of so many groups.
-pub(crate) fn fits<T: Element>(isa: Active, groups: usize) -> bool {
-    isa.run(HasCode::<T>(PhantomData)) && has_mode(groups, lanes::<T>(isa))
+/// Whether there is code for an instruction set.
+pub(crate) fn fits<T: Element>(isa: Active) -> bool {
+    isa.run(HasCode::<T>(PhantomData))
 }
 
 /// `y[p][v][lane] = bias[v][lane] + sum over rows i of weights[v][i][lane] * x[p][i][index[lane]]` for vectors `v` that start
 /// with the same group.
 pub struct Across<'a, T: Element> {
-    /// The first pixel's rows of input channels, each of one for every group.
+    /// The first pixel's rows of input channels, each of one for every group; of some of the groups only, the first one's.
     pub x: *const T,
-    /// From one pixel to the next.
-    pub x_step: usize,
-    /// Groups: values of a row.
+    /// From one pixel, and from one row, to the next.
+    pub x_steps: [usize; 2],
+    /// Groups.
     pub groups: usize,
     /// Rows.
     pub terms: usize,
@@ -134,8 +134,8 @@ unsafe fn row<T: Element, I: Isa, const MODE: usize>(
 fn check<T: Element, I: Isa>(index: &[u32], groups: usize) {
     let lanes = T::lanes::<I>();
     assert!(index.len() == lanes && size_of::<I::u32s>() == 4 * lanes, "index");
-    let start = index[0] as usize;
-    assert!(start < groups && (start..).zip(index).all(|(place, &index)| index as usize == place % groups), "index");
+    let follows = |pair: &[u32]| pair[1] == pair[0] + 1 || pair[1] == 0 && pair[0] as usize + 1 == groups;
+    assert!(index.windows(2).all(follows) && index.iter().all(|&index| (index as usize) < groups), "index");
     assert!(has_mode(groups, lanes), "groups");
 }
 
@@ -252,19 +252,19 @@ impl<'a, T: Element> Across<'a, T> {
                 *sums = [unsafe { T::load_wide(isa, bias.as_ptr().add((vector + v) * lanes)) }; P];
             }
         }
-        let mut x = self.x.wrapping_add(pixel * self.x_step);
+        let mut x = self.x.wrapping_add(pixel * self.x_steps[0]);
         let mut weights = self.weights.as_ptr().wrapping_add(vector * self.terms * lanes);
         // The first vectors ask for all, each cache line once.
         let mut asked = if vector == 0 && self.ahead[0] > 0 { 0 } else { usize::MAX };
         let ahead = x.wrapping_add(self.ahead[0]);
         for term in 1..=self.terms {
-            while asked < term * self.groups {
-                (0..P).for_each(|p| isa.prefetch_far(ahead.wrapping_add(p * self.x_step + asked)));
+            while asked < term * self.x_steps[1] {
+                (0..P).for_each(|p| isa.prefetch_far(ahead.wrapping_add(p * self.x_steps[0] + asked)));
                 asked += line::<T>();
             }
             let mut rows = [T::splat(isa, T::default()); P];
             for (p, values) in rows.iter_mut().enumerate() {
-                let x = x.wrapping_add(p * self.x_step);
+                let x = x.wrapping_add(p * self.x_steps[0]);
                 // SAFETY: the caller's promise.
                 *values = unsafe { row::<T, I, MODE>(isa, x, index, self.index[0]) };
             }
@@ -275,7 +275,7 @@ impl<'a, T: Element> Across<'a, T> {
                     *sum = T::mul_add(isa, weight, row, *sum);
                 }
             }
-            (x, weights) = (x.wrapping_add(self.groups), weights.wrapping_add(lanes));
+            (x, weights) = (x.wrapping_add(self.x_steps[1]), weights.wrapping_add(lanes));
         }
         for (v, sums) in sums.into_iter().enumerate() {
             for (p, sum) in sums.into_iter().enumerate() {

@@ -3,7 +3,7 @@
 use half::bf16;
 use pulp::Scalar;
 
-use super::products::Products;
+use super::products::{Products, Single};
 use super::{Element, f32_vectors, vectors};
 use crate::isa::{Active, Isa, Kernel};
 use crate::scratch;
@@ -70,12 +70,7 @@ impl Products<bf16> for Pairs {
     #[inline(always)]
     unsafe fn store<I: Isa>(self, isa: I, mask: Option<<bf16 as Element>::Mask<I>>, ptr: *mut bf16, value: I::f32s) {
         // SAFETY: as above.
-        unsafe {
-            match mask {
-                Some(mask) => bf16::store_masked(isa, mask, ptr, value),
-                None => bf16::store(isa, ptr, value),
-            }
-        }
+        unsafe { Single.store(isa, mask, ptr, value) }
     }
     #[inline(always)]
     unsafe fn splat<I: Isa>(self, isa: I, len: usize, ptr: *const bf16) -> I::f32s {

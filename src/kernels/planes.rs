@@ -17,8 +17,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::Element;
-use super::pointwise::slot;
-use crate::isa::{Isa, Kernel};
+use crate::isa::{Isa, Kernel, line};
 
 /// The most rows of a kernel.
 pub const MAX_TAP_ROWS: usize = 7;
@@ -608,7 +607,7 @@ pub struct CorrelateSums<'a, T: Element> {
     pub g_steps: [usize; 2],
     /// Rows of the gradient, and their length.
     pub size: [usize; 2],
-    /// A slot (see [`slot`]) for each tap of each channel, `[column][row]`.
+    /// A cache line for each tap of each channel, `[column][row]`.
     pub slots: &'a mut [T::Wide],
 }
 
@@ -694,7 +693,7 @@ impl<T: Element> CorrelateSums<'_, T> {
             let mut sums = [[T::splat(isa, T::default()); K]; C];
             for (i, sum) in sums.as_flattened_mut().iter_mut().enumerate() {
                 // SAFETY: a slot is at least a vector long.
-                *sum = unsafe { T::load_wide(isa, slots.add(i * slot::<T::Wide>())) };
+                *sum = unsafe { T::load_wide(isa, slots.add(i * line::<T::Wide>())) };
             }
             for image in 0..images.0 {
                 let starts = [0, 1].map(|i| [self.view.step * at, at][i] + c * channels.1[i] + image * images.1[i]);
@@ -703,7 +702,7 @@ impl<T: Element> CorrelateSums<'_, T> {
             }
             for (i, &sum) in sums.as_flattened().iter().enumerate() {
                 // SAFETY: as for the loads.
-                unsafe { T::store_wide(isa, slots.add(i * slot::<T::Wide>()), sum) };
+                unsafe { T::store_wide(isa, slots.add(i * line::<T::Wide>()), sum) };
             }
         }
     }
@@ -712,7 +711,7 @@ impl<T: Element> CorrelateSums<'_, T> {
     #[inline(always)]
     fn slots<const K: usize, const C: usize>(&mut self, channel: usize, first: usize) -> *mut T::Wide {
         let start = (channel * self.view.columns.len() + first) * K;
-        self.slots[start * slot::<T::Wide>()..(start + C * K) * slot::<T::Wide>()].as_mut_ptr()
+        self.slots[start * line::<T::Wide>()..(start + C * K) * line::<T::Wide>()].as_mut_ptr()
     }
 
     /// One vector of columns, all rows, `starts` being its places in `x` and `g`.
@@ -786,7 +785,7 @@ impl<T: Element> Kernel for CorrelateSums<'_, T> {
         }
         self.view.check::<I>(self.g.len(), self.g_steps, self.size);
         let taps = self.view.channels.0 * self.view.columns.len() * self.tap_rows;
-        assert_eq!(self.slots.len(), taps * slot::<T::Wide>(), "slots");
+        assert_eq!(self.slots.len(), taps * line::<T::Wide>(), "slots");
         with_rows!(self.view.stride(), self.tap_rows, K J S => self.rows::<I, K, J, S>(isa));
     }
 }

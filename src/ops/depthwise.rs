@@ -9,8 +9,8 @@ use super::phases::Phase;
 use super::planes::{PlaneConv, Taps};
 use super::strips::Strips;
 use super::{Shared, add_parts, estimate};
-use crate::isa::Active;
-use crate::kernels::pointwise::{SumSlots, slot};
+use crate::isa::{Active, line};
+use crate::kernels::pointwise::SumSlots;
 use crate::kernels::strips::{StripConv, StripSums};
 use crate::kernels::transpose::Transpose;
 use crate::kernels::{Element, lanes};
@@ -301,7 +301,7 @@ impl<T: Element> WeightGrad<'_, T> {
         let pixels = self.vertical.input * self.horizontal.input;
         let size = [self.vertical.count, self.horizontal.count];
         let out_pixels = size[0] * size[1];
-        let slots_len = taps.len() * slot::<T::Wide>();
+        let slots_len = taps.len() * line::<T::Wide>();
         let lens = [range.len() * slots_len, taps.len()];
         scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
             let [slots, sums] = cut(memory, lens);

@@ -77,6 +77,8 @@ const HALF_BLOCK: f64 = 8.0;
 pub(super) struct Permutation {
     isa: Active,
     channels: usize,
+    /// Channels that it takes these from, some of them perhaps not at all.
+    pub sources: usize,
     way: Way,
 }
 
@@ -99,7 +101,7 @@ impl Permutation {
         let most = matrix.map_or(f64::INFINITY, matrix_cost);
         let windows = if picks::<T>(isa) { Windows::new(sources, lanes, most) } else { None };
         let way = windows.map(Way::Windows).or(matrix.map(Way::Matrix))?;
-        Some(Self { isa, channels: sources.len(), way })
+        Some(Self { isa, channels: sources.len(), sources: end(sources), way })
     }
 
     /// What a pixel costs, in windows, each of which takes an instruction or two.
@@ -144,6 +146,11 @@ impl Permutation {
     }
 }
 
+/// How many channels there must be for these to be among them.
+fn end(sources: &[usize]) -> usize {
+    sources.iter().max().map_or(0, |last| last + 1)
+}
+
 /// The rows and columns of the matrix of channels whose transposition takes the channel at `sources[place]` to each place, if
 /// there is one with blocks.
 fn matrix(sources: &[usize]) -> Option<[usize; 2]> {
@@ -173,7 +180,7 @@ struct Windows {
 impl Windows {
     /// Those of vectors of `lanes` places, unless they are more than `most`.
     fn new(sources: &[usize], lanes: usize, most: f64) -> Option<Self> {
-        let channels = sources.len();
+        let (channels, end) = (sources.len(), end(sources));
         let mut this = Self { lanes, vectors: Vec::new(), windows: Vec::new(), index: [const { Vec::new() }; 2] };
         for sources in sources.chunks(lanes) {
             let before = this.windows.len();
@@ -182,7 +189,7 @@ impl Windows {
                 let first = source / lanes * lanes;
                 let found = this.windows[before..].iter().position(|window| window.first == first);
                 let number = found.unwrap_or_else(|| {
-                    this.windows.push(Window { first, len: lanes.min(channels - first) });
+                    this.windows.push(Window { first, len: lanes.min(end - first) });
                     this.windows.len() - 1 - before
                 });
                 for (index, value) in this.index.iter_mut().zip([number, source - first]) {

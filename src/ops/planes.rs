@@ -17,9 +17,8 @@ use std::ops::Range;
 
 use super::Shared;
 use super::phases::{Phase, most_pixels};
-use crate::isa::Active;
+use crate::isa::{Active, line};
 use crate::kernels::planes::{Correlate, CorrelateSums, Results, View, tap_rows};
-use crate::kernels::pointwise::slot;
 use crate::kernels::rows::{NarrowRows, SplitRows, WidenRows, ZipRows};
 use crate::kernels::spread::{Spread, row_pairs, spread_taps};
 use crate::kernels::{Element, lanes, writable};
@@ -114,7 +113,7 @@ impl Planes {
 
     /// Values of a channel's padded planes: behind the last row, whole vectors can be read.
     pub(crate) fn len<T>(&self) -> usize {
-        self.stride * self.stride * self.part + slot::<T>()
+        self.stride * self.stride * self.part + line::<T>()
     }
 
     /// Where the view starts that sees input pixel `[y, x]` at output pixel 0.
@@ -228,7 +227,7 @@ impl Taps {
     }
 
     /// Adds the gradient by the weight, from planes of some images and channels (how many, and how far apart) and gradients of
-    /// `size` by what the taps make of them, `steps` apart, to a slot (see [`slot`]) for each of the channels' taps.
+    /// `size` by what the taps make of them, `steps` apart, to a cache line for each of the channels' taps.
     pub(crate) fn sum<T: Element>(
         &self,
         isa: Active,

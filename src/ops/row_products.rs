@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 
 use crate::isa::{Active, line};
 use crate::kernels::outer::{OuterProducts, PlaneTotals, Totals};
-use crate::kernels::pointwise::{DotRows, DotWidth, MAX_DOT_A, MAX_SINGLE_B, Rows, SumSlots, slot};
+use crate::kernels::pointwise::{DotRows, DotWidth, MAX_DOT_A, MAX_SINGLE_B, Rows, SumSlots};
 use crate::kernels::products::Products;
 use crate::kernels::rows::WidenRows;
 use crate::kernels::transpose::Transpose;
@@ -72,7 +72,7 @@ impl<T: Element, M: Products<T>> RowProducts<T, M> {
     /// Values of memory for sums, which are zero at the beginning.
     pub fn memory(&self) -> usize {
         let pairs = self.rows[0] * self.rows[1];
-        if self.way == Way::Dot { pairs * slot::<T::Wide>() } else { pairs }
+        if self.way == Way::Dot { pairs * line::<T::Wide>() } else { pairs }
     }
 
     /// Adds the products of all `a` rows with all `b` rows to the sums in `memory`; `size` is the number of images and of
@@ -154,7 +154,7 @@ impl<T: Element, M: Products<T>> RowProducts<T, M> {
         let tile = (TILE_VALUES / pitch).clamp(1, TILE_PIXELS).min(pixels);
         // Rows that are copied go through the first cache, a line apart from multiples of its size.
         let (block, copied) = if M::COPIES { (COPIED_ROWS, tile + line::<T::Wide>()) } else { (rows, 0) };
-        let copies: Vec<_> = (0..block).map(|row| row * copied).collect();
+        let copies: Vec<_> = (0..block * copied).step_by(copied.max(1)).collect();
         scratch::with(tile * pitch, |transposed: &mut [T]| {
             scratch::with(tile * pitch + block * copied, |memory: &mut [T::Wide]| {
                 let [steps, copy] = cut(memory, [tile * pitch, block * copied]);
@@ -191,7 +191,6 @@ impl<T: Element, M: Products<T>> RowProducts<T, M> {
                                 a_step: M::TERMS,
                                 a_rows: offsets,
                                 a_ahead: if M::COPIES { 0 } else { a.ahead },
-                                a_next: std::ptr::null(),
                                 b: packed.as_ptr(),
                                 b_step: pitch,
                                 b_ahead: 0,

@@ -155,6 +155,12 @@ fn pointwise_matches_the_reference() {
         (1, 43, 56, 336, 28, 12),
         (1, 41, 96, 192, 48, 4),
         (1, 70, 6, 12, 3, 4),
+        // Many pixels of them: input gradients in vectors of whole rows, or permuted before they are side by side.
+        (1, 1030, 24, 144, 6, 24),
+        (1, 1027, 20, 60, 5, 12),
+        (1, 1029, 144, 24, 8, 3),
+        (1, 1025, 22, 44, 22, 2),
+        (1, 1024, 80, 160, 20, 8),
         // Weight gradients whose channels are put back to their groups all at once, by two threads.
         (1, 400, 96, 576, 24, 24),
     ];
@@ -177,11 +183,11 @@ fn pointwise_matches_the_reference() {
     }
 }
 
-/// Those whose weight gradients are left to GEMM, and those whose long rows are gone through in passes.
+/// Those whose weight gradients are left to GEMM, and those whose long rows are gone through in passes, or several at a time.
 #[test]
 #[cfg_attr(miri, ignore = "too large")]
 fn the_largest_groups_match_the_reference() {
-    for (pixels, c_in, c_out, step) in [(2, 1024, 1024, 1), (4100, 33, 36, 5)] {
+    for (pixels, c_in, c_out, step) in [(2, 1024, 1024, 1), (4100, 33, 36, 5), (1100, 42, 16, 1)] {
         let shape = Pointwise::new(c_in, c_out, 1, step, WeightLayout::Oi).unwrap();
         let images = Images { count: 1, pixels, channels: c_in, order: Order::Nchw };
         for isa in Active::available() {

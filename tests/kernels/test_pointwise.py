@@ -11,7 +11,7 @@ from . import reference
 
 # (N, C_in, C_out, groups, H, W): nothing, one pixel, around the edges of the register tiles (8
 # rows, vectors of 4, 8, 16) and of the transposed tiles (32 and 96 pixels), odd groups, one image,
-# many channels, short planes of several images.
+# many channels, short planes of several images, many pixels.
 SHAPES = [
     (0, 8, 8, 2, 3, 3),
     (2, 8, 8, 2, 0, 3),
@@ -38,6 +38,8 @@ SHAPES = [
     (1, 130, 66, 2, 5, 4),
     (11, 32, 34, 2, 7, 7),
     (1, 6, 6, 2, 40, 40),
+    (1, 24, 144, 6, 33, 32),
+    (2, 144, 24, 8, 23, 23),
 ]
 
 

@@ -424,7 +424,6 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                 a_step: a.1,
                 a_rows,
                 a_ahead: a.2,
-                a_next: std::ptr::null(),
                 b: b.0.as_ptr().add(first),
                 b_step: b.1,
                 b_ahead: b.2,

@@ -49,6 +49,10 @@ const PICKED: f64 = 1.5;
 /// Pixels, at least, for which it is worth while to make out the lanes. (192 channels in 32 groups, a thread: 64 pixels take 4 us
 /// without, 6 with; 80 channels in 20 groups, 256 pixels: 6 and 3.)
 const PICKED_PIXELS: usize = 128;
+/// Pixels, at least, for which it is worth while to make out permutations that other ways do without. (Input gradients of one image
+/// of 14 x 14 to 28 x 28, 40 to 112 interleaved channels: 1.2 to 1.4 times the time to try it in vain. 144 channels of 56 x 56 to 24, 8
+/// groups, 0.64 times, as they are then side by side.)
+pub(super) const PERMUTED_PIXELS: usize = 1024;
 /// Multiply-adds of outer products that take as long as a unit of [`Permutation::cost`]. (The forward passes of the 61 layers of
 /// kEffNet-B0 D6_16ch and D6v3_4ch at 32x32, interleaved, take 46.5 ms with 0.8, 1.2 or 2, 47.1 all transposed; 80 channels of
 /// 16 x 16 to 80, 20 groups, 0.23 permuted, 0.28 transposed, 24 of 31 x 31 to 24, 6 groups, 0.36 and 0.28: Intel Xeon.)
@@ -59,8 +63,8 @@ enum Way {
     /// Groups of one output channel, whose output may be permuted, or of one input channel, whose input may be: vectors of whatever
     /// groups.
     Folded(Option<Permutation>),
-    /// Groups side by side in vectors.
-    SideBySide(SideBySide),
+    /// Groups side by side in vectors, of an input that may be permuted.
+    SideBySide(SideBySide, Option<Permutation>),
     /// Vectors of interleaved channels, across groups.
     Across(Across),
     /// Pixels as they are, times matrices: where each group's first input channel stands, and the distance to the next one.
@@ -85,8 +89,8 @@ impl Product {
         let permutation = permutation.as_ref();
         match self.way::<T, M>(permutation) {
             Way::Folded(before) => self.folded(threads, x, weight, bias, before.as_ref().or(permutation), y),
-            Way::SideBySide(groups) => {
-                self.side_by_side(products, threads, x, weight, bias, &groups, permutation, y);
+            Way::SideBySide(groups, before) => {
+                self.side_by_side(products, threads, x, weight, bias, &groups, [before.as_ref(), permutation], y);
             }
             Way::Across(across) => self.across(threads, x, weight, bias, &across, y),
             Way::Outer(places) => self.outer(products, threads, x, weight, bias, &places, permutation, y),
@@ -128,15 +132,20 @@ impl Product {
         let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64 + permuted;
         let transposed = SHORT_ROWS * (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
         let (mut best, mut way) = (outer.min(transposed), None);
-        if picks && self.in_places.is_none() && pixels >= PICKED_PIXELS {
+        if picks && pixels >= if self.in_places.is_some() { PERMUTED_PIXELS } else { PICKED_PIXELS } {
             let cost = |vectors: usize| PICKED * per_group((vectors * (steps + STORE)) as f64) + permuted;
             // So many vectors there are at least.
-            let groups = (cost((self.groups * m).div_ceil(lanes)) < best)
-                .then(|| SideBySide::new([self.groups, k, m], lanes, M::TERMS))
-                .flatten()
-                .filter(|groups| cost(groups.vectors.len()) < best);
-            if let Some(groups) = groups {
-                (best, way) = (cost(groups.vectors.len()), Some(Way::SideBySide(groups)));
+            let found = (cost((self.groups * m).div_ceil(lanes)) < best).then(|| {
+                let before = match &self.in_places {
+                    Some(places) => Some(Permutation::new::<T>(self.isa, places, pixels)?),
+                    None => None,
+                };
+                let groups = SideBySide::new([self.groups, k, m], lanes, M::TERMS)?;
+                let before_cost = before.as_ref().map_or(0.0, |before| per_group(PERMUTED * before.cost()));
+                Some((cost(groups.vectors.len()) + before_cost, Way::SideBySide(groups, before)))
+            });
+            if let Some((cost, found)) = found.flatten().filter(|(cost, _)| *cost < best) {
+                (best, way) = (cost, Some(found));
             }
         }
         if M::TERMS == 1 {
@@ -180,7 +189,7 @@ impl Product {
             return chunks(range, tile).for_each(|pixels| body(pixels.clone(), (to(&pixels), c_out), ahead));
         };
         // Pixels in whole cache lines.
-        let step = c_out.next_multiple_of(lanes::<T>(self.isa));
+        let step = permutation.sources.next_multiple_of(lanes::<T>(self.isa));
         scratch::with(tile.min(range.len()) * step, |memory: &mut [T]| {
             for pixels in chunks(range, tile) {
                 body(pixels.clone(), (memory.as_mut_ptr(), step), 0);
@@ -267,7 +276,7 @@ impl Product {
         }
     }
 
-    /// Pixels as they are, several groups in a vector.
+    /// Pixels as they are, or permuted by the first of the permutations, several groups in a vector; the second permutes these.
     fn side_by_side<T: Element, M: Products<T>>(
         &self,
         products: M,
@@ -276,40 +285,53 @@ impl Product {
         (weights, [group, out, input]): Weights<'_, T>,
         bias: Option<&[T]>,
         groups: &SideBySide,
-        permutation: Option<&Permutation>,
+        [before, permutation]: [Option<&Permutation>; 2],
         y: Shared<T>,
     ) {
         let (c_in, c_out) = (self.images.channels, self.groups * self.group_out);
         let pixels = self.images.count * self.images.pixels;
         // Twice the first cache: vectors share no pixels' lines, but their indices and weights.
         let tile = 2 * outer_tile::<T>(c_in + c_out);
+        let permuted = before.map_or(0, |_| c_in.next_multiple_of(lanes::<T>(self.isa)));
         let parts = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).min(pixels.div_ceil(OUTER_PIXELS)) };
         scratch::with(groups.weights(), |packed: &mut [T::Wide]| {
             groups.pack(products, |g, o, i| weights[g * group + o * out + i * input], packed);
             let each = groups.weights() / groups.vectors.len();
             let packed = &*packed;
             parallel_for(threads, parts, |task| {
-                self.tiles(part(pixels, parts, task), tile, permutation, y, |range, (y, y_step), ahead| {
-                    for (vector, weights) in groups.vectors.iter().zip(packed.chunks_exact(each)) {
-                        // SAFETY: the pixels exist in x, with all channels, and where they are written.
-                        self.isa.run(unsafe {
-                            SideBySideRows {
-                                products,
-                                x: x.as_ptr().add(range.start * c_in),
-                                x_step: c_in,
-                                y: y.add(vector.columns.start),
-                                y_step,
-                                pixels: range.len(),
-                                columns: vector.columns.len(),
-                                sources: &groups.sources[vector.sources.clone()],
-                                index: groups.index(vector),
-                                weights,
-                                bias: bias.map(|bias| &bias[vector.columns.clone()]),
-                                ahead: [tile * c_in, ahead],
+                scratch::with(tile * permuted, |memory: &mut [T]| {
+                    self.tiles(part(pixels, parts, task), tile, permutation, y, |range, (y, y_step), ahead| {
+                        let x = x[range.start * c_in..range.end * c_in].as_ptr();
+                        let (x, x_step, x_ahead) = match before {
+                            Some(before) => {
+                                let (to, steps) = (memory.as_mut_ptr(), [c_in, permuted]);
+                                // SAFETY: the pixels exist in x, and memory has room for them.
+                                unsafe { before.run(x, to, steps, range.len(), [tile * c_in, 0]) };
+                                (to.cast_const(), permuted, 0)
                             }
-                            .promise()
-                        });
-                    }
+                            None => (x, c_in, tile * c_in),
+                        };
+                        for (vector, weights) in groups.vectors.iter().zip(packed.chunks_exact(each)) {
+                            // SAFETY: the pixels exist at x, with all channels, and where they are written.
+                            self.isa.run(unsafe {
+                                SideBySideRows {
+                                    products,
+                                    x,
+                                    x_step,
+                                    y: y.add(vector.columns.start),
+                                    y_step,
+                                    pixels: range.len(),
+                                    columns: vector.columns.len(),
+                                    sources: &groups.sources[vector.sources.clone()],
+                                    index: groups.index(vector),
+                                    weights,
+                                    bias: bias.map(|bias| &bias[vector.columns.clone()]),
+                                    ahead: [x_ahead, ahead],
+                                }
+                                .promise()
+                            });
+                        }
+                    });
                 });
             });
         });
@@ -362,8 +384,6 @@ impl Product {
                                     a_step: distance * M::TERMS,
                                     a_rows: &rows[..range.len()],
                                     a_ahead: 0,
-                                    // Those of the next tile, a part of them for each group.
-                                    a_next: next.wrapping_add(g * k * tile),
                                     b: packed.as_ptr().add(g * steps * m),
                                     b_step: m,
                                     b_ahead: 0,
@@ -374,6 +394,8 @@ impl Product {
                                         y: y.add(g * m),
                                         row: y_step,
                                         bias: bias.map(|bias| &bias[g * m..][..m]),
+                                        // Those of the next tile, a part of them for each group.
+                                        next: next.wrapping_add(g * k * tile),
                                         ahead,
                                     },
                                 }
