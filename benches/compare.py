@@ -242,18 +242,29 @@ class Bench:
         yield from calls.items()
 
     def interleave(self, case: Case, n: int) -> Iterator[tuple[str, Calls]]:
-        """The convolution with the interleave fused, beside both apart, and without."""
+        """Convolution and gradients with the interleave fused, beside both apart, and without."""
         layer, step = case.layer, case.step
         x = self.array(n, layer.in_channels, *case.size)
         g = self.array(n, layer.filters, *case.size)
         w = self.random(layer.filters, layer.in_channels // layer.groups)
-        fused = partial(kconv.pointwise_conv, groups=layer.groups, interleave=step)
-        plain = partial(kconv.pointwise_conv, groups=layer.groups)
-        calls = ours(fused, x, w, like=g)
-        calls["apart"] = lambda: kconv.interleave(plain(x, w), step)
-        assert np.array_equal(calls["kconv"](), calls["apart"]())
-        call = ours(plain, x, w, like=g)
-        yield "forward", calls | {"without": call["kconv"], "without-out": call["kconv-out"]}
+        conv, by_input = kconv.pointwise_conv, kconv.pointwise_conv_grad_input
+        by_weight, undo = kconv.pointwise_conv_grad_weight, kconv.deinterleave
+        kw = {"groups": layer.groups}
+        apart = {
+            "forward": lambda: kconv.interleave(conv(x, w, **kw), step),
+            "grad_input": lambda: by_input(undo(g, step), w, **kw),
+            "grad_weight": lambda: by_weight(x, undo(g, step), **kw),
+        }
+        assert np.array_equal(conv(x, w, interleave=step, **kw), apart["forward"]())
+        for name, function, arguments, like in (
+            ("forward", conv, (x, w), g),
+            ("grad_input", by_input, (g, w), x),
+            ("grad_weight", by_weight, (x, g), w),
+        ):
+            calls = ours(function, *arguments, like=like, interleave=step, **kw)
+            without = ours(function, *arguments, like=like, **kw)
+            calls |= {"without": without["kconv"], "without-out": without["kconv-out"]}
+            yield name, calls | {"apart": apart[name]}
 
     def _convolutions(self, calls: dict[str, Calls], conv: Convolution) -> None:
         """The peers that have the convolution itself."""
