@@ -63,7 +63,7 @@ VALGRIND := valgrind --quiet --error-exitcode=1 --leak-check=full
 VALGRIND += --show-leak-kinds=definite --errors-for-leak-kinds=definite
 
 .PHONY: valgrind
-valgrind: ## Run cargo's tests under valgrind; a minute
+valgrind: ## Run cargo's tests under valgrind; minutes
 	@# All but the one that changes the number of threads, for which a pool is left behind.
 	$(CHECKED) cargo test --quiet --config "target.'cfg(all())'.runner='$(VALGRIND)'" \
 	  --lib -- --test-threads 1 --skip every_task_runs_once
