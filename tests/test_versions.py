@@ -1,11 +1,14 @@
-"""The warning about frameworks of other versions than those that kconv was made for."""
+"""kconv's own version, and the warning about frameworks of versions it was not made for."""
 
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 
+import kconv
 from kconv._versions import warn_of_version
 
 
@@ -36,3 +39,12 @@ def test_each_front_end_asks(name, monkeypatch):
     monkeypatch.setattr(framework, "__version__", "99.0.0")
     with pytest.warns(UserWarning, match=r"this is 99\.0\.0"):
         importlib.reload(module)
+
+
+def test_one_version():
+    root = Path(__file__).parents[1]
+    patterns = {"Cargo.toml": r'^version = "(.+)"$', "CITATION.cff": r"^version: (.+)$"}
+    for name, pattern in patterns.items():
+        found = re.search(pattern, (root / name).read_text(), re.MULTILINE)
+        assert found, name
+        assert found[1] == kconv.__version__, name
