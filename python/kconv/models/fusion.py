@@ -20,7 +20,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from kconv.ktypes import interleave_index
@@ -28,6 +28,7 @@ from kconv.models.graph import (
     Activation,
     Add,
     BatchNorm,
+    Borders,
     Concat,
     Conv,
     CopyChannels,
@@ -37,6 +38,7 @@ from kconv.models.graph import (
     FoldHalves,
     GlobalPool,
     Graph,
+    Identity,
     Interleave,
     Layer,
     Multiply,
@@ -45,7 +47,7 @@ from kconv.models.graph import (
     ZeroPad,
 )
 
-__all__ = ["Program", "Segment", "partition"]
+__all__ = ["Program", "Segment", "UnfitError", "partition"]
 
 WeightLayout = Literal["OI", "IO"]
 
@@ -58,11 +60,20 @@ and takes as long.
 """
 
 
+class UnfitError(ValueError):
+    """Images of a size for which a segment has no program.
+
+    Its layers may have a result all the same, such as the broadcast sum of tensors of two sizes, or
+    raise their framework's own error.
+    """
+
+
 @dataclass(frozen=True)
 class Program:
     """A segment for images of one size.
 
     Attributes:
+        segment: the layers.
         integers: what ``kconv._kconv.FusedProgram`` reads.
         parameters: (layer, weight) of each parameter in their order, weights by Keras's names.
         norms: the batch norms in the order of their statistics.
@@ -71,6 +82,7 @@ class Program:
         output_size: (channels, height, width) of the output.
     """
 
+    segment: Segment = field(compare=False, repr=False)
     integers: tuple[int, ...]
     parameters: tuple[tuple[str, str], ...]
     norms: tuple[BatchNorm, ...]
@@ -117,23 +129,42 @@ class Segment:
         return (self.input,)
 
     def program(self, size: tuple[int, int], weight_layout: WeightLayout) -> Program:
-        """The segment's program for images of (height, width)."""
+        """The segment's program for images of (height, width).
+
+        Raises:
+            UnfitError: if there is none.
+        """
         key = (size, weight_layout)
         if key not in self._programs:
-            self._programs[key] = _Lowering(self, size).finish(weight_layout)
-        return self._programs[key]
+            try:
+                self._programs[key] = _Lowering(self, size).finish(weight_layout)
+            except UnfitError as reason:
+                self._programs[key] = str(reason)
+        program = self._programs[key]
+        if isinstance(program, str):
+            raise UnfitError(program)
+        return program
 
     @cached_property
-    def _programs(self) -> dict[tuple[tuple[int, int], WeightLayout], Program]:
-        """Those made so far; a look-up by the segment itself would hash all its layers."""
+    def _programs(self) -> dict[tuple[tuple[int, int], WeightLayout], Program | str]:
+        """Those made so far, or why there is none.
+
+        A look-up by the segment itself would hash all its layers.
+        """
         return {}
 
 
 def partition(graph: Graph) -> list[Layer | Segment]:
     """A graph's layers after the input, those in a row that can be fused as segments.
 
-    A segment may begin and end only where a single tensor is alive.
+    A segment may begin and end only where a single tensor is alive. Equal graphs share segments and
+    so their programs: a copy of a network makes none of its own.
     """
+    return list(_partition(graph))
+
+
+@lru_cache(maxsize=64)
+def _partition(graph: Graph) -> tuple[Layer | Segment, ...]:
     last_use = {source: layer.name for layer in graph.layers for source in layer.inputs}
     readers: dict[str, list[Layer]] = {layer.name: [] for layer in graph.layers}
     for layer in graph.layers:
@@ -166,18 +197,21 @@ def partition(graph: Graph) -> list[Layer | Segment]:
                 parts += block
             block = []
     close()
-    return parts + block
+    return (*parts, *block)
 
 
 def _fusable(layer: Layer, readers: list[Layer]) -> bool:
     match layer:
         case Conv():
-            return layer.strides in ((1, 1), (2, 2))
+            fits = layer.strides in ((1, 1), (2, 2)) and max(layer.kernel_size) <= _MAX_KERNEL
+            return fits and _pads(layer, layer.padding)
         case DepthwiseConv():
-            return layer.strides in (1, 2)
+            return layer.strides in (1, 2) and layer.kernel_size <= _MAX_KERNEL
         case ZeroPad():
             return bool(readers) and all(
-                isinstance(reader, Conv | DepthwiseConv) and reader.padding == "valid"
+                isinstance(reader, Conv | DepthwiseConv)
+                and reader.padding in ("valid", _NO_BORDERS)
+                and _pads(reader, layer.padding)
                 for reader in readers
             )
         case Activation():
@@ -193,8 +227,23 @@ def _fusable(layer: Layer, readers: list[Layer]) -> bool:
             return True
         case BatchNorm() | Interleave() | CopyChannels() | Concat() | FoldHalves() | Add():
             return True
+        case Identity():
+            return True
         case _:
             return False
+
+
+_MAX_KERNEL = 64
+_NO_BORDERS = ((0, 0), (0, 0))
+
+
+def _pads(layer: Conv | DepthwiseConv, padding: str | Borders) -> bool:
+    """Whether a convolution's kernel covers a pixel at every place, as programs have it."""
+    kernel = layer.kernel_size
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    return isinstance(padding, str) or all(
+        0 <= side < size for sides, size in zip(padding, kernel, strict=True) for side in sides
+    )
 
 
 @dataclass(frozen=True)
@@ -292,6 +341,7 @@ class _Lowering:
             ]
         integers += [number for step in self.steps for number in step]
         return Program(
+            self.segment,
             tuple(integers),
             tuple(parameters),
             tuple(self.norms),
@@ -304,9 +354,8 @@ class _Lowering:
         x = inputs[0]
         match layer:
             case Conv():
-                return self._conv(
-                    layer, x, padding, layer.kernel_size, layer.strides[0], layer.groups
-                )
+                y = self._conv(layer, x, padding, layer.kernel_size, layer.strides[0], layer.groups)
+                return self._interleave(y, layer.interleave) if layer.interleave > 1 else y
             case DepthwiseConv():
                 size = (layer.kernel_size, layer.kernel_size)
                 return self._conv(layer, x, padding, size, layer.strides, layer.in_channels)
@@ -324,14 +373,10 @@ class _Lowering:
                 mask = len(self.masks) - 1
                 return _each(x, lambda term: replace(term, mask=mask))
             case Multiply():
+                self._one_pixel(layer, inputs[1])
                 return self._gate(x, inputs[1])
             case Interleave():
-                if not x.whole:
-                    x = self._copy(x)
-                order = interleave_index(x.channels, layer.step)
-                return _each(
-                    x, lambda term: replace(term, channels=tuple(term.channels[i] for i in order))
-                )
+                return self._interleave(x, layer.step)
             case CopyChannels():
                 return _narrow(x, layer.start, layer.count)
             case FoldHalves():
@@ -340,15 +385,34 @@ class _Lowering:
                     x = self._copy(x)
                 return self._sum([_narrow(x, 0, half), _narrow(x, half, half)])
             case Concat():
+                self._same_size(layer, inputs)
                 return _concat(inputs)
             case Add():
+                self._same_size(layer, inputs)
                 return self._sum(inputs)
             case GlobalPool():
                 return self._step([2], x, x.channels, (1, 1))
             case Pool():
                 return self._step([3], x, x.channels, (x.size[0] // 2, x.size[1] // 2))
-            case _:  # Reshape and Flatten of single pixels
+            case Reshape() | Flatten():
+                self._one_pixel(layer, x)
                 return x
+            case _:  # Identity
+                return x
+
+    def _same_size(self, layer: Layer, xs: Sequence[Tensor]) -> None:
+        if len(sizes := {x.size for x in xs}) > 1:
+            raise UnfitError(f"layer {layer.name!r} joins tensors of the sizes {sorted(sizes)}")
+
+    def _one_pixel(self, layer: Layer, x: Tensor) -> None:
+        if x.size != (1, 1):
+            raise UnfitError(f"layer {layer.name!r} reads {x.size} pixels, expected one")
+
+    def _interleave(self, x: Tensor, step: int) -> Tensor:
+        if not x.whole:
+            x = self._copy(x)
+        order = interleave_index(x.channels, step)
+        return _each(x, lambda term: replace(term, channels=tuple(term.channels[i] for i in order)))
 
     def _conv(
         self,
@@ -359,10 +423,11 @@ class _Lowering:
         stride: int,
         groups: int,
     ) -> Tensor:
-        if padding:
-            before = [sides[0] for sides in padding.padding]
-            total = [sum(sides) for sides in padding.padding]
-        elif layer.padding == "same":
+        borders = padding.padding if padding else layer.padding
+        if isinstance(borders, tuple):
+            before = [sides[0] for sides in borders]
+            total = [sum(sides) for sides in borders]
+        elif borders == "same":
             sizes = zip(x.size, kernel, strict=True)
             total = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in sizes]
             before = [pixels // 2 for pixels in total]
@@ -436,6 +501,9 @@ class _Lowering:
         return replace(x, terms=tuple(terms))
 
     def _store(self, channels: int, size: tuple[int, int]) -> Tensor:
+        if min(size) < 1:
+            height, width = self.size
+            raise UnfitError(f"images of {height}x{width} pixels leave {size[0]}x{size[1]}")
         self.values.append((channels, *size))
         return self._stored(len(self.values) - 1)
 

@@ -20,6 +20,8 @@ from typing import Literal
 Size = int | None
 Shape = tuple[Size, ...]
 Padding = Literal["same", "valid"]
+Borders = tuple[tuple[int, int], tuple[int, int]]
+"""Zeros ((top, bottom), (left, right))."""
 Initializer = Literal["glorot_uniform", "conv_normal", "dense_uniform"]
 """``conv_normal`` and ``dense_uniform`` are EfficientNet's VarianceScaling initializers:
 (scale 2, fan_out, truncated normal) and (scale 1/3, fan_out, uniform)."""
@@ -30,7 +32,10 @@ ActivationName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One layer: its name, the names of its inputs, and the shape of its output."""
+    """One layer: its name, the names of its inputs, and the shape of its output.
+
+    One of exactly this class is something that no other class here describes.
+    """
 
     name: str
     inputs: tuple[str, ...]
@@ -38,7 +43,7 @@ class Layer:
 
     @property
     def channels(self) -> int:
-        """Channels of the output, which are always known."""
+        """Channels of the output, which are known in every finished graph."""
         channels = self.shape[-1]
         assert channels is not None
         return channels
@@ -55,22 +60,31 @@ class Input(Layer):
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroPad(Layer):
-    """Zero padding ((top, bottom), (left, right))."""
+    """Zero padding."""
 
-    padding: tuple[tuple[int, int], tuple[int, int]]
+    padding: Borders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(Layer):
+    """The input as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conv(Layer):
-    """Convolution k x k with groups. ``kernel_size`` and ``strides`` are (height, width)."""
+    """Convolution k x k with groups. ``kernel_size`` and ``strides`` are (height, width).
+
+    ``interleave`` is the step by which the output's channels are interleaved; 1 for none.
+    """
 
     filters: int
     in_channels: int
     kernel_size: tuple[int, int] = (1, 1)
     strides: tuple[int, int] = (1, 1)
-    padding: Padding = "same"
+    padding: Padding | Borders = "same"
     groups: int = 1
     use_bias: bool = False
+    interleave: int = 1
     initializer: Initializer = "glorot_uniform"
 
     @property

@@ -399,15 +399,18 @@ def _convolution(
                 bias=layer.use_bias,
             )
         case _:
-            conv = (PaddedConv2d if same_strided else nn.Conv2d)(
+            padding_itself = same_strided or isinstance(layer.padding, tuple)
+            conv = (PaddedConv2d if padding_itself else nn.Conv2d)(
                 layer.in_channels,
                 layer.channels,
                 layer.kernel_size,
                 layer.strides,
-                0 if same_strided else layer.padding,
+                0 if padding_itself else str(layer.padding),
                 groups=layer.groups if isinstance(layer, graph.Conv) else layer.in_channels,
                 bias=layer.use_bias,
             )
+            if isinstance(conv, PaddedConv2d):
+                conv.borders = layer.padding
     _initialise(conv, next(iter(layer.weights().values())), layer.initializer)
     return conv
 
