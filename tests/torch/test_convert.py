@@ -13,12 +13,14 @@ from torch import nn
 
 from kconv.models import create
 from kconv.torch import (
+    AcceleratedConv2d,
     DepthwiseConv2d,
     KPointwiseConv2d,
     PointwiseConv2d,
     accelerate,
     build,
     compress,
+    report,
     restore,
     to_native,
 )
@@ -68,21 +70,27 @@ def test_accelerate_and_restore(model):
     classes = [type(module) for module in model.modules()]
     calls = []
     model[2].register_forward_hook(lambda *_: calls.append(1))
-    changed = accelerate(model)
-    assert changed == ["1.conv1", "1.conv2", "1.conv3", "2"]
-    assert type(model[1].conv1) is PointwiseConv2d
-    assert type(model[1].conv2) is DepthwiseConv2d
+    assert accelerate(model) is model
+    changed = report(model).changed
+    assert list(changed) == ["1.conv1", "1.conv2", "1.conv3", "2"]
+    assert set(changed.values()) == {"AcceleratedConv2d"}
+    kept = report(model).kept
+    assert list(kept) == ["0", "1.down.0", "3"]
+    assert "stride=(2, 2)" in kept["1.down.0"]
+    assert "Shape" in kept["3"]
+    assert type(model[1].conv1) is type(model[1].conv2) is AcceleratedConv2d
     assert type(model[1].down[0]) is nn.Conv2d  # stride 2
     assert type(model[3]) is Shape
     after = dict(model.named_parameters())
     assert before.keys() == after.keys()
     assert all(before[name] is after[name] for name in before)
     torch.testing.assert_close(model(x), y)
-    assert accelerate(model) == []
+    assert report(accelerate(model)).changed == {}
     for moved in copy.deepcopy(model), to_native(model):
         torch.testing.assert_close(moved(x), y)
-    assert restore(model) == changed
-    assert restore(model) == []
+    assert restore(model) is model
+    assert report(model).changed.keys() == changed.keys()
+    assert report(restore(model)).changed == {}
     assert [type(module) for module in model.modules()] == classes
     assert torch.equal(model(x), y)
     assert calls
@@ -104,7 +112,7 @@ def test_accelerate_keeps_training_on_course(model):
 
 def test_restore_leaves_kconv_layers_alone():
     layer = PointwiseConv2d(4, 4)
-    assert restore(nn.Sequential(layer)) == []
+    assert report(restore(nn.Sequential(layer))).changed == {}
     assert type(layer) is PointwiseConv2d
 
 
@@ -210,7 +218,7 @@ def test_published_models(make, name, before, after, tmp_path):
     model = make(name).eval()
     x = torch.randn(2, 3, 64, 64)
     y = model(x)
-    assert len(accelerate(model)) > 30
+    assert len(report(accelerate(model)).changed) > 30
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
     restore(model)
     assert parameters(model) == before

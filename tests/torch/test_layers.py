@@ -140,7 +140,7 @@ def test_arguments_of_parameters():
 
 def test_representation():
     assert [repr(layer) for layer in LAYERS[:4]] == [
-        "PointwiseConv2d(6, 6, groups=3, interleave=2)",
+        "InterleavedPointwiseConv2d(6, 6, groups=3, interleave=2)",
         "DepthwiseConv2d(6, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=6)",
         "DepthwiseConv2d(6, 6, kernel_size=(5, 5), stride=(2, 2), padding=((1, 2), (2, 2)), "
         "groups=6)",

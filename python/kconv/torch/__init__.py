@@ -12,16 +12,25 @@ from __future__ import annotations
 import torch as _torch
 
 from kconv._versions import warn_of_version
-from kconv.torch.convert import accelerate, compress, restore
-from kconv.torch.layers import DepthwiseConv2d, InterleaveChannels, PointwiseConv2d
+from kconv.torch import _flops as _flops  # FlopCounterMode knows the operators
+from kconv.torch.convert import accelerate, compress, report, restore
+from kconv.torch.layers import (
+    AcceleratedConv2d,
+    DepthwiseConv2d,
+    InterleaveChannels,
+    InterleavedPointwiseConv2d,
+    PointwiseConv2d,
+)
 from kconv.torch.native import to_native
 from kconv.torch.network import ConvUnit, KPointwiseConv2d, MBConv, Network, build
 from kconv.torch.ops import deinterleave, depthwise_conv, interleave, pointwise_conv
 
 __all__ = [
+    "AcceleratedConv2d",
     "ConvUnit",
     "DepthwiseConv2d",
     "InterleaveChannels",
+    "InterleavedPointwiseConv2d",
     "KPointwiseConv2d",
     "MBConv",
     "Network",
@@ -33,6 +42,7 @@ __all__ = [
     "depthwise_conv",
     "interleave",
     "pointwise_conv",
+    "report",
     "restore",
     "to_native",
 ]

@@ -6,8 +6,10 @@ the others, forward mode is the sum over the tensors, and gradients of gradients
 
 In eager mode on plain CPU tensors an operator goes straight to the kernel, through one
 ``autograd.Function`` where something is to be differentiated. Everywhere else (``torch.compile``,
-``export``, ``make_fx``, dispatch modes, tracing, autocast, tensor subclasses) it goes through
-``torch.ops.kconv``, which those can see, and pays PyTorch's dispatcher some microseconds more.
+``export``, ``make_fx``, dispatch modes, tracing, profiling, autocast, PyTorch's own tensor
+subclasses) it goes through ``torch.ops.kconv``, which those can see, and pays PyTorch's dispatcher
+some microseconds more. Tensors that the kernels know nothing of (other devices and layouts, other
+people's subclasses) go to PyTorch's own operators.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
 from torch._C import (
     _AutoDispatchBelowAutograd,
+    _dispatch_keys,
     _get_tracing_state,
     _len_torch_dispatch_stack,
 )
-from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
     enable_single_level_autograd_function,
 )
@@ -35,6 +39,26 @@ __all__ = ["KernelOp"]
 
 _LIBRARY = torch.library.Library("kconv", "DEF")
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
+# PyTorch's subclasses that know any operator: FakeTensor, FunctionalTensor, DTensor and the like.
+_KNOWN = "torch._subclasses", "torch.distributed"
+
+
+def _keys(tensor: Tensor) -> int:
+    return _dispatch_keys(tensor).raw_repr()
+
+
+def _ordinary_keys() -> frozenset[int]:
+    """The dispatch keys of a dense CPU tensor, made outside inference mode and inside it.
+
+    Any other key (of a layout, a bit for "negative" or "all zero", a batched tensor) stands for
+    something that the memory alone does not tell.
+    """
+    outside = torch.empty(0)
+    with torch.inference_mode():
+        return frozenset({_keys(outside), _keys(torch.empty(0))})
+
+
+_ORDINARY = _ordinary_keys()
 _NATIVE = frozenset({torch.bfloat16, torch.float32, torch.float64})
 
 Derivative = Callable[..., Tensor]
@@ -53,6 +77,7 @@ class KernelOp:
             weight (C, ...); a bias is not counted.
         makes_image: whether the result is an image (or a weight).
         autocast: whether autocast lowers the operator's precision.
+        native: the same of PyTorch's own operators, for tensors that the kernel does not know.
     """
 
     derivatives: tuple[Derivative, ...]
@@ -67,9 +92,11 @@ class KernelOp:
         images: tuple[bool, ...],
         makes_image: bool = True,
         autocast: bool = False,
+        native: Callable[..., Tensor] | None = None,
     ) -> None:
         self.name = schema[: schema.index("(")]
         self.kernel = kernel
+        self.native = native
         self.images = images
         self.makes_image = makes_image
         # A kernel keeps its input's memory order, so compilers must not choose another one for it.
@@ -91,13 +118,13 @@ class KernelOp:
 
     def __call__(self, *args: Any) -> Tensor:
         """Applies the operator, all its arguments given, by the fastest way that all can follow."""
-        if is_compiling():
+        tensors = args[: self._leading]
+        if is_compiling() or _profiler_enabled() or not _is_plain(tensors):
+            if self.native is not None and not all(map(_is_known, tensors)):
+                return self.native(*args)
             return self.overload(*args)
         if self._autocasts and is_autocast_enabled("cpu"):
             return self._autocast(*args)
-        tensors = args[: self._leading]
-        if not _is_plain(tensors):
-            return self.overload(*args)
         if forward_ad._current_level >= 0:
             return _apply(self, args[len(tensors) :], *tensors)
         if is_grad_enabled() and _requires_grad(tensors):
@@ -132,8 +159,11 @@ class KernelOp:
             return _apply(self, args[len(tensors) :], *tensors)
 
     def _below_autograd(self, *args: Any) -> Tensor:
-        if _is_plain(args[: self._leading]):
+        tensors = args[: self._leading]
+        if _is_plain(tensors):
             return self._compute(*args)
+        if any(map(_is_distributed, tensors)):
+            import kconv.torch._sharding  # noqa: F401  registers, the first time
         with _AutoDispatchBelowAutograd():
             return self.overload(*args)
 
@@ -187,15 +217,25 @@ class KernelOp:
 def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether these are ordinary CPU tensors and nobody is listening to the dispatcher."""
     for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN
-            or not tensor.is_cpu
-            or is_legacy_batchedtensor(tensor)  # of autograd.grad(is_grads_batched=True)
-        ):
+        if tensor is not None and (type(tensor) not in _PLAIN or _keys(tensor) not in _ORDINARY):
             return False
     return not (
         _len_torch_dispatch_stack() or peek_interpreter_stack() is not None or _get_tracing_state()
     )
+
+
+def _is_known(tensor: Tensor | None) -> bool:
+    """Whether the operators know what to do with a tensor."""
+    return tensor is None or (
+        tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and (type(tensor) in _PLAIN or type(tensor).__module__.startswith(_KNOWN))
+    )
+
+
+def _is_distributed(tensor: Tensor | None) -> bool:
+    return type(tensor).__module__.startswith("torch.distributed")
 
 
 def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
-from kconv.torch.layers import DepthwiseConv2d, InterleaveChannels, PointwiseConv2d
+from kconv._report import Report
+from kconv.torch._conversion import change_classes, copied, set_report
+from kconv.torch.layers import NATIVE
 
 __all__ = ["make_native", "to_native"]
-
-_KCONV_LAYERS = (PointwiseConv2d, DepthwiseConv2d, InterleaveChannels)
 
 
 def to_native(model: nn.Module) -> nn.Module:
     """A copy of a model in which PyTorch's own layers stand for kconv's, with the same weights.
 
-    The copy needs no kconv, so it exports to other formats and runs on other devices.
+    The copy exports to other formats, runs on other devices, and is what tools know that look for
+    PyTorch's own layers: those that quantize, and those that count operations (``thop``,
+    ``ptflops``, ``fvcore``). Hooks, parametrizations and the masks of pruning stay.
 
     Example:
+        >>> from kconv.torch import PointwiseConv2d
         >>> native = to_native(nn.Sequential(PointwiseConv2d(8, 4, groups=2), nn.ReLU()))
         >>> type(native[0])
         <class 'torch.nn.modules.conv.Conv2d'>
@@ -27,16 +28,21 @@ def to_native(model: nn.Module) -> nn.Module:
         model: any module.
 
     Returns:
-        The copy; outputs agree to rounding.
+        The copy; outputs agree to rounding. :func:`kconv.torch.report` tells what has changed.
+
+    Raises:
+        ValueError: if a layer is of a class derived from one of kconv's, which may compute
+            something else, or if the model cannot be copied.
     """
-    return make_native(copy.deepcopy(model))
+    native = copied(model, "to_native")
+    set_report(native, Report("to_native", make_native(native), {}))
+    return native
 
 
-def make_native(model: nn.Module) -> nn.Module:
-    """Exchanges kconv's layers in place; returns the model, or what stands for it."""
-    made: dict[nn.Module, nn.Module] = {}  # a layer may occur in several places
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if isinstance(child, _KCONV_LAYERS):
-                module._modules[name] = made.setdefault(child, child.to_native())
-    return model.to_native() if isinstance(model, _KCONV_LAYERS) else model
+def make_native(model: nn.Module) -> dict[str, str]:
+    """Changes kconv's layers to PyTorch's own, in place; returns names and new classes.
+
+    Raises:
+        ValueError: as :func:`to_native`; nothing has changed then.
+    """
+    return change_classes(model, NATIVE, "to_native")

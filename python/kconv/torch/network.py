@@ -24,6 +24,7 @@ from kconv.torch.layers import (
     InterleaveChannels,
     PaddedConv2d,
     PointwiseConv2d,
+    ReadsAsConv2d,
 )
 from kconv.torch.native import make_native
 
@@ -122,7 +123,7 @@ class Network(nn.Module):
         return values[self._output]
 
 
-class KPointwiseConv2d(Network):
+class KPointwiseConv2d(ReadsAsConv2d, Network):
     """The papers' block in place of a pointwise convolution, batch norm and activation.
 
     Grouped convolutions, interleaved and added up as the kType says (section 3 of V1, MENDEL 28(1),
@@ -172,6 +173,7 @@ class KPointwiseConv2d(Network):
             use_bias=use_bias,
         )
         super().__init__(g.build(output))
+        self.in_channels, self.out_channels = in_channels, out_channels
 
 
 class ConvUnit(Network):

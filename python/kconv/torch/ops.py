@@ -3,24 +3,34 @@
 Images are (N, C, H, W) tensors, contiguous or channels_last; results keep the input's memory
 format. The operators behind the functions are registered as ``torch.ops.kconv.*``, so that
 ``torch.compile``, ``torch.export``, autocast and the transforms of ``torch.func`` know them. They
-run on CPU tensors; on any other device the functions use PyTorch's own convolution.
+run on dense CPU tensors; for other devices, layouts and subclasses the functions use PyTorch's own
+operators.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch._C import _from_dlpack as from_dlpack
 from torch._C import _to_dlpack as to_dlpack
 
 from kconv import _kconv
+from kconv.ktypes import interleave_index
 from kconv.torch._dispatch import KernelOp
 
-__all__ = ["Padding", "deinterleave", "depthwise_conv", "interleave", "pointwise_conv"]
+__all__ = [
+    "Padding",
+    "conv2d",
+    "deinterleave",
+    "depthwise_conv",
+    "interleave",
+    "pointwise_conv",
+]
 
 Padding = int | Literal["same", "valid"] | tuple[tuple[int, int], tuple[int, int]]
 """Pixels at each border, TensorFlow's "same", none ("valid"), or ((top, bottom), (left, right))."""
@@ -56,9 +66,119 @@ def pointwise_conv(
         ]
     if weight.dim() == 2:
         weight = weight[:, :, None, None]
-    if x.is_cpu and weight.is_cpu:
-        return _pointwise(x, weight, bias, groups, interleave)
-    return interleave_by_index(F.conv2d(x, weight, bias, groups=groups), interleave)
+    return _pointwise(x, weight, bias, groups, interleave)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    interleave: int = 1,
+) -> Tensor:
+    """``torch.nn.functional.conv2d``, by the kernels where they compute it, else by itself.
+
+    Example:
+        >>> x, weight = torch.randn(2, 6, 9, 9), torch.randn(6, 1, 3, 3)
+        >>> conv2d(x, weight, stride=2, padding=1, groups=6).shape  # by the depthwise kernel
+        torch.Size([2, 6, 5, 5])
+        >>> conv2d(x, weight, dilation=2, groups=6).shape  # by PyTorch's
+        torch.Size([2, 6, 5, 5])
+
+    Args:
+        x: (N, C_in, H, W), or (C_in, H, W).
+        weight: (C_out, C_in / groups, k, k).
+        bias: (C_out,).
+        stride: as PyTorch's.
+        padding: as PyTorch's, or ((top, bottom), (left, right)).
+        dilation: as PyTorch's.
+        groups: divides C_in and C_out.
+        interleave: the step by which the output is interleaved after the convolution (1: not).
+
+    Returns:
+        (N, C_out, H_out, W_out), or (C_out, H_out, W_out).
+
+    Raises:
+        RuntimeError: PyTorch's, for dtypes and arguments that it does not take.
+        NotImplementedError: if a tensor is quantized.
+        ValueError: if the shapes do not fit.
+    """
+    if weight.dim() == 4 and _same_floating(x, weight, bias):
+        channels, inputs, height, width = _sizes(weight)
+        step = _in_both_directions(stride)
+        if height == width == 1:
+            if (
+                step == 1
+                and (padding in _UNPADDED or _in_both_directions(padding) == 0)
+                and _in_both_directions(dilation) >= 1
+            ):
+                return pointwise_conv(x, weight, bias, groups=groups, interleave=interleave)
+        elif (
+            height == width
+            and height in (3, 5, 7)
+            and step in (1, 2)
+            and _in_both_directions(dilation) == 1
+            and groups == channels
+            and inputs == 1
+            and (padding != "same" or step == 1)
+            and interleave == 1
+        ):
+            pads: Any = padding if isinstance(padding, str) else _as_borders(padding)
+            if pads is not None:
+                return depthwise_conv(x, weight, bias, stride=step, padding=pads)
+    if x.is_quantized:
+        raise NotImplementedError(
+            "a convolution of kconv's got a quantized tensor, which its kernels do not compute: "
+            "call kconv.torch.restore(model) or kconv.torch.to_native(model) before quantization"
+        )
+    if not isinstance(padding, str | int) and any(isinstance(n, tuple) for n in padding):
+        (top, bottom), (left, right) = padding
+        x, padding = F.pad(x, (left, right, top, bottom)), 0
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return interleave_by_index(y, interleave)
+
+
+_UNPADDED = ((0, 0), "valid", "same")
+_FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def _same_floating(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels compute a convolution of such dtypes, as PyTorch's does."""
+    dtype = x.dtype
+    if dtype is not weight.dtype or (bias is not None and bias.dtype is not dtype):
+        return torch.is_autocast_enabled("cpu")
+    return dtype in _FLOATING
+
+
+def _sizes(weight: Tensor) -> Sequence[int]:
+    """A weight's shape in numbers."""
+    if not torch._C._get_tracing_state():
+        return weight.shape
+    with warnings.catch_warnings():  # that these are tensors to torch.jit, and become constants
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        return [int(size) for size in weight.shape]
+
+
+def _in_both_directions(number: Any) -> int:
+    """The whole number that holds vertically and horizontally, -1 where there is none."""
+    if type(number) is int:
+        return number
+    if isinstance(number, (tuple, list)) and len(number) in (1, 2) and number[0] == number[-1]:
+        return number[0] if type(number[0]) is int else -1
+    return -1
+
+
+def _as_borders(padding: Any) -> Padding | None:
+    """PyTorch's padding as ours; None for one that no kernel computes."""
+    if isinstance(padding, int):
+        return padding
+    vertical, horizontal = padding if len(padding) == 2 else (padding[0], padding[0])
+    if isinstance(vertical, int) and isinstance(horizontal, int):
+        vertical, horizontal = (vertical, vertical), (horizontal, horizontal)
+    return (vertical, horizontal) if min(*vertical, *horizontal) >= 0 else None
 
 
 def depthwise_conv(
@@ -94,12 +214,9 @@ def depthwise_conv(
         return depthwise_conv(_batch_of_one(x), weight, bias, stride=stride, padding=padding)[0]
     if weight.dim() == 3:
         weight = weight[:, None]
-    top, bottom, left, right = borders(padding, x.shape[2:], weight.shape[2:], stride)
-    if x.is_cpu and weight.is_cpu:
-        return _depthwise(x, weight, bias, stride, (top, bottom, left, right))
-    if (top, left) == (bottom, right):
-        return F.conv2d(x, weight, bias, stride, (top, left), groups=x.shape[1])
-    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, groups=x.shape[1])
+    return _depthwise(
+        x, weight, bias, stride, borders(padding, x.shape[2:], weight.shape[2:], stride)
+    )
 
 
 def interleave(x: Tensor, step: int) -> Tensor:
@@ -148,23 +265,22 @@ def deinterleave(x: Tensor, step: int) -> Tensor:
 def _permute(x: Tensor, step: int, op: KernelOp) -> Tensor:
     if x.dim() != 4:
         return _permute(_batch_of_one(x), step, op)[0]
-    if x.is_cpu:
-        return op(x, step)
-    order = _order(x.shape[1], step, x.device)
-    return x.index_select(1, order if op is _interleave else order.argsort())
+    return op(x, step)
 
 
 def interleave_by_index(x: Tensor, step: int) -> Tensor:
-    """:func:`interleave` by PyTorch's own indexing, on any device."""
-    return x if step == 1 else x.index_select(-3, _order(x.shape[-3], step, x.device))
+    """:func:`interleave` by PyTorch's own indexing, on any device.
 
-
-def _order(channels: int, step: int, device: torch.device) -> Tensor:
-    """(channels,): the channel that each one of the interleaved tensor comes from."""
+    The index is a constant for exporters: thousands of nodes that compute it would slow each run.
+    TorchScript compiles this function, so it is written in what that knows.
+    """
     if step < 1:
         raise ValueError(f"step must be at least 1, got {step}")
-    index = torch.arange(channels, device=device)
-    return torch.cat([index[start::step] for start in range(min(step, channels))])
+    channels: list[int] = []
+    for start in range(min(step, x.shape[-3])):
+        for channel in range(start, x.shape[-3], step):
+            channels.append(channel)
+    return x if step == 1 else x.index_select(-3, torch.tensor(channels, device=x.device))
 
 
 def _batch_of_one(x: Tensor) -> Tensor:
@@ -187,7 +303,7 @@ def borders(
         case "same":
             if torch._C._get_tracing_state():  # of torch.jit, where sizes are tensors
                 size, kernel = [int(n) for n in size], [int(k) for k in kernel]
-            height, width = (_same(n, k, stride) for n, k in zip(size, kernel, strict=True))
+            height, width = (same_padding(n, k, stride) for n, k in zip(size, kernel, strict=True))
             return height // 2, height - height // 2, width // 2, width - width // 2
         case ((top, bottom), (left, right)):
             return top, bottom, left, right
@@ -197,11 +313,16 @@ def borders(
     )
 
 
-def _same(size: int, kernel: int, stride: int) -> int:
-    """The pixels that TensorFlow's "same" adds, for ceil(size / stride) outputs."""
-    if stride == 1:
-        return kernel - 1
-    return max((-(-size // stride) - 1) * stride + kernel - size, 0)
+def same_padding(size: int, kernel: int, stride: int) -> int:
+    """The pixels that TensorFlow's "same" adds, for size / stride outputs, rounded up.
+
+    TorchScript compiles this function, so it is written in what that knows.
+    """
+    # Not -(-size // stride): in ONNX the quotient of a negative number is cut off, not rounded
+    # down.
+    total = ((size + stride - 1) // stride - 1) * stride + kernel - size
+    # Only then can it be negative; and exporters would bind themselves to sizes as they are.
+    return max(total, 0) if kernel < stride else total
 
 
 # The kernels behind the operators: tensors in, tensors out, without autograd. They go in and come
@@ -291,6 +412,38 @@ def _interleave_kernel(x: Tensor, step: int) -> Tensor:
 
 def _deinterleave_kernel(x: Tensor, step: int) -> Tensor:
     return from_dlpack(_kconv.deinterleave(_image(x), step))
+
+
+# The same by PyTorch's own operators, for tensors that the kernels do not know.
+
+
+def _pointwise_native(
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, interleave: int
+) -> Tensor:
+    return interleave_by_index(F.conv2d(x, weight, bias, groups=groups), interleave)
+
+
+def _depthwise_native(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int]
+) -> Tensor:
+    top, bottom, left, right = padding
+    groups = weight.shape[0]
+    if (top, left) == (bottom, right):
+        return F.conv2d(x, weight, bias, stride, (top, left), groups=groups)
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, groups=groups)
+
+
+def _interleave_native(x: Tensor, step: int) -> Tensor:
+    return x.index_select(1, _order(x.shape[1], step, x.device))
+
+
+def _deinterleave_native(x: Tensor, step: int) -> Tensor:
+    return x.index_select(1, _order(x.shape[1], step, x.device).argsort())
+
+
+def _order(channels: int, step: int, device: torch.device) -> Tensor:
+    """(channels,): the channel that each one of the interleaved tensor comes from."""
+    return torch.tensor(interleave_index(channels, step), device=device)
 
 
 # Their shapes, for tensors without data.
@@ -398,6 +551,7 @@ _pointwise = _PointwiseOp(
     _pointwise_fake,
     images=(True, False),
     autocast=True,
+    native=_pointwise_native,
 )
 _pointwise_grad_input = _PointwiseOp(
     "pointwise_conv_grad_input(Tensor grad, Tensor weight, " + _POINTWISE,
@@ -437,6 +591,7 @@ _depthwise = KernelOp(
     _depthwise_fake,
     images=(True, False),
     autocast=True,
+    native=_depthwise_native,
 )
 _depthwise_grad_input = KernelOp(
     "depthwise_conv_grad_input(Tensor grad, Tensor weight, SymInt[] input_size, " + _DEPTHWISE,
@@ -469,12 +624,18 @@ _interleave = KernelOp(
     _interleave_kernel,
     _permutation_fake,
     images=(True,),
+    native=_interleave_native,
 )
 _deinterleave = KernelOp(
     "deinterleave(Tensor x, int step) -> Tensor",
     _deinterleave_kernel,
     _permutation_fake,
     images=(True,),
+    native=_deinterleave_native,
 )
 _interleave.derivatives = (lambda grad, shape, step: _deinterleave(grad, step),)
 _deinterleave.derivatives = (lambda grad, shape, step: _interleave(grad, step),)
+
+# torch.fx, which follows a module's code with stand-ins for tensors, keeps these calls as they are.
+for _name in ("conv2d", "deinterleave", "interleave", "interleave_by_index", "pointwise_conv"):
+    fx.wrap(_name)
