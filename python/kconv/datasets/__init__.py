@@ -7,9 +7,12 @@ from what their authors publish: ``oxford_iiit_pet`` and ``cropped_plantdoc`` wi
 split, ``colorectal_histology`` (Kather 2016, 5,000 tiles) and ``malaria`` (NIH, 27,558 cells) with
 a fifth of each class for testing.
 
-A folder, or a ``.zip`` or ``.tar`` (``.gz``, ``.xz``, ``.bz2``) of one, holds its images as
-``train/<class>/*`` and ``test/<class>/*``, or as ``<class>/*``, of which every class then gives a
-fifth to the test set; files other than images, and hidden ones, are ignored.
+A folder, or a ``.zip`` or ``.tar`` (``.gz``, ``.xz``, ``.bz2``, ``.zst``) of one, holds its images
+as ``train/<class>/*`` beside ``test/<class>/*`` or ``val/<class>/*`` (or ``valid/``, or
+``validation/``) or both, or as ``<class>/*``, of which every class then gives a fifth to the test
+set. Images may lie in folders below that of their class. Hidden files and files of other kinds are
+ignored, but a class that has nothing else is an error, and so are kinds of images that are not
+read. How images become pixels is told in :mod:`kconv.datasets.decode`.
 
 Example:
     >>> data = load("fashion_mnist_mini")
@@ -22,26 +25,26 @@ Example:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kconv.datasets.classic import CLASSIC, read_idx
+from kconv.datasets.classic import CLASSIC
+from kconv.datasets.decode import IMAGE_SUFFIXES, INTERPOLATIONS, pillow, resize
+from kconv.datasets.files import is_archive, open_files
+from kconv.datasets.formats import read_idx
 from kconv.datasets.images import (
-    ARCHIVE_SUFFIXES,
-    IMAGE_SUFFIXES,
-    INTERPOLATIONS,
+    Arrays,
     Images,
     Labels,
     Limits,
-    Listing,
+    Part,
     balanced_subset,
+    check_memory,
     list_folders,
-    open_files,
     read_images,
-    resize,
 )
 from kconv.datasets.papers import IMAGE_SIZE, PAPERS, find_images
 
@@ -74,6 +77,9 @@ class Dataset:
         y_train: Their labels, (N,) int64.
         x_test: Test images, (M, H, W, C) uint8.
         y_test: Their labels, (M,) int64.
+        x_val: Images for validation, (V, H, W, C) uint8; None if the data set has none of its own.
+            Where it has none for testing, ``x_test`` is this array.
+        y_val: Their labels, (V,) int64, or None.
     """
 
     name: str
@@ -82,6 +88,8 @@ class Dataset:
     y_train: Labels
     x_test: Images
     y_test: Labels
+    x_val: Images | None = None
+    y_val: Labels | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -107,15 +115,18 @@ def load(
         interpolation: One of ``INTERPOLATIONS``; "nearest" repeats the pixels of small images, as
             the papers do with those of CIFAR at 224.
         train_images: Take only so many training images, the first of each class in turn.
-        test_images: Take only so many test images, likewise.
-        data_dir: Folder with the known data set's original files or archives. Without it, Keras
-            downloads ``fashion_mnist``, ``mnist``, ``cifar10`` and ``cifar100``.
+        test_images: Take only so many test images, likewise, and so many for validation.
+        data_dir: Folder with the known data set's original files or archives, or one of these
+            itself. Without it, ``fashion_mnist``, ``mnist``, ``cifar10`` and ``cifar100`` are taken
+            from Keras's cache, or Keras downloads them.
 
     Returns:
         The :class:`Dataset`; images from files have three channels.
 
     Raises:
-        ValueError: The source is unknown, or its files are not as they should be.
+        ValueError: The source is unknown, its files are not as they should be, or the images would
+            not fit into memory.
+        ImportError: A package that the files need is not installed.
 
     Example:
         >>> load("fashion_mnist_mini", image_size=32, train_images=50).x_train.shape
@@ -135,25 +146,31 @@ def load(
     limits = (train_images, test_images)
     folder = None if data_dir is None else Path(data_dir)
     path = Path(source)
-    list_files: Callable[[Path, list[str]], Listing] = list_folders
     if isinstance(source, str) and source in CLASSIC:
         class_names, read_arrays = CLASSIC[source]
-        data = Dataset(source, tuple(class_names), *read_arrays(source, folder))
-        return _resized(_limited(data, limits), image_size, interpolation)
-    if isinstance(source, str) and source in PAPERS:
-        path, list_files = find_images(source, folder), PAPERS[source].listing
+        arrays = read_arrays(source, folder)
+        _check_classic(source, arrays, len(class_names))
+        arrays = _resized(source, _limited(arrays, limits), image_size, interpolation)
+        return _dataset(source, class_names, arrays)
+    paper = PAPERS.get(source) if isinstance(source, str) else None
+    if paper is not None:
+        path = find_images(str(source), folder)
         image_size = image_size or IMAGE_SIZE
-    elif not path.is_dir() and not (path.is_file() and path.name.endswith(ARCHIVE_SUFFIXES)):
+    elif not path.is_dir() and not (path.is_file() and is_archive(path.name)):
+        there = "what is at that path is neither" if path.exists() else "none is at that path"
         raise ValueError(
             f"unknown data set {str(source)!r}: known are {', '.join(names())}, or a folder, .tar "
-            "or .zip file of images (none is at that path)"
+            f"or .zip file of images ({there})"
         )
     with open_files(path) as files:
-        listing = list_files(path, files.names)
+        if paper is not None:
+            listing = paper.listing(path, files.names)
+        else:
+            listing = list_folders(path, files.names, files.folders)
         arrays = read_images(
             path, files, listing, size=image_size, interpolation=interpolation, limits=limits
         )
-    return Dataset(str(source), listing.class_names, *arrays)
+    return _dataset(str(source), listing.class_names, arrays)
 
 
 def names() -> tuple[str, ...]:
@@ -168,26 +185,49 @@ def names() -> tuple[str, ...]:
     return *CLASSIC, *PAPERS
 
 
-def _limited(data: Dataset, limits: Limits) -> Dataset:
-    if limits[0] is not None:
-        train = balanced_subset(data.y_train, limits[0])
-        data = replace(data, x_train=data.x_train[train], y_train=data.y_train[train])
-    if limits[1] is not None:
-        test = balanced_subset(data.y_test, limits[1])
-        data = replace(data, x_test=data.x_test[test], y_test=data.y_test[test])
-    return data
+def _dataset(name: str, class_names: Sequence[str], arrays: Arrays) -> Dataset:
+    val = arrays.val or (None, None)
+    return Dataset(name, tuple(class_names), *arrays.train, *arrays.test, *val)
 
 
-def _resized(data: Dataset, size: int | None, interpolation: str) -> Dataset:
-    if size is None or data.image_shape[:2] == (size, size):
-        return data
-    from PIL import Image
+def _check_classic(name: str, arrays: Arrays, classes: int) -> None:
+    train, test = arrays.train, arrays.test
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise ValueError(
+            f"{name}: the training images are {train.images.shape[1:]}, those for testing "
+            f"{test.images.shape[1:]}"
+        )
+    for _, labels in (train, test):
+        if not (labels.min() >= 0 and labels.max() < classes):
+            raise ValueError(
+                f"{name}: the labels go from {labels.min()} to {labels.max()}; "
+                f"expected 0 to {classes - 1}"
+            )
+
+
+def _limited(arrays: Arrays, limits: Limits) -> Arrays:
+    parts = []
+    for part, limit in zip((arrays.train, arrays.test), limits, strict=True):
+        if limit is not None:
+            take = balanced_subset(part.labels, limit)
+            part = Part(part.images[take], part.labels[take])
+        parts.append(part)
+    return Arrays(*parts)
+
+
+def _resized(name: str, arrays: Arrays, size: int | None, interpolation: str) -> Arrays:
+    if size is None or arrays.train.images.shape[1:3] == (size, size):
+        return arrays
+    library = pillow()
+    count = len(arrays.train.images) + len(arrays.test.images)
+    check_memory(name, count, (size, size, arrays.train.images.shape[-1]))
 
     def resized(images: Images) -> Images:
         out = np.empty((len(images), size, size, images.shape[-1]), np.uint8)
         for image, target in zip(images, out, strict=True):
-            picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+            picture = library.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
             target[:] = np.asarray(resize(picture, size, interpolation)).reshape(target.shape)
         return out
 
-    return replace(data, x_train=resized(data.x_train), x_test=resized(data.x_test))
+    train, test = (Part(resized(part.images), part.labels) for part in arrays[:2] if part)
+    return Arrays(train, test)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import pickle
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kconv.datasets.images import Arrays, open_files
+from kconv.datasets.formats import (
+    IDX_FILES,
+    idx_path,
+    read_cifar_binary,
+    read_cifar_pickles,
+    read_idx_files,
+    read_keras_npz,
+    read_parquet,
+)
+from kconv.datasets.images import Arrays, Part
 
 _EMBEDDED = Path(__file__).parents[1] / "data"
 _DIGITS = tuple("0123456789")
@@ -28,88 +35,103 @@ _CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottl
     tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
 
 
-def read_idx(path: Path) -> NDArray[np.uint8]:
-    """Read an IDX file of bytes (the format of MNIST), gzipped or not.
+class _Published(NamedTuple):
+    """A form in which a data set is published."""
 
-    Args:
-        path: The file; a name that ends in ``.gz`` says that it is gzipped.
-
-    Returns:
-        The array, with the shape that the file states.
-
-    Raises:
-        ValueError: The file is not such a file, or is cut short.
-    """
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} is not a readable gzip file: {error}") from None
-    rank = data[3] if data[:3] == b"\0\0\x08" else 0
-    shape = tuple(np.frombuffer(data[4 : 4 + 4 * rank], ">u4").tolist())
-    if not rank or len(data) != 4 + 4 * rank + int(np.prod(shape)):
-        raise ValueError(f"{path} is not an IDX file of bytes, or is cut short")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    places: tuple[str, ...]
+    """Where to look for it below the folder of data, a file or a folder."""
+    read: Callable[[Path], Arrays]
 
 
-def _idx_arrays(folder: Path) -> Arrays:
-    def read(name: str) -> NDArray[np.uint8]:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return read_idx(path)
-        raise ValueError(f"{folder} has neither {name} nor {name}.gz")
-
-    arrays: list[Any] = []
-    for part in ("train", "t10k"):
-        images, labels = (read(f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
-        if images.ndim != 3 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"{folder}: the {part} images {images.shape} and labels {labels.shape} do not match"
-            )
-        arrays += [images[..., None], labels.astype(np.int64)]
-    return tuple(arrays)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads NumPy arrays, text and lists; a pickle that names anything else is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.endswith("multiarray") and name == "_reconstruct":
-            return np.empty(0).__reduce__()[0]
-        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocol 2
-            return lambda text, encoding: text.encode(encoding)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, not only arrays")
-
-
-def _cifar_arrays(folder: Path, stem: str, parts: Sequence[str], label_key: bytes) -> Arrays:
-    archive = folder / f"{stem}-python.tar.gz"
-    unpacked = {"cifar-10": "cifar-10-batches-py", "cifar-100": "cifar-100-python"}[stem]
-    if not archive.is_file() and not (folder / unpacked).is_dir():
-        raise ValueError(f"{folder} has neither {archive.name} nor {unpacked}/")
-    batches: dict[str, dict[bytes, Any]] = {}
-    with open_files(archive if archive.is_file() else folder) as files:
-        for name, data in files.read({f"{unpacked}/{part}" for part in parts}):
-            try:
-                batch = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
-                shape = (len(batch[label_key]), 3, 32, 32)
-                batch[b"data"] = batch[b"data"].reshape(shape).transpose(0, 2, 3, 1)
-            except Exception as error:  # a broken pickle may raise anything
-                raise ValueError(f"{name} is not a CIFAR batch: {error!r}") from None
-            batches[PurePosixPath(name).name] = batch
-    if missing := [part for part in parts if part not in batches]:
-        raise ValueError(f"{folder}: {unpacked} lacks {', '.join(missing)}")
-    train = [batches[part] for part in parts[:-1]]
-    test = batches[parts[-1]]
+def _keras_places(name: str, archive: str) -> tuple[str, ...]:
+    """The archive, and what Keras makes of it in its cache."""
     return (
-        np.concatenate([batch[b"data"] for batch in train]),
-        np.concatenate([np.asarray(batch[label_key], np.int64) for batch in train]),
-        np.ascontiguousarray(test[b"data"]),
-        np.asarray(test[label_key], np.int64),
+        f"{archive}.tar.gz",
+        name,
+        f"{name}-target/{name}",
+        f"{name}.tar.gz",
+        f"{name}-target_archive",
     )
 
 
-def _keras_arrays(name: str) -> Arrays:
+_CIFAR10_PARTS = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+_FORMS = {
+    "mnist": (
+        _Published((".", "mnist", "MNIST/raw"), read_idx_files),
+        _Published(("mnist.npz",), read_keras_npz),
+    ),
+    "fashion_mnist": (
+        _Published((".", "fashion-mnist", "FashionMNIST/raw"), read_idx_files),
+        _Published(("fashion_mnist.npz",), read_keras_npz),
+    ),
+    "cifar10": (
+        _Published(
+            _keras_places("cifar-10-batches-py", "cifar-10-python"),
+            partial(read_cifar_pickles, parts=_CIFAR10_PARTS, label_key=b"labels"),
+        ),
+        _Published(
+            ("cifar-10-binary.tar.gz", "cifar-10-batches-bin"),
+            partial(read_cifar_binary, parts=[f"{p}.bin" for p in _CIFAR10_PARTS], label_bytes=1),
+        ),
+    ),
+    "cifar100": (
+        _Published(
+            _keras_places("cifar-100-python", "cifar-100-python"),
+            partial(read_cifar_pickles, parts=("train", "test"), label_key=b"fine_labels"),
+        ),
+        _Published(
+            ("cifar-100-binary.tar.gz", "cifar-100-binary"),
+            partial(read_cifar_binary, parts=("train.bin", "test.bin"), label_bytes=2),
+        ),
+    ),
+}
+"""The forms of each, in the order to look for them; Hugging Face's Parquet files come after."""
+
+
+def _find(
+    name: str, folder: Path, enough: Callable[[Iterable[bool]], bool]
+) -> Callable[[], Arrays] | None:
+    """What reads a data set from a folder, which may also be one of the forms itself.
+
+    ``enough`` is ``any`` or ``all``: of the four IDX files.
+    """
+    for form in _FORMS[name]:
+        for place in form.places:
+            path = folder / place
+            if form.read is read_idx_files:
+                if enough(idx_path(path, file).is_file() for file in IDX_FILES):
+                    return partial(form.read, path)
+            elif path.exists():
+                return partial(form.read, path)
+            elif folder.name == PurePosixPath(place).name and folder.exists():
+                return partial(form.read, folder)
+    # Hugging Face's folder is called plain_text, or like the data set.
+    for parent in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
+        train, test = (sorted(parent.glob(f"{part}*.parquet")) for part in ("train", "test"))
+        if train and test:
+            return partial(read_parquet, train, test, 3 if name.startswith("cifar") else 1)
+    return None
+
+
+def _read(name: str, data_dir: Path | None) -> Arrays:
+    if data_dir is not None:
+        read = _find(name, data_dir, any)
+        if read is None:
+            known = [*IDX_FILES[:1]] if name.endswith("mnist") else []
+            known += [place for form in _FORMS[name] for place in form.places if "/" not in place]
+            listed = " nor ".join(place for place in known if place not in (".", "mnist"))
+            raise ValueError(
+                f"{data_dir} has neither {listed} nor Parquet files of {name} (train*.parquet and "
+                "test*.parquet)"
+            )
+        return read()
+    # Keras would find these, too; but they are read without it, and without running a pickle.
+    cache = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "datasets"
+    read = _find(name, cache, all) if cache.is_dir() else None
+    return _downloaded(name) if read is None else read()
+
+
+def _downloaded(name: str) -> Arrays:
     """What Keras's own downloader of this data set returns."""
     try:
         import keras
@@ -119,42 +141,29 @@ def _keras_arrays(name: str) -> Arrays:
             "or give data_dir, a folder with the original files"
         ) from None
     try:
-        train, test = getattr(keras.datasets, name).load_data()
+        parts = getattr(keras.datasets, name).load_data()
     except Exception as error:  # a failed download is a bare Exception
         raise ValueError(f"Keras could not download {name}: {error}") from error
-    arrays: list[Any] = []
-    for images, labels in (train, test):
-        images = images if images.ndim == 4 else images[..., None]
-        arrays += [images, labels.reshape(-1).astype(np.int64)]
-    return tuple(arrays)
+    channels_first = keras.config.image_data_format() == "channels_first"
+    found = []
+    for images, labels in parts:
+        if images.ndim == 3:
+            images = images[..., None]
+        elif channels_first:
+            images = images.transpose(0, 2, 3, 1)
+        found.append(Part(images, labels.reshape(-1).astype(np.int64)))
+    return Arrays(*found)
 
 
 def _embedded(name: str, data_dir: Path | None) -> Arrays:
-    return _idx_arrays(_EMBEDDED / name)
-
-
-def _mnist_like(name: str, data_dir: Path | None) -> Arrays:
-    return _keras_arrays(name) if data_dir is None else _idx_arrays(data_dir)
-
-
-def _cifar10(name: str, data_dir: Path | None) -> Arrays:
-    if data_dir is None:
-        return _keras_arrays(name)
-    parts = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    return _cifar_arrays(data_dir, "cifar-10", parts, b"labels")
-
-
-def _cifar100(name: str, data_dir: Path | None) -> Arrays:
-    if data_dir is None:
-        return _keras_arrays(name)
-    return _cifar_arrays(data_dir, "cifar-100", ["train", "test"], b"fine_labels")
+    return read_idx_files(_EMBEDDED / name)
 
 
 CLASSIC: dict[str, tuple[Sequence[str], Callable[[str, Path | None], Arrays]]] = {
     "fashion_mnist_mini": (_FASHION, _embedded),
-    "fashion_mnist": (_FASHION, _mnist_like),
-    "mnist": (_DIGITS, _mnist_like),
-    "cifar10": (_CIFAR10, _cifar10),
-    "cifar100": (_CIFAR100, _cifar100),
+    "fashion_mnist": (_FASHION, _read),
+    "mnist": (_DIGITS, _read),
+    "cifar10": (_CIFAR10, _read),
+    "cifar100": (_CIFAR100, _read),
 }
 """The class names of each, and what reads it: its name and the files' folder to arrays."""

@@ -1,149 +1,61 @@
-"""Image files, in a folder or in an archive of one, and which of them make a data set."""
+"""Which image files of a folder or archive make a data set, and their pixels."""
 
 from __future__ import annotations
 
-import io
-import itertools
 import os
-import tarfile
-import zipfile
-import zlib
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from PIL import Image
+from kconv.datasets.decode import (
+    IMAGE_SUFFIXES,
+    OTHER_IMAGE_SUFFIXES,
+    decode,
+    pillow,
+    resize,
+)
+from kconv.datasets.files import Files
 
 Images = NDArray[np.uint8]
 """(N, H, W, C) uint8."""
 Labels = NDArray[np.int64]
 """(N,) int64, indices into the class names."""
-Arrays = tuple[Images, Labels, Images, Labels]
-"""Training images and labels, test images and labels."""
 Limits = tuple[int | None, int | None]
 """How many training and test images to take at most; None takes all."""
 
 TEST_SHARE = 0.2
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
-INTERPOLATIONS = ("bilinear", "nearest")
+PARTS = {
+    "train": "train",
+    "test": "test",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+}
+"""The folders of a data set that is split already, and what they are for."""
+_FILES_AT_ONCE, _BYTES_AT_ONCE = 1024, 2**26
 
 
-class Files(Protocol):
-    """Files by their paths below a root ("train/cat/1.png")."""
+class Part(NamedTuple):
+    """Images and their labels."""
 
-    names: list[str]
-
-    def read(self, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-        """Names and contents of the wanted files, in the order that is quickest to read."""
-
-    def __enter__(self) -> Files: ...
-
-    def __exit__(self, *error: object) -> None: ...
+    images: Images
+    labels: Labels
 
 
-class _Folder:
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.names = [
-            (Path(folder) / name).relative_to(root).as_posix()
-            for folder, _, files in os.walk(root)
-            for name in files
-        ]
+class Arrays(NamedTuple):
+    """A data set's parts; without images of its own for validation, the last is None."""
 
-    def read(self, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-        for name in sorted(wanted.intersection(self.names)):
-            yield name, (self.root / name).read_bytes()
-
-    def __enter__(self) -> _Folder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-class _Tar:
-    """Reads from the archive itself: nothing is unpacked to the disk."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self.tar = tarfile.open(path)  # noqa: SIM115
-            self.members = {member.name.removeprefix("./"): member for member in self.tar}
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise ValueError(f"{path} is not a readable tar file: {error}") from None
-        for name, member in self.members.items():
-            _check_inside(path, name)
-            if not (member.isfile() or member.isdir()):
-                raise ValueError(f"{path} is refused: {name!r} is neither a file nor a folder")
-        self.names = [name for name, member in self.members.items() if member.isfile()]
-
-    def read(self, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-        for name in self.names:  # the archive's order: a compressed one cannot seek back cheaply
-            if name in wanted and (file := self.tar.extractfile(self.members[name])):
-                yield name, file.read()
-
-    def __enter__(self) -> _Tar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.tar.close()
-
-
-class _Zip:
-    """Likewise."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"{path} is not a readable zip file: {error}") from None
-        self.names = [name for name in self.zip.namelist() if not name.endswith("/")]
-        for name in self.names:
-            _check_inside(path, name)
-
-    def read(self, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-        for name in self.names:
-            if name in wanted:
-                try:
-                    yield name, self.zip.read(name)
-                # The second is for encrypted files, and for unknown compression.
-                except (zipfile.BadZipFile, RuntimeError, zlib.error) as error:
-                    raise ValueError(f"{self.path}: {name} cannot be read: {error}") from None
-
-    def __enter__(self) -> _Zip:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.zip.close()
-
-
-def _check_inside(archive: Path, name: str) -> None:
-    if name.startswith("/") or ".." in name.split("/"):
-        raise ValueError(f"{archive} is refused: {name!r} points outside of it")
-
-
-def open_files(path: Path) -> Files:
-    """The files of a folder or an archive.
-
-    Args:
-        path: A folder, or a file whose name ends in one of ``ARCHIVE_SUFFIXES``.
-
-    Returns:
-        The :class:`Files`, to be used in a ``with`` statement.
-
-    Raises:
-        ValueError: The archive cannot be read, or has files that point outside of it.
-    """
-    if path.is_dir():
-        return _Folder(path)
-    return _Zip(path) if path.suffix == ".zip" else _Tar(path)
+    train: Part
+    test: Part
+    val: Part | None = None
 
 
 def is_image(name: str) -> bool:
@@ -153,7 +65,12 @@ def is_image(name: str) -> bool:
         >>> is_image("cat/1.JPG"), is_image("cat/._1.jpg"), is_image("cat/Thumbs.db")
         (True, False, False)
     """
-    return name.lower().endswith(IMAGE_SUFFIXES) and "/." not in f"/{name}"
+    return name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    """Also what macOS adds to zip files."""
+    return "/." in f"/{name}" or name.startswith("__MACOSX/")
 
 
 # Which files make a data set
@@ -167,68 +84,146 @@ class Listing:
         class_names: One name for each label.
         train: The label of each training image, by its file's path.
         test: Likewise for the test images.
+        val: Likewise for the validation images; None leaves it to the training to hold some out.
     """
 
     class_names: tuple[str, ...]
     train: Mapping[str, int]
     test: Mapping[str, int]
+    val: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        """See that the names can be written into reports.
+
+        Raises:
+            ValueError: One cannot.
+        """
+        for name in self.class_names:
+            # Surrogates, which stand for bytes that are no text, and all that moves the cursor.
+            if any(unicodedata.category(letter) in ("Cs", "Cc", "Zl", "Zp") for letter in name):
+                raise ValueError(f"the class name {name!r} cannot be printed: rename its folder")
 
 
 FilesByClass = Mapping[str, Sequence[str]]
 
 
-def listing_of(train: FilesByClass, test: FilesByClass, class_names: Sequence[str]) -> Listing:
+def listing_of(
+    train: FilesByClass,
+    test: FilesByClass,
+    class_names: Sequence[str],
+    val: FilesByClass | None = None,
+) -> Listing:
     """The listing that follows from the files of each class."""
-    parts = (
-        {name: label for label, c in enumerate(class_names) for name in part.get(c, ())}
-        for part in (train, test)
-    )
-    return Listing(tuple(class_names), *parts)
+
+    def labelled(part: FilesByClass) -> dict[str, int]:
+        return {name: label for label, c in enumerate(class_names) for name in part.get(c, ())}
+
+    tested = labelled(test)
+    validated = tested if val is test else None if val is None else labelled(val)
+    return Listing(tuple(class_names), labelled(train), tested, validated)
 
 
-def list_folders(path: Path, names: Sequence[str]) -> Listing:
-    """The data set in ``train/<class>/`` and ``test/<class>/``, or in ``<class>/``.
+def list_folders(path: Path, names: Sequence[str], folders: Sequence[str] = ()) -> Listing:
+    """The data set in ``train/<class>/`` and other parts, or in ``<class>/``.
 
     Args:
         path: The folder or archive, for errors.
         names: Its files' paths.
+        folders: Its folders' paths, so that those of classes without any file are seen.
 
     Returns:
-        The :class:`Listing`, its classes in alphabetical order.
+        The :class:`Listing`, its classes in alphabetical order. Images may lie in folders below
+        that of their class. Where there is no ``test/``, the validation images are for testing
+        too.
 
     Raises:
-        ValueError: The files are in other folders than these.
+        ValueError: The files are in other folders than these, or a class has no images, or has
+            images of kinds that are not read.
     """
-    layouts = "train/<class>/ and test/<class>/, or <class>/"
-    folders = {name: name.split("/")[:-1] for name in sorted(filter(is_image, names))}
-    if not folders:
+    layouts = "train/<class>/ with test/<class>/ or val/<class>/ or both, or <class>/"
+    images = sorted(filter(is_image, names))
+    if not images:
         raise ValueError(
             f"{path} has no images; expected {layouts} with {', '.join(IMAGE_SUFFIXES)} files"
         )
     # An archive of the folder "pets" has "pets/" before everything: look below it.
-    parts = (["train"], ["test"])
-    while min(map(len, folders.values())) > 1 and len({f[0] for f in folders.values()}) == 1:
-        if next(iter(folders.values()))[:1] in parts:
+    start = ""
+    while True:
+        below = [name.removeprefix(start).split("/") for name in images]
+        top = below[0][0]
+        if top in PARTS or any(len(found) < 3 or found[0] != top for found in below):
             break
-        folders = {name: folder[1:] for name, folder in folders.items()}
+        start += f"{top}/"
+
+    tops = {found[0] for found in below if len(found) > 1}
+    parts = tops & PARTS.keys()
     # By itself "train" may also be a class, beside "bus" and "tram".
-    depth = 2 if any(len(f) > 1 and f[:1] in parts for f in folders.values()) else 1
-    by_class: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
-    for name, folder in folders.items():
-        if len(folder) != depth or (depth == 2 and folder[:1] not in parts):
+    split = ("train" in parts and len(parts) > 1) or parts == tops
+    files: dict[str, dict[str, list[str]]] = {}
+    for name, found in zip(images, below, strict=True):
+        part, *rest = found if split else ["", *found]
+        if len(rest) < 2 or (split and part not in parts):
             raise ValueError(f"{path} is mixed up at {name}; expected {layouts}")
-        part = folder[0] if depth == 2 else "train"
-        by_class[part].setdefault(folder[-1], []).append(name)
-    train, test = by_class["train"], by_class["test"]
-    if depth == 1:
-        train, test = hold_out(path, train)
-    if unmatched := sorted(train.keys() ^ test.keys()):
+        files.setdefault(part, {}).setdefault(rest[0], []).append(name)
+    _check_all_read(path, start, files, names, folders)
+    if not split:
+        train, test = hold_out(path, files[""])
+        return listing_of(train, test, _two_or_more(path, train))
+
+    by_use: dict[str, dict[str, list[str]]] = {}
+    for part, classes in files.items():
+        if PARTS[part] in by_use:
+            raise ValueError(f"{path} has several folders for validation, {part}/ among them")
+        by_use[PARTS[part]] = classes
+    train = by_use.get("train", {})
+    for part in sorted(files.keys() - {"train"}) or ["test"]:
+        if unmatched := sorted(train.keys() ^ files.get(part, {}).keys()):
+            raise ValueError(
+                f"{path}: class {unmatched[0]!r} has images in only one of train/ and {part}/"
+            )
+    val = by_use.get("val")
+    return listing_of(train, by_use.get("test", val or {}), _two_or_more(path, train), val)
+
+
+def _two_or_more(path: Path, classes: FilesByClass) -> list[str]:
+    names = sorted(classes)
+    if len(names) < 2:
+        raise ValueError(f"{path} has the one class {names[0]!r}; expected two or more")
+    return names
+
+
+def _check_all_read(
+    path: Path,
+    start: str,
+    files: Mapping[str, FilesByClass],
+    names: Sequence[str],
+    folders: Sequence[str],
+) -> None:
+    """See that no class is left out, or a part of one, as its files are of other kinds."""
+    depth = 1 if "" in files else 2
+    left_out: dict[tuple[str, str], Counter[str]] = {}
+    for name in chain(names, (f"{folder}/" for folder in folders)):
+        if not name.startswith(start) or _is_hidden(name) or is_image(name):
+            continue
+        found = name.removeprefix(start).split("/")
+        part = found[0] if depth == 2 else ""
+        if len(found) > depth and part in (files if depth == 1 else PARTS):
+            kinds = left_out.setdefault((part, found[depth - 1]), Counter())
+            if found[-1]:
+                kinds[PurePosixPath(name).suffix.lower() or "no suffix"] += 1
+    for (part, label), kinds in sorted(left_out.items()):
+        where = f" in {part}/" if part else ""
+        if label not in files.get(part, {}):
+            found = f"no images{where}, but {kinds.total()} other files"
+        elif others := Counter({k: n for k, n in kinds.items() if k in OTHER_IMAGE_SUFFIXES}):
+            found = f"images of unread kinds{where}, {others.total()} files"
+            kinds = others
+        else:
+            continue
+        listed = f" ({', '.join(sorted(kinds))})" if kinds else ""
         raise ValueError(
-            f"{path}: class {unmatched[0]!r} has images in only one of train/ and test/"
+            f"{path}: class {label!r} has {found}{listed}; expected {', '.join(IMAGE_SUFFIXES)}"
         )
-    if len(train) < 2:
-        raise ValueError(f"{path} has the one class {next(iter(train))!r}; expected two or more")
-    return listing_of(train, test, sorted(train))
 
 
 def hold_out(
@@ -302,65 +297,130 @@ def read_images(
         limits: How many to take, as many of each class.
 
     Returns:
-        Images (N, H, W, 3) and labels to train with, and to test with.
+        The :class:`Arrays`, of images (N, H, W, 3).
 
     Raises:
-        ValueError: A file is not an image, or the images differ in size.
+        ValueError: A file is not an image, the images differ in size, or take too much memory.
     """
     chosen: list[str] = []
     labels: list[Labels] = []
-    for part, limit in zip((listing.train, listing.test), limits, strict=True):
-        part_labels = np.fromiter(part.values(), np.int64, len(part))
-        take = balanced_subset(part_labels, len(part) if limit is None else limit)
-        part_names = list(part)
-        chosen += [part_names[i] for i in take]
+    val = None if listing.val is listing.test else listing.val
+    for part, limit in ((listing.train, limits[0]), (listing.test, limits[1]), (val, limits[1])):
+        names = list(part or ())
+        part_labels = np.fromiter((part or {}).values(), np.int64, len(names))
+        take = balanced_subset(part_labels, len(names) if limit is None else limit)
+        chosen += [names[i] for i in take]
         labels.append(part_labels[take])
-    images = _decode(path, files, chosen, size, interpolation)
-    cut = len(labels[0])
-    return images[:cut], labels[0], images[cut:], labels[1]
+    images = decode_all(
+        path, files.read(set(chosen)), chosen, size=size, interpolation=interpolation
+    )
+    ends = np.cumsum([len(part) for part in labels])
+    train, test, validation = map(Part, np.split(images, ends[:-1]), labels)
+    if listing.val is not None and val is None:
+        validation = test
+    return Arrays(train, test, None if listing.val is None else validation)
 
 
-def resize(picture: Image.Image, size: int, interpolation: str) -> Image.Image:
-    """A picture of this height and width, whatever its proportions were."""
-    from PIL import Image
-
-    if picture.size == (size, size):
-        return picture
-    return picture.resize((size, size), Image.Resampling[interpolation.upper()])
-
-
-def _decode(
-    path: Path, files: Files, chosen: Sequence[str], size: int | None, interpolation: str
+def decode_all(
+    path: Path,
+    contents: Iterator[tuple[str, bytes]],
+    names: Sequence[str],
+    *,
+    size: int | None = None,
+    interpolation: str = "bilinear",
 ) -> Images:
-    """The chosen images in their order, (N, H, W, 3)."""
-    from PIL import Image
+    """Decode image files on all cores.
 
-    def decode(name: str, data: bytes) -> NDArray[np.uint8]:
+    Args:
+        path: Where they are, for errors.
+        contents: Names and contents, in any order.
+        names: The order in which they are wanted; one or more.
+        size: Height and width to resize to; None keeps theirs, which must be all the same.
+        interpolation: One of ``INTERPOLATIONS``.
+
+    Returns:
+        The images, (N, H, W, 3).
+
+    Raises:
+        ValueError: A file is not an image, the images differ in size, or take too much memory.
+    """
+    pillow()  # without it, that is one error
+    if size is not None:
+        check_memory(path, len(names), (size, size, 3))
+
+    def decoded(name: str, data: bytes) -> NDArray[np.uint8]:
         try:
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
+            picture = decode(data)
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"{path}: {name} is not a readable image: {error}") from None
         return np.asarray(picture if size is None else resize(picture, size, interpolation))
 
     def decode_some(items: list[tuple[str, bytes]]) -> list[tuple[str, NDArray[np.uint8]]]:
-        return [(name, decode(name, data)) for name, data in items]
+        return [(name, decoded(name, data)) for name, data in items]
 
-    position = {name: i for i, name in enumerate(chosen)}
+    position = {name: i for i, name in enumerate(names)}
     images: Images | None = None
-    contents = files.read(set(chosen))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # 1,024 files at a time are in memory; 32 to a task, as small pictures take less time than
-        # handing one to a thread does.
-        while some := list(itertools.islice(contents, 1024)):
+        for some in _gathered(contents):
+            # 32 to a task, as small pictures take less time than handing one to a thread does.
             tasks = [some[i : i + 32] for i in range(0, len(some), 32)]
-            for name, pixels in itertools.chain.from_iterable(pool.map(decode_some, tasks)):
+            for name, pixels in chain.from_iterable(pool.map(decode_some, tasks)):
                 if images is None:
-                    images = np.empty((len(chosen), *pixels.shape), np.uint8)
+                    check_memory(path, len(names), pixels.shape)
+                    images = np.empty((len(names), *pixels.shape), np.uint8)
                 if pixels.shape != images.shape[1:]:
                     raise ValueError(
                         f"{path}: the images differ in size ({name} is {pixels.shape[:2]}, others "
                         f"{images.shape[1:3]}): give an image size to resize them to"
                     )
-                images[position[name]] = pixels
-    assert images is not None  # a listing has some
+                if name not in position:
+                    raise ValueError(f"{path} has more images than it declares")
+                images[position.pop(name)] = pixels
+    if images is None or position:
+        raise ValueError(f"{path} has fewer images than it declares")
     return images
+
+
+def _gathered(contents: Iterator[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
+    """As many files as may be in memory at a time."""
+    some: list[tuple[str, bytes]] = []
+    held = 0
+    for name, data in contents:
+        some.append((name, data))
+        held += len(data)
+        if len(some) == _FILES_AT_ONCE or held >= _BYTES_AT_ONCE:
+            yield some
+            some, held = [], 0
+    if some:
+        yield some
+
+
+def check_memory(source: object, count: int, shape: tuple[int, ...]) -> None:
+    """See that images fit into this machine before their memory is taken.
+
+    Args:
+        source: Where they come from, for errors.
+        count: How many images.
+        shape: (H, W, C) of each, of bytes.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    height, width, channels = shape
+    wanted = count * height * width * channels
+    if wanted > (there := _memory()):
+        raise ValueError(
+            f"{source}: {count:,} images of {height}x{width} take {wanted / 1e9:,.1f} GB; "
+            f"there are {there / 1e9:,.1f} GB of memory"
+        )
+
+
+def _memory() -> int:
+    """What this machine has, or this container may use."""
+    there: int = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return there

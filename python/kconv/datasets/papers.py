@@ -10,15 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from kconv.datasets.images import (
-    ARCHIVE_SUFFIXES,
-    FilesByClass,
-    Listing,
-    hold_out,
-    is_image,
-    listing_of,
-    open_files,
-)
+from kconv.datasets.files import damage, is_archive, open_files
+from kconv.datasets.images import FilesByClass, Listing, hold_out, is_image, listing_of
 
 IMAGE_SIZE = 224
 """Height and width that the papers resize these images to, whatever their proportions."""
@@ -61,7 +54,7 @@ def find_images(name: str, data_dir: Path | None) -> Path:
             f"{name} is not downloaded: give data_dir, a folder with {published.layout}, "
             f"from {published.homepage}"
         )
-    if data_dir.is_file() and data_dir.name.endswith(ARCHIVE_SUFFIXES):
+    if data_dir.is_file() and is_archive(data_dir.name):
         return data_dir
     found = _first(data_dir, published.images) if data_dir.is_dir() else None
     if found is None:
@@ -81,7 +74,8 @@ def _oxford_iiit_pet(path: Path, names: Sequence[str]) -> Listing:
     lists = ("trainval.txt", "test.txt")
     with open_files(source) as files:
         wanted = {name for name in files.names if PurePosixPath(name).name in lists}
-        texts = {PurePosixPath(name).name: data.decode() for name, data in files.read(wanted)}
+        with damage(f"{source} has lists that cannot be read"):
+            texts = {PurePosixPath(name).name: data.decode() for name, data in files.read(wanted)}
     images = {PurePosixPath(name).stem: name for name in names if is_image(name)}
     numbers: dict[str, int] = {}
     train: dict[str, list[str]] = {}
