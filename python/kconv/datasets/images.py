@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -214,15 +215,15 @@ def _check_all_read(
     for (part, label), kinds in sorted(left_out.items()):
         where = f" in {part}/" if part else ""
         if label not in files.get(part, {}):
-            found = f"no images{where}, but {kinds.total()} other files"
+            what = f"no images{where}, but {kinds.total()} other files"
         elif others := Counter({k: n for k, n in kinds.items() if k in OTHER_IMAGE_SUFFIXES}):
-            found = f"images of unread kinds{where}, {others.total()} files"
+            what = f"images of unread kinds{where}, {others.total()} files"
             kinds = others
         else:
             continue
         listed = f" ({', '.join(sorted(kinds))})" if kinds else ""
         raise ValueError(
-            f"{path}: class {label!r} has {found}{listed}; expected {', '.join(IMAGE_SUFFIXES)}"
+            f"{path}: class {label!r} has {what}{listed}; expected {', '.join(IMAGE_SUFFIXES)}"
         )
 
 
@@ -344,7 +345,7 @@ def decode_all(
     Raises:
         ValueError: A file is not an image, the images differ in size, or take too much memory.
     """
-    pillow()  # without it, that is one error
+    library = pillow()
     if size is not None:
         check_memory(path, len(names), (size, size, 3))
 
@@ -362,7 +363,8 @@ def decode_all(
 
     position = {name: i for i, name in enumerate(names)}
     images: Images | None = None
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore", library.DecompressionBombWarning)  # as that is an error
         for some in _gathered(contents):
             # 32 to a task, as small pictures take less time than handing one to a thread does.
             tasks = [some[i : i + 32] for i in range(0, len(some), 32)]
