@@ -1,28 +1,56 @@
-"""The original's ``datasets``: loading, saving, and testing with flipped images."""
+"""The original's ``datasets``: loading, saving, training, and testing with flipped images."""
 # ruff: noqa: N803, PT028 - the original's names, which are not those of tests
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import keras
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from kconv.cai import _pixels
+from kconv.cai._generator import ImageGenerator
+from kconv.cai._image_files import (
+    add_padding_to_make_img_array_squared,
+    load_images_from_files,
+    load_images_from_folders,
+    save_dataset_as_jpg,
+    save_dataset_as_png,
+    save_dataset_in_format,
+    save_tfds_as_jpg,
+    save_tfds_as_png,
+    save_tfds_in_format,
+)
+from kconv.cai._pixels import Array, Images
 from kconv.cai.models import load_kereas_model
+from kconv.cai.util import create_image_generator
 from kconv.training import classification_report
 
-Array = NDArray[Any]
-Images = NDArray[np.float32]
+__all__ = [
+    "add_padding_to_make_img_array_squared",
+    "load_cifar10_dataset",
+    "load_dataset",
+    "load_dataset_with_validation",
+    "load_hyperspectral_matlab_image",
+    "load_images_from_files",
+    "load_images_from_folders",
+    "print_classification_report",
+    "save_dataset_as_jpg",
+    "save_dataset_as_png",
+    "save_dataset_in_format",
+    "save_tfds_as_jpg",
+    "save_tfds_as_png",
+    "save_tfds_in_format",
+    "test_flips_on_model",
+    "test_flips_on_saved_model",
+    "train_model_on_cifar10",
+    "train_model_on_dataset",
+]
 
-# CIE 1931 tristimulus values of linear sRGB, each row divided by the white point D65's.
-_XYZ = np.array(
-    [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
-) / np.array([[0.95047], [1.0], [1.08883]])
-_GREY = np.array([0.299, 0.587, 0.114], np.float32)
+_LOGGED = ("accuracy", "loss", "val_accuracy", "val_loss")
 
 
 def load_dataset(
@@ -92,7 +120,8 @@ def load_dataset_with_validation(
         base_model_name: of no effect.
         validation_size: the share of the training images to validate with.
         validation_flip_horizontal: whether to append copies of these, mirrored.
-        validation_flip_vertical: whether to append copies of these, upside down.
+        validation_flip_vertical: whether to append copies of these, upside down; with both flips,
+            also of the mirrored ones.
 
     Returns:
         Images and labels to train, to validate and to test with.
@@ -105,10 +134,10 @@ def load_dataset_with_validation(
     x, y, x_test, y_test = load_dataset(dataset, lab, verbose, bipolar, base_model_name)
     held_out = int(validation_size * len(x))
     x_val, y_val = x[:held_out], y[:held_out]
-    flips = ((2, validation_flip_horizontal), (1, validation_flip_vertical))
-    copies = [x_val, *(np.flip(x_val, axis) for axis, wanted in flips if wanted)]
+    copies = _pixels.flipped(x_val, validation_flip_horizontal, validation_flip_vertical)
     y_val = np.concatenate([y_val] * len(copies))
-    return x[held_out:], y[held_out:], np.concatenate(copies), y_val, x_test, y_test
+    x_val = np.concatenate(list(copies.values()))
+    return x[held_out:], y[held_out:], x_val, y_val, x_test, y_test
 
 
 def load_cifar10_dataset(
@@ -134,95 +163,111 @@ def load_hyperspectral_matlab_image(
     raise NotImplementedError("load_hyperspectral_matlab_image of the original is not in kconv")
 
 
-def save_dataset_in_format(
-    aImages: ArrayLike,
-    aClasses: ArrayLike,
-    dest_folder_name: str = "img",
-    format: str = ".png",  # noqa: A002 - the original's name
-    with_horizontal_flip: bool = False,
-    with_vertical_flip: bool = False,
-) -> None:
-    """Write images as ``dest_folder_name/class<k>/img_<n>.png``.
+def train_model_on_dataset(
+    model: keras.Model,
+    dataset: Any,
+    base_model_name: str,
+    plrscheduler: Callable[..., float],
+    batch_size: int = 64,
+    epochs: int = 300,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    verbose: bool = False,
+    lab: bool = False,
+    bipolar: bool = True,
+    datagen: ImageGenerator = create_image_generator(),  # noqa: B008 - keeps no state
+    monitor: str = "val_accuracy",
+    use_multiprocessing: bool = False,
+) -> tuple[keras.callbacks.History, str, str]:
+    """Train a classifier with SGD on augmented images, and keep the best one in a file.
+
+    Example:
+        >>> fit_result, best_model, _ = train_model_on_dataset(
+        ...     model, keras.datasets.cifar10, "best", lambda epoch: 0.1)  # doctest: +SKIP
 
     Args:
-        aImages: (N, H, W, C) or (N, H, W), from 0 to 255.
-        aClasses: (N,) or (N, 1) numbers of the classes.
-        dest_folder_name: the folder, which is made.
-        format: ending of the files' names, which says their format.
-        with_horizontal_flip: whether to write mirrored copies, ``img_<n>_h``, too.
-        with_vertical_flip: whether to write copies upside down, ``img_<n>_v``, too.
+        model: of images to probabilities; it is compiled here, and trained in place.
+        dataset: as in :func:`load_dataset`; its test images validate.
+        base_model_name: what the files' names begin with.
+        plrscheduler: the learning rate of an epoch, counted from 0.
+        batch_size: images in a batch.
+        epochs: how many.
+        momentum: of SGD.
+        nesterov: whether it is Nesterov's.
+        verbose: whether to print shapes, ranges and the progress.
+        lab: whether to convert to CIE LAB.
+        bipolar: which range the values have.
+        datagen: what augments the images.
+        monitor: "val_accuracy", "accuracy", "val_loss" or "loss", of which the largest is best.
+        use_multiprocessing: False, as Keras 3's ``fit`` has no such argument.
+
+    Returns:
+        What ``fit`` returns; the best model's file, ``<base_model_name>.keras``; and
+        ``<base_model_name>.csv``, which is not written.
 
     Raises:
-        ValueError: if images and labels are not as many.
-        OSError: if a file cannot be written.
+        NotImplementedError: for multiprocessing.
+        ValueError: if the model has other outputs than the data set classes, or an argument has
+            no meaning.
     """
-    images, classes = np.asarray(aImages), np.asarray(aClasses).reshape(-1)
-    if len(images) != len(classes):
-        raise ValueError(f"{len(images)} images do not go with {len(classes)} labels")
-    _save(
-        zip(images, classes, strict=True),
-        dest_folder_name,
-        format,
-        with_horizontal_flip,
-        with_vertical_flip,
+    if use_multiprocessing:
+        raise NotImplementedError("use_multiprocessing=True: Keras 3's fit has no such argument")
+    if monitor not in _LOGGED:
+        raise ValueError(f"monitor={monitor!r} is not one of {', '.join(_LOGGED)}")
+    x_train, y_train, x_test, y_test = load_dataset(dataset, lab, verbose, bipolar, base_model_name)
+    if model.output_shape != (None, y_train.shape[1]):
+        raise ValueError(
+            f"the model's output of shape {model.output_shape} is not one for each of the data "
+            f"set's {y_train.shape[1]} classes"
+        )
+    model.compile(
+        loss="categorical_crossentropy",
+        optimizer=keras.optimizers.SGD(0.1, momentum=momentum, nesterov=nesterov),
+        metrics=["accuracy"],
     )
-
-
-def save_dataset_as_png(
-    aImages: ArrayLike,
-    aClasses: ArrayLike,
-    dest_folder_name: str = "img",
-    with_horizontal_flip: bool = False,
-    with_vertical_flip: bool = False,
-) -> None:
-    """:func:`save_dataset_in_format` as PNG."""
-    save_dataset_in_format(
-        aImages, aClasses, dest_folder_name, ".png", with_horizontal_flip, with_vertical_flip
+    model_file_name = f"{base_model_name}.keras"
+    fit_result = model.fit(
+        datagen.flow(x_train, y_train, batch_size=batch_size, shuffle=True),
+        epochs=epochs,
+        validation_data=(x_test, y_test),
+        validation_batch_size=batch_size,
+        callbacks=[
+            keras.callbacks.LearningRateScheduler(plrscheduler),
+            keras.callbacks.ModelCheckpoint(
+                model_file_name, monitor=monitor, save_best_only=True, mode="max"
+            ),
+        ],
+        verbose=int(verbose),
     )
+    return fit_result, model_file_name, f"{base_model_name}.csv"
 
 
-def save_dataset_as_jpg(
-    aImages: ArrayLike,
-    aClasses: ArrayLike,
-    dest_folder_name: str = "img",
-    with_horizontal_flip: bool = False,
-    with_vertical_flip: bool = False,
-) -> None:
-    """:func:`save_dataset_in_format` as JPEG."""
-    save_dataset_in_format(
-        aImages, aClasses, dest_folder_name, ".jpg", with_horizontal_flip, with_vertical_flip
+def train_model_on_cifar10(
+    model: keras.Model,
+    base_model_name: str,
+    plrscheduler: Callable[..., float],
+    batch_size: int = 64,
+    epochs: int = 300,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    verbose: bool = False,
+    lab: bool = False,
+    bipolar: bool = True,
+) -> tuple[keras.callbacks.History, str, str]:
+    """:func:`train_model_on_dataset` with ``keras.datasets.cifar10``, which is downloaded."""
+    return train_model_on_dataset(
+        model,
+        keras.datasets.cifar10,
+        base_model_name,
+        plrscheduler,
+        batch_size,
+        epochs,
+        momentum,
+        nesterov,
+        verbose,
+        lab,
+        bipolar,
     )
-
-
-def save_tfds_in_format(
-    p_tfds: Iterable[Any],
-    dest_folder_name: str = "img",
-    format: str = ".png",  # noqa: A002 - the original's name
-    with_horizontal_flip: bool = False,
-    with_vertical_flip: bool = False,
-) -> None:
-    """:func:`save_dataset_in_format` for pairs of image and label, as TensorFlow Datasets has."""
-    _save(p_tfds, dest_folder_name, format, with_horizontal_flip, with_vertical_flip)
-
-
-def save_tfds_as_png(
-    p_tfds: Iterable[Any],
-    dest_folder_name: str = "img",
-    with_horizontal_flip: bool = False,
-    with_vertical_flip: bool = False,
-) -> None:
-    """:func:`save_tfds_in_format` as PNG."""
-    _save(p_tfds, dest_folder_name, ".png", with_horizontal_flip, with_vertical_flip)
-
-
-def save_tfds_as_jpg(
-    p_tfds: Iterable[Any],
-    dest_folder_name: str = "img",
-    with_horizontal_flip: bool = False,
-    with_vertical_flip: bool = False,
-) -> None:
-    """:func:`save_tfds_in_format` as JPEG."""
-    _save(p_tfds, dest_folder_name, ".jpg", with_horizontal_flip, with_vertical_flip)
 
 
 def print_classification_report(pred_y: ArrayLike, test_y: ArrayLike) -> None:
@@ -264,8 +309,9 @@ def test_flips_on_model(
         model: what predicts.
         has_flip_x: whether to try them mirrored.
         has_flip_y: whether to try them upside down.
-        has_bw: whether to try them in grey.
-        center_crop: the share of height and width to cut off, half at each side; 0 does not.
+        has_bw: whether to try them in grey, the mean of the channels.
+        center_crop: the share of height and width to cut off, half at each side, before the rest
+            is brought back to the size by its nearest pixels; 0 does not.
 
     Raises:
         ValueError: if the share is not from 0 to below 1.
@@ -297,13 +343,13 @@ def test_flips_on_model(
         if has_flip_x:
             report(f"Test {names} + Flipped Y", total + upside_down)
     if center_crop > 0:
-        cropped = predict(_cropped(images, center_crop))
+        cropped = predict(_pixels.cropped(images, center_crop))
         report("Test Center Crop", cropped)
         report("Test Original + Center Crop", plain + cropped)
         if flipped is not None:
             report("Test Original + Flipped X + Center Crop", plain + flipped + cropped)
     if has_bw:
-        grey = predict(_grey(images))
+        grey = predict(_pixels.grey(images))
         report("Test Black and White", grey)
         report("Test Original + Black and White", plain + grey)
         if flipped is not None:
@@ -331,65 +377,8 @@ for _function in (test_flips_on_model, test_flips_on_saved_model):
 
 def _scaled(images: ArrayLike, lab: bool, bipolar: bool) -> Images:
     x = np.asarray(images)
-    x = (x if x.ndim == 4 else x[..., None]).astype(np.float32)
-    if not lab:
-        scaled = x / np.float32(64) - np.float32(2) if bipolar else x / np.float32(255)
-    elif bipolar:
-        scaled = _lab(x) / (25, 50, 50) - (2, 0, 0)
-    else:
-        scaled = _lab(x) / (100, 200, 200) + (0, 0.5, 0.5)
-    return scaled.astype(np.float32)
+    return _pixels.scaled(x if x.ndim == 4 else x[..., None], lab, bipolar)
 
 
 def _one_hot(labels: ArrayLike, classes: int) -> Array:
     return np.eye(classes, dtype=np.float32)[np.asarray(labels, np.int64).reshape(-1)]
-
-
-def _lab(images: Images) -> NDArray[np.floating[Any]]:
-    """From sRGB of 0 to 255 to CIE LAB under D65."""
-    if images.shape[-1] != 3:
-        raise ValueError(f"lab=True: the images have {images.shape[-1]} channels, not 3")
-    rgb = images / np.float32(255)
-    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    xyz = linear @ _XYZ.T
-    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    x, y, z = np.moveaxis(f, -1, 0)
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
-
-
-def _grey(images: Images) -> Images:
-    if images.shape[-1] != 3:
-        return images
-    return np.repeat((images @ _GREY)[..., None], 3, axis=-1)
-
-
-def _cropped(images: Images, share: float) -> Images:
-    """The middle of images, brought back to their size."""
-    height, width = images.shape[1:3]
-    top, left = int(height * share / 2), int(width * share / 2)
-    middle = images[:, top : height - top, left : width - left]
-    resized = keras.ops.image.resize(middle, (height, width), data_format="channels_last")
-    return keras.ops.convert_to_numpy(resized)
-
-
-def _save(
-    pairs: Iterable[Any], folder: str, suffix: str, horizontal_flip: bool, vertical_flip: bool
-) -> None:
-    from PIL import Image
-
-    for number, pair in enumerate(pairs):
-        image, label = (pair["image"], pair["label"]) if isinstance(pair, dict) else pair
-        pixels = np.clip(np.asarray(image), 0, 255).astype(np.uint8)
-        if pixels.shape[-1] == 1:
-            pixels = pixels[..., 0]
-        target = Path(folder) / f"class{int(label)}"
-        target.mkdir(parents=True, exist_ok=True)
-        copies = {"": pixels}
-        if horizontal_flip:
-            copies["_h"] = pixels[:, ::-1]
-        if vertical_flip:
-            copies["_v"] = pixels[::-1]
-        for ending, copy in copies.items():
-            Image.fromarray(np.ascontiguousarray(copy)).save(
-                target / f"img_{number}{ending}{suffix}"
-            )

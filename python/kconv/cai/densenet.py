@@ -8,9 +8,57 @@ from typing import Any
 import keras
 
 from kconv.cai._networks import ActivationFn, activation_name, build, refuse, spec
+from kconv.cai.datasets import train_model_on_dataset
 from kconv.models import Spec
 
 Shape = tuple[int | None, ...]
+
+
+def lrscheduler(epoch: int) -> float:
+    """The learning rate of an epoch: 0.1, from epoch 150 on 0.01, from 225 on 0.001.
+
+    Example:
+        >>> [lrscheduler(epoch) for epoch in (149, 150, 225)]
+        [0.1, 0.01, 0.001]
+    """
+    return _falling(epoch, 0.1, 150, 225)
+
+
+def smooth_lrscheduler(epoch: int) -> float:
+    """A tenth of :func:`lrscheduler`.
+
+    Example:
+        >>> [smooth_lrscheduler(epoch) for epoch in (149, 150, 225)]
+        [0.01, 0.001, 0.0001]
+    """
+    return _falling(epoch, 0.01, 150, 225)
+
+
+def cyclical_lrscheduler(epoch: int) -> float:
+    """Cycles of 100 epochs: 0.1, from the 50th on 0.01, from the 75th on 0.001.
+
+    Example:
+        >>> [cyclical_lrscheduler(epoch) for epoch in (49, 50, 75, 100)]
+        [0.1, 0.01, 0.001, 0.1]
+    """
+    return _falling(epoch % 100, 0.1, 50, 75)
+
+
+def cyclical_smooth_lrscheduler(epoch: int) -> float:
+    """A tenth of :func:`cyclical_lrscheduler`.
+
+    Example:
+        >>> [cyclical_smooth_lrscheduler(epoch) for epoch in (49, 50, 75, 100)]
+        [0.01, 0.001, 0.0001, 0.01]
+    """
+    return _falling(epoch % 100, 0.01, 50, 75)
+
+
+def _falling(epoch: int, rate: float, second: int, third: int) -> float:
+    """The rate, its tenth from the second epoch given on, its hundredth from the third on."""
+    if epoch < second:
+        return rate
+    return rate / 10 if epoch < third else rate / 100
 
 
 def simple_densenet(
@@ -126,6 +174,74 @@ def ksimple_densenet(
         interleave_at_transition=has_interleave_at_transition,
     )
     return _decaying(network, l2_decay)
+
+
+def train_simple_densenet_on_dataset(
+    base_model_name: str,
+    dataset: Any,
+    input_shape: Shape,
+    blocks: int = 6,
+    growth_rate: int = 12,
+    bottleneck: int = 48,
+    compression: float = 0.5,
+    l2_decay: float = 0.00001,
+    batch_size: int = 64,
+    epochs: int = 300,
+) -> tuple[keras.callbacks.History, str, str]:
+    """Train a :func:`simple_densenet` for 10 classes, its learning rate by :func:`lrscheduler`.
+
+    Example:
+        >>> from keras.datasets import mnist
+        >>> fit_result, best_model, _ = train_simple_densenet_on_dataset(
+        ...     "best", mnist, (28, 28, 1), blocks=2, epochs=3)  # doctest: +SKIP
+
+    Args:
+        base_model_name: what the files' names begin with.
+        dataset: of 10 classes; see :func:`kconv.cai.datasets.load_dataset`.
+        input_shape: (H, W, channels) of its images.
+        blocks: layers of each dense block.
+        growth_rate: channels that each of them adds.
+        bottleneck: channels of its pointwise convolution.
+        compression: factor on the channels at transitions.
+        l2_decay: of the convolutions' kernels.
+        batch_size: images in a batch.
+        epochs: how many.
+
+    Returns:
+        As :func:`kconv.cai.datasets.train_model_on_dataset`.
+
+    Raises:
+        ValueError: if the data set has not 10 classes, or an argument has no meaning.
+    """
+    model = simple_densenet(
+        input_shape, blocks, growth_rate, bottleneck, compression, l2_decay, num_classes=10
+    )
+    return train_model_on_dataset(model, dataset, base_model_name, lrscheduler, batch_size, epochs)
+
+
+def train_simple_densenet_on_cifar10(
+    base_model_name: str,
+    blocks: int = 6,
+    growth_rate: int = 12,
+    bottleneck: int = 48,
+    compression: float = 0.5,
+    l2_decay: float = 0.00001,
+    batch_size: int = 64,
+    epochs: int = 300,
+) -> tuple[keras.callbacks.History, str, str]:
+    """:func:`train_simple_densenet_on_dataset` with CIFAR-10, which is downloaded."""
+    return train_simple_densenet_on_dataset(
+        base_model_name,
+        keras.datasets.cifar10,
+        (32, 32, 3),
+        blocks,
+        growth_rate,
+        bottleneck,
+        compression,
+        l2_decay,
+        batch_size,
+        epochs,
+    )
 
 
 def _options(input_shape: Shape, classes: int) -> dict[str, Any]:

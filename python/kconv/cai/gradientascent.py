@@ -13,35 +13,35 @@ Image = NDArray[np.float32]
 
 
 def calc_sum_channel_mean_from_model(img: Tensor, model: keras.Model) -> Tensor:
-    """The mean of each channel of a model's output for an image, summed over the channels.
+    """The mean of a model's output for an image; with several outputs, the sum of their means.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.ReLU()])
         >>> float(calc_sum_channel_mean_from_model(keras.ops.ones((4, 4, 3)), model))
-        3.0
+        1.0
 
     Args:
         img: (H, W, C).
-        model: of (N, H, W, C) to (N, ..., channels).
+        model: of (N, H, W, C) to one output or several.
 
     Returns:
         A scalar tensor.
     """
-    output = model(keras.ops.expand_dims(img, 0), training=False)
-    return keras.ops.sum(keras.ops.mean(output, axis=tuple(range(len(output.shape) - 1))))
+    outputs = keras.tree.flatten(model(keras.ops.expand_dims(img, 0), training=False))
+    return sum(keras.ops.mean(output) for output in outputs)
 
 
 class GradientAscent:
-    """Moves an image uphill, towards a larger mean of a model's output.
+    """Moves an image uphill, towards a larger mean of a model's output, within [-1, 1].
 
     Example:
         >>> model = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.ReLU()])
-        >>> loss, image = GradientAscent(model)(np.ones((4, 4, 3), np.float32), 3, 0.01)
-        >>> loss > 3, image.shape
+        >>> loss, image = GradientAscent(model)(np.full((4, 4, 3), 0.5), 3, 0.01)
+        >>> loss > 0.5, image.shape
         (True, (4, 4, 3))
 
     Args:
-        model: of (N, H, W, C) to any output with the channels last.
+        model: of (N, H, W, C) to any outputs.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -51,17 +51,18 @@ class GradientAscent:
         """Take so many steps from an image (H, W, C).
 
         Args:
-            img: the start.
+            img: the start, from -1 to 1.
             steps: how many.
             step_size: on the gradient, whose deviation is brought to 1.
 
         Returns:
-            The mean's value before the last step, and the image.
+            The mean's value before the last step, and the image from -1 to 1.
         """
         image, loss = np.array(img, np.float32), 0.0
         for _ in range(steps):
             loss, gradient = self._value_and_gradient(image)
             image += step_size * gradient / (gradient.std() + 1e-8)
+            np.clip(image, -1, 1, out=image)
         return loss, image
 
     def _value_and_gradient(self, image: Image) -> tuple[float, Image]:
@@ -100,13 +101,13 @@ def run_gradient_ascent(
         (4, 4, 3)
 
     Args:
-        img: (H, W, C).
+        img: (H, W, C), from -1 to 1, as each step clips it.
         partial_model: of (N, H, W, C) to what is to become large.
         steps: how many.
         step_size: of each.
 
     Returns:
-        (H, W, C).
+        (H, W, C), from -1 to 1.
     """
     return GradientAscent(partial_model)(img, steps, step_size)[1]
 
@@ -124,11 +125,14 @@ def run_gradient_ascent_octaves(
 
     Example:
         >>> model = keras.Sequential([keras.Input((None, None, 3)), keras.layers.ReLU()])
-        >>> run_gradient_ascent_octaves(np.ones((9, 9, 3), np.float32), model, steps=1).shape
+        >>> image = np.ones((9, 9, 3), np.float32)
+        >>> run_gradient_ascent_octaves(image, model, steps=1).shape  # 1.3 ** 2 times as large
+        (15, 15, 3)
+        >>> run_gradient_ascent_octaves(image, model, steps=1, high_range=1).shape
         (9, 9, 3)
 
     Args:
-        img: (H, W, C).
+        img: (H, W, C), from -1 to 1.
         partial_model: of images of any size to what is to become large.
         steps: how many on each scale.
         step_size: of each.
@@ -137,15 +141,15 @@ def run_gradient_ascent_octaves(
         high_range: exponent after that of the last.
 
     Returns:
-        (H, W, C), of the size of ``img``.
+        (H', W', C), of the size of the last scale, and from -1 to 1.
     """
     image = np.asarray(img, np.float32)
-    size = image.shape[:2]
+    size = np.array(image.shape[:2], np.float32)
     for octave in range(low_range, high_range):
-        scale = octave_scale**octave
-        image = _resized(image, (max(1, int(size[0] * scale)), max(1, int(size[1] * scale))))
+        height, width = np.maximum(1, (size * np.float32(octave_scale**octave)).astype(int))
+        image = _resized(image, (int(height), int(width)))
         image = run_gradient_ascent(image, partial_model, steps, step_size)
-    return _resized(image, size)
+    return image
 
 
 def _resized(image: Image, size: tuple[int, int]) -> Image:
