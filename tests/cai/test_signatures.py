@@ -22,33 +22,27 @@ LEFT_OUT = {
     "mobilenet": "_conv_block _depthwise_conv_block kconv_block kdepthwise_conv_block",
     "mobilenet_v3": """correct_pad _depth _se_block _inverted_res_block MobileNetV3 kse_block
         kinverted_res_block kMobileNetV3""",
-    "densenet": """lrscheduler cyclical_lrscheduler smooth_lrscheduler cyclical_smooth_lrscheduler
-        kdensenet_conv_block densenet_conv_block kdensenet_block densenet_block
+    "densenet": """kdensenet_conv_block densenet_conv_block kdensenet_block densenet_block
         kdensenet_transition_block densenet_transition_block densenet_transition_block_paths
-        big_densenet two_paths_densenet two_paths_big_densenet train_simple_densenet_on_dataset
-        train_simple_densenet_on_cifar10""",
+        big_densenet two_paths_densenet two_paths_big_densenet""",
     "inception_v3": """kInceptionPointwise create_inception_v3_mixed_layer create_inception_path
         create_inception_v3_two_path_mixed_layer compiled_full_two_path_inception_v3
         compiled_inception_v3 compiled_two_path_inception_v3""",
     "datasets": """rgb2lab rotate motion_blur occlusion occlusion_a motion_blur_a rgb2lab_a
         skimage_rgb2lab_a cv2_resize_a skimage_blur salt_pepper img_folder_dataset
-        Create2DGaussian Create2DGaussianWithChannels print_cifar10_result bgr_to_rgb_a bgr_to_rgb
-        fix_bad_tfkeras_channel_order fix_img_bad_tfkeras_channel_order download_file unzip_file
-        download_zip_and_extract slice_image slice_images create_pixel_array_from_3D_image
-        create_pixel_array_from_3D_images create_3D_image_from_pixel_array
-        create_image_generator_sliced_image train_model_on_dataset train_model_on_cifar10
-        load_image_file_names_from_folder flip_images_on_folder
-        add_padding_to_make_img_array_squared load_images_from_files load_images_from_folders
-        rgb_to_black_white_a clone_sub_folders
-        extract_subset_every""",
+        Create2DGaussian Create2DGaussianWithChannels print_cifar10_result bgr_to_rgb_a
+        bgr_to_rgb fix_bad_tfkeras_channel_order fix_img_bad_tfkeras_channel_order
+        download_file unzip_file download_zip_and_extract slice_image slice_images
+        create_pixel_array_from_3D_image create_pixel_array_from_3D_images
+        create_3D_image_from_pixel_array create_image_generator_sliced_image
+        load_image_file_names_from_folder flip_images_on_folder rgb_to_black_white_a
+        clone_sub_folders extract_subset_every""",
     "models": """save_model load_model plant_leaf compiled_inception_v3
-        compiled_two_path_inception_v3 create_paths
-        two_path_inception_v3""",
+        compiled_two_path_inception_v3 create_paths two_path_inception_v3""",
     "util": """save_2d_array_as_csv slice_3d_into_2d_cl slice_4d_into_3d_cl
-        show_neuronal_patterns_nf slice_4d_into_2d evaluate_model_print
-        create_folder_if_required preprocess preprocess_cp deprocess deprocess_cp rgb2monopolar
-        rgb2bipolar rgb2monopolar_lab rgb2bipolar_lab rgb2black_white_25percent
-        rgb2black_white_50percent rgb2black_white_75percent relu reverse_sort get_class_position
+        show_neuronal_patterns_nf preprocess preprocess_cp deprocess deprocess_cp
+        rgb2monopolar rgb2bipolar rgb2monopolar_lab rgb2bipolar_lab
+        rgb2black_white_25percent rgb2black_white_50percent rgb2black_white_75percent
         get_max_acceptable_common_divisor""",
     "gradientascent": "",
 }
@@ -90,7 +84,7 @@ def test_signature(module: str, name: str, line: str) -> None:
         reversed(arguments.args), reversed(arguments.defaults), strict=False
     ):
         code = compile(ast.Expression(default), "default", "eval")
-        expected[argument.arg] = eval(code, {"keras": keras, **vars(namespace)})
+        expected[argument.arg] = eval(code, {"keras": keras, "cai": cai, **vars(namespace)})
     if arguments.kwarg:
         expected[arguments.kwarg.arg] = inspect.Parameter.empty
     expected.pop("self", None)

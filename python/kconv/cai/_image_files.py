@@ -191,7 +191,7 @@ def _shared_out(
         rng.shuffle(files)
         count = len(files)
         first, second = int(count * sizes[0]), int(count * (sizes[0] + sizes[1]))
-        third = count if sum(sizes) > 1 - 1e-9 else int(count * sum(sizes))
+        third = count if sum(sizes) > 1 - 1e-9 else int(count * sum(sizes) + 1e-9)
         for part, start, end in zip(parts, (0, first, second), (first, second, third), strict=True):
             part += [(file, label) for file in files[start:end]]
     return classes, parts

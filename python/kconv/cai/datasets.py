@@ -215,10 +215,12 @@ def train_model_on_dataset(
     if monitor not in _LOGGED:
         raise ValueError(f"monitor={monitor!r} is not one of {', '.join(_LOGGED)}")
     x_train, y_train, x_test, y_test = load_dataset(dataset, lab, verbose, bipolar, base_model_name)
-    if model.output_shape != (None, y_train.shape[1]):
+    classes = y_train.shape[1]
+    outputs = getattr(model, "output_shape", None)  # a model that is not built has none yet
+    if outputs not in (None, (None, classes)):
         raise ValueError(
-            f"the model's output of shape {model.output_shape} is not one for each of the data "
-            f"set's {y_train.shape[1]} classes"
+            f"the model's output of shape {outputs} is not one for each of the data set's "
+            f"{classes} classes"
         )
     model.compile(
         loss="categorical_crossentropy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -59,13 +60,17 @@ class GradientAscent:
             The mean's value before the last step, and the image from -1 to 1.
         """
         image, loss = np.array(img, np.float32), 0.0
+        value_and_gradient = self._value_and_gradient()
         for _ in range(steps):
-            loss, gradient = self._value_and_gradient(image)
+            value, direction = value_and_gradient(image)
+            loss, gradient = float(value), keras.ops.convert_to_numpy(direction)
             image += step_size * gradient / (gradient.std() + 1e-8)
             np.clip(image, -1, 1, out=image)
         return loss, image
 
-    def _value_and_gradient(self, image: Image) -> tuple[float, Image]:
+    def _value_and_gradient(self) -> Callable[[Image], tuple[Tensor, Tensor]]:
+        """A function of an image, for the weights that the model has now."""
+
         def value(tensor: Tensor) -> Tensor:
             return calc_sum_channel_mean_from_model(tensor, self.model)
 
@@ -73,21 +78,27 @@ class GradientAscent:
             case "jax":
                 import jax
 
-                loss, gradient = jax.value_and_grad(value)(image)
+                return jax.jit(jax.value_and_grad(value))
             case "torch":
-                tensor = keras.ops.convert_to_tensor(image).requires_grad_()
-                loss = value(tensor)
-                loss.backward()
-                gradient = tensor.grad
+
+                def in_torch(image: Image) -> tuple[Tensor, Tensor]:
+                    tensor = keras.ops.convert_to_tensor(image).requires_grad_()
+                    mean = value(tensor)
+                    mean.backward()
+                    return mean, tensor.grad
+
+                return in_torch
             case _:
                 import tensorflow
 
-                tensor = tensorflow.convert_to_tensor(image)
-                with tensorflow.GradientTape() as tape:
-                    tape.watch(tensor)
-                    loss = value(tensor)
-                gradient = tape.gradient(loss, tensor)
-        return float(loss), keras.ops.convert_to_numpy(gradient)
+                @tensorflow.function
+                def in_tensorflow(tensor: Tensor) -> tuple[Tensor, Tensor]:
+                    with tensorflow.GradientTape() as tape:
+                        tape.watch(tensor)
+                        mean = value(tensor)
+                    return mean, tape.gradient(mean, tensor)
+
+                return lambda image: in_tensorflow(tensorflow.convert_to_tensor(image))
 
 
 def run_gradient_ascent(

@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from typing import Any
 
 import keras
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kconv.cai._keras2 import fill, model_from_config
 from kconv.cai.layers import GetClasses
 from kconv.keras import CopyChannels
-from kconv.weights import load_weights
 
 __all__ = [
     "CreatePartialModel",
@@ -28,9 +27,6 @@ __all__ = [
     "make_model_untrainable",
 ]
 
-# Keras 3's depthwise layer knows nothing of what Keras 2 took over from its convolution.
-_NOT_DEPTHWISE = {"groups", "filters"}
-
 
 def load_kereas_model(filename: str | os.PathLike[str]) -> keras.Model:
     """A saved model: Keras 3's ``.keras``, or the original's HDF5 checkpoints of Keras 2.
@@ -42,64 +38,33 @@ def load_kereas_model(filename: str | os.PathLike[str]) -> keras.Model:
         filename: the file.
 
     Returns:
-        The model; one from HDF5 is not compiled, and has "_" for each "/" in its layers' names.
+        The model; one from HDF5 is not compiled. One of Keras 2 has "_" for each "/" in its
+        layers' names, and Keras 2's "hard_sigmoid".
 
     Raises:
-        ValueError: if the file holds no model, or a damaged one.
+        ValueError: if the file holds no model, a damaged one, or one that Keras 3 has no layers
+            for.
         OSError: if it cannot be read.
     """
-    if zipfile.is_zipfile(filename):
-        return keras.models.load_model(filename, custom_objects=GetClasses())
     import h5py
 
     with open(filename, "rb"):  # noqa: PTH123 - for the operating system's own error
         pass
     try:
-        with h5py.File(filename, "r") as file:
+        if not h5py.is_hdf5(filename):
+            return keras.models.load_model(filename, custom_objects=GetClasses())
+        with h5py.File(filename, "r") as file, keras.saving.custom_object_scope(GetClasses()):
             config = json.loads(file.attrs["model_config"])
-            version = str(file.attrs.get("keras_version", "2"))
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{filename} holds no model of Keras: {error}") from None
-    if not version.startswith("2"):
+            version = file.attrs.get("keras_version", "2")
+            version = version.decode() if isinstance(version, bytes) else str(version)
+            if version.startswith("2"):
+                model = model_from_config(config)
+                fill(model, file["model_weights"])
+                return model
         return keras.models.load_model(filename, custom_objects=GetClasses(), compile=False)
-    with keras.saving.custom_object_scope(GetClasses()):
-        model = keras.Model.from_config(_keras3(config["config"]))
-    load_weights(model, filename)
-    return model
-
-
-def _keras3(value: Any) -> Any:
-    """A Keras 2 configuration in the terms of Keras 3: names, the input, depthwise layers."""
-    if isinstance(value, list):
-        return [_keras3(item) for item in value]
-    if isinstance(value, str):
-        return value.replace("/", "_")
-    if not isinstance(value, dict):
-        return value
-    config = {key: _keras3(item) for key, item in value.items()}
-    for key in ("input_layers", "output_layers"):
-        if len(config.get(key, ())) == 1:  # else the model would expect a list of one image
-            config[key] = config[key][0]
-    inner: Any = config.get("config")
-    match config.get("class_name"):
-        case "InputLayer" if "batch_input_shape" in inner:
-            shape = inner.pop("batch_input_shape")
-            config["config"] = {"batch_shape": shape, "name": inner["name"]}
-        case "DepthwiseConv2D":
-            config["config"] = {
-                key: item
-                for key, item in inner.items()
-                if key not in _NOT_DEPTHWISE and not key.startswith("kernel_")
-            } | {"kernel_size": inner["kernel_size"]}
-        case "Conv2D" if _is_pointwise(inner):
-            config["class_name"] = "PointwiseConv2D"
-            dropped = ("kernel_size", "strides", "padding", "dilation_rate")
-            config["config"] = {key: item for key, item in inner.items() if key not in dropped}
-    return config
-
-
-def _is_pointwise(config: dict[str, Any]) -> bool:
-    return config["kernel_size"] == config["strides"] == [1, 1]
+    except Exception as error:  # of Keras or h5py, whatever a damaged file leads to
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{filename} holds no model that Keras can open: {reason}") from error
 
 
 def make_model_trainable(model: keras.Model) -> None:
