@@ -232,9 +232,37 @@ def test_memory_returns():
     assert kconv.memory_stats()["free"] == 0
 
 
-def test_second_derivatives_are_refused():
-    net = Network(block()).double()
-    x = torch.randn(2, 6, 8, 8, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="fused_backward"):
-        grad.sum().backward()
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_gradients(training):
+    torch.manual_seed(3)
+    fused = Network(block()).double().train(training)
+    plain = Network(block(), fused=False).double().train(training)
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(3, 6, 7, 9, dtype=torch.float64, requires_grad=True)
+    results = []
+    for net in (fused, plain):
+        y = seeded(net, x)  # images dropped are dropped in both passes
+        (grad,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        wanted = [x, *net.parameters()]
+        results.append([grad, *torch.autograd.grad(grad.square().sum(), wanted)])
+        results[-1] += net.state_dict().values()
+    assert results[0][0].abs().max() > 0
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_functional_transforms():
+    torch.manual_seed(3)
+    nets = [Network(block(), fused=fused).double().eval() for fused in (True, False)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, v = torch.randn(2, 2, 6, 4, 4, dtype=torch.float64)
+    for transform in (
+        lambda net: torch.autograd.functional.jvp(net, x, v)[1],
+        lambda net: torch.autograd.functional.hvp(lambda x: net(x).sin().sum(), x, v)[1],
+        lambda net: torch.autograd.functional.jacobian(net, x, vectorize=True),
+        lambda net: torch.autograd.functional.hessian(
+            lambda x: net(x[:1, :, :2, :2]).sin().sum(), x
+        ),
+        lambda net: torch.func.jvp(net, (x,), (v,))[1],
+    ):
+        torch.testing.assert_close(*map(transform, nets), rtol=1e-6, atol=1e-8)

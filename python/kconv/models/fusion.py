@@ -128,6 +128,16 @@ class Segment:
         """The names of the tensors that go in: one."""
         return (self.input,)
 
+    @property
+    def parameters(self) -> list[tuple[str, str]]:
+        """(layer, weight) of each parameter, as programs have them."""
+        trained = ("kernel", "depthwise_kernel", "bias", "gamma", "beta")
+        norms = [layer for layer in self.layers if isinstance(layer, BatchNorm)]
+        others = [layer for layer in self.layers if not isinstance(layer, BatchNorm)]
+        return [
+            (x.name, name) for x in [*others, *norms] for name in x.weights() if name in trained
+        ]
+
     def program(self, size: tuple[int, int], weight_layout: WeightLayout) -> Program:
         """The segment's program for images of (height, width).
 
@@ -309,7 +319,6 @@ class _Lowering:
     size: tuple[int, int]
     values: list[tuple[int, int, int]] = field(default_factory=list)
     steps: list[list[int]] = field(default_factory=list)
-    parameters: list[tuple[str, str]] = field(default_factory=list)
     norms: list[BatchNorm] = field(default_factory=list)
     norm_pixels: list[int] = field(default_factory=list)
     masks: list[Dropout] = field(default_factory=list)
@@ -332,18 +341,14 @@ class _Lowering:
         integers = [int(weight_layout == "IO"), 1, len(self.masks)]
         integers += [len(self.values), *(size for value in self.values for size in value)]
         integers.append(len(self.norms))
-        parameters = list(self.parameters)
         for norm in self.norms:
             bits = struct.unpack("q", struct.pack("d", norm.epsilon))[0]
             integers += [norm.channels, bits, int(norm.scale)]
-            parameters += [
-                (norm.name, name) for name in ("gamma", "beta") if name in norm.weights()
-            ]
         integers += [number for step in self.steps for number in step]
         return Program(
             self.segment,
             tuple(integers),
-            tuple(parameters),
+            tuple(self.segment.parameters),
             tuple(self.norms),
             tuple(self.norm_pixels),
             tuple(self.masks),
@@ -436,7 +441,6 @@ class _Lowering:
         height, width = (
             (n + pad - k) // stride + 1 for n, pad, k in zip(x.size, total, kernel, strict=True)
         )
-        self.parameters += [(layer.name, name) for name in layer.weights()]
         geometry = [0, *kernel, stride, *before, groups, int(layer.use_bias)]
         return self._step(geometry, x, layer.channels, (height, width))
 

@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
 from torch._C import _to_dlpack as to_dlpack
-from torch.nn.modules.module import _has_any_global_hook
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.hooks import RemovableHandle
 
 from kconv._kconv import FusedProgram
-from kconv.models.fusion import Program, Segment
-from kconv.torch.layers import DropConnect
+from kconv.models.fusion import Program, Segment, UnfitError
+from kconv.models.graph import BatchNorm, Dropout
+from kconv.torch._layerwise import layerwise
 
-__all__ = ["FusedSegment"]
+__all__ = ["FusedSegment", "fused", "is_eager"]
 
 
 @cache
@@ -69,65 +72,52 @@ def _infer(
 
 
 class FusedSegment:
-    """Runs a chain of a network's modules, which keep parameters and state, as one operation.
+    """Runs a chain of modules, which keep parameters and state, as one operation.
 
     Args:
-        segment: the layers.
-        modules: the network's modules; a padding may be part of the convolution that follows.
+        segment: the layers, lifted from the modules.
+        modules: by the names of the layers.
     """
 
-    def __init__(self, segment: Segment, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, segment: Segment, modules: Mapping[str, Any]) -> None:
         self.segment = segment
-        names = [layer.name for layer in segment.layers if layer.name in modules]
-        self._names = names
-        self._kinds = [type(modules[name]) for name in names]
-        self._drops = [name for name in names if isinstance(modules[name], DropConnect)]
-        program = segment.program((64, 64), "OI")
-        weight = {
-            "kernel": "weight",
-            "depthwise_kernel": "weight",
-            "gamma": "weight",
-            "beta": "bias",
-        }
-        self._parameters = [(layer, weight.get(name, name)) for layer, name in program.parameters]
-        self._norms = [norm.name for norm in program.norms]
-        # What the operation assumes; `compress` puts batch norms of another epsilon into a block.
-        self._epsilons = [modules[name].eps for name in self._norms]
-        # The modules without hooks, and how many hooks there had been anywhere.
-        self._hookless: tuple[list[nn.Module], int] | None = None
+        self._norms = [modules[x.name] for x in segment.layers if isinstance(x, BatchNorm)]
+        self._drops = [modules[x.name] for x in segment.layers if isinstance(x, Dropout)]
+        self._parameters = [(layer, _WEIGHTS[name]) for layer, name in segment.parameters]
+        self._owners = [(modules[layer], name) for layer, name in self._parameters]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hookless": None}  # other processes count for themselves
-
-    def __call__(self, modules: Mapping[str, nn.Module], x: Tensor) -> Tensor | None:
+    def __call__(self, x: Tensor) -> Tensor | None:
         """The segment's output, or None where its modules must run one by one.
 
-        So where somebody watches or changes what happens between them (hooks, other modules in
-        their places, compilers, tracers and function transforms), for other dtypes and devices
-        than the CPU's float32 and float64, and where some batch norms train and others do not.
+        So for other tensors than the fused operation knows (see :func:`is_eager`), where the
+        modules' own computation ends in an error or is a matter of PyTorch's rules (no values, one
+        value a channel in training, tensors of different sizes), and where some batch norms train
+        and others do not.
 
         Args:
-            modules: the network's modules.
             x: (N, C, H, W).
 
         Returns:
             (N, C, H, W), or (N, C) where the segment ends in a mean over the pixels.
         """
-        if not (_eager(x) and self._untouched(modules)):
+        if not is_eager(x) or x.shape[1] != self.segment.input_channels or not x.numel():
             return None
-        norms: list[Any] = [modules[name] for name in self._norms]
-        # Straight from where modules keep them: a fifth of the time of `getattr`.
-        parameters: list[Any] = [
-            modules[layer]._parameters[name] for layer, name in self._parameters
-        ]
+        norms = self._norms
         training = norms[0].training if norms else False
-        if not all(norm.training is training and norm.track_running_stats for norm in norms):
+        if not all(norm.training is training for norm in norms):
             return None
-        statistics = [] if training else _running_statistics(norms)
+        # Straight from where modules keep them: a fifth of the time of `getattr`.
+        parameters = [owner._parameters[name] for owner, name in self._owners]
+        statistics = _running_statistics(norms)
         if not _plain([*parameters, *statistics], x.dtype):
             return None
-        program = self.segment.program((x.shape[2], x.shape[3]), "OI")
-        masks = _masks([modules[name] for name in self._drops], x)
+        try:
+            program = self.segment.program((x.shape[2], x.shape[3]), "OI")
+        except UnfitError:
+            return None
+        if training and len(x) * min(program.norm_pixels) == 1:
+            return None
+        masks = _masks(self._drops, x)
         if not training and masks is None and not _need_grad([x, *parameters]):
             y = _infer(program, "NCHW", x, parameters, statistics)
         else:
@@ -138,31 +128,14 @@ class FusedSegment:
                 _update_statistics(norms, used, program, len(x))
         return y if self.segment.keeps_pixels else y.flatten(1)
 
-    def _untouched(self, modules: Mapping[str, nn.Module]) -> bool:
-        # Without a loop of Python's over hundreds of modules, which takes as long as some layers.
-        own = list(map(modules.__getitem__, self._names))
-        if list(map(type, own)) != self._kinds:
-            return False
-        if list(map(_EPS, map(modules.__getitem__, self._norms))) != self._epsilons:
-            return False
-        # Each new hook anywhere takes the next number, so these modules are looked at again only
-        # then: that takes 0.05 to 0.25 ms.
-        if self._hookless != (own, RemovableHandle.next_id):
-            if any(any(map(hooks, own)) for hooks in _HOOKS):
-                return False
-            self._hookless = (own, RemovableHandle.next_id)
-        return not _has_any_global_hook()
+
+_WEIGHTS = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias"}
+"""PyTorch's names of parameters by Keras's."""
+_DTYPE, _IS_CPU, _REQUIRES_GRAD = map(attrgetter, ("dtype", "is_cpu", "requires_grad"))
 
 
-_EPS, _DTYPE, _IS_CPU, _REQUIRES_GRAD = map(attrgetter, ("eps", "dtype", "is_cpu", "requires_grad"))
-_HOOKS = [
-    attrgetter(hooks)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-]
-
-
-def _plain(tensors: list[Tensor], dtype: torch.dtype) -> bool:
-    """Whether tensors are no subclass's, on the CPU and of a dtype."""
+def _plain(tensors: list[Any], dtype: torch.dtype) -> bool:
+    """Whether these are tensors, of no subclass, on the CPU and of a dtype."""
     return (
         {Tensor, nn.Parameter}.issuperset(map(type, tensors))
         and {dtype}.issuperset(map(_DTYPE, tensors))
@@ -174,28 +147,42 @@ def _need_grad(tensors: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors))
 
 
-def _eager(x: Tensor) -> bool:
-    """Whether a tensor's own values are computed with, now, by PyTorch's eager mode."""
+def is_eager(x: Tensor) -> bool:
+    """Whether fused operations can stand for what PyTorch computes with a tensor now.
+
+    So for images of float32 or float64 on the CPU, unless somebody watches the operators between
+    (compilers, tracers, function transforms, modes, autocast, forward-mode differentiation).
+    """
     return (
-        type(x) is Tensor
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
+        and x.layout is torch.strided
         and x.dim() == 4
-        and not torch.compiler.is_compiling()
+        and not x.is_neg()
         and not torch._C._is_tracing()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._functorch.peek_interpreter_stack()
+        and not peek_interpreter_stack()
+        and not is_legacy_batchedtensor(x)
         and not _get_current_dispatch_mode_stack()
         and not torch.autograd.forward_ad._current_level >= 0
+        and not (_len_torch_function_stack() and _function_modes())
     )
 
 
-def _running_statistics(norms: list[Any]) -> list[Tensor]:
-    """(channels) the means of all norms, then their variances."""
-    return [norm._buffers[name] for name in ("running_mean", "running_var") for norm in norms]
+def _function_modes() -> bool:
+    """Whether there is a mode that functions ask, beside that of a default device."""
+    modes = _get_current_function_mode_stack()
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
-def _masks(drops: list[nn.Module], x: Tensor) -> Tensor | None:
+def _running_statistics(norms: list[Any]) -> list[Any]:
+    """(channels) the means of all norms, then their variances; None where there are none."""
+    return [norm._buffers.get(name) for name in ("running_mean", "running_var") for norm in norms]
+
+
+def _masks(drops: list[Any], x: Tensor) -> Tensor | None:
     """(drop-connect layers, N) factors of images."""
     if not any(drop.training for drop in drops):
         return None
@@ -206,18 +193,33 @@ def _masks(drops: list[nn.Module], x: Tensor) -> Tensor | None:
 @torch.no_grad()
 def _update_statistics(norms: list[Any], used: Tensor, program: Program, images: int) -> None:
     """The moving statistics, as nn.BatchNorm2d updates them."""
+    rows = [row.split([norm.channels for norm in program.norms]) for row in used]
     counts = [images * pixels for pixels in program.norm_pixels]
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    each = list(zip(norms, counts, *rows, strict=True))
+    means = {id(norm._buffers["running_mean"]) for norm in norms}
+    variances = {id(norm._buffers["running_var"]) for norm in norms}
+    if len(means) == len(variances) == len(norms):
+        _move_statistics(each)
+    else:  # shared ones move once for each norm, one after the other
+        for one in each:
+            _move_statistics([one])
+
+
+def _move_statistics(each: Sequence[tuple[Any, int, Tensor, Tensor]]) -> None:
+    """For batch norms, the numbers of values, and their means and biased variances."""
+    norms, counts, means, variances = zip(*each, strict=True)
+    tracked = [norm.num_batches_tracked for norm in norms]
+    torch._foreach_add_([count for count in tracked if count is not None], 1)
     weights = [
-        1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        for norm in norms
+        norm.momentum if norm.momentum is not None else 0.0 if count is None else 1 / float(count)
+        for norm, count in zip(norms, tracked, strict=True)
     ]
-    unbiased = [w * n / max(n - 1, 1) for w, n in zip(weights, counts, strict=True)]
-    rows = (row.split([norm.num_features for norm in norms]) for row in used)
-    for name, values, factors in zip(
-        ("running_mean", "running_var"), rows, (weights, unbiased), strict=True
+    unbiased = [w * n / (n - 1) for w, n in zip(weights, counts, strict=True)]
+    for name, values, factors in (
+        ("running_mean", means, weights),
+        ("running_var", variances, unbiased),
     ):
-        moving = [getattr(norm, name) for norm in norms]
+        moving = [norm._buffers[name] for norm in norms]
         torch._foreach_mul_(moving, [1 - weight for weight in weights])
         torch._foreach_add_(moving, torch._foreach_mul(values, factors))
 
@@ -241,14 +243,21 @@ class _Fused(torch.autograd.Function):
             _array(x), _array(parameters), drop, given, layout
         )
         used = _tensor(used)
-        ctx.save_for_backward(parameters, masks, used, _tensor(workspace))
+        ctx.save_for_backward(x, parameters, masks, used, _tensor(workspace))
         ctx.program, ctx.layout, ctx.frozen = program, layout, given is not None
         ctx.mark_non_differentiable(used)
         return _tensor(y), used
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Sequence[Tensor | None]:
-        parameters, masks, statistics, workspace = ctx.saved_tensors
+        x, parameters, masks, statistics, workspace = ctx.saved_tensors
+        if torch.is_grad_enabled():  # these gradients are to be differentiated again
+            given = statistics if ctx.frozen else None
+            wanted = [t for t in (x, parameters) if t.requires_grad]
+            y = layerwise(ctx.program, ctx.layout, x, parameters, masks, given)
+            grads = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=True))
+            both = [next(grads) if t.requires_grad else None for t in (x, parameters)]
+            return *both, None, None, None, None
         grad_parameters, grad_x = _backward(
             grad_output,
             parameters,
@@ -276,8 +285,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients by parameters and input (empty where it is not wanted).
 
-    An operator of its own, so that PyTorch can batch it, and says so where second derivatives are
-    asked for, which a fused network does not have.
+    An operator of its own, so that PyTorch can batch it.
     """
     grad_x, grad_parameters = _compiled(tuple(program)).backward(
         _array(grad_output),

@@ -45,4 +45,8 @@ def make_native(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: as :func:`to_native`; nothing has changed then.
     """
-    return change_classes(model, NATIVE, "to_native")
+    changed = change_classes(model, NATIVE, "to_native")
+    for module in model.modules():
+        if "_fuses" in module.__dict__:  # of a network, whose layers then run as they are
+            module.__dict__["_fuses"] = False
+    return changed

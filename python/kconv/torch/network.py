@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable
-from functools import reduce
 from math import prod, sqrt
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from kconv.ktypes import KType
 from kconv.models import Graph, GraphBuilder, Layer, Spec, graph
 from kconv.models.blocks import conv_unit_graph, mbconv_graph
-from kconv.models.fusion import Segment, partition
 from kconv.models.graph import ActivationName, Initializer
-from kconv.torch.fused import FusedSegment
+from kconv.torch._functions import Call, add, concatenate, fold_halves
+from kconv.torch._plan import Plan
+from kconv.torch.fused import FusedSegment, is_eager
 from kconv.torch.layers import (
     DepthwiseConv2d,
     DropConnect,
@@ -72,9 +72,10 @@ class Network(nn.Module):
     The softmax of a dense layer is left out.
 
     Fused, a chain of convolutions, batch norms, activations and the like runs as one operation
-    on the parameters and statistics of its modules. The modules themselves run where somebody has
-    hooks on them, under compilers, tracers and function transforms, in autocast, and on other
-    devices and dtypes than the CPU's float32 and float64.
+    on the parameters and statistics of its modules, as these are at the time of the call: modules
+    may be exchanged and changed. One that no fused operation stands for, or that somebody has hooks
+    on, runs by itself. All of them do so under compilers, tracers and function transforms, in
+    autocast, and on other devices and dtypes than the CPU's float32 and float64.
 
     Args:
         graph: the layers.
@@ -96,31 +97,42 @@ class Network(nn.Module):
             (step, inputs, tuple(name for name in set(inputs) if last_use[name] == step))
             for step, inputs in steps
         ]
-        # By the name of the tensor that goes in.
-        parts = partition(graph) if fused else []
-        self._fused = {
-            part.input: FusedSegment(part, self._modules)  # type: ignore[arg-type]
-            for part in parts
-            if isinstance(part, Segment)
-        }
+        self._fuses = fused
+        self._plan: Plan | None = None  # made when it is needed
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the output of the last layer."""
+        if self._fuses and is_eager(x) and not _has_any_global_hook():
+            return self._current_plan().run(self, x)
         values = {self._input: x}
-        fused_to = None
         for name, inputs, finished in self._steps:
-            if fused_to is None and (fused := self._fused.get(inputs[0])) is not None:
-                y = fused(self._modules, values[inputs[0]])  # type: ignore[arg-type]
-                if y is not None:
-                    fused_to = fused.segment.name
-                    values = {fused_to: y}
-            if fused_to is None:
-                values[name] = getattr(self, name)(*(values[source] for source in inputs))
-                for source in finished:  # so that inference keeps only what is still to be read
-                    del values[source]
-            elif name == fused_to:
-                fused_to = None
+            values[name] = getattr(self, name)(*(values[source] for source in inputs))
+            for source in finished:  # so that inference keeps only what is still to be read
+                del values[source]
         return values[self._output]
+
+    def _current_plan(self) -> Plan:
+        """The plan for the modules as they are now."""
+        if self._plan is None or not self._plan.holds(self):
+            steps = [(name, inputs) for name, inputs, _ in self._steps]
+            self._plan = Plan(self, steps, self._input, self._output)
+        return self._plan
+
+    @property
+    def _fused(self) -> dict[str, FusedSegment]:
+        """What runs as one operation, by the name of the tensor that goes in."""
+        return self._current_plan().segments if self._fuses else {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_plan": None}
+        state.pop("_compiled_call_impl", None)  # as in every module
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Older pickles hold the fused operations instead.
+        fuses = bool(state.get("_fused"))
+        state = {name: value for name, value in state.items() if name != "_fused"}
+        super().__setstate__({"_fuses": fuses, "_plan": None, **state})
 
 
 class KPointwiseConv2d(ReadsAsConv2d, Network):
@@ -143,6 +155,7 @@ class KPointwiseConv2d(ReadsAsConv2d, Network):
         use_bias: whether the convolutions have a bias.
         has_batch_norm: whether a batch norm follows each convolution.
         name: the name with which those of the block's layers begin.
+        fused: whether the layers run as one operation (see :class:`Network`).
 
     Raises:
         ValueError: if the kType or the activation is unknown or a channel count is below 1.
@@ -157,6 +170,8 @@ class KPointwiseConv2d(ReadsAsConv2d, Network):
         use_bias: bool = True,
         has_batch_norm: bool = True,
         name: str = "k",
+        *,
+        fused: bool = True,
     ) -> None:
         if activation is not None and activation not in _ACTIVATIONS:
             raise ValueError(
@@ -172,7 +187,7 @@ class KPointwiseConv2d(ReadsAsConv2d, Network):
             batch_norm=has_batch_norm,
             use_bias=use_bias,
         )
-        super().__init__(g.build(output))
+        super().__init__(g.build(output), fused=fused)
         self.in_channels, self.out_channels = in_channels, out_channels
 
 
@@ -304,29 +319,6 @@ class MBConv(Network):
         super().__init__(layers, fused=fused)
 
 
-class Call(nn.Module):
-    """A function as a module.
-
-    Args:
-        function: of the input tensors.
-        **options: keyword arguments to it.
-    """
-
-    def __init__(self, function: Callable[..., Tensor], **options: Any) -> None:
-        super().__init__()
-        self.function = function
-        self.options = options
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Calls the function."""
-        return self.function(*inputs, **self.options)
-
-    def extra_repr(self) -> str:
-        """The function and its arguments."""
-        options = (f"{name}={value}" for name, value in self.options.items())
-        return ", ".join([self.function.__name__, *options])
-
-
 _ACTIVATIONS: dict[ActivationName, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
@@ -367,11 +359,11 @@ def _module(layer: Layer, padding: graph.ZeroPad | None) -> nn.Module:
         case graph.CopyChannels():
             return Call(torch.narrow, dim=1, start=layer.start, length=layer.count)
         case graph.FoldHalves():
-            return Call(_fold_halves)
+            return Call(fold_halves)
         case graph.Concat():
-            return Call(_concatenate)
+            return Call(concatenate)
         case graph.Add():
-            return Call(_add)
+            return Call(add)
         case graph.Multiply():
             return Call(torch.mul)
         case graph.Reshape():
@@ -464,14 +456,5 @@ def _mergeable_paddings(layers: Graph) -> dict[str, graph.ZeroPad]:
     }
 
 
-def _add(*inputs: Tensor) -> Tensor:
-    return reduce(operator.add, inputs)
-
-
-def _concatenate(*inputs: Tensor) -> Tensor:
-    return torch.cat(inputs, dim=1)
-
-
-def _fold_halves(x: Tensor) -> Tensor:
-    half = x.shape[1] // 2
-    return x[:, :half] + x[:, half : 2 * half]
+# By these names older pickles know them.
+_add, _concatenate, _fold_halves = add, concatenate, fold_halves

@@ -1,0 +1,165 @@
+"""A fused program's layers one by one, by PyTorch's own operators.
+
+They are differentiable any number of times, where a fused operation is only once: gradients that
+are to be differentiated again come from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kconv.ktypes import interleave_index
+from kconv.models import graph
+from kconv.models.fusion import Program
+
+__all__ = ["layerwise"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "swish": F.silu,
+    "sigmoid": torch.sigmoid,
+    "hard_sigmoid": F.hardsigmoid,
+    "hard_swish": F.hardswish,
+}
+
+
+def layerwise(
+    program: Program,
+    layout: str,
+    x: Tensor,
+    parameters: Tensor,
+    masks: Tensor | None,
+    statistics: Tensor | None,
+) -> Tensor:
+    """The output of a program.
+
+    Args:
+        program: of a segment.
+        layout: "NCHW" or "NHWC".
+        x: (N, C, H, W) or (N, H, W, C).
+        parameters: all of them in a row.
+        masks: (masks, N) factors of images, or None for none.
+        statistics: (2, channels of all norms) means and variances to normalise with, or None for
+            the batch's own.
+
+    Returns:
+        The output, like ``x``.
+    """
+    weights = _weights(program, parameters)
+    norms = {norm.name: i for i, norm in enumerate(program.norms)}
+    rows = None
+    if statistics is not None:
+        rows = statistics.split([norm.channels for norm in program.norms], 1)
+    drops = {drop.name: i for i, drop in enumerate(program.masks)}
+    segment = program.segment
+    values = {segment.input: x if layout == "NCHW" else x.permute(0, 3, 1, 2)}
+    for layer in segment.layers:
+        inputs = [values[name] for name in layer.inputs]
+        own = weights.get(layer.name, {})
+        match layer:
+            case graph.BatchNorm():
+                mean, variance = (None, None) if rows is None else rows[norms[layer.name]]
+                y = F.batch_norm(
+                    inputs[0],
+                    mean,
+                    variance,
+                    own.get("gamma"),
+                    own["beta"],
+                    training=rows is None,
+                    eps=layer.epsilon,
+                )
+            case graph.Dropout():
+                y = inputs[0]
+                if masks is not None:
+                    y = y * masks[drops[layer.name]][:, None, None, None]
+            case _:
+                y = _layer(layer, inputs, own)
+        values[layer.name] = y
+    y = values[segment.name]
+    return y if layout == "NCHW" else y.permute(0, 2, 3, 1)
+
+
+def _weights(program: Program, parameters: Tensor) -> dict[str, dict[str, Tensor]]:
+    """The parameters by layer and name, kernels as PyTorch's."""
+    shapes = {layer.name: layer.weights() for layer in program.segment.layers}
+    sizes = [prod(shapes[layer][name]) for layer, name in program.parameters]
+    transposed = bool(program.integers[0])  # Keras's kernels are (k, k, C_in, C_out)
+    weights: dict[str, dict[str, Tensor]] = {}
+    for (layer, name), piece in zip(program.parameters, parameters.split(sizes), strict=True):
+        shape = shapes[layer][name]
+        if len(shape) == 4:
+            height, width, inputs, outputs = shape
+            depthwise = name == "depthwise_kernel"
+            if transposed:
+                piece = piece.view(shape).permute((2, 3, 0, 1) if depthwise else (3, 2, 0, 1))
+            shape = (
+                (inputs * outputs, 1, height, width)
+                if depthwise
+                else (outputs, inputs, height, width)
+            )
+        weights.setdefault(layer, {})[name] = piece.reshape(shape)
+    return weights
+
+
+def _layer(layer: graph.Layer, inputs: list[Tensor], weights: dict[str, Tensor]) -> Tensor:
+    """A layer without state. Vectors are images of one pixel."""
+    x = inputs[0]
+    match layer:
+        case graph.Conv():
+            y = _convolve(layer, x, weights["kernel"], weights.get("bias"), layer.groups)
+            return y if layer.interleave == 1 else _interleave(y, layer.interleave)
+        case graph.DepthwiseConv():
+            weight, bias = weights["depthwise_kernel"], weights.get("bias")
+            return _convolve(layer, x, weight, bias, layer.in_channels)
+        case graph.ZeroPad():
+            (top, bottom), (left, right) = layer.padding
+            return F.pad(x, (left, right, top, bottom))
+        case graph.Activation():
+            return _ACTIVATIONS[layer.kind](x)
+        case graph.Interleave():
+            return _interleave(x, layer.step)
+        case graph.CopyChannels():
+            return x.narrow(1, layer.start, layer.count)
+        case graph.FoldHalves():
+            half = x.shape[1] // 2
+            return x[:, :half] + x[:, half : 2 * half]
+        case graph.Concat():
+            return torch.cat(inputs, 1)
+        case graph.Add():
+            return sum(inputs[1:], x)
+        case graph.Multiply():
+            return x * inputs[1]
+        case graph.GlobalPool():
+            return x.mean((2, 3), keepdim=True)
+        case graph.Pool():
+            return F.avg_pool2d(x, layer.pool_size, layer.strides)
+        case graph.Identity() | graph.Reshape() | graph.Flatten():
+            return x
+    raise TypeError(f"layer {layer.name!r}: a {type(layer).__name__} is in no fused program")
+
+
+def _convolve(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    strides = layer.strides if isinstance(layer.strides, tuple) else (layer.strides,) * 2
+    borders = layer.padding
+    if borders == "same":
+        totals = [
+            max((-(-n // stride) - 1) * stride + k - n, 0)
+            for n, k, stride in zip(x.shape[2:], weight.shape[2:], strides, strict=True)
+        ]
+        borders = [(total // 2, total - total // 2) for total in totals]
+    if borders != "valid":
+        (top, bottom), (left, right) = borders
+        x = F.pad(x, (left, right, top, bottom))
+    return F.conv2d(x, weight, bias, strides, groups=groups)
+
+
+def _interleave(x: Tensor, step: int) -> Tensor:
+    index = torch.as_tensor(interleave_index(x.shape[1], step), device=x.device)
+    return x.index_select(1, index)
