@@ -199,7 +199,8 @@ def _partition(graph: Graph) -> tuple[Layer | Segment, ...]:
         alive.add(layer.name)
         alive -= {name for name in layer.inputs if last_use[name] == layer.name}
         # A padding belongs to the convolution after it.
-        if len(alive) == 1 and not isinstance(layer, ZeroPad):
+        waits = isinstance(layer, ZeroPad) and _fusable(layer, readers[layer.name])
+        if len(alive) == 1 and not waits:
             if all(_fusable(x, readers[x.name]) for x in block):
                 fused += block
             else:

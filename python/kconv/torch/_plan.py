@@ -76,13 +76,13 @@ class Plan:
         self._modules: dict[str, nn.Module | None] = {}
         self._calls: dict[str, _Call] = {}
         for (name, inputs), module in zip(steps, self._children, strict=True):
-            self._add(_Call(name, inputs, None, name), module)
+            self._add(_Call(name, inputs, None, name), module, name)
         watched = [*self._modules.values(), *(container for container, _ in self._containers)]
         # Made before the modules are lifted, so that no change goes unseen between.
         self._watch = Watch([module for module in watched if module is not None])
         self._parts = self._partition(self._graph())
 
-    def _add(self, call: _Call, module: nn.Module | None) -> None:
+    def _add(self, call: _Call, module: nn.Module | None, path: str) -> None:
         """A module, or those in a container, of which the last has the container's name."""
         if not (is_chain(module) and module):
             self._calls[call.name], self._modules[call.name] = call, module
@@ -91,8 +91,9 @@ class Plan:
         self._containers.append((module, list(children.values())))
         inputs = call.inputs
         for number, (key, child) in enumerate(children.items(), 1):
-            name = call.name if number == len(children) else f"{call.name}.{key}"
-            self._add(_Call(name, inputs, module, key), child)
+            inner = f"{path}.{key}"
+            name = call.name if number == len(children) else inner
+            self._add(_Call(name, inputs, module, key), child, inner)
             inputs = (name,)
 
     def _graph(self) -> graph.Graph:
