@@ -88,6 +88,17 @@ def jax(shape: tuple[int, ...]) -> Calls:
     yield "jit", lambda: ours(x, w).block_until_ready(), lambda: theirs(x, w).block_until_ready()
 
 
+def torch_fingerprints() -> tuple[Call, int]:
+    """The comparison that a fused network makes at each call, and its layers."""
+    from kconv.models import create
+    from kconv.torch import build
+
+    network = build(create("keffnet_b0", classes=10, input_shape=(32, 32, 3)))
+    plan = network._current_plan()
+    assert plan.holds(network)
+    return lambda: plan.holds(network), len(list(network.children()))
+
+
 _KEPT: list[Any] = []
 
 
@@ -98,9 +109,10 @@ def values(*shape: int) -> Any:
 
 
 FRAMEWORKS = {"torch": torch, "tensorflow": tensorflow, "jax": jax}
+FINGERPRINTS = {"torch": torch_fingerprints}
 
 
-def microseconds(calls: tuple[Call, Call], turns: int) -> list[float]:
+def microseconds(calls: tuple[Call, ...], turns: int) -> list[float]:
     """The least time of each call, the calls taking turns of a few milliseconds."""
     times = [np.inf] * len(calls)
     for turn in range(turns + 1):
@@ -147,6 +159,10 @@ def measure(framework: str, turns: int) -> list[dict[str, Any]]:
     for row, (_, call, _) in zip(rows, FRAMEWORKS[framework](LARGE), strict=True):
         if "backward" not in row["call"]:  # whose memory is that of several results
             row["copies"] = copies(call, results)
+    if framework in FINGERPRINTS:
+        call, layers = FINGERPRINTS[framework]()
+        us = microseconds((call,), turns)[0] / layers
+        rows.append({"framework": framework, "call": "a fused layer's check", "us": us})
     return rows
 
 
@@ -167,13 +183,13 @@ def run(turns: int) -> list[dict[str, Any]]:
             continue
         for row in json.loads(process.stdout.splitlines()[-1]):
             rows.append(row)
-            ratio = row["us"] / row["own_us"]
-            memory = "" if row.get("copies") is None else f"  {row['copies']} copies of 64 MB"
-            print(
-                f"{row['framework']:11} {row['call']:22} {row['us']:7.1f} us, "
-                f"{ratio:5.2f} x its own {row['own_us']:7.1f} us{memory}",
-                flush=True,
-            )
+            beside = ""
+            if "own_us" in row:
+                ratio = row["us"] / row["own_us"]
+                beside = f", {ratio:5.2f} x its own {row['own_us']:7.1f} us"
+            if row.get("copies") is not None:
+                beside += f"  {row['copies']} copies of 64 MB"
+            print(f"{row['framework']:11} {row['call']:22} {row['us']:7.2f} us{beside}", flush=True)
     return rows
 
 

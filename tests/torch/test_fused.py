@@ -251,6 +251,19 @@ def test_gradients_of_gradients(training):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+def test_input_that_changes_before_the_backward_pass():
+    net = Network(block()).double().eval()
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    y, changed = net(x), net(x)
+    expected = torch.autograd.grad(y.sum(), net.parameters())
+    x += 1
+    torch.testing.assert_close(torch.autograd.grad(changed.sum(), net.parameters()), expected)
+    y = net(x)
+    x += 1
+    with pytest.raises(RuntimeError, match="fused=False"):
+        torch.autograd.grad(y.sum(), list(net.parameters()), create_graph=True)
+
+
 def test_functional_transforms():
     torch.manual_seed(3)
     nets = [Network(block(), fused=fused).double().eval() for fused in (True, False)]

@@ -8,6 +8,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from kconv.models import GraphBuilder, Spec, count, create, list_models
 from kconv.torch import DepthwiseConv2d, Network, PointwiseConv2d, build
@@ -226,6 +229,37 @@ def test_same_padding_at_stride_2(size):
     y = same(same(x, model.conv.weight), model.dw.weight, 8)
     expected = F.avg_pool2d(y, 3, 1, 1, count_include_pad=False).amax((2, 3))
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_traced_by_fx(training):
+    """The layers stand in the graph under their names, those without weights as modules."""
+    model = build(create("keffnet_s", **OPTIONS)).train(training)
+    x = torch.randn(3, 3, 32, 32)
+    model(x)
+    traced = fx.symbolic_trace(model)
+    called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
+    assert {"k_stem_bn", "k_stem_activation"} <= called
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-3, atol=1e-4)
+    names = ["k_stem_activation", "k_block2a__0project_conv_conv"]
+    features = create_feature_extractor(model, names)(x)
+    seen = []
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda module, args, y: seen.append(y))
+    model(x)
+    for ours, theirs in zip(features.values(), seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_counted_operations():
+    """As many as those of PyTorch's own layers, forward and backward."""
+    counts = []
+    for kernels in ("kconv", "torch"):
+        model = build(small_spec(input_shape=(16, 16, 3)), kernels=kernels)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(2, 3, 16, 16)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_bad_input():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kconv.models import create
-from kconv.torch import ConvUnit, MBConv, build, to_native
+from kconv.torch import ConvUnit, KPointwiseConv2d, MBConv, build, to_native
 from kconv.torch.layers import DropConnect
 
 BLOCKS = [
@@ -21,6 +21,7 @@ BLOCKS = [
     (MBConv, (12, 24), {"kernel_size": 5, "stride": 2, "ktype": "D6v3_4ch"}),
     (MBConv, (12, 12), {"expand_ratio": 1, "se_ratio": 0, "activation": "relu6"}),
     (MBConv, (12, 16), {"ktype": None, "expand_ratio": 2.5}),
+    (KPointwiseConv2d, (96, 48), {"activation": "relu"}),
 ]
 
 

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from kconv.models import graph
 from kconv.torch._functions import Call, add, concatenate, fold_halves
@@ -108,33 +107,26 @@ class Watch:
             if read and _can(read, module):
                 self._readable.setdefault(read, []).append(module)
         self._fingerprints = self._look()
-        self._hooked = list(map(_has_hooks, self._known))
-        self._next_hook = RemovableHandle.next_id
 
     def unchanged(self) -> bool:
         """Whether all is as it was when this was made."""
         if list(map(type, self._all)) != self._kinds:
             return False
         try:
-            if self._look() != self._fingerprints:
-                return False
+            return self._look() == self._fingerprints
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return False  # what cannot be read or compared is not what it was
-        # Each new hook anywhere takes the next number, so modules without hooks are looked at again
-        # only then.
-        if self._next_hook != RemovableHandle.next_id or any(self._hooked):
-            self._next_hook = RemovableHandle.next_id
-            return list(map(_has_hooks, self._known)) == self._hooked
-        return True
 
     def _look(self) -> list[Any]:
-        """What the modules are lifted from but their hooks, as columns."""
+        """What the modules are lifted from, as columns."""
         own = list(map(_DICT, self._known))
         parameters = list(map(_PARAMETERS, self._parametrized))
         tensors = [*map(dict.get, parameters, repeat("weight"))]
         tensors += map(dict.get, parameters, repeat("bias"))
         present = list(map(is_not, tensors, repeat(None)))
+        hooked = any(any(map(dict.get, own, repeat(name))) for name in _HOOKS)
         return [
+            list(map(_has_hooks, self._known)) if hooked else [],
             list(map(len, own)),  # one attribute more may stand for a method or a parameter
             list(map(dict.get, own, repeat("forward"))),
             [list(map(read, modules)) for read, modules in self._readable.items()],
@@ -146,9 +138,7 @@ class Watch:
 
 
 _DICT, _PARAMETERS, _SHAPE = map(attrgetter, ("__dict__", "_parameters", "shape"))
-_HOOKS = attrgetter(
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-)
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _OWN = frozenset(
     "_call_impl _wrapped_call_impl _compiled_call_impl _conv_forward _check_input_dim "
     "weight bias running_mean running_var num_batches_tracked".split()
@@ -161,7 +151,7 @@ _OWN_FUNCTIONS = _FUNCTIONS(F)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(_HOOKS(module))
+    return any(map(module.__dict__.get, _HOOKS))
 
 
 def _can(read: Callable[[Any], Any], module: nn.Module) -> bool:

@@ -243,15 +243,24 @@ class _Fused(torch.autograd.Function):
             _array(x), _array(parameters), drop, given, layout
         )
         used = _tensor(used)
-        ctx.save_for_backward(x, parameters, masks, used, _tensor(workspace))
+        ctx.save_for_backward(parameters, masks, used, _tensor(workspace))
+        # The input is read again only for gradients of gradients, so it may change until then.
+        ctx.x, ctx.version = x, None if x.is_inference() else x._version
         ctx.program, ctx.layout, ctx.frozen = program, layout, given is not None
         ctx.mark_non_differentiable(used)
         return _tensor(y), used
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Sequence[Tensor | None]:
-        x, parameters, masks, statistics, workspace = ctx.saved_tensors
+        parameters, masks, statistics, workspace = ctx.saved_tensors
         if torch.is_grad_enabled():  # these gradients are to be differentiated again
+            x = ctx.x
+            if x._version != ctx.version:
+                raise RuntimeError(
+                    f"the input of a fused operation, of shape {tuple(x.shape)}, has been changed "
+                    f"in place, and gradients of its gradients need it; change a copy of it, or "
+                    f"use fused=False"
+                )
             given = statistics if ctx.frozen else None
             wanted = [t for t in (x, parameters) if t.requires_grad]
             y = layerwise(ctx.program, ctx.layout, x, parameters, masks, given)
