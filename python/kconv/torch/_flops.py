@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from kconv.torch import ops as _ops  # noqa: F401  defines the operators
+
 __all__: list[str] = []
 
 _COUNTER = "torch.utils.flop_counter"
