@@ -216,22 +216,19 @@ def read_hdf5(roots: Iterable[tuple[Any, int]], config: Config | None = None) ->
         Exception: of any kind, if it is damaged.
     """
     weights: dict[str, Weight] = {}
-    numbered = True
-    found = []
+    groups: list[tuple[str, Any, int]] = []
     for root, limit in roots:
         _check_links(root, set())
         if (text := _attribute(root, "model_config", limit)) is not None:
             config = json.loads(_text(text))
         legacy = root.get("model_weights", root)
         if "layer_names" in legacy.attrs or "layer_names0" in legacy.attrs:
-            numbered = False
-            found.append(_named_weights(legacy, config, limit))
+            weights.update(_named_weights(legacy, config, limit))
         else:
-            found.append(_numbered_weights(root, config, limit))
-    for part in found:
-        if twice := weights.keys() & part.keys():
-            raise ValueError(f"it has {min(twice)!r} twice")
-        weights.update(part)
+            groups += [(place, group, limit) for place, group in _numbered_groups(root)]
+    numbered = not weights
+    if numbered:
+        weights = _numbered_weights(groups, config)
     if not weights:
         raise ValueError("it has no layers with weights")
     return KerasFile(weights, numbered, config)
@@ -251,7 +248,7 @@ _SIMPLE = (
 def _nested(config: Config) -> set[str]:
     """The layers of a model that have layers inside."""
     return {
-        layer["config"]["name"]
+        layer["config"].get("name", "")
         for layer in config.get("config", {}).get("layers", ())
         if layer["config"].keys() & {"layers", "layer"}
     }
@@ -259,7 +256,7 @@ def _nested(config: Config) -> set[str]:
 
 def _named_weights(root: Any, config: Config | None, limit: int) -> dict[str, Weight]:
     """Keras 2, and Keras 3's ``.h5``: every layer is a group, which lists its weights' names."""
-    kinds = {inner["name"]: kind for kind, inner in config_layers(config)} if config else {}
+    kinds = {inner.get("name"): kind for kind, inner in config_layers(config)} if config else {}
     nested = set() if config is None else _nested(config)
     weights = {}
     layers = _texts(root, "layer_names", limit)
@@ -278,8 +275,8 @@ def _named_weights(root: Any, config: Config | None, limit: int) -> dict[str, We
             own = layer.replace("/", "_")
             inner, _, variable = weight.replace(layer, own, 1).partition(":")[0].rpartition("/")
             path = [own, *(name for name in inner.split("/") if name)]
-            if path[1:2] == [own]:
-                del path[1]
+            if own in path[1:]:  # a model's name may come before the layer's
+                path = path[path.index(own, 1) :]
             if simple:  # what comes between is the names' own
                 path = [own]
             if layer == "top_level_model_weights":
@@ -300,49 +297,62 @@ _NO_WEIGHTS = re.compile(
 )
 
 
-def _numbered_weights(root: Any, config: Config | None, limit: int) -> dict[str, Weight]:
-    """Keras 3: groups called after the layers' classes or attributes; weights are numbered.
-
-    The layer's name is an attribute of its group, or else the model's configuration tells.
-    """
+def _numbered_groups(root: Any) -> list[tuple[str, Any]]:
+    """The groups of weights in a file of Keras 3, with the places of their layers."""
     import h5py
 
-    groups: dict[str, Any] = {}
+    groups = []
 
     def visit(path: str, item: Any) -> None:
         owner, _, last = path.rpartition("/")
         if last == "vars" and isinstance(item, h5py.Group):
-            groups[owner.replace("_layer_checkpoint_dependencies", "layers")] = item
+            groups.append((owner.replace("_layer_checkpoint_dependencies", "layers"), item))
 
     root.visititems(visit)
+    return groups
+
+
+def _numbered_weights(
+    groups: list[tuple[str, Any, int]], config: Config | None
+) -> dict[str, Weight]:
+    """Keras 3: groups called after the layers' classes or attributes; weights are numbered.
+
+    The layer's name is an attribute of its group, or else the model's configuration tells.
+    """
+    names: dict[str, str] = {}
+    datasets: dict[str, dict[str, Any]] = {}
+    for place, group, limit in groups:
+        if (name := _attribute(group, "name", limit)) is not None:
+            names[place] = _text(name)
+        if not _NO_WEIGHTS.search(place):
+            own = datasets.setdefault(place, {})  # shards may divide a layer's weights
+            if twice := own.keys() & group.keys():
+                raise ValueError(f"it has {place}/{min(twice)} twice")
+            own.update((key, group[key]) for key in group)
     from_config = {place: (kind, inner) for place, kind, inner in _config_places(config or {})}
-    names: dict[str, str | None] = {}
-    for place, group in groups.items():
-        name = _attribute(group, "name", limit)
-        names[place] = None if name is None else _text(name)
     for place, (_, inner) in from_config.items():
-        if names.get(place) is None:
-            names[place] = inner.get("name")
+        if place not in names and isinstance(inner.get("name"), str):
+            names[place] = inner["name"]
 
     def layer_names(place: str) -> Name | None:
+        if place and place not in names:
+            return None
         parts = place.split("/")
         prefixes = ["/".join(parts[: end + 1]) for end in range(len(parts))] if place else []
-        if prefixes and names.get(place) is None:
-            return None
-        return tuple(name for prefix in prefixes if (name := names.get(prefix)) is not None)
+        return tuple(names[prefix] for prefix in prefixes if prefix in names)
 
     weights = {}
-    for place, group in groups.items():
-        if _NO_WEIGHTS.search(place) or not len(group):
-            continue
+    for place, own in datasets.items():
         kind, settings = from_config.get(place, (None, None))
-        keys = sorted(group, key=lambda key: (len(key), key))
-        known = variable_names(kind, len(keys), settings) if keys[0].isdigit() else None
+        keys = sorted(own, key=lambda key: (len(key), key))
+        known = None
+        if keys == [str(number) for number in range(len(keys))]:
+            known = variable_names(kind, len(keys), settings)
         for number, key in enumerate(keys):
-            own = f"{place}/{key}" if place else key
+            full = f"{place}/{key}" if place else key
+            entry = _entry(own[key], full)
             variable = known[number] if known else key
-            entry = _entry(group[key], own)
-            weights[own] = Weight(own, layer_names(place), variable, kind, entry)
+            weights[full] = Weight(full, layer_names(place), variable, kind, entry)
     return weights
 
 

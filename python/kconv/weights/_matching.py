@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kconv.weights._layouts import CLASSES, Shape, snake_case
 
-__all__ = ["MismatchError", "Pairs", "listed", "match", "match_names"]
+__all__ = ["MismatchError", "Pairs", "automatic_stem", "listed", "match", "match_names"]
 
 Name = tuple[str, ...]
 Shapes = Mapping[str, Shape | None]
@@ -57,7 +57,12 @@ def _optional(name: str) -> bool:
     return name.rpartition(".")[2] == "num_batches_tracked"
 
 
-def match(file: Shapes, model: Shapes, ties: Iterable[frozenset[str]] = ()) -> Pairs:
+def match(
+    file: Shapes,
+    model: Shapes,
+    ties: Iterable[frozenset[str]] = (),
+    stems: frozenset[str] = frozenset(),
+) -> Pairs:
     """Pair the weights of a file and a model by PyTorch's names.
 
     The names themselves decide; else the names without what ``torch.compile``, DataParallel,
@@ -67,6 +72,7 @@ def match(file: Shapes, model: Shapes, ties: Iterable[frozenset[str]] = ()) -> P
         file: shapes; None for a state that is no tensor.
         model: the same.
         ties: sets of the model's names of one and the same tensor, one of which is enough.
+        stems: as for :func:`match_names`.
 
     Raises:
         MismatchError: naming what is only in one of them, or of another shape.
@@ -97,7 +103,7 @@ def match(file: Shapes, model: Shapes, ties: Iterable[frozenset[str]] = ()) -> P
             )
             reordered = {
                 ".".join(new): names[".".join(old)]
-                for old, new in match_names(shapes, wanted).items()
+                for old, new in match_names(shapes, wanted, stems).items()
             }
             if len(reordered) < len(shapes):
                 continue
@@ -216,7 +222,7 @@ def _shape(shape: Shape | None) -> str:
 # Automatic names, whose numbers depend on what a process has made before.
 
 
-def _stem(name: str, more: frozenset[str]) -> str | None:
+def automatic_stem(name: str, more: frozenset[str]) -> str | None:
     """An automatic name without its number; None for other names."""
     match = re.fullmatch(r"((?:forward_|backward_)?(.*?))(?:_\d+)?", name)
     return match[1] if match and (match[2] in _AUTOMATIC or match[2] in more) else None
@@ -254,7 +260,7 @@ def match_names(
 
     def signature(shapes: Mapping[Name, Shape | None]) -> frozenset[object]:
         counted = Counter(
-            (tuple(_stem(part, stems) or part for part in name), shape)
+            (tuple(automatic_stem(part, stems) or part for part in name), shape)
             for name, shape in shapes.items()
         )
         return frozenset(counted.items())
@@ -264,13 +270,15 @@ def match_names(
     ) -> dict[object, list[str]]:
         result: dict[object, list[str]] = {}
         for name in sorted(parts, key=_number):
-            if (own := _stem(name, stems)) is not None:
+            if (own := automatic_stem(name, stems)) is not None:
                 key = own if stem else None, signature(parts[name])
                 result.setdefault(key, []).append(name)
         return result
 
     ours, theirs = groups(file), groups(model)
-    partner = {name: name for name in ours if name in theirs and _stem(name, stems) is None}
+    partner = {
+        name: name for name in ours if name in theirs and automatic_stem(name, stems) is None
+    }
     ordered_ours, ordered_theirs = ordered(ours, True), ordered(theirs, True)
     if {key: len(names) for key, names in ordered_ours.items()} != {
         key: len(names) for key, names in ordered_theirs.items()

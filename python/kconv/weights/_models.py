@@ -37,7 +37,7 @@ from kconv.weights._layouts import (
     snake_case,
     torch_class,
 )
-from kconv.weights._matching import MismatchError, Pairs, listed, match, match_names
+from kconv.weights._matching import MismatchError, Pairs, automatic_stem, listed, match, match_names
 from kconv.weights._torch_file import Unreadable
 
 __all__ = ["METADATA", "Source", "Target", "adapt", "is_state"]
@@ -377,7 +377,7 @@ class _KerasTarget:
         shapes = {name: source.shape for name, source in sources.items()}
         own = self._in_torch_terms()
         wanted = {name: how.shape(variable.shape) for name, (variable, how) in own.items()}
-        return match(shapes, wanted)
+        return match(shapes, wanted, stems=self._stems)
 
     def fill(self, sources: Mapping[str, Source]) -> Pairs:
         pairs, own = self.fit(sources), self._in_torch_terms()
@@ -536,8 +536,9 @@ class _KerasTarget:
             if len(weight.layers) != len(mine.layers):
                 return False
             for name, other in zip(weight.layers, mine.layers, strict=True):
-                if name.replace("/", "_") != other and not (
-                    _automatic(name, self._stems) and _automatic(other, self._stems)
+                stem = automatic_stem(name, self._stems)
+                if name.replace("/", "_") != other and (
+                    stem is None or stem != automatic_stem(other, self._stems)
                 ):
                     return False
         return True
@@ -558,16 +559,13 @@ def _fits(weight: Weight, variable: _Variable) -> bool:
 
 
 def _check_variable(weight: Weight, variable: _Variable) -> None:
-    if not weight.variable.isdigit() and weight.variable != variable.name:
+    if weight.variable.isdigit() or weight.variable == variable.name:
+        return
+    stem = automatic_stem(variable.name, frozenset())
+    if stem is None or stem != automatic_stem(weight.variable, frozenset()):
         raise MismatchError(
             f"{weight.place!r} is a {weight.variable}, which is a {variable.name} in the model", 1
         )
-
-
-def _automatic(name: str, stems: frozenset[str]) -> bool:
-    return match_names({(name, ""): None}, {(f"{name}_1", ""): None}, stems) != {
-        (name, ""): (name, "")
-    }
 
 
 def _config(model: Any) -> Config | None:
