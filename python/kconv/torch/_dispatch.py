@@ -34,17 +34,14 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 __all__ = ["KernelOp"]
 
 _LIBRARY = torch.library.Library("kconv", "DEF")
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_PLAIN = frozenset({Tensor, Parameter})
 # PyTorch's subclasses that know any operator: FakeTensor, FunctionalTensor, DTensor and the like.
 _KNOWN = "torch._subclasses", "torch.distributed"
-
-
-def _keys(tensor: Tensor) -> int:
-    return _dispatch_keys(tensor).raw_repr()
 
 
 def _ordinary_keys() -> frozenset[int]:
@@ -55,7 +52,8 @@ def _ordinary_keys() -> frozenset[int]:
     """
     outside = torch.empty(0)
     with torch.inference_mode():
-        return frozenset({_keys(outside), _keys(torch.empty(0))})
+        made = outside, torch.empty(0)
+    return frozenset(_dispatch_keys(tensor).raw_repr() for tensor in made)
 
 
 _ORDINARY = _ordinary_keys()
@@ -217,7 +215,14 @@ class KernelOp:
 def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether these are ordinary CPU tensors and nobody is listening to the dispatcher."""
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or _keys(tensor) not in _ORDINARY):
+        if tensor is None:
+            continue
+        kind = type(tensor)
+        # All the keys of a parameter take twice as long as what can be odd about one.
+        if kind is Parameter:
+            if not tensor.is_cpu or tensor.is_neg():
+                return False
+        elif kind is not Tensor or _dispatch_keys(tensor).raw_repr() not in _ORDINARY:
             return False
     return not (
         _len_torch_dispatch_stack() or peek_interpreter_stack() is not None or _get_tracing_state()

@@ -16,12 +16,24 @@ from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 
 from kconv.torch import ops
+from kconv.torch._scriptable import (
+    DropConnect,
+    IndexedInterleave,
+    InterleavedConv2d,
+    PaddedConv2d,
+    pad_explicit,
+    pointwise_repr,
+)
 
 __all__ = [
     "AcceleratedConv2d",
     "DepthwiseConv2d",
+    "DropConnect",
+    "IndexedInterleave",
     "InterleaveChannels",
+    "InterleavedConv2d",
     "InterleavedPointwiseConv2d",
+    "PaddedConv2d",
     "PointwiseConv2d",
 ]
 
@@ -29,8 +41,8 @@ __all__ = [
 class _KernelConv2d(nn.Conv2d):
     """``nn.Conv2d`` by the kernels where they compute what its attributes say at a call."""
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.padding_mode != "zeros" or _is_quantizing(x):
+    def _conv_forward(self, x: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode != "zeros" or (type(x) is fx.Proxy and _is_quantizing(x)):
             return super()._conv_forward(x, weight, bias)
         return ops.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -60,10 +72,19 @@ class AcceleratedConv2d(_KernelConv2d):
         torch.Size([2, 12, 5, 4])
     """
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _is_exporting():
-            return nn.Conv2d._conv_forward(self, x, weight, bias)
-        return super()._conv_forward(x, weight, bias)
+    def _conv_forward(self, x: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if (
+            self.padding_mode == "zeros"
+            and not (type(x) is fx.Proxy and _is_quantizing(x))
+            and not (is_compiling() and _is_exporting())
+        ):
+            try:
+                return ops.conv2d(
+                    x, weight, bias, self.stride, self.padding, self.dilation, self.groups
+                )
+            except ValueError:  # PyTorch says in its own way what does not fit
+                pass
+        return nn.Conv2d._conv_forward(self, x, weight, bias)
 
 
 class PointwiseConv2d(_KernelConv2d):
@@ -139,7 +160,7 @@ class PointwiseConv2d(_KernelConv2d):
         """The arguments that are not defaults."""
         plain = (self.kernel_size, self.stride, self.padding, self.dilation, self.padding_mode)
         if plain == ((1, 1), (1, 1), (0, 0), (1, 1), "zeros"):
-            return _pointwise_repr(self)
+            return pointwise_repr(self)
         return super().extra_repr()
 
 
@@ -215,135 +236,6 @@ class DepthwiseConv2d(_KernelConv2d):
         return super()._conv_forward(x, weight, bias)
 
 
-class PaddedConv2d(nn.Conv2d):
-    """``nn.Conv2d`` with TensorFlow's paddings: "same" at any stride, or asymmetric ones.
-
-    ``padding`` comes on top of them.
-
-    Attributes:
-        borders: "same" or ((top, bottom), (left, right)).
-    """
-
-    __constants__ = [*nn.Conv2d.__constants__, "borders"]  # noqa: RUF012
-    borders: Any = "same"
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # TorchScript compiles the branch of the type that a layer's borders have.
-        if isinstance(self.borders, str):
-            x = pad_same(x, weight, list(self.stride), list(self.dilation), self.padding_mode)
-        else:
-            x = pad_explicit(x, self.borders, self.padding_mode)
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def extra_repr(self) -> str:
-        """As the base class's, and the borders."""
-        return f"{super().extra_repr()}, borders={self.borders!r}"
-
-
-def pad_explicit(x: Tensor, borders: tuple[tuple[int, int], tuple[int, int]], mode: str) -> Tensor:
-    """Pads an image by ((top, bottom), (left, right)); TorchScript compiles this function."""
-    sides = [borders[1][0], borders[1][1], borders[0][0], borders[0][1]]
-    return F.pad(x, sides, "constant" if mode == "zeros" else mode)
-
-
-def pad_same(
-    x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], mode: str
-) -> Tensor:
-    """Pads an image so that a convolution puts out 1/stride of its pixels, rounded up.
-
-    TorchScript compiles this function.
-    """
-    height = (weight.shape[2] - 1) * dilation[0] + 1
-    width = (weight.shape[3] - 1) * dilation[1] + 1
-    rows = ops.same_padding(x.shape[-2], height, stride[0])
-    columns = ops.same_padding(x.shape[-1], width, stride[1])
-    sides = [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]
-    return F.pad(x, sides, "constant" if mode == "zeros" else mode)
-
-
-fx.wrap("pad_explicit")
-fx.wrap("pad_same")
-
-
-class InterleavedConv2d(nn.Module):
-    """A 1x1 convolution whose output channels are interleaved, by PyTorch's own operators.
-
-    It has ``nn.Conv2d``'s parameters and attributes, but row r of the weight is not output channel
-    r. So it is no ``nn.Conv2d``, which tools take that for granted of: they fold a batch norm into
-    the rows, or remove some with the channels of the layers that follow.
-
-    Args:
-        in_channels: C_in.
-        out_channels: C_out.
-        groups: divides C_in and C_out.
-        bias: whether there is a learnable bias, (C_out,).
-        interleave: the step.
-        device: of the parameters.
-        dtype: of the parameters.
-
-    Attributes:
-        weight: (C_out, C_in / groups, 1, 1).
-        bias: (C_out,), or None.
-
-    Raises:
-        ValueError: if the groups do not divide the channels or the step is below 1; if somebody
-            assigns a weight or bias.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        groups: int = 1,
-        bias: bool = True,
-        interleave: int = 1,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        if interleave < 1:
-            raise ValueError(f"interleave must be at least 1, got {interleave}")
-        super().__init__()
-        conv = nn.Conv2d(
-            in_channels, out_channels, 1, groups=groups, bias=bias, device=device, dtype=dtype
-        )
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation = (1, 1), (1, 1), (1, 1)
-        self.padding, self.padding_mode = (0, 0), "zeros"
-        self.groups, self.interleave = groups, interleave
-        self.register_parameter("weight", conv._parameters["weight"])
-        self.register_parameter("bias", conv._parameters["bias"])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) to (N, C_out, H, W); the batch axis may be missing."""
-        return self._conv_forward(x, self.weight, self.bias)
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            (rows, columns), padding = padding, (0, 0)
-            x = F.pad(x, (columns, columns, rows, rows), self.padding_mode)
-        y = F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
-        return ops.interleave_by_index(y, self.interleave)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Who computes new parameters from the old ones and from those of a layer that follows, as
-        # fuse_conv_bn_eval does, takes the rows for the output channels.
-        if name in ("weight", "bias") and isinstance(self._parameters.get(name), Tensor):
-            raise ValueError(
-                f"{type(self).__name__}: its {name} is in the order before the interleave, not of "
-                f"its output channels, and is not replaced by assignment; "
-                f"register_parameter({name!r}, ...) replaces it, as load_state_dict fills it"
-            )
-        super().__setattr__(name, value)
-
-    def extra_repr(self) -> str:
-        """The arguments that are not defaults."""
-        return _pointwise_repr(self)
-
-
 class InterleavedPointwiseConv2d(InterleavedConv2d):
     """Grouped 1x1 convolution whose output channels are interleaved in the same pass.
 
@@ -389,31 +281,6 @@ class InterleavedPointwiseConv2d(InterleavedConv2d):
             self.groups,
             self.interleave,
         )
-
-
-class IndexedInterleave(nn.Module):
-    """:class:`InterleaveChannels` by PyTorch's own indexing.
-
-    Args:
-        step: at least 1; 1 is the identity.
-
-    Raises:
-        ValueError: if the step is below 1.
-    """
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        if step < 1:
-            raise ValueError(f"step must be at least 1, got {step}")
-        self.step = step
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape; the batch axis may be missing."""
-        return ops.interleave_by_index(x, self.step)
-
-    def extra_repr(self) -> str:
-        """The step."""
-        return f"{self.step}"
 
 
 class InterleaveChannels(IndexedInterleave):
@@ -481,28 +348,16 @@ def depthwise_obstacle(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _is_exporting() -> bool:
-    return is_compiling() and _EXPORTING()
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
 
 
-_EXPORTING = getattr(torch.compiler, "is_exporting", lambda: False)  # from PyTorch 2.7 on
-
-
-def _is_quantizing(x: Any) -> bool:
-    """Whether x stands for a tensor in a trace for quantization, which looks for own operators."""
-    return type(x) is fx.Proxy and type(x.tracer).__name__ == "QuantizationTracer"
+def _is_quantizing(x: fx.Proxy) -> bool:
+    """Whether the trace is one for quantization, which looks for PyTorch's own operators."""
+    return type(x.tracer).__name__ == "QuantizationTracer"
 
 
 def _is_asymmetric(padding: Any) -> bool:
     return isinstance(padding, tuple) and isinstance(padding[0], tuple)
-
-
-def _pointwise_repr(layer: Any) -> str:
-    parts = [f"{layer.in_channels}, {layer.out_channels}"]
-    parts += [f"groups={layer.groups}"] if layer.groups > 1 else []
-    parts += ["bias=False"] if layer.bias is None else []
-    parts += [f"interleave={layer.interleave}"] if layer.interleave > 1 else []
-    return ", ".join(parts)
 
 
 class ReadsAsConv2d:
@@ -535,25 +390,3 @@ class ReadsAsConv2d:
     def groups(self) -> int:
         """1, as any input channel counts for any output channel."""
         return 1
-
-
-class DropConnect(nn.Module):
-    """Drops a sample's whole branch in training, and scales the others up to compensate.
-
-    Args:
-        rate: the share of branches that are dropped.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
-        if not self.training:
-            return x
-        return x * F.dropout(x.new_ones([x.shape[0], 1, 1, 1]), self.rate)
-
-    def extra_repr(self) -> str:
-        """The rate."""
-        return f"{self.rate:.4g}"

@@ -8,7 +8,7 @@ from math import prod, sqrt
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from kconv.ktypes import KType
@@ -123,6 +123,13 @@ class Network(nn.Module):
         """What runs as one operation, by the name of the tensor that goes in."""
         return self._current_plan().segments if self._fuses else {}
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles: the calls of the modules, one after the other."""
+        calls = _Calls().trace(self)
+        for node in calls.nodes:
+            node.type = None  # TorchScript does not know annotations that are texts
+        return fx.GraphModule(self, calls)
+
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_plan": None}
         state.pop("_compiled_call_impl", None)  # as in every module
@@ -133,6 +140,13 @@ class Network(nn.Module):
         fuses = bool(state.get("_fused"))
         state = {name: value for name, value in state.items() if name != "_fused"}
         super().__setstate__({"_fuses": fuses, "_plan": None, **state})
+
+
+class _Calls(fx.Tracer):
+    """Keeps a network's modules as they are, but for functions, which TorchScript needs plain."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not isinstance(m, Network | Call)
 
 
 class KPointwiseConv2d(ReadsAsConv2d, Network):

@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._C import _from_dlpack as from_dlpack
+from torch._C import _get_tracing_state
 from torch._C import _to_dlpack as to_dlpack
 
 from kconv import _kconv
 from kconv.ktypes import interleave_index
 from kconv.torch._dispatch import KernelOp
+from kconv.torch._scriptable import interleave_by_index, same_padding
 
 __all__ = [
     "Padding",
@@ -106,29 +108,33 @@ def conv2d(
         NotImplementedError: if a tensor is quantized.
         ValueError: if the shapes do not fit.
     """
-    if weight.dim() == 4 and _same_floating(x, weight, bias):
+    if x.dtype in _FLOATING and weight.dim() == 4:
         channels, inputs, height, width = _sizes(weight)
-        step = _in_both_directions(stride)
-        if height == width == 1:
-            if (
-                step == 1
-                and (padding in _UNPADDED or _in_both_directions(padding) == 0)
-                and _in_both_directions(dilation) >= 1
+        try:
+            if height == width == 1:
+                if (
+                    (stride == _ONES or _in_both_directions(stride) == 1)
+                    and (padding == _ZEROS or _is_unpadded(padding))
+                    and (dilation == _ONES or _in_both_directions(dilation) >= 1)
+                ):
+                    if x.dim() == 4:
+                        return _pointwise(x, weight, bias, groups, interleave)
+                    return pointwise_conv(x, weight, bias, groups=groups, interleave=interleave)
+            elif (
+                height == width
+                and height in (3, 5, 7)
+                and groups == channels
+                and inputs == 1
+                and (dilation == _ONES or _in_both_directions(dilation) == 1)
+                and (step := _in_both_directions(stride)) in (1, 2)
+                and (pads := _pads(padding, height, step)) is not None
+                and interleave == 1
             ):
-                return pointwise_conv(x, weight, bias, groups=groups, interleave=interleave)
-        elif (
-            height == width
-            and height in (3, 5, 7)
-            and step in (1, 2)
-            and _in_both_directions(dilation) == 1
-            and groups == channels
-            and inputs == 1
-            and (padding != "same" or step == 1)
-            and interleave == 1
-        ):
-            pads: Any = padding if isinstance(padding, str) else _as_borders(padding)
-            if pads is not None:
-                return depthwise_conv(x, weight, bias, stride=step, padding=pads)
+                if x.dim() == 4:
+                    return _depthwise(x, weight, bias, step, pads)
+                return _depthwise(_batch_of_one(x), weight, bias, step, pads)[0]
+        except TypeError:  # dtypes that differ, of which PyTorch says what it thinks
+            pass
     if x.is_quantized:
         raise NotImplementedError(
             "a convolution of kconv's got a quantized tensor, which its kernels do not compute: "
@@ -141,21 +147,17 @@ def conv2d(
     return interleave_by_index(y, interleave)
 
 
-_UNPADDED = ((0, 0), "valid", "same")
+_ONES, _ZEROS = (1, 1), (0, 0)
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
-def _same_floating(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernels compute a convolution of such dtypes, as PyTorch's does."""
-    dtype = x.dtype
-    if dtype is not weight.dtype or (bias is not None and bias.dtype is not dtype):
-        return torch.is_autocast_enabled("cpu")
-    return dtype in _FLOATING
+def _is_unpadded(padding: Any) -> bool:
+    return padding in ("valid", "same") or _in_both_directions(padding) == 0
 
 
 def _sizes(weight: Tensor) -> Sequence[int]:
     """A weight's shape in numbers."""
-    if not torch._C._get_tracing_state():
+    if not _get_tracing_state():
         return weight.shape
     with warnings.catch_warnings():  # that these are tensors to torch.jit, and become constants
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
@@ -171,14 +173,25 @@ def _in_both_directions(number: Any) -> int:
     return -1
 
 
-def _as_borders(padding: Any) -> Padding | None:
-    """PyTorch's padding as ours; None for one that no kernel computes."""
-    if isinstance(padding, int):
-        return padding
-    vertical, horizontal = padding if len(padding) == 2 else (padding[0], padding[0])
-    if isinstance(vertical, int) and isinstance(horizontal, int):
-        vertical, horizontal = (vertical, vertical), (horizontal, horizontal)
-    return (vertical, horizontal) if min(*vertical, *horizontal) >= 0 else None
+def _pads(padding: Any, kernel: int, stride: int) -> tuple[int, int, int, int] | None:
+    """PyTorch's padding, or asymmetric one, as (top, bottom, left, right).
+
+    None for what PyTorch does not take, or does in a way of its own.
+    """
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding == "same":
+        half = kernel // 2
+        return (half, half, half, half) if stride == 1 else None
+    both = padding if isinstance(padding, (tuple, list)) else (padding, padding)
+    if len(both) != 2:
+        return None
+    vertical, horizontal = both
+    if type(vertical) is int and type(horizontal) is int:
+        pads = vertical, vertical, horizontal, horizontal
+    else:
+        pads = (*vertical, *horizontal)
+    return pads if min(pads) >= 0 else None
 
 
 def depthwise_conv(
@@ -268,21 +281,6 @@ def _permute(x: Tensor, step: int, op: KernelOp) -> Tensor:
     return op(x, step)
 
 
-def interleave_by_index(x: Tensor, step: int) -> Tensor:
-    """:func:`interleave` by PyTorch's own indexing, on any device.
-
-    The index is a constant for exporters: thousands of nodes that compute it would slow each run.
-    TorchScript compiles this function, so it is written in what that knows.
-    """
-    if step < 1:
-        raise ValueError(f"step must be at least 1, got {step}")
-    channels: list[int] = []
-    for start in range(min(step, x.shape[-3])):
-        for channel in range(start, x.shape[-3], step):
-            channels.append(channel)
-    return x if step == 1 else x.index_select(-3, torch.tensor(channels, device=x.device))
-
-
 def _batch_of_one(x: Tensor) -> Tensor:
     if x.dim() != 3:
         raise ValueError(f"x must be (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
@@ -301,7 +299,7 @@ def borders(
         case int():
             return padding, padding, padding, padding
         case "same":
-            if torch._C._get_tracing_state():  # of torch.jit, where sizes are tensors
+            if _get_tracing_state():  # of torch.jit, where sizes are tensors
                 size, kernel = [int(n) for n in size], [int(k) for k in kernel]
             height, width = (same_padding(n, k, stride) for n, k in zip(size, kernel, strict=True))
             return height // 2, height - height // 2, width // 2, width - width // 2
@@ -311,18 +309,6 @@ def borders(
         f"padding must be an integer, 'same', 'valid' or ((top, bottom), (left, right)), "
         f"got {padding!r}"
     )
-
-
-def same_padding(size: int, kernel: int, stride: int) -> int:
-    """The pixels that TensorFlow's "same" adds, for size / stride outputs, rounded up.
-
-    TorchScript compiles this function, so it is written in what that knows.
-    """
-    # Not -(-size // stride): in ONNX the quotient of a negative number is cut off, not rounded
-    # down.
-    total = ((size + stride - 1) // stride - 1) * stride + kernel - size
-    # Only then can it be negative; and exporters would bind themselves to sizes as they are.
-    return max(total, 0) if kernel < stride else total
 
 
 # The kernels behind the operators: tensors in, tensors out, without autograd. They go in and come
@@ -637,5 +623,5 @@ _interleave.derivatives = (lambda grad, shape, step: _deinterleave(grad, step),)
 _deinterleave.derivatives = (lambda grad, shape, step: _interleave(grad, step),)
 
 # torch.fx, which follows a module's code with stand-ins for tensors, keeps these calls as they are.
-for _name in ("conv2d", "deinterleave", "interleave", "interleave_by_index", "pointwise_conv"):
+for _name in ("conv2d", "deinterleave", "interleave"):
     fx.wrap(_name)
