@@ -30,8 +30,11 @@ def require(module: str, packages: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         top = module.partition(".")[0]
-        if isinstance(error, ModuleNotFoundError) and error.name in (top, module):
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            missing = error.name.partition(".")[0]  # may also be what the module needs itself
+            named = packages if missing == top else missing
             raise ImportError(
-                f"{purpose} needs {top}, which is not installed: pip install {packages}", name=top
+                f"{purpose} needs {missing}, which is not installed: pip install {named}",
+                name=missing,
             ) from None
         raise ImportError(f"{purpose} needs {top}, which cannot be imported: {error}") from error

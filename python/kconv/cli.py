@@ -29,9 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the command's name; by default the process's own arguments.
 
     Returns:
-        The exit status: 0, 2 for bad input, 130 when interrupted.
+        The exit status: 0, 2 for bad input, 1 for what fails later, 130 when interrupted.
     """
     options = _parser().parse_args(arguments)
+    threads = os.environ.get("KCONV_NUM_THREADS", "1")
+    if not threads.isdecimal() or int(threads) < 1:  # the kernels would take no notice of it
+        return _fail(ValueError(f"KCONV_NUM_THREADS={threads!r} must be a number from 1 on"), 2)
     for backend in KERAS_BACKENDS:
         if importlib.util.find_spec(backend):
             os.environ.setdefault("KERAS_BACKEND", backend)
@@ -43,16 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `kconv models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except ImportError as error:
-        hint = "install a framework with it: pip install 'kconv[jax]' (or [torch], [tensorflow])"
-        return _fail(f"{error}; {hint}")
-    except (ValueError, TypeError, OSError) as error:
-        return _fail(str(error))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        return _fail(error, 2)
+    except (RuntimeError, MemoryError, ArithmeticError) as error:
+        return _fail(error, 1)
 
 
-def _fail(message: str) -> int:
-    print(f"kconv: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+def _fail(error: Exception, status: int) -> int:
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        message = f"not enough memory: {message}"
+    print(f"kconv: error: {message}", file=sys.stderr)
+    return status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,8 +151,9 @@ def _train(options: argparse.Namespace) -> int:
     fields = {field.name for field in dataclasses.fields(training.Config)}
     given = {name: value for name, value in vars(options).items() if name in fields}
     for name in ("dataset", "data_dir"):  # a run may be resumed from elsewhere
-        if name in given and given[name] not in datasets.names() and Path(given[name]).exists():
-            given[name] = str(Path(given[name]).resolve())
+        text = given.get(name)
+        if text and text not in datasets.names() and Path(text).exists():
+            given[name] = str(Path(text).resolve())
     if "model_option" in options:
         given["model_options"] = dict(map(_model_option, options.model_option))
     if options.resume:

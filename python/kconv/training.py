@@ -14,9 +14,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
+import math
+import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,8 @@ from numpy.typing import NDArray
 
 from kconv import augment, datasets, models
 from kconv._files import replacing
+from kconv._npz import read_npz
+from kconv._require import require
 from kconv.datasets import Dataset, Images, Labels
 
 FRAMEWORKS = ("keras", "torch")
@@ -92,19 +96,29 @@ class Config:
         Raises:
             ValueError: One of them makes no sense.
         """
-        for option in ("epochs", "batch_size", "image_size"):
+        for option in ("epochs", "batch_size", "image_size", "train_images", "test_images"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ValueError(f"{option}={value} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr} must be above 0")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be from 0 to below 2^63")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr={self.lr} must be above 0, and finite")
         for option, known in (("framework", FRAMEWORKS), ("lr_schedule", SCHEDULES)):
             if getattr(self, option) not in known:
                 raise ValueError(
                     f"unknown {option} {getattr(self, option)!r}: known are {', '.join(known)}"
                 )
+
+        decided = {
+            "input_shape": "the data set decides it",
+            "classes": "the data set decides it",
+            "include_top": "training needs the classifier",
+            **({} if self.ktype is None else {"ktype": "ktype decides it"}),
+            **({} if self.skip_strides is None else {"skip_stride_cnt": "skip_strides decides it"}),
+        }
+        for option in sorted(self.model_options.keys() & decided.keys()):
+            raise ValueError(f"the model's {option} cannot be given, as {decided[option]}")
 
     def spec(self, data: Dataset) -> models.Spec:
         """The model for this data set's images and classes."""
@@ -116,11 +130,27 @@ class Config:
         if self.skip_strides is not None:
             options["skip_stride_cnt"] = self.skip_strides
         spec = models.create(self.model, **options)
+        if self.skip_strides is not None:
+            most = _strides(spec)
+            if not -1 <= self.skip_strides <= most:
+                raise ValueError(
+                    f"skip_strides={self.skip_strides} must be from -1 to {most} for {self.model}"
+                )
         has_strides = "skip_stride_cnt" in {field.name for field in dataclasses.fields(spec)}
         small = max(data.image_shape[:2]) <= SMALL_IMAGE
         if has_strides and small and "skip_stride_cnt" not in options:
             spec = models.create(self.model, **options, skip_stride_cnt=3)
         return spec
+
+
+def _strides(spec: models.Spec) -> int:
+    """How many strides a model can skip: to skip more changes nothing."""
+
+    def graph(count: int) -> models.Graph:
+        return dataclasses.replace(spec, skip_stride_cnt=count).graph()  # type: ignore[call-arg]
+
+    everything = graph(sys.maxsize)
+    return next(count for count in itertools.count() if graph(count) == everything)
 
 
 @dataclass(frozen=True)
@@ -177,8 +207,9 @@ class Trainer(Protocol):
 
 
 def show(line: str) -> None:
-    """Print a line at once, also into a pipe."""
-    print(line, flush=True)
+    """Print a line at once, also into a pipe; what its encoding lacks is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def train(
@@ -202,8 +233,10 @@ def train(
     Raises:
         ValueError: An option or the data make no sense, or the checkpoint is another model's.
         OSError: A file cannot be read or written.
+        ImportError: A package that the run will need is not installed.
     """
     checkpoint = _checkpoint_of(output / "last.npz", config) if resume else None
+    _check_installed(config)
     data = datasets.load(
         config.dataset,
         image_size=config.image_size or (None if config.dataset in datasets.PHOTOGRAPHS else 32),
@@ -214,12 +247,17 @@ def train(
     )
     spec = config.spec(data)
     shuffled = np.random.default_rng(config.seed).permutation(len(data.x_train))
-    held_out, training = np.split(shuffled, [round(VALIDATION_SHARE * len(shuffled))])
+    share = VALIDATION_SHARE if data.x_val is None else 0
+    held_out, training = np.split(shuffled, [round(share * len(shuffled))])
+    x_val, y_val = data.x_val, data.y_val
+    if x_val is None or y_val is None:
+        x_val, y_val = data.x_train[held_out], data.y_train[held_out]
     steps = len(training) // config.batch_size
-    if not steps or not len(held_out):
+    if not steps or not len(x_val):
         raise ValueError(
             f"batch_size={config.batch_size}: {data.name} has {len(data.x_train)} training images, "
-            f"of which {len(held_out)} are held out for validation"
+            f"of which {len(held_out)} are held out for validation; expected one batch or more of "
+            "the others, and one to validate with"
         )
     recalibrate = config.recalibrate_bn
     if recalibrate is None:
@@ -235,9 +273,11 @@ def train(
     counts = models.count(spec)
     log(f"model        {spec.name}: {counts.trainable:,} trainable parameters")
     log(
-        f"data         {data.name}: {len(training):,} training, {len(held_out):,} validation and "
+        f"data         {data.name}: {len(training):,} training, {len(x_val):,} validation and "
         f"{len(data.x_test):,} test images {data.image_shape}, {len(data.class_names)} classes"
     )
+    if data.x_test is data.x_val:
+        log("test images  are the validation images, as there is no test/")
     if recalibrate:
         log(
             "batch norm   moving statistics are estimated anew before each evaluation "
@@ -254,9 +294,7 @@ def train(
             trainer.recalibrate(
                 augment.scale(data.x_train[part]) for part in _full_batches(sample, config)
             )
-        val_loss, val_accuracy, _ = evaluate(
-            trainer, data.x_train[held_out], data.y_train[held_out], config.batch_size
-        )
+        val_loss, val_accuracy, _ = evaluate(trainer, x_val, y_val, config.batch_size)
         history.append(Epoch(epoch + 1, rate, loss, accuracy, val_loss, val_accuracy, speed))
         if val_loss < best_loss or not best_model.exists():
             best_loss = val_loss
@@ -359,7 +397,11 @@ def load_config(run: Path) -> Config:
     Raises:
         ValueError: There is no run, or its checkpoint is damaged.
     """
-    return Config(**_read_checkpoint(run / "last.npz")[0]["config"])
+    meta, _ = _read_checkpoint(run / "last.npz")
+    try:
+        return Config(**meta["config"])
+    except TypeError as error:
+        raise ValueError(f"{run / 'last.npz'} is of another version of kconv: {error}") from None
 
 
 def _make_folder(path: Path) -> None:
@@ -367,6 +409,16 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def _check_installed(config: Config) -> None:
+    """Import all that a run needs before its end, so that nothing is missing then."""
+    require("tqdm", "tqdm", "the progress bar of training")
+    require("matplotlib.figure", "matplotlib", "the picture of the training curves")
+    if config.framework == "torch":
+        require("torch", "torch", "training by PyTorch")
+    else:
+        require("keras", "keras jax", "training by Keras")
 
 
 def _make_trainer(config: Config, spec: models.Spec) -> Trainer:
@@ -438,7 +490,7 @@ def _finish(
     _, accuracy, found = evaluate(trainer, data.x_test, data.y_test, config.batch_size)
     table = classification_report(data.y_test, found, data.class_names)
     with replacing(output / "report.txt") as temporary:
-        temporary.write_text(f"test accuracy {accuracy:.4f}\n\n{table}\n")
+        temporary.write_text(f"test accuracy {accuracy:.4f}\n\n{table}\n", encoding="utf-8")
     with replacing(output / "curves.png") as temporary:
         plots.training_curves([dataclasses.asdict(epoch) for epoch in history], temporary)
     log(f"\n{table}\n")
@@ -475,10 +527,14 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]
     if not path.is_file():
         raise ValueError(f"{path.parent} holds no run to resume: it has no {path.name}")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            state = dict(arrays)
-        return json.loads(str(state.pop("meta"))), state
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        state = read_npz(path)
+        meta = json.loads(str(state.pop("meta")))
+        if not all(
+            isinstance(meta[key], kind) for key, kind in (("config", dict), ("history", list))
+        ):
+            raise ValueError("its meta has no config and history")
+        return meta, state
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a checkpoint, or is damaged: {error}") from None
 
 
@@ -487,10 +543,10 @@ def _checkpoint_of(path: Path, config: Config) -> tuple[dict[str, Any], dict[str
     meta, state = _read_checkpoint(path)
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
     for option, value in meta["config"].items():
-        if option != "epochs" and value != wanted[option]:
+        if option != "epochs" and value != wanted.get(option):
             raise ValueError(
                 f"{path} is of a run with {option}={value!r}, which cannot go on with "
-                f"{option}={wanted[option]!r}"
+                f"{option}={wanted.get(option)!r}"
             )
     return meta, state
 
@@ -508,4 +564,7 @@ def _restore(
                 f"expected {expected.get(name)}"
             )
     trainer.load_state(state)
-    return [Epoch(**epoch) for epoch in meta["history"]]
+    try:
+        return [Epoch(**epoch) for epoch in meta["history"]]
+    except TypeError as error:
+        raise ValueError(f"the checkpoint's history is damaged: {error}") from None

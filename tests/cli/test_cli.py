@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kconv import cli, models
@@ -95,6 +96,25 @@ def test_info_names_versions_and_threads() -> None:
         (["train", "--resume", "missing"], "missing holds no run to resume"),
         (["train", "--resume", "a", "--output", "b"], "not allowed with argument"),
         (["train", "--output", "/dev/null/run"], "cannot make the folder /dev/null/run"),
+        (["train", "--lr", "inf"], "lr=inf must be above 0, and finite"),
+        (["train", "--lr", "nan"], "lr=nan must be above 0, and finite"),
+        (["train", "--lr", "-1"], "lr=-1.0 must be above 0"),
+        (["train", "--seed", "9" * 30], "must be from 0 to below 2^63"),
+        (["train", "--skip-strides", "99"], "skip_strides=99 must be from -1 to 6 for keffnet_b0"),
+        (["train", "--skip-strides", "-2"], "skip_strides=-2 must be from -1 to 6"),
+        (["train", "--image-size", "100000"], "7,000 images of 100000x100000 take 70,000.0 GB"),
+        (["train", "--image-size", "-1"], "image_size=-1 must be at least 1"),
+        (["train", "--batch-size", "9" * 30], ": fashion_mnist_mini has 6000 training images"),
+        (["train", "--train-images", "1"], "of which 0 are held out for validation"),
+        (["train", "--dataset", ""], "unknown data set ''"),
+        (["train", "--dataset", "/dev/null"], "what is at that path is neither"),
+        (["train", "--data-dir", "."], "has no use, as 'fashion_mnist_mini' comes with the packa"),
+        (["train", "--dataset", ".", "--data-dir", "."], "is not a known data set's name"),
+        (["train", "--dataset", "mnist", "--data-dir", "x"], "x has neither train-images-idx3-ub"),
+        (["train", "--model-option", "width=1e999"], "width=inf is not above 0, and finite"),
+        (["train", "--model-option", "classes=3"], "classes cannot be given, as the data set"),
+        (["train", "--ktype", "D8", "--model-option", "ktype=D10"], "as ktype decides it"),
+        (["train", "--resume", "/dev/null"], "/dev/null holds no run to resume"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -124,7 +144,62 @@ def test_missing_framework_says_what_to_install(
     monkeypatch.delitem(sys.modules, "kconv._keras_trainer", raising=False)
     monkeypatch.delitem(sys.modules, "kconv.keras", raising=False)
     message = error_of(capsys, "train", *TINY, "--output", str(tmp_path / "run"))
-    assert "pip install 'kconv[jax]'" in message
+    assert message == (
+        "kconv: error: training by Keras needs keras, which is not installed: "
+        "pip install keras jax\n"
+    )
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "tqdm", "torch"])
+def test_all_that_a_run_needs_is_tried_first(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    run = tmp_path / "run"
+    message = error_of(capsys, "train", *TINY, "--framework", "torch", "--output", str(run))
+    assert f"needs {module}, which is not installed: pip install {module}" in message
+    assert not run.exists()
+
+
+def test_failures_that_are_no_bad_input_have_status_1(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(cli.training, "train", fail)
+    assert cli.main(["train", "--output", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "kconv: error: not enough memory: MemoryError\n"
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "two", ""])
+def test_threads_of_the_environment_are_a_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, threads: str
+) -> None:
+    monkeypatch.setenv("KCONV_NUM_THREADS", threads)
+    assert f"KCONV_NUM_THREADS='{threads}' must be" in error_of(capsys, "info")
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        "nothing",
+        "[1]",
+        '{"config": {}}',
+        '{"config": {"epochs": "2"}, "history": []}',
+        '{"config": {"model": "keffnet_b0", "colour": 1}, "history": []}',
+    ],
+)
+def test_checkpoints_of_something_else_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, meta: str
+) -> None:
+    np.savez(tmp_path / "last.npz", meta=np.array(meta))
+    message = error_of(capsys, "train", "--resume", str(tmp_path))
+    assert re.search(r"last\.npz is (not a checkpoint, or is damaged|of another version)", message)
 
 
 def test_backend_is_a_default_only() -> None:

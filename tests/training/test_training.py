@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,7 @@ def test_report_counts_as_by_hand() -> None:
         ("image_size", 0),
         ("seed", -1),
         ("lr", 0.0),
+        ("lr", float("inf")),
         ("lr", float("nan")),
         ("framework", "theano"),
         ("lr_schedule", "cosine"),
@@ -243,6 +245,30 @@ def test_finished_run_can_be_extended(
     extended = training.train(longer, tmp_path, resume=True, log=quiet)
     assert extended.history[:2] == result.history
     assert len(extended.history) == 3
+
+
+def test_validation_folder_and_names_beyond_ascii(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the terminal has few letters, the run still ends, and its report has all of them."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 9), ("valid", 3)):
+        for label in ("\u65e5\u672c", "cat"):
+            (folder := tmp_path / "data" / part / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    config = dataclasses.replace(
+        TINY, dataset=str(tmp_path / "data"), framework="torch", epochs=1, batch_size=6
+    )
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", ascii_only)
+    training.train(config, tmp_path / "run")
+    shown = ascii_only.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    assert "18 training, 6 validation and 6 test images" in shown
+    assert "test images  are the validation images" in shown
+    assert "\\u65e5\\u672c" in shown
+    assert "\u65e5\u672c" in (tmp_path / "run/report.txt").read_text(encoding="utf-8")
 
 
 @both

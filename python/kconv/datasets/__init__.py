@@ -146,6 +146,10 @@ def load(
     limits = (train_images, test_images)
     folder = None if data_dir is None else Path(data_dir)
     path = Path(source)
+    known = isinstance(source, str) and source in names()
+    if data_dir is not None and (not known or source == "fashion_mnist_mini"):
+        whose = "comes with the package" if known else "is not a known data set's name"
+        raise ValueError(f"data_dir={os.fspath(data_dir)!r} has no use, as {str(source)!r} {whose}")
     if isinstance(source, str) and source in CLASSIC:
         class_names, read_arrays = CLASSIC[source]
         arrays = read_arrays(source, folder)
@@ -156,7 +160,9 @@ def load(
     if paper is not None:
         path = find_images(str(source), folder)
         image_size = image_size or IMAGE_SIZE
-    elif not path.is_dir() and not (path.is_file() and is_archive(path.name)):
+    elif not (os.fspath(source) and path.is_dir()) and not (
+        path.is_file() and is_archive(path.name)
+    ):
         there = "what is at that path is neither" if path.exists() else "none is at that path"
         raise ValueError(
             f"unknown data set {str(source)!r}: known are {', '.join(names())}, or a folder, .tar "

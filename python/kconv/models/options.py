@@ -6,6 +6,7 @@ form, raises ValueError if the value has no meaning, and TypeError if it is of t
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -38,8 +39,8 @@ def _number(name: str, value: Any) -> float:
 
 
 def _factor(name: str, value: Any) -> float:
-    if not _number(name, value) > 0:
-        raise ValueError(f"{name}={value!r} is not above 0")
+    if not 0 < _number(name, value) < math.inf:
+        raise ValueError(f"{name}={value!r} is not above 0, and finite")
     return float(value)
 
 
