@@ -240,7 +240,10 @@ def test_traced_by_fx(training):
     traced = fx.symbolic_trace(model)
     called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
     assert {"k_stem_bn", "k_stem_activation"} <= called
-    torch.testing.assert_close(traced(x), model(x), rtol=1e-3, atol=1e-4)
+    torch.manual_seed(0)  # the same values dropped
+    y = traced(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(y, model(x), rtol=1e-3, atol=1e-4)
     names = ["k_stem_activation", "k_block2a__0project_conv_conv"]
     features = create_feature_extractor(model, names)(x)
     seen = []
