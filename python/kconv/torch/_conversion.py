@@ -119,6 +119,8 @@ def change_classes(
         own = parametrize.type_before_parametrizations(module)
         if own in classes:
             cls, attributes = classes[own](module)
+            if cls is own:
+                continue
             plan.append((module, cls, attributes))
             changed[name] = cls.__name__
         elif (base := next((cls for cls in own.__mro__ if cls in classes), None)) is not None:

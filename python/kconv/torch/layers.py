@@ -303,6 +303,19 @@ class InterleaveChannels(IndexedInterleave):
         return ops.interleave(x, self.step)
 
 
+class NativeInterleaveChannels(InterleaveChannels):
+    """:class:`InterleaveChannels` by PyTorch's own indexing; TorchScript compiles it.
+
+    Args:
+        step: at least 1; 1 is the identity.
+
+    Raises:
+        ValueError: if the step is below 1.
+    """
+
+    forward = IndexedInterleave.forward
+
+
 def _native_conv(layer: nn.Conv2d) -> tuple[type[nn.Module], dict[str, Any]]:
     if _is_asymmetric(layer.padding):
         return PaddedConv2d, {"borders": layer.padding, "padding": (0, 0)}
@@ -314,7 +327,8 @@ NATIVE: dict[type[nn.Module], Callable[[Any], tuple[type[nn.Module], dict[str, A
     PointwiseConv2d: _native_conv,
     DepthwiseConv2d: _native_conv,
     InterleavedPointwiseConv2d: lambda _: (InterleavedConv2d, {}),
-    InterleaveChannels: lambda _: (IndexedInterleave, {}),
+    InterleaveChannels: lambda _: (NativeInterleaveChannels, {}),
+    NativeInterleaveChannels: lambda _: (NativeInterleaveChannels, {}),  # which is one already
 }
 """For each layer of kconv's the class on PyTorch's own operators, and attributes that differ."""
 
