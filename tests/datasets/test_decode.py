@@ -64,6 +64,17 @@ def test_16_bit_grey_of_the_other_byte_order() -> None:
     assert found[0, :, 0].tolist() == [0, 1, 255]
 
 
+@pytest.mark.parametrize("white", [0, 1])
+def test_16_bit_tiff_whose_white_is_0(white: int) -> None:
+    pixels_16 = struct.pack("<3H", 0, 256, 65535)
+    tags = {256: 3, 257: 1, 258: 16, 259: 1, 262: white, 273: 8, 277: 1, 278: 1, 279: 6}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = b"II*\0" + struct.pack("<I", 14)
+    data = header + pixels_16 + struct.pack("<H", len(tags)) + entries + bytes(4)
+    expected = [0, 1, 255] if white else [255, 254, 0]
+    assert pixels(data)[0, :, 0].tolist() == expected
+
+
 def test_floats_are_scaled_from_0_to_1() -> None:
     values = np.array([[0, 0.001, 0.1, 0.5, 0.999, 1]], np.float32)
     found = pixels(encoded(Image.fromarray(values), "TIFF"))

@@ -199,6 +199,14 @@ def test_parquet(tmp_path: Path, name: str) -> None:
         datasets.load(name, data_dir=tmp_path)
 
 
+def test_fifos_are_not_opened(tmp_path: Path) -> None:
+    for name in ("cifar-10-python.tar.gz", "mnist.npz", "train-0.parquet", "test-0.parquet"):
+        os.mkfifo(tmp_path / name)
+    for name in ("cifar10", "mnist"):
+        with pytest.raises(ValueError, match=f"{tmp_path.name} has neither .* Parquet files of"):
+            datasets.load(name, data_dir=tmp_path)
+
+
 def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, {"train-0.parquet": b"", "test-0.parquet": b""})
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kconv.datasets import IMAGE_SUFFIXES
+from kconv.datasets.decode import formats
 
 Images = NDArray[np.float32]
 Range = float | tuple[float, float]
@@ -308,7 +309,7 @@ class ImageGenerator:
         def read(chosen: NDArray[np.intp]) -> Images:
             images = []
             for index in chosen:
-                with Image.open(files[index]) as picture:
+                with Image.open(files[index], formats=formats()) as picture:
                     resized = picture.convert(modes[color_mode]).resize((width, height), resampling)
                 images.append(np.asarray(resized))
             batch = np.stack(images).astype(np.float32).reshape(len(images), height, width, -1)

@@ -101,16 +101,24 @@ def _find(
             if form.read is read_idx_files:
                 if enough(idx_path(path, file).is_file() for file in IDX_FILES):
                     return partial(form.read, path)
-            elif path.exists():
+            elif _is_there(path):
                 return partial(form.read, path)
-            elif folder.name == PurePosixPath(place).name and folder.exists():
+            elif folder.name == PurePosixPath(place).name and _is_there(folder):
                 return partial(form.read, folder)
     # Hugging Face's folder is called plain_text, or like the data set.
     for parent in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
-        train, test = (sorted(parent.glob(f"{part}*.parquet")) for part in ("train", "test"))
+        train, test = (
+            sorted(path for path in parent.glob(f"{part}*.parquet") if path.is_file())
+            for part in ("train", "test")
+        )
         if train and test:
             return partial(read_parquet, train, test, 3 if name.startswith("cifar") else 1)
     return None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether it is a file or a folder; to open a FIFO would wait for its other end."""
+    return path.is_file() or path.is_dir()
 
 
 def _read(name: str, data_dir: Path | None) -> Arrays:

@@ -37,6 +37,8 @@ _FORMATS = {
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffixes in _FORMATS.values() for suffix in suffixes))
 OTHER_IMAGE_SUFFIXES = (".heic", ".heif", ".j2k", ".jp2", ".jxl", ".psd", ".svg", ".tga")
 """Of images that are not read: nothing in a class should be left out without a word."""
+_PHOTOMETRIC = 262
+"""TIFF's tag that says whether 0 is black."""
 INTERPOLATIONS = ("bilinear", "nearest")
 
 
@@ -50,8 +52,17 @@ def pillow() -> Any:
 
 
 @cache
-def _formats() -> tuple[str, ...]:
-    """Those that this Pillow has; AVIF came late, and any may be left out when it is built."""
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats of ``IMAGE_SUFFIXES``, of those that this Pillow has.
+
+    Image.open without them tries all that Pillow knows, of which EPS starts another program.
+
+    Returns:
+        What Image.open takes as ``formats``; AVIF came late, and any may be left out of a build.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
     for name in _FORMATS:
         try:
             importlib.import_module(f"PIL.{name}ImagePlugin")
@@ -77,9 +88,9 @@ def decode(data: bytes) -> Image.Image:
     from PIL import ImageOps, UnidentifiedImageError
 
     try:
-        picture: Image.Image = library.open(io.BytesIO(data), formats=_formats())
+        picture: Image.Image = library.open(io.BytesIO(data), formats=formats())
     except UnidentifiedImageError:
-        raise ValueError(f"it is none of {', '.join(_formats())}, or is damaged") from None
+        raise ValueError(f"it is none of {', '.join(formats())}, or is damaged") from None
     width, height = picture.size
     if library.MAX_IMAGE_PIXELS is not None and width * height > library.MAX_IMAGE_PIXELS:
         raise ValueError(
@@ -90,19 +101,22 @@ def decode(data: bytes) -> Image.Image:
     with suppress(Exception):  # damaged EXIF data are no reason to lose the picture
         ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        picture = library.fromarray(_to_bytes(np.asarray(picture)))
+        # Of these, Pillow does not turn over those whose white is 0.
+        turned = picture.format == "TIFF" and picture.getexif().get(_PHOTOMETRIC) == 0
+        picture = library.fromarray(_to_bytes(np.asarray(picture), turned))
     elif picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # else Pillow warns
     return picture.convert("RGB")
 
 
-def _to_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Grey values of more than 8 bits, scaled to bytes."""
+def _to_bytes(values: NDArray[Any], turned: bool) -> NDArray[np.uint8]:
+    """Grey values of more than 8 bits, scaled to bytes; ``turned`` tells that 0 is white."""
     white = 1 if values.dtype.kind == "f" else 65535
     least, most = values.min(), values.max()
     if not (least >= 0 and most <= white):  # NaN is neither
         raise ValueError(f"its values go from {least} to {most}; expected 0 to {white}")
-    return np.rint(values * (255 / white)).astype(np.uint8)
+    scaled = np.rint(values * (255 / white)).astype(np.uint8)
+    return 255 - scaled if turned else scaled
 
 
 def resize(picture: Image.Image, size: int, interpolation: str) -> Image.Image:

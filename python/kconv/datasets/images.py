@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -358,29 +359,35 @@ def decode_all(
             raise ValueError(f"{path}: {name} is not a readable image: {error}") from None
         return np.asarray(picture if size is None else resize(picture, size, interpolation))
 
-    def decode_some(items: list[tuple[str, bytes]]) -> list[tuple[str, NDArray[np.uint8]]]:
-        return [(name, decoded(name, data)) for name, data in items]
+    def fill(images: Images, items: list[tuple[str, bytes]]) -> None:
+        for name, data in items:
+            pixels = decoded(name, data)
+            if pixels.shape != images.shape[1:]:
+                raise ValueError(
+                    f"{path}: the images differ in size ({name} is {pixels.shape[:2]}, others "
+                    f"{images.shape[1:3]}): give an image size to resize them to"
+                )
+            images[position[name]] = pixels
 
     position = {name: i for i, name in enumerate(names)}
+    missing = set(names)
     images: Images | None = None
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore", library.DecompressionBombWarning)  # as that is an error
         for some in _gathered(contents):
+            if images is None:  # the first alone tells whether all fit
+                shape = decoded(*some[0]).shape
+                check_memory(path, len(names), shape)
+                images = np.empty((len(names), *shape), np.uint8)
+            found = [name for name, _ in some]
+            if not missing.issuperset(found):
+                raise ValueError(f"{path} has more images than it declares")
+            missing.difference_update(found)
             # 32 to a task, as small pictures take less time than handing one to a thread does.
             tasks = [some[i : i + 32] for i in range(0, len(some), 32)]
-            for name, pixels in chain.from_iterable(pool.map(decode_some, tasks)):
-                if images is None:
-                    check_memory(path, len(names), pixels.shape)
-                    images = np.empty((len(names), *pixels.shape), np.uint8)
-                if pixels.shape != images.shape[1:]:
-                    raise ValueError(
-                        f"{path}: the images differ in size ({name} is {pixels.shape[:2]}, others "
-                        f"{images.shape[1:3]}): give an image size to resize them to"
-                    )
-                if name not in position:
-                    raise ValueError(f"{path} has more images than it declares")
-                images[position.pop(name)] = pixels
-    if images is None or position:
+            for _ in pool.map(partial(fill, images), tasks):
+                pass
+    if images is None or missing:
         raise ValueError(f"{path} has fewer images than it declares")
     return images
 

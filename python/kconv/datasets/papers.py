@@ -63,7 +63,8 @@ def find_images(name: str, data_dir: Path | None) -> Path:
 
 
 def _first(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).exists()), None)
+    paths = [folder / name for name in names]
+    return next((path for path in paths if path.is_file() or path.is_dir()), None)
 
 
 def _oxford_iiit_pet(path: Path, names: Sequence[str]) -> Listing:
