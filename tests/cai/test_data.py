@@ -201,6 +201,37 @@ def test_augmentation(options, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("shift", "allowed"),
+    [(2, {-1, 0, 1}), ([3], {-3, 3}), ((0.25, 0.5), {-4, -2, 2, 4}), (0, {0})],
+)
+def test_shifts_by_certain_pixels(shift, allowed: set[int]) -> None:
+    """Keras's meaning of integers and sequences: one of these numbers of pixels, or shares."""
+    image = np.zeros((9, 8, 1), np.float32)
+    image[4, 4] = 1
+    options = {"rotation_range": 0, "shear_range": 0, "zoom_range": 0, "horizontal_flip": False}
+    generator = cai.util.create_image_generator(
+        width_shift_range=shift, height_shift_range=0, fill_mode="constant", **options
+    )
+    moved = [generator.random_transform(image, seed) for seed in range(30)]
+    places = [np.argwhere(each[..., 0] == 1) for each in moved]
+    assert {int(row) for place in places for row, _ in place} == {4}
+    assert {int(column) - 4 for place in places for _, column in place} == allowed - {4}
+
+
+def test_colours_shift_together_and_columns_lean() -> None:
+    image = RNG.random((8, 8, 3), np.float32) / 4 + 0.5
+    image[0, 0], image[0, 1] = 0, 1
+    still = {"rotation_range": 0, "width_shift_range": 0, "height_shift_range": 0.0}
+    still |= {"zoom_range": 0, "horizontal_flip": False}
+    colours = cai.util.create_image_generator(channel_shift_range=0.1, shear_range=0, **still)
+    added = (colours.random_transform(image, 1) - image)[1:]
+    np.testing.assert_allclose(added, added[0, 0, 0], atol=1e-6)
+    rows = np.repeat(np.arange(8, dtype=np.float32), 8).reshape(8, 8, 1)
+    leaning = cai.util.create_image_generator(shear_range=20, **still).random_transform(rows, 1)
+    np.testing.assert_allclose(leaning, leaning[:, :1].repeat(8, axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("mode", "row"),
     [
         ("nearest", [1, 1, 1, 2]),
@@ -239,6 +270,13 @@ def test_statistics() -> None:
     z = generator.standardize(x)
     np.testing.assert_allclose(z.mean((0, 1, 2)), 0, atol=1e-4)
     np.testing.assert_allclose(z.std((0, 1, 2)), 1, atol=1e-4)
+    scaled = cai.util.create_image_generator_no_augmentation(rescale=0.1, featurewise_center=True)
+    scaled.fit(x)
+    np.testing.assert_allclose(scaled.standardize(x).mean((0, 1, 2)), 0, atol=1e-5)
+    with pytest.warns(UserWarning, match="featurewise_center=True comes with"):
+        alone = cai.util.create_image_generator_no_augmentation(featurewise_std_normalization=True)
+    alone.fit(x)
+    np.testing.assert_allclose(alone.standardize(x), z, atol=1e-5)
     sample = cai.util.create_image_generator_no_augmentation(
         samplewise_center=True, samplewise_std_normalization=True
     ).standardize(x)
@@ -302,6 +340,7 @@ def test_flow_from_directory(tmp_path) -> None:
     [
         ({"fill_mode": "mirror"}, "fill_mode='mirror' is not one of nearest, reflect, wrap"),
         ({"zoom_range": 1.0}, "zoom_range=1.0"),
+        ({"zoom_range": (0.8, 1, 2)}, r"zoom_range=\(0\.8, 1, 2\)"),
         ({"validation_split": 1}, "validation_split=1"),
         ({"data_format": "NCHW"}, "data_format='NCHW'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from kconv.datasets.decode import formats
 
 Images = NDArray[np.float32]
 Range = float | tuple[float, float]
+Shift = float | Sequence[float]
 FillMode = Literal["nearest", "constant", "reflect", "wrap"]
 Subset = Literal["training", "validation"] | None
 
@@ -120,16 +122,19 @@ class ImageGenerator:
     Attributes:
         featurewise_center: subtract the mean of the images given to :meth:`fit`.
         samplewise_center: subtract each image's mean.
-        featurewise_std_normalization: divide by the deviation of the images given to :meth:`fit`.
-        samplewise_std_normalization: divide by each image's deviation.
-        zca_whitening: whiten by the images given to :meth:`fit`.
+        featurewise_std_normalization: divide by the deviation of the images given to :meth:`fit`;
+            as in Keras, ``featurewise_center`` comes with it.
+        samplewise_std_normalization: divide by each image's deviation; likewise.
+        zca_whitening: whiten by the images given to :meth:`fit`; likewise, and instead of
+            ``featurewise_std_normalization``.
         zca_epsilon: of the whitening.
         rotation_range: degrees, to either side.
-        width_shift_range: to either side: below 1 a share of the width, else pixels.
-        height_shift_range: likewise.
-        shear_range: degrees, to either side.
+        width_shift_range: to either side: below 1 a share of the width, else pixels; of a
+            sequence one of its numbers, of an integer n one of 0 to n - 1.
+        height_shift_range: likewise, up or down.
+        shear_range: degrees, to either side, by which columns lean.
         zoom_range: factors in [1 - z, 1 + z], or in a range (low, high).
-        channel_shift_range: what is added to each channel at most, to either side.
+        channel_shift_range: what is added to all channels at most, to either side.
         fill_mode: what is outside of an image.
         cval: its value with "constant".
         horizontal_flip: whether every other image is mirrored.
@@ -147,8 +152,8 @@ class ImageGenerator:
     zca_whitening: bool = False
     zca_epsilon: float = 1e-6
     rotation_range: float = 0.0
-    width_shift_range: float = 0.0
-    height_shift_range: float = 0.0
+    width_shift_range: Shift = 0.0
+    height_shift_range: Shift = 0.0
     shear_range: float = 0.0
     zoom_range: Range = 0.0
     channel_shift_range: float = 0.0
@@ -178,19 +183,32 @@ class ImageGenerator:
         if not 0 <= self.validation_split < 1:
             raise ValueError(f"validation_split={self.validation_split} is not from 0 to below 1")
         zoom = self.zoom_range
-        low, high = (1 - zoom, 1 + zoom) if isinstance(zoom, int | float) else zoom
-        if not 0 < low <= high:
-            raise ValueError(f"zoom_range={zoom!r} makes images of no size")
-        self._zoom = (low, high)
+        bounds = (1 - zoom, 1 + zoom) if isinstance(zoom, int | float) else tuple(zoom)
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+            raise ValueError(f"zoom_range={zoom!r} is not a number below 1, nor a range above 0")
+        self._zoom = bounds
+        if self.zca_whitening or self.featurewise_std_normalization:
+            self._centered("featurewise_center")
+        if self.zca_whitening:
+            self.featurewise_std_normalization = False
+        if self.samplewise_std_normalization:
+            self._centered("samplewise_center")
         self._mean: Images | None = None
         self._deviation: Images | None = None
         self._whitening: NDArray[np.float64] | None = None
+
+    def _centered(self, name: str) -> None:
+        if not getattr(self, name):
+            warnings.warn(f"{name}=True comes with the normalization asked for", stacklevel=4)
+            setattr(self, name, True)
 
     def fit(
         self, x: ArrayLike, augment: bool = False, rounds: int = 1, seed: int | None = None
     ) -> None:
         """Take the statistics that the featurewise options need from images (N, H, W, C)."""
         images = self._to_last(np.asarray(x, np.float32))
+        if self.rescale:
+            images = images * np.float32(self.rescale)
         if augment:
             rng = np.random.default_rng(seed)
             images = np.concatenate([self._transformed(images, rng) for _ in range(rounds)])
@@ -365,14 +383,12 @@ class ImageGenerator:
 
     def _transformed(self, images: Images, rng: np.random.Generator) -> Images:
         """(n, H, W, C) moved, shifted in their colours and mirrored."""
-        n, height, width, channels = images.shape
+        n, height, width, _ = images.shape
         angle, shear = np.radians(
             rng.uniform(-1, 1, (2, n)) * [[self.rotation_range], [self.shear_range]]
         )
-        shift = rng.uniform(-1, 1, (n, 2)) * [
-            _pixels(self.height_shift_range, height),
-            _pixels(self.width_shift_range, width),
-        ]
+        shifts = ((self.height_shift_range, height), (self.width_shift_range, width))
+        shift = np.stack([_pixels(rng, most, size, n) for most, size in shifts], axis=1)
         zoom = rng.uniform(*self._zoom, (n, 2))
         if angle.any() or shear.any() or shift.any() or (zoom != 1).any():
             images = self._warped(images, *_affine(angle, shift, shear, zoom))
@@ -380,7 +396,7 @@ class ImageGenerator:
             most = self.channel_shift_range
             low = images.min(axis=(1, 2, 3), keepdims=True)
             high = images.max(axis=(1, 2, 3), keepdims=True)
-            added = rng.uniform(-most, most, (n, 1, 1, channels)).astype(np.float32)
+            added = rng.uniform(-most, most, (n, 1, 1, 1)).astype(np.float32)
             images = np.clip(images + added, low, high)
         for axis, wanted in ((2, self.horizontal_flip), (1, self.vertical_flip)):
             if wanted:
@@ -441,8 +457,15 @@ class ImageGenerator:
         return statistics
 
 
-def _pixels(shift: float, size: int) -> float:
-    return shift * size if abs(shift) < 1 else shift
+def _pixels(rng: np.random.Generator, shift: Shift, size: int, count: int) -> NDArray[np.float64]:
+    """By how many pixels each of some images moves along an axis of this size."""
+    if not np.any(shift):
+        return np.zeros(count)
+    if isinstance(shift, float):
+        drawn = rng.uniform(-1, 1, count) * shift
+    else:
+        drawn = rng.choice(shift, count) * rng.choice([-1.0, 1.0], count)
+    return drawn * size if np.max(np.abs(shift)) < 1 else drawn
 
 
 def _reflected(index: NDArray[np.int64], size: int) -> NDArray[np.int64]:
@@ -471,6 +494,6 @@ def _affine(
         return np.moveaxis(np.array(rows), -1, 0)
 
     rotation = stack([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    shearing = stack([[one, -np.sin(shear)], [zero, np.cos(shear)]])
+    shearing = stack([[np.cos(shear), zero], [-np.sin(shear), one]])
     zooming = stack([[zoom[:, 0], zero], [zero, zoom[:, 1]]])
     return rotation @ shearing @ zooming, (rotation @ shift[:, :, None])[:, :, 0]

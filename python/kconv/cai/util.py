@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kconv.cai._generator import FillMode, ImageGenerator, Range
+from kconv.cai._generator import FillMode, ImageGenerator, Range, Shift
 
 Array = NDArray[Any]
 
@@ -25,8 +25,8 @@ def create_image_generator(
     zca_whitening: bool = False,
     zca_epsilon: float = 1e-06,
     rotation_range: float = 15,
-    width_shift_range: float = 0.1,
-    height_shift_range: float = 0.1,
+    width_shift_range: Shift = 0.1,
+    height_shift_range: Shift = 0.1,
     shear_range: float = 0.2,
     zoom_range: Range = 0.3,
     channel_shift_range: float = 0.0,
