@@ -136,6 +136,16 @@ def test_other_kernels_compute_what_pointwise_ones_do() -> None:
         np.testing.assert_allclose(run(strided, x), run(plain, x[:, ::2, ::2]), atol=1e-5)
 
 
+def test_arguments_without_a_meaning() -> None:
+    x = keras.Input((8, 8, 4))
+    with pytest.raises(ValueError, match="padding='full' is not 'same' or 'valid'"):
+        layers.kConv2D(x, 6, padding="full", kType=0)
+    with pytest.raises(ValueError, match="padding='full' is not 'same' or 'valid'"):
+        layers.conv2d_bn(x, 6, 1, 1, padding="full")
+    with pytest.raises(ValueError, match="next_channel_count=0 is below 1"):
+        layers.FitChannelCountTo(x, 0)
+
+
 @pytest.mark.parametrize(("filters", "groups"), [(36, 4), (3, 3), (64, 4)])
 def test_group_convolution(filters: int, groups: int) -> None:
     y, found = layers.kGroupConv2D(keras.Input((8, 8, 50)), filters, name="g", kernel_size=3)

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 import kconv.keras
-from kconv.cai import layers
+from kconv.cai._convolutions import check_ktype
 from kconv.models import Spec, create
 from kconv.weights import load_weights
 
@@ -81,7 +81,7 @@ def spec(
     """
     size = default_size if include_top else None
     if "ktype" in options:
-        layers.check_ktype(options["ktype"])
+        check_ktype(options["ktype"])
     return create(
         network,
         input_shape=input_shape or (size, size, 3),

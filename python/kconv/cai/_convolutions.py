@@ -1,0 +1,495 @@
+"""The original's convolutions by kTypes, which :mod:`kconv.cai.layers` offers."""
+# ruff: noqa: N802, N803, N816 - the original's names
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NoReturn
+
+import keras
+
+from kconv import ktypes
+from kconv.keras import CopyChannels, InterleaveChannels, SumIntoHalfChannels, blocks
+
+Tensor = Any
+Activation = str | Callable[[Tensor], Tensor] | None
+
+LEFT_OUT = (*range(7, 13), *range(16, 23), *range(28, 32))
+"""Numbers of the original's experimental kTypes, which kconv does not have."""
+
+
+def check_ktype(kType: Any) -> Any:
+    """A kType, or a list of them, as it is; raises for those that are left out.
+
+    Raises:
+        NotImplementedError: for one of the original's experimental kTypes.
+    """
+    for number in kType if isinstance(kType, list | tuple) else [kType]:
+        if number in LEFT_OUT:
+            raise left_out(number)
+    return kType
+
+
+def left_out(number: int) -> NotImplementedError:
+    return NotImplementedError(f"kType {number} of the original is not in kconv")
+
+
+def data_format_of(channel_axis: int) -> str:
+    return "channels_last" if channel_axis == 3 else "channels_first"
+
+
+def kPointwiseConv2D(
+    last_tensor: Tensor,
+    filters: int = 32,
+    channel_axis: int = 3,
+    name: str | None = None,
+    activation: Activation = None,
+    has_batch_norm: bool = True,
+    has_batch_scale: bool = True,
+    use_bias: bool = True,
+    kType: int | str = 2,
+) -> Tensor:
+    """:func:`kconv.keras.kPointwiseConv2D`.
+
+    Example:
+        >>> kPointwiseConv2D(keras.Input((8, 8, 64)), 32, kType=2).shape
+        (None, 8, 8, 32)
+
+    Raises:
+        NotImplementedError: for one of the original's experimental kTypes.
+    """
+    return blocks.kPointwiseConv2D(
+        last_tensor,
+        filters,
+        channel_axis,
+        name,
+        activation,
+        has_batch_norm,
+        has_batch_scale,
+        use_bias,
+        check_ktype(kType),
+    )
+
+
+def kConv2D(
+    last_tensor: Tensor,
+    filters: int = 32,
+    channel_axis: int = 3,
+    name: str | None = None,
+    activation: Activation = None,
+    has_batch_norm: bool = True,
+    has_batch_scale: bool = True,
+    use_bias: bool = True,
+    kernel_size: int = 1,
+    stride_size: int = 1,
+    padding: str = "same",
+    kType: int | str = 2,
+) -> Tensor:
+    """A convolution as the kType replaces it.
+
+    A kernel beyond 1x1 and a stride are those of the convolutions that read the input; the ones
+    that mix the groups afterwards stay pointwise.
+
+    Example:
+        >>> kConv2D(keras.Input((8, 8, 64)), 32, kernel_size=3, stride_size=2).shape
+        (None, 4, 4, 32)
+
+    Args:
+        last_tensor: (N, H, W, C), or (N, C, H, W) with ``channel_axis=1``.
+        filters: channels of the result.
+        channel_axis: 3 or 1.
+        name: what the layers' names begin with; None leaves the naming to Keras.
+        activation: what follows each convolution (and batch norm); None for nothing.
+        has_batch_norm: whether a batch norm follows each convolution.
+        has_batch_scale: whether the batch norms have a gamma.
+        use_bias: whether the convolutions have a bias.
+        kernel_size: height and width of the kernel.
+        stride_size: vertical and horizontal stride.
+        padding: "same" or "valid".
+        kType: which replacement: the original's number, or a name such as "D6_16ch".
+
+    Returns:
+        (N, H', W', filters), or (N, filters, H', W').
+
+    Raises:
+        NotImplementedError: for one of the original's experimental kTypes.
+        ValueError: an unknown kType, or sizes below 1.
+    """
+    return _kconv(
+        check_ktype(kType),
+        last_tensor,
+        filters,
+        channel_axis,
+        name,
+        activation,
+        has_batch_norm,
+        has_batch_scale,
+        use_bias,
+        kernel_size,
+        stride_size,
+        padding,
+    )
+
+
+def _of_number(number: int, what: str) -> Callable[..., Tensor]:
+    """The function of a kType that has a number and no other arguments."""
+
+    def convolution(
+        last_tensor: Tensor,
+        filters: int = 32,
+        channel_axis: int = 3,
+        name: str | None = None,
+        activation: Activation = None,
+        has_batch_norm: bool = True,
+        has_batch_scale: bool = True,
+        use_bias: bool = True,
+        kernel_size: int = 1,
+        stride_size: int = 1,
+        padding: str = "same",
+    ) -> Tensor:
+        return _kconv(
+            number,
+            last_tensor,
+            filters,
+            channel_axis,
+            name,
+            activation,
+            has_batch_norm,
+            has_batch_scale,
+            use_bias,
+            kernel_size,
+            stride_size,
+            padding,
+        )
+
+    convolution.__name__ = convolution.__qualname__ = f"kConv2DType{number}"
+    convolution.__doc__ = f":func:`kConv2D` with kType {number}: {what}."
+    return convolution
+
+
+kConv2DType0 = _of_number(0, "the ordinary convolution")
+kConv2DType1 = _of_number(1, "grouped and interleaved")
+kConv2DType4 = _of_number(4, "D6_16ch, then kT3_16ch")
+kConv2DType5 = _of_number(5, "as D6_16ch, with the skip connection after the interleave")
+kConv2DType6 = _of_number(6, "as D6_16ch, both halves folded and concatenated")
+
+
+def _not_in_kconv(number: int) -> Callable[..., NoReturn]:
+    """The function of one of the original's experiments."""
+
+    def convolution(
+        last_tensor: Tensor,
+        filters: int = 32,
+        channel_axis: int = 3,
+        name: str | None = None,
+        activation: Activation = None,
+        has_batch_norm: bool = True,
+        has_batch_scale: bool = True,
+        use_bias: bool = True,
+        min_channels_per_group: int = 16,
+        kernel_size: int = 1,
+        stride_size: int = 1,
+        padding: str = "same",
+        always_intergroup: bool = False,
+    ) -> NoReturn:
+        raise left_out(number)
+
+    convolution.__name__ = convolution.__qualname__ = f"kConv2DType{number}"
+    convolution.__doc__ = """Not in kconv.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    return convolution
+
+
+kConv2DType8 = _not_in_kconv(8)
+kConv2DType9 = _not_in_kconv(9)
+
+
+def kConv2DType2(
+    last_tensor: Tensor,
+    filters: int = 32,
+    channel_axis: int = 3,
+    name: str | None = None,
+    activation: Activation = None,
+    has_batch_norm: bool = True,
+    has_batch_scale: bool = True,
+    use_bias: bool = True,
+    min_channels_per_group: int = 16,
+    kernel_size: int = 1,
+    stride_size: int = 1,
+    padding: str = "same",
+) -> Tensor:
+    """:func:`kConv2D` of the kind D6 (V1), with any number of channels per group."""
+    return _kconv(
+        _ktype("D6", min_channels_per_group),
+        last_tensor,
+        filters,
+        channel_axis,
+        name,
+        activation,
+        has_batch_norm,
+        has_batch_scale,
+        use_bias,
+        kernel_size,
+        stride_size,
+        padding,
+    )
+
+
+def kConv2DType3(
+    last_tensor: Tensor,
+    filters: int = 32,
+    channel_axis: int = 3,
+    name: str | None = None,
+    activation: Activation = None,
+    has_batch_norm: bool = True,
+    has_batch_scale: bool = True,
+    use_bias: bool = True,
+    kernel_size: int = 1,
+    stride_size: int = 1,
+    padding: str = "same",
+    min_channels_per_group: int = 16,
+) -> Tensor:
+    """:func:`kConv2D` of the kind kT3: grouped alone."""
+    return _kconv(
+        _ktype("K", min_channels_per_group),
+        last_tensor,
+        filters,
+        channel_axis,
+        name,
+        activation,
+        has_batch_norm,
+        has_batch_scale,
+        use_bias,
+        kernel_size,
+        stride_size,
+        padding,
+    )
+
+
+def kConv2DType7(
+    last_tensor: Tensor,
+    filters: int = 32,
+    channel_axis: int = 3,
+    name: str | None = None,
+    activation: Activation = None,
+    has_batch_norm: bool = True,
+    has_batch_scale: bool = True,
+    use_bias: bool = True,
+    bin_conv_count: int = 4,
+    kernel_size: int = 1,
+    stride_size: int = 1,
+    padding: str = "same",
+) -> NoReturn:
+    """Not in kconv.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise left_out(7)
+
+
+def kConv2DType10(
+    last_tensor: Tensor,
+    filters: int = 32,
+    channel_axis: int = 3,
+    name: str | None = None,
+    activation: Activation = None,
+    has_batch_norm: bool = True,
+    has_batch_scale: bool = True,
+    use_bias: bool = True,
+    min_channels_per_group: int = 16,
+    kernel_size: int = 1,
+    stride_size: int = 1,
+    padding: str = "same",
+    never_intergroup: bool = False,
+) -> Tensor:
+    """:func:`kConv2D` of the kind D6v3 (V2), or kT3v3 with ``never_intergroup``."""
+    return _kconv(
+        _ktype("kT3v3" if never_intergroup else "D6v3", min_channels_per_group),
+        last_tensor,
+        filters,
+        channel_axis,
+        name,
+        activation,
+        has_batch_norm,
+        has_batch_scale,
+        use_bias,
+        kernel_size,
+        stride_size,
+        padding,
+    )
+
+
+def kGroupConv2D(
+    last_tensor: Tensor,
+    filters: int = 32,
+    channel_axis: int = 3,
+    channels_per_group: int = 16,
+    name: str | None = None,
+    activation: Activation = None,
+    has_batch_norm: bool = True,
+    has_batch_scale: bool = True,
+    use_bias: bool = True,
+    kernel_size: int = 1,
+    stride_size: int = 1,
+    padding: str = "same",
+) -> tuple[Tensor, int]:
+    """A grouped convolution of any numbers of channels and filters (V2).
+
+    Example:
+        >>> y, groups = kGroupConv2D(keras.Input((8, 8, 50)), 36)
+        >>> y.shape, groups
+        ((None, 8, 8, 36), 4)
+
+    Args:
+        last_tensor: as in :func:`kConv2D`, and so are the other arguments.
+        filters: channels of the result.
+        channel_axis: 3 or 1.
+        channels_per_group: channels of the input that each group reads.
+        name: what the layers' names begin with.
+        activation: what follows each convolution (and batch norm).
+        has_batch_norm: whether a batch norm follows each convolution.
+        has_batch_scale: whether the batch norms have a gamma.
+        use_bias: whether the convolutions have a bias.
+        kernel_size: height and width of the kernel.
+        stride_size: vertical and horizontal stride.
+        padding: "same" or "valid".
+
+    Returns:
+        The result, like ``last_tensor`` with ``filters`` channels, and the number of groups.
+    """
+    block = ktypes._Builder(last_tensor.shape[channel_axis])
+    _, groups = ktypes._group_conv(
+        block, ktypes.INPUT, filters, channels_per_group, name or "", "same"
+    )
+    unit = partial(
+        _unit,
+        channel_axis=channel_axis,
+        activation=activation,
+        has_batch_norm=has_batch_norm,
+        has_batch_scale=has_batch_scale,
+        use_bias=use_bias,
+        window=(kernel_size, stride_size, padding),
+    )
+    return _assemble(block.steps, last_tensor, channel_axis, bool(name), unit), groups
+
+
+def _ktype(scheme: ktypes.Scheme, channels: int) -> ktypes.KType:
+    """A kType that may have no number of its own."""
+    return ktypes.KType(f"{scheme}_{channels}ch", -1, scheme, channels)
+
+
+def _kconv(
+    ktype: Any,
+    last_tensor: Tensor,
+    filters: int,
+    channel_axis: int,
+    name: str | None,
+    activation: Activation,
+    has_batch_norm: bool,
+    has_batch_scale: bool,
+    use_bias: bool,
+    kernel_size: int,
+    stride_size: int,
+    padding: str,
+) -> Tensor:
+    if padding not in ("same", "valid"):
+        raise ValueError(f"padding={padding!r} is not 'same' or 'valid'")
+    if kernel_size == stride_size == 1:
+        return blocks.kPointwiseConv2D(
+            last_tensor,
+            filters,
+            channel_axis,
+            name,
+            activation,
+            has_batch_norm,
+            has_batch_scale,
+            use_bias,
+            ktype,
+        )
+    unit = partial(
+        _unit,
+        channel_axis=channel_axis,
+        activation=activation,
+        has_batch_norm=has_batch_norm,
+        has_batch_scale=has_batch_scale,
+        use_bias=use_bias,
+        window=(kernel_size, stride_size, padding),
+    )
+    plan = ktypes.plan(ktype, last_tensor.shape[channel_axis], filters, name or "")
+    return _assemble(plan, last_tensor, channel_axis, bool(name), unit)
+
+
+def _unit(
+    step: ktypes.Unit,
+    x: Tensor,
+    reads_input: bool,
+    named: bool,
+    *,
+    channel_axis: int,
+    activation: Activation,
+    has_batch_norm: bool,
+    has_batch_scale: bool,
+    use_bias: bool,
+    window: tuple[int, int, str],
+) -> Tensor:
+    """A convolution unit; only the first ones have a window of more than a pixel."""
+    kernel_size, strides, padding = window if reads_input else (1, 1, "same")
+    x = keras.layers.Conv2D(
+        step.channels,
+        kernel_size,
+        strides,
+        padding=padding,
+        groups=step.groups,
+        use_bias=use_bias,
+        data_format=data_format_of(channel_axis),
+        name=step.conv_name if named else None,
+    )(x)
+    if has_batch_norm:
+        x = keras.layers.BatchNormalization(
+            axis=channel_axis, scale=has_batch_scale, name=step.bn_name if named else None
+        )(x)
+    if activation is not None:
+        name = step.activation_name if named else None
+        x = keras.layers.Activation(activation, name=name)(x)
+    return x
+
+
+def _assemble(
+    steps: Iterable[ktypes.Step],
+    last_tensor: Tensor,
+    channel_axis: int,
+    named: bool,
+    unit: Callable[[ktypes.Unit, Tensor, bool, bool], Tensor],
+) -> Tensor:
+    """The layers of a block's steps, of which ``unit`` makes the convolutions."""
+    data_format = data_format_of(channel_axis)
+    results, unconvolved = {ktypes.INPUT: last_tensor}, {ktypes.INPUT}
+    y = last_tensor
+    for step in steps:
+        inputs = [results[source] for source in step.inputs]
+        name = step.name if named and not step.auto else None
+        reads_input = unconvolved.issuperset(step.inputs)
+        match step:
+            case ktypes.Unit():
+                y = unit(step, inputs[0], reads_input, named)
+            case ktypes.Interleave():
+                y = InterleaveChannels(step.step, data_format=data_format, name=name)(inputs[0])
+            case ktypes.CopyChannels():
+                y = CopyChannels(step.start, step.channels, data_format=data_format, name=name)(
+                    inputs[0]
+                )
+            case ktypes.FoldHalves():
+                y = SumIntoHalfChannels(data_format=data_format, name=name)(inputs[0])
+            case ktypes.Concat():
+                y = keras.layers.Concatenate(axis=channel_axis, name=name)(inputs)
+            case ktypes.Add():
+                y = keras.layers.Add(name=name)(inputs)
+        if reads_input and not isinstance(step, ktypes.Unit):
+            unconvolved.add(step.name)
+        results[step.name] = y
+    return y
