@@ -35,6 +35,21 @@ SUPPORTS_JIT = BACKEND != "tensorflow"
 """Whether Keras may compile the layers: where TensorFlow compiles, its own operations take the
 kernels' place."""
 
+_TENSORS = {
+    "jax": ("jax", "Array"),
+    "torch": ("torch", "Tensor"),
+    "tensorflow": ("tensorflow", "Tensor"),
+}
+
+
+def is_dense(x: Any) -> bool:
+    """Whether this is one of the backend's own tensors, and not a sparse or a ragged one."""
+    module, name = _TENSORS[BACKEND]
+    if not isinstance(x, getattr(import_module(module), name)):
+        return False
+    return BACKEND != "torch" or str(x.layout) == "torch.strided"
+
+
 LAYOUTS = {"channels_last": "NHWC", "channels_first": "NCHW"}
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from kconv.keras._native import LAYOUTS, SUPPORTS_JIT, native
+from kconv.keras._native import LAYOUTS, SUPPORTS_JIT, is_dense, native
+from kconv.ktypes import interleave_index
 
 __all__ = [
     "CopyChannels",
@@ -27,13 +28,15 @@ Shape = tuple[int | None, ...]
 _serializable = keras.saving.register_keras_serializable(package="kconv")
 
 
-def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in keys}
+FLOATS = ("float32", "float64", "bfloat16", "float16")
 
 
 @_serializable
 class PointwiseConv2D(keras.layers.Conv2D):
     """1x1 convolution in groups, its output channels interleaved in the same pass (V1).
+
+    What the kernels do not compute, such as a dilation, and complex or whole numbers, Keras's own
+    operator does; so the layer always gives what ``keras.layers.Conv2D`` gives, interleaved.
 
     Example:
         >>> layer = PointwiseConv2D(24, groups=4, interleave=6)
@@ -44,10 +47,10 @@ class PointwiseConv2D(keras.layers.Conv2D):
         filters: channels of the output.
         groups: number of groups; divides the channels of input and output.
         interleave: step of the interleave that follows the convolution; 1 keeps the order.
-        **kwargs: the other arguments of ``keras.layers.Conv2D``.
+        **kwargs: the other arguments of ``keras.layers.Conv2D``: strides, use_bias, ...
 
     Input: (N, H, W, C_in), or (N, C_in, H, W) with ``data_format="channels_first"``.
-    Output: the same with ``filters`` channels.
+    Output: the same with ``filters`` channels and 1/strides of the pixels a side, rounded up.
     Weights: ``kernel`` (1, 1, C_in/groups, filters) and ``bias`` (filters,), as in Keras.
 
     Raises:
@@ -63,22 +66,56 @@ class PointwiseConv2D(keras.layers.Conv2D):
 
     def call(self, inputs: Tensor) -> Tensor:
         """Convolve; see the class for the shapes."""
-        outputs = native.pointwise_conv(
-            inputs,
-            ops.convert_to_tensor(self.kernel),
-            ops.convert_to_tensor(self.bias) if self.use_bias else None,
-            groups=self.groups,
-            interleave=self.interleave,
-            layout=LAYOUTS[self.data_format],
-            weight_layout="IO",
-        )
+        if self._has_kernel(inputs):
+            outputs = native.pointwise_conv(
+                self._subsampled(inputs),
+                ops.convert_to_tensor(self.kernel),
+                ops.convert_to_tensor(self.bias) if self.use_bias else None,
+                groups=inputs.shape[self._channel_axis] // self.kernel.shape[2],
+                interleave=self.interleave,
+                layout=LAYOUTS[self.data_format],
+                weight_layout="IO",
+            )
+        elif self.interleave == 1:
+            return super().call(inputs)
+        else:
+            outputs = self.convolution_op(inputs, self.kernel)
+            if self.use_bias:
+                shape = [-1 if axis == self._channel_axis else 1 for axis in range(4)]
+                outputs = ops.add(outputs, ops.reshape(self.bias, shape))
+            outputs = _interleaved(outputs, self.interleave, self._channel_axis)
         return outputs if self.activation is None else self.activation(outputs)
+
+    @property
+    def _channel_axis(self) -> int:
+        return 3 if self.data_format == "channels_last" else 1
+
+    def _has_kernel(self, inputs: Tensor) -> bool:
+        own_operator = self.convolution_op.__func__ is not keras.layers.Conv2D.convolution_op
+        channels = inputs.shape[self._channel_axis]
+        return (
+            _takes(self, inputs)
+            and not own_operator  # Keras's hook for a convolution of one's own
+            and tuple(self.kernel.shape[:2]) == (1, 1)
+            and _is_pair(self.strides)
+            and channels is not None
+            and channels % self.kernel.shape[2] == 0
+        )
+
+    def _subsampled(self, inputs: Tensor) -> Tensor:
+        """The pixels that a strided convolution reads, at any padding."""
+        height, width = self.strides
+        if height == width == 1:
+            return inputs
+        rows, columns = slice(None, None, height), slice(None, None, width)
+        if self.data_format == "channels_last":
+            return inputs[:, rows, columns]
+        return inputs[:, :, rows, columns]
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        config = _without(
-            super().get_config(), "kernel_size", "strides", "padding", "dilation_rate"
-        )
+        config = super().get_config()
+        del config["kernel_size"]
         return {**config, "interleave": self.interleave}
 
 
@@ -105,7 +142,7 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
 
     def call(self, inputs: Tensor) -> Tensor:
         """Convolve; see the class for the shapes."""
-        if not self._has_kernel:
+        if not self._has_kernel(inputs):
             return super().call(inputs)
         outputs = native.depthwise_conv(
             inputs,
@@ -118,16 +155,42 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         )
         return outputs if self.activation is None else self.activation(outputs)
 
-    @property
-    def _has_kernel(self) -> bool:
-        (height, width), strides = self.kernel_size, set(self.strides)
+    def _has_kernel(self, inputs: Tensor) -> bool:
+        height, width, _, multiplier = self.kernel.shape
         return (
-            height == width
+            _takes(self, inputs)
+            and height == width
             and height in (3, 5, 7)
-            and strides in ({1}, {2})
-            and set(self.dilation_rate) == {1}
-            and self.depth_multiplier == 1
+            and multiplier == 1
+            and _is_pair(self.strides)
+            and set(self.strides) in ({1}, {2})
         )
+
+
+def _takes(layer: Any, inputs: Tensor) -> bool:
+    """Whether the kernels take these images and a convolution's weights, as it is set up now."""
+    if not is_dense(inputs):
+        return False
+    dtype = keras.backend.standardize_dtype(inputs.dtype)
+    return (
+        len(inputs.shape) == 4
+        and dtype in FLOATS
+        and keras.backend.standardize_dtype(layer.kernel.dtype) == dtype
+        and layer.padding in ("valid", "same")
+        and layer.data_format in LAYOUTS
+        and layer.dilation_rate in (1, (1, 1), [1, 1])
+    )
+
+
+def _is_pair(strides: Any) -> bool:
+    return isinstance(strides, tuple | list) and len(strides) == 2 and min(strides) >= 1
+
+
+def _interleaved(x: Tensor, step: int, axis: int) -> Tensor:
+    """Channels s, s + step, ... for s = 0 .. step - 1 in turn, of any dtype."""
+    if keras.backend.standardize_dtype(x.dtype) in FLOATS:
+        return native.interleave(x, step, layout="NHWC" if axis == 3 else "NCHW")
+    return ops.take(x, interleave_index(x.shape[axis], step), axis=axis)
 
 
 class _ChannelLayer(keras.layers.Layer):
@@ -191,9 +254,7 @@ class InterleaveChannels(_ChannelLayer):
 
     def call(self, inputs: Tensor) -> Tensor:
         """Permute the channels."""
-        if self.step_size < 2:
-            return inputs
-        return native.interleave(inputs, self.step_size, layout=LAYOUTS[self.data_format])
+        return inputs if self.step_size < 2 else _interleaved(inputs, self.step_size, self.axis)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -221,21 +282,26 @@ class CopyChannels(_ChannelLayer):
         self.channel_start = channel_start
         self.channel_count = channel_count
 
-    def build(self, input_shape: Shape) -> None:
-        """Check that there are such channels."""
-        channels, stop = input_shape[self.axis], self.channel_start + self.channel_count
+    def _check(self, channels: int | None) -> None:
+        stop = self.channel_start + self.channel_count
         if self.channel_start < 0 or self.channel_count < 1 or stop > (channels or stop):
             raise ValueError(
                 f"channel_start={self.channel_start} and channel_count={self.channel_count} "
                 f"do not lie in the input's {channels} channels"
             )
 
+    def build(self, input_shape: Shape) -> None:
+        """Check that there are such channels."""
+        self._check(input_shape[self.axis])
+
     def call(self, inputs: Tensor) -> Tensor:
         """Take the channels."""
+        self._check(inputs.shape[self.axis])
         return self._channels(inputs, self.channel_start, self.channel_count)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """The input's with ``channel_count`` channels."""
+        self._check(input_shape[self.axis])
         return self._with_channels(input_shape, self.channel_count)
 
     def get_config(self) -> dict[str, Any]:
@@ -261,9 +327,10 @@ class SumIntoHalfChannels(_ChannelLayer):
 
     def call(self, inputs: Tensor) -> Tensor:
         """Add the halves."""
-        half = inputs.shape[self.axis] // 2
+        half = ops.shape(inputs)[self.axis] // 2
         return self._channels(inputs, 0, half) + self._channels(inputs, half, half)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """The input's with half the channels."""
-        return self._with_channels(input_shape, (input_shape[self.axis] or 0) // 2)
+        channels = input_shape[self.axis]
+        return self._with_channels(input_shape, None if channels is None else channels // 2)
