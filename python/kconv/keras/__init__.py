@@ -14,7 +14,7 @@ import keras as _keras
 from kconv._versions import warn_of_version
 from kconv.keras.blocks import kPointwiseConv2D
 from kconv.keras.builder import build
-from kconv.keras.convert import accelerate, compress, to_native
+from kconv.keras.convert import accelerate, compress, report, to_native
 from kconv.keras.layers import (
     CopyChannels,
     DepthwiseConv2D,
@@ -40,6 +40,7 @@ __all__ = [
     "build",
     "compress",
     "kPointwiseConv2D",
+    "report",
     "to_native",
 ]
 

@@ -1,15 +1,26 @@
-"""kconv in Keras models of any origin: its kernels, or the papers' blocks; and back again."""
+"""kconv in Keras models of any origin: its kernels, or the papers' blocks; and back again.
+
+All functions here return a new functional model and leave the one that they are given as it is.
+The copy has its weights, and all that belongs to them: names, the structure and the dtypes of
+inputs and outputs, what is shared or frozen, adapted statistics, seeds. It is not compiled, as an
+optimizer goes with the weights that it trains. A layer that cannot be copied faithfully (one with a
+method of its own, with weights that another layer has too, or without a complete configuration)
+stays the same layer in both models. :func:`report` tells which these are.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import keras
 from keras import layers
 
 from kconv import ktypes
+from kconv._report import Report
+from kconv.keras._clone import Changes, Exchange, Graph, Plan, clone, copied, from_config
 from kconv.keras._initialize import call_new_layer
 from kconv.keras.blocks import apply_plan
 from kconv.keras.layers import (
@@ -23,14 +34,41 @@ from kconv.keras.network import Network
 from kconv.keras.units import Block
 
 Tensor = Any
+Plans: TypeAlias = dict[int, Exchange | str]
+
+_REPORTS: WeakKeyDictionary[keras.Model, Report] = WeakKeyDictionary()
+
+
+def report(model: keras.Model) -> Report:
+    """What the conversion that made a model changed, what it kept, and why.
+
+    Example:
+        >>> x = keras.Input((8, 8, 16))
+        >>> model = keras.Model(x, layers.Conv2D(24, 1, dilation_rate=2, name="dilated")(x))
+        >>> print(report(accelerate(model)))
+        accelerate: 0 changed, 1 kept
+          kept     dilated  dilation_rate=(2, 2) has no kernel
+
+    Args:
+        model: a result of :func:`accelerate`, :func:`compress` or :func:`to_native`.
+
+    Returns:
+        The report, in which layers inside of models have the names "model/layer".
+
+    Raises:
+        ValueError: if none of these functions made the model.
+    """
+    if model not in _REPORTS:
+        raise ValueError(f"the model {model.name!r} does not come from a conversion by kconv.keras")
+    return _REPORTS[model]
 
 
 def accelerate(model: keras.Model) -> keras.Model:
     """A copy of a model with its pointwise and depthwise convolutions on kconv's kernels.
 
-    Every ``Conv2D`` with a 1x1 kernel and no stride, and every ``DepthwiseConv2D``, becomes kconv's
-    layer of the same name, configuration and weights, also in models within the model. Subclasses
-    of these layers stay.
+    Every ``Conv2D`` with a 1x1 kernel and every ``DepthwiseConv2D`` becomes kconv's layer of the
+    same name, configuration and weights, also in models within the model. Subclasses of these
+    layers stay. See :mod:`kconv.keras.convert` for what else the copy has of the model.
 
     Example:
         >>> x = keras.Input((8, 8, 16))
@@ -43,16 +81,28 @@ def accelerate(model: keras.Model) -> keras.Model:
 
     Returns:
         A new functional model with the same weights, not compiled.
+
+    Raises:
+        TypeError: if this is no functional or sequential model.
+        ValueError: if a sequential model has not been built.
     """
 
-    def replace(layer: keras.layers.Layer) -> keras.layers.Layer:
-        if type(layer) is layers.DepthwiseConv2D:
-            return DepthwiseConv2D.from_config(layer.get_config())
-        if type(layer) is layers.Conv2D and layer.kernel_size == layer.strides == (1, 1):
-            return _pointwise(layer)
-        return layer.__class__.from_config(layer.get_config())
+    def exchange(layer: keras.layers.Layer) -> Exchange | str | None:
+        if isinstance(layer, PointwiseConv2D | DepthwiseConv2D):
+            return None
+        if isinstance(layer, layers.DepthwiseConv2D):
+            if type(layer) is not layers.DepthwiseConv2D:
+                return _SUBCLASS.format(type(layer).__name__)
+            return _heir(layer, from_config(DepthwiseConv2D, layer))
+        if not isinstance(layer, layers.Conv2D) or layer.kernel_size != (1, 1):
+            return None
+        if type(layer) is not layers.Conv2D:
+            return _SUBCLASS.format(type(layer).__name__)
+        if layer.dilation_rate != (1, 1):
+            return f"dilation_rate={layer.dilation_rate} has no kernel"
+        return _heir(layer, from_config(PointwiseConv2D, layer, kernel_size=None))
 
-    return _clone(model, replace, call_new_layer)
+    return _convert("accelerate", model, _layer_by_layer(exchange))
 
 
 def to_native(model: keras.Model) -> keras.Model:
@@ -68,38 +118,33 @@ def to_native(model: keras.Model) -> keras.Model:
         model: a functional or sequential model, built.
 
     Returns:
-        A new functional model with the same weights, not compiled; it loads without kconv.
+        A new functional model with the same weights, not compiled; it loads without kconv. Only
+        subclasses of kconv's layers stay, as :func:`report` tells. See :mod:`kconv.keras.convert`
+        for what else the copy has of the model.
+
+    Raises:
+        TypeError: if this is no functional or sequential model.
+        ValueError: if a sequential model has not been built.
     """
-    steps: dict[int, int] = {}  # of the new convolutions, by their ids
 
-    def replace(layer: keras.layers.Layer) -> keras.layers.Layer:
-        config = layer.get_config()
-        if isinstance(layer, PointwiseConv2D):
-            step = config.pop("interleave")
-            native = layers.Conv2D.from_config({**config, "kernel_size": 1})
-            steps[id(native)] = step
-            return native
-        if isinstance(layer, DepthwiseConv2D):
-            return layers.DepthwiseConv2D.from_config(config)
+    def exchange(layer: keras.layers.Layer) -> Exchange | str | None:
+        kind = type(layer)
+        if kind is PointwiseConv2D:
+            return _native_pointwise(layer)
+        if kind is DepthwiseConv2D:
+            return _heir(layer, from_config(layers.DepthwiseConv2D, layer))
+        if kind is InterleaveChannels:
+            return Exchange(lambda inputs: _interleave(inputs, layer.step_size, layer.axis), _OPS)
+        if kind is CopyChannels:
+            start, count = layer.channel_start, layer.channel_count
+            return Exchange(lambda inputs: _channels(inputs, start, count, layer.axis), _OPS)
+        if kind is SumIntoHalfChannels:
+            return Exchange(lambda inputs: _folded(inputs, layer.axis), _OPS)
         if isinstance(layer, Block):
-            return to_native(layer.network)
-        return layer.__class__.from_config(config)
+            return Exchange(to_native(layer.network), "a model of its layers")
+        return _SUBCLASS.format(kind.__name__) if _is_of_kconv(kind) else None
 
-    def call(layer: keras.layers.Layer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        match layer:
-            case InterleaveChannels():
-                return _interleave(x, layer.step_size, layer.axis)
-            case CopyChannels():
-                return _channels(x, layer.channel_start, layer.channel_count, layer.axis)
-            case SumIntoHalfChannels():
-                half = x.shape[layer.axis] // 2
-                return _channels(x, 0, half, layer.axis) + _channels(x, half, half, layer.axis)
-        y = call_new_layer(layer, x, *args, **kwargs)
-        if steps.get(id(layer), 1) == 1:
-            return y
-        return _interleave(y, steps[id(layer)], 3 if layer.data_format == "channels_last" else 1)
-
-    return _clone(model, replace, call, native=True)
+    return _convert("to_native", model, _layer_by_layer(exchange), plain=Network)
 
 
 def compress(model: keras.Model, ktype: ktypes.KType | str | int = "D6_16ch") -> keras.Model:
@@ -108,7 +153,8 @@ def compress(model: keras.Model, ktype: ktypes.KType | str | int = "D6_16ch") ->
     The batch norm and the activation that follow the convolution become part of the block's units,
     with the configuration that they had. Blocks start from new weights, so the model is to be
     trained; all else keeps its weights, also a convolution that the kType leaves as it is, such as
-    one of few channels.
+    one of few channels. A convolution that is called several times becomes one block that is called
+    as often; one whose weights another layer has too, or that has methods of its own, stays.
 
     Example:
         >>> x = keras.Input((8, 8, 128))
@@ -122,104 +168,184 @@ def compress(model: keras.Model, ktype: ktypes.KType | str | int = "D6_16ch") ->
         ktype: a kType, its name or its number.
 
     Returns:
-        A new functional model, not compiled.
+        A new functional model, not compiled. See :mod:`kconv.keras.convert` for what it has of the
+        model, and :func:`report` for what has become of its convolutions.
 
     Raises:
-        ValueError: if the kType is unknown.
+        TypeError: if this is no functional or sequential model.
+        ValueError: if the kType is unknown, or a sequential model has not been built.
     """
-    ktype = ktypes.resolve(ktype)
-    model = _functional(model)
-    blocks: dict[str, Callable[[Tensor], Tensor]] = {}
-    absorbed: set[str] = set()
-    followers = _followers(model)
-    for layer in model.layers:
-        plan = _plan(layer, ktype) if layer.name in followers else None
-        if plan is not None:
-            norm, activation = followers[layer.name]
-            blocks[layer.name] = _block(plan, layer, norm, activation)
-            absorbed |= {follower.name for follower in (norm, activation) if follower}
+    resolved = ktypes.resolve(ktype)
 
-    def replace(layer: keras.layers.Layer) -> keras.layers.Layer:
-        if _is_model(layer):
-            return compress(layer, ktype)
-        return layer.__class__.from_config(layer.get_config())
+    def plans(graph: Graph) -> Plans:
+        found: Plans = {}
+        followers = _followers(graph)
+        for layer in graph.model.layers:
+            plan = _plan(layer, resolved)
+            if not isinstance(plan, ktypes.Plan):
+                if plan is not None:
+                    found[id(layer)] = plan
+                continue
+            if id(layer) in graph.bound:
+                continue
+            norm, activation = followers[id(layer)]
+            block = _block(plan, layer, norm, activation)
+            if graph.calls[id(layer)] > 1:
+                block = _as_model(block, layer)
+            found[id(layer)] = Exchange(block, f"a block of {len(plan.units)} convolutions")
+            for follower in (norm, activation):
+                if follower is not None:
+                    found[id(follower)] = Exchange(_identity, f"part of {layer.name}'s block")
+        return found
 
-    def call(layer: keras.layers.Layer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if layer.name in absorbed:
-            return x
-        if layer.name in blocks:
-            return blocks[layer.name](x)
-        return call_new_layer(layer, x, *args, **kwargs)
+    return _convert("compress", model, plans)
 
-    clone = keras.models.clone_model(model, clone_function=replace, call_function=call)
-    kept = {layer.name: layer for layer in clone.layers}
-    for layer in model.layers:
-        if layer.name in kept and layer.name not in blocks and not _is_model(layer):
-            kept[layer.name].set_weights(layer.get_weights())
-    return clone
+
+_SUBCLASS = "{} is a class of its own"
+_OPS = "operations"
+
+
+def _convert(
+    action: Literal["accelerate", "compress", "to_native"],
+    model: keras.Model,
+    plan: Plan,
+    plain: type | None = None,
+) -> keras.Model:
+    changes = Changes()
+    copy = clone(model, plan, changes, plain=plain)
+    _REPORTS[copy] = Report(action, changes.changed, changes.kept)
+    return copy
+
+
+def _layer_by_layer(exchange: Callable[[keras.layers.Layer], Exchange | str | None]) -> Plan:
+    def plans(graph: Graph) -> Plans:
+        free = (layer for layer in graph.model.layers if id(layer) not in graph.bound)
+        found = {id(layer): exchange(layer) for layer in free}
+        return {key: value for key, value in found.items() if value is not None}
+
+    return plans
+
+
+def _heir(layer: keras.layers.Layer, new: keras.layers.Layer) -> Exchange:
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return call_new_layer(new, *args, **kwargs)
+
+    return Exchange(call, type(new).__name__, ((layer, new),))
+
+
+def _native_pointwise(layer: PointwiseConv2D) -> Exchange:
+    step, axis = layer.interleave, 3 if layer.data_format == "channels_last" else 1
+    changes: dict[str, Any] = {"kernel_size": 1, "interleave": None}
+    if step == 1:
+        return _heir(layer, from_config(layers.Conv2D, layer, **changes))
+    # Most activations do not mind the order of the channels, and stay in the convolution. Others
+    # see the interleaved channels, as in kconv's layer.
+    activation = layer.activation
+    heirs: tuple[tuple[Any, Any], ...] = ()
+    after: Callable[[Tensor], Tensor] = _identity
+    if isinstance(activation, keras.layers.Layer):
+        after = copied(activation)
+        heirs = ((activation, after),)
+        changes["activation"] = "linear"
+    elif not _is_of_any_order(activation):
+        after = layers.Activation(activation, name=f"{layer.name}_activation")
+        changes["activation"] = "linear"
+    new = from_config(layers.Conv2D, layer, **changes)
+
+    def call(inputs: Tensor) -> Tensor:
+        return after(_interleave(call_new_layer(new, inputs), step, axis))
+
+    return Exchange(call, "Conv2D and operations", ((layer, new), *heirs))
+
+
+def _is_of_any_order(activation: Any) -> bool:
+    """Whether permuted channels give permuted results: true of Keras's functions but one."""
+    if activation is None:
+        return True
+    known = [f for f in vars(keras.activations).values() if callable(f)]
+    return activation in known and activation is not getattr(keras.activations, "glu", None)
+
+
+def _is_of_kconv(kind: type) -> bool:
+    ours = (
+        PointwiseConv2D,
+        DepthwiseConv2D,
+        InterleaveChannels,
+        CopyChannels,
+        SumIntoHalfChannels,
+    )
+    return issubclass(kind, ours)
+
+
+def _identity(inputs: Tensor) -> Tensor:
+    return inputs
 
 
 Follower: TypeAlias = keras.layers.Layer | None
 
 
-def _followers(model: keras.Model) -> dict[str, tuple[Follower, Follower]]:
-    """For each convolution that is called once, the batch norm and activation that follow it.
+def _followers(graph: Graph) -> dict[int, tuple[Follower, Follower]]:
+    """For each convolution the batch norm and activation that follow it and can become its block's.
 
-    Nothing else may read what lies between them, and they must be called there only.
+    Nothing else may read what lies between them, and all are called there only, with nothing but
+    the tensor.
     """
-    modules = {layer.name: layer for layer in model.layers}
-    calls = {layer["name"]: layer["inbound_nodes"] for layer in model.get_config()["layers"]}
-    readers = [(source, name) for name in calls for source in _sources(calls[name])]
-    readers += [(source, "") for source in model.output_names]  # whoever uses the model
-    count = Counter(source for source, _ in readers)
-    reader = dict(readers)
+    readers: dict[int, list[Any]] = {}
+    for node in graph.nodes:
+        for x in node.input_tensors:
+            readers.setdefault(id(x), []).append(node)
+    results = Counter(id(x) for x in graph.model.outputs)  # whoever uses the model reads those
+    made = {id(node.operation): node for node in graph.nodes}
 
-    def following(name: str) -> Follower:
-        after = reader.get(name, "")
-        alone = count[name] == 1 and len(calls.get(after, ())) == 1
-        return modules.get(after) if alone else None
+    def following(layer: keras.layers.Layer) -> Follower:
+        (output,) = made[id(layer)].outputs
+        after = readers.get(id(output), [])
+        if results[id(output)] or len(after) != 1:
+            return None
+        (node,) = after
+        reader = node.operation
+        alone = graph.calls[id(reader)] == 1 and id(reader) not in graph.bound
+        given = [*node.arguments.args, *node.arguments.kwargs.values()]
+        only_tensor = all(value is None or value is output for value in given)
+        return reader if alone and only_tensor else None
 
     followers = {}
-    for name, layer in modules.items():
-        if type(layer) is not layers.Conv2D or len(calls[name]) != 1:
+    for layer in graph.model.layers:
+        if type(layer) not in (layers.Conv2D, PointwiseConv2D):
             continue
         norm = activation = None
-        after = following(name)
-        if layer.activation is keras.activations.linear:
+        if graph.calls[id(layer)] == 1 and layer.activation is keras.activations.linear:
+            after = following(layer)
             if after is not None and type(after) is layers.BatchNormalization:
-                norm, after = after, following(after.name)
-            if _is_activation(after):
+                norm, after = after, following(after)
+            if after is not None and _is_activation(after):
                 activation = after
-        followers[name] = norm, activation
+        followers[id(layer)] = norm, activation
     return followers
 
 
-def _sources(value: Any) -> Iterator[str]:
-    """The names of the layers that made the tensors in the configuration of a call."""
-    if isinstance(value, dict):
-        if "keras_history" in value:
-            yield value["keras_history"][0]
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _sources(part)
-
-
-def _is_activation(layer: Follower) -> bool:
+def _is_activation(layer: keras.layers.Layer) -> bool:
     """Whether this is an elementwise activation without parameters."""
-    if isinstance(layer, layers.Activation):
-        return layer.activation not in (keras.activations.softmax, keras.activations.log_softmax)
-    return isinstance(layer, (layers.ReLU, layers.LeakyReLU, layers.ELU))
+    if type(layer) is layers.Activation:
+        mixing = (keras.activations.softmax, keras.activations.log_softmax)
+        return _is_of_any_order(layer.activation) and layer.activation not in mixing
+    return type(layer) in (layers.ReLU, layers.LeakyReLU, layers.ELU)
 
 
-def _plan(layer: layers.Conv2D, ktype: ktypes.KType) -> ktypes.Plan | None:
-    """What takes the place of a convolution; None if it is to stay."""
-    if layer.kernel_size != (1, 1) or layer.groups > 1:
+def _plan(layer: keras.layers.Layer, ktype: ktypes.KType) -> ktypes.Plan | str | None:
+    """What takes a layer's place; why a pointwise convolution stays; None for other layers."""
+    if isinstance(layer, layers.DepthwiseConv2D) or not isinstance(layer, layers.Conv2D):
         return None
+    if layer.kernel_size != (1, 1):
+        return None
+    if type(layer) not in (layers.Conv2D, PointwiseConv2D):
+        return _SUBCLASS.format(type(layer).__name__)
+    if layer.groups > 1 or getattr(layer, "interleave", 1) > 1:
+        return f"it has {layer.groups} groups and interleave={getattr(layer, 'interleave', 1)}"
     *_, c_in, filters = layer.kernel.shape
     plan = ktypes.plan(ktype, c_in, filters, layer.name)
     if plan.out_channels != filters or all(unit.groups == 1 for unit in plan.units):
-        return None
+        return f"{ktype.name} has no groups for {c_in} to {filters} channels"
     return plan
 
 
@@ -231,67 +357,39 @@ def _block(
     def named(name: str) -> str:
         return name.replace("/", "_")
 
-    def like(layer: keras.layers.Layer, name: str) -> keras.layers.Layer:
-        return layer.__class__.from_config({**layer.get_config(), "name": named(name)})
-
     def unit(step: ktypes.Unit, x: Tensor) -> Tensor:
         options = {"filters": step.channels, "groups": step.groups, "name": named(step.conv_name)}
-        x = call_new_layer(_pointwise(conv, **options), x)
+        fixed = {"strides": 1, "dilation_rate": 1, "kernel_size": None}
+        without_lora = {"lora_rank": None, "lora_alpha": None}
+        new = from_config(PointwiseConv2D, conv, **options, **fixed, **without_lora)
+        x = call_new_layer(new, x)
         if norm is not None:
-            x = call_new_layer(like(norm, step.bn_name), x)
-        return x if activation is None else like(activation, step.activation_name)(x)
+            x = call_new_layer(from_config(type(norm), norm, name=named(step.bn_name)), x)
+        if activation is None:
+            return x
+        return from_config(type(activation), activation, name=named(step.activation_name))(x)
 
-    def block(x: Tensor) -> Tensor:
-        if conv.strides != (1, 1):  # the pixels that the convolution reads
-            x = layers.MaxPooling2D(
+    def block(inputs: Tensor) -> Tensor:
+        if tuple(conv.strides) != (1, 1):  # the pixels that the convolution reads
+            inputs = layers.MaxPooling2D(
                 1, conv.strides, data_format=conv.data_format, name=f"{conv.name}_subsample"
-            )(x)
-        return apply_plan(plan, x, unit, conv.data_format, named)
+            )(inputs)
+        return apply_plan(plan, inputs, unit, conv.data_format, named)
 
     return block
 
 
-def _pointwise(conv: layers.Conv2D, **changes: Any) -> PointwiseConv2D:
-    """The layer of kconv in the place of a 1x1 convolution, with its configuration."""
-    fixed = ("kernel_size", "strides", "padding", "dilation_rate")
-    config = {key: value for key, value in conv.get_config().items() if key not in fixed}
-    return PointwiseConv2D.from_config({**config, **changes})
+def _as_model(block: Callable[[Tensor], Tensor], conv: layers.Conv2D) -> keras.Model:
+    """A block as a model, which can be called more than once."""
+    channels = conv.kernel.shape[2]
+    last = conv.data_format == "channels_last"
+    x = keras.Input((None, None, channels) if last else (channels, None, None))
+    return keras.Model(x, block(x), name=conv.name)
 
 
-def _is_model(layer: keras.layers.Layer) -> bool:
-    """Whether this is a functional or sequential model, whose layers can be exchanged."""
-    return isinstance(layer, keras.Model) and hasattr(layer, "inputs")
-
-
-def _functional(model: keras.Model) -> keras.Model:
-    if isinstance(model, keras.Sequential):
-        return keras.Model(model.inputs, model.outputs, name=model.name)
-    return model
-
-
-def _clone(
-    model: keras.Model,
-    replace: Callable[[keras.layers.Layer], keras.layers.Layer],
-    call: Callable[..., Tensor],
-    *,
-    native: bool = False,
-) -> keras.Model:
-    """A functional copy with other layers, called in another way, but with the same weights.
-
-    It is of the same class, but ``native`` not a :class:`Network`.
-    """
-
-    def replace_inner(layer: keras.layers.Layer) -> keras.layers.Layer:
-        if _is_model(layer):
-            return _clone(layer, replace, call, native=native)
-        return replace(layer)
-
-    source = _functional(model)
-    if native and isinstance(source, Network):
-        source = keras.Model(source.inputs, source.outputs, name=source.name)
-    clone = keras.models.clone_model(source, clone_function=replace_inner, call_function=call)
-    clone.set_weights(model.get_weights())
-    return clone
+def _folded(x: Tensor, axis: int) -> Tensor:
+    half = x.shape[axis] // 2
+    return _channels(x, 0, half, axis) + _channels(x, half, half, axis)
 
 
 def _interleave(x: Tensor, step: int, axis: int) -> Tensor:
