@@ -6,8 +6,10 @@ Example:
     >>> jax.jit(jax.grad(loss))(jnp.ones((6, 4)), jnp.ones((2, 8, 5, 5))).shape
     (6, 4)
 
-Inside ``jax.shard_map`` pass ``check_vma=False``. For ``jax.export`` allow the custom calls
-``kconv_*``; the batch size may be symbolic. Layers for Flax are in :mod:`kconv.jax.nnx`.
+Images that are split over devices stay so: in ``jax.jit``, ``jax.shard_map`` and with explicit
+shardings every device computes its own part of the batch. Where anything else is split, it is
+brought together first. For ``jax.export`` allow the custom calls ``kconv_*``; the batch size may be
+symbolic. Layers for Flax are in :mod:`kconv.jax.nnx`.
 """
 
 import jax as _jax

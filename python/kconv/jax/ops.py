@@ -200,12 +200,12 @@ def _convolve(
         empty,
         **arguments,
     )
-    w = jnp.asarray(weight, dtype)
+    operands = [jnp.asarray(array) for array in (x, weight, bias) if array is not None]
+    x, w, *b = _kernels.aligned((True, False, False)[: len(operands)], *operands)
     w = w.reshape(_without_unit_axes(kernel, w.shape, arguments["weight_layout"]))
-    x = jnp.asarray(x)
     static = _Convolution(kernel, tuple(arguments.items()), x.shape[1:], w.shape, output.shape[1:])
-    b = None if bias is None else jnp.asarray(bias, dtype)
-    return _output(static, x.astype(dtype), w, b).astype(x.dtype)
+    y = _output(static, x.astype(dtype), w.astype(dtype), b[0].astype(dtype) if b else None)
+    return y.astype(x.dtype)
 
 
 def _without_unit_axes(kernel: str, weight: Shape, weight_layout: WeightLayout) -> Shape:
@@ -286,7 +286,7 @@ def _bias_gradient(conv: _Convolution, g: jax.Array) -> jax.Array:
 def _bias_gradient_vjp(conv: _Convolution, g: jax.Array, c: jax.Array) -> tuple[jax.Array]:
     pixel = c.reshape((1, -1, 1, 1) if conv.layout == "NCHW" else (1, 1, 1, -1))
     pixel = _permute("interleave", pixel, conv.interleave, conv.layout)
-    return (jnp.broadcast_to(pixel, g.shape),)
+    return (jnp.zeros_like(g) + pixel,)  # which is split over devices as g is
 
 
 _bias_gradient.defvjp(lambda conv, g: (_bias_gradient(conv, g), g), _bias_gradient_vjp)
@@ -308,7 +308,7 @@ _permuted.defvjp(
 
 
 def _permute(kernel: str, x: jax.Array, step: int, layout: Layout) -> jax.Array:
-    x = jnp.asarray(x)
+    (x,) = _kernels.aligned((True,), jnp.asarray(x))
     dtype = _compute_dtype(x)
     getattr(kconv, kernel)(np.empty((0, *x.shape[1:]), dtype), step, layout=layout)  # checks
     return _permuted(kernel, x.astype(dtype), step, layout).astype(x.dtype)
@@ -326,13 +326,13 @@ def _call(
     With ``images``, the result is a batch of as many images, of ``shape`` each, and an axis mapped
     over the images alone is folded into their batch. Any other mapped axis is a loop.
     """
+    summed = not images  # over the batch of the others
+    batched = (*[True] * len(images), *[summed] * len(others))
+    function = _kernels.Kernel(kernel, batched, shape, summed, arguments)
 
     @custom_vmap
     def run(images: tuple[jax.Array, ...], others: tuple[jax.Array, ...]) -> jax.Array:
-        operands = (*images, *others)
-        full_shape = (images[0].shape[0], *shape) if images else shape
-        result = jax.ShapeDtypeStruct(full_shape, operands[0].dtype)
-        return _kernels.call(kernel, result, *operands, **dict(arguments))
+        return _kernels.parallel(function, *images, *others)
 
     @run.def_vmap
     def _(size: int, mapped: Any, images: Any, others: Any) -> tuple[jax.Array, bool]:
