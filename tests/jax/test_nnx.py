@@ -89,7 +89,7 @@ COMMON = [
     {"padding": "SAME_LOWER"},
     {"padding": [1, (0, 2)]},
     {"padding": 1},
-    {"input_dilation": 2, "padding": "VALID"},
+    {"input_dilation": 2, "padding": 1},
     {"kernel_dilation": (2, 1)},
     {"preferred_element_type": jnp.float64},
     {"precision": "highest"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 
 import keras
@@ -75,14 +76,137 @@ def test_depthwise_is_depthwise_conv2d(kernel, strides, padding, size, data_form
     assert_same(gradients, *models(*layers, options, x), x)
 
 
+# Arguments beside those of the tests above, and those that start or train the same weights.
+POINTWISE = [
+    {"strides": 2},
+    {"strides": (3, 1), "padding": "same", "use_bias": False},
+    {"strides": 2, "groups": 2, "activation": "softmax"},
+    {"dilation_rate": (2, 1), "padding": "same"},
+    {"lora_rank": 2, "lora_alpha": 3},
+    {"activity_regularizer": "l2"},
+]
+DEPTHWISE = [
+    {"depth_multiplier": 2, "strides": 2},
+    {"kernel_size": (3, 5)},
+    {"kernel_size": 4, "strides": 3, "padding": "same"},
+    {"dilation_rate": 2, "use_bias": False},
+    {"activity_regularizer": "l2"},
+]
+if BACKEND != "tensorflow":  # whose operation takes equal strides alone
+    DEPTHWISE += [{"strides": (1, 2), "padding": "same"}]
+KINDS = {
+    "pointwise": (partial(PointwiseConv2D, 6), partial(keras.layers.Conv2D, 6, 1)),
+    "depthwise": (
+        partial(DepthwiseConv2D, kernel_size=3),
+        partial(keras.layers.DepthwiseConv2D, kernel_size=3),
+    ),
+}
+INPUTS = {"jax": ("uint8", "int32", "float16", "complex64")}.get(BACKEND, ("float16",))
+
+
+@pytest.mark.parametrize(("kind", "tried"), [("pointwise", POINTWISE), ("depthwise", DEPTHWISE)])
+def test_the_table_has_all_arguments_of_the_parent(kind, tried):
+    of_weights = ("initializer", "regularizer", "constraint")
+    bases = KINDS[kind][1].func.__mro__[:2]  # Keras's layer, and that for any number of axes
+    parent = {name for base in bases for name in inspect.signature(base.__init__).parameters}
+    names = {name for name in parent if not name.endswith(of_weights)} | {"activity_regularizer"}
+    given = {"self", "filters", "rank", "kernel_size", "kwargs", "data_format", "activation"}
+    given |= {"name", "trainable"}
+    assert names - given == {name for options in tried for name in options} - given
+
+
 @pytest.mark.parametrize(
-    "options", [{"depth_multiplier": 2}, {"kernel_size": (3, 5)}, {"dilation_rate": 2}]
+    ("kind", "options"),
+    [("pointwise", case) for case in POINTWISE] + [("depthwise", case) for case in DEPTHWISE],
 )
-def test_depthwise_does_all_that_keras_does(options):
-    arguments = {"kernel_size": 3, "activation": "relu", **options}
-    x = random(1, 8, 8, 4)
-    ours, theirs = models(DepthwiseConv2D, keras.layers.DepthwiseConv2D, arguments, x)
-    np.testing.assert_allclose(ours.predict(x, verbose=0), theirs.predict(x, verbose=0), rtol=1e-5)
+def test_arguments_of_the_parent(kind, options):
+    x = random(2, 7, 8, 4)
+    ours, theirs = (make(**options) for make in KINDS[kind])
+    expected = theirs(x)
+    ours.build(x.shape)
+    ours.set_weights(theirs.get_weights())
+    assert_close(ours(x), expected)
+    assert len(ours.losses) == len(theirs.losses)
+    assert ours.compute_output_shape((None, *x.shape[1:])) == (None, *expected.shape[1:])
+    again = type(ours).from_config(ours.get_config())
+    again.build(x.shape)
+    again.set_weights(theirs.get_weights())
+    assert_close(again(x), expected)
+    if kind == "pointwise":
+        mixed = PointwiseConv2D(interleave=4, filters=6, **options)
+        mixed.build(x.shape)
+        mixed.set_weights(theirs.get_weights())
+        assert_close(mixed(x), keras.ops.take(expected, interleave_index(6, 4), 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("strides", (2, 2)),
+        ("strides", (3, 3)),
+        ("padding", "same"),
+        ("dilation_rate", (2, 2)),
+        ("use_bias", False),
+        ("activation", keras.ops.abs),
+        ("groups", 3),
+    ],
+)
+def test_attributes_set_afterwards(kind, name, value):
+    x = random(2, 7, 8, 6)
+    ours, theirs = (make(activation="tanh") for make in KINDS[kind])
+    theirs(x)
+    ours(x)
+    ours.set_weights(theirs.get_weights())
+    for layer in (ours, theirs):
+        setattr(layer, name, value)
+    assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", INPUTS)
+@pytest.mark.filterwarnings("ignore::numpy.exceptions.ComplexWarning")
+def test_input_of_any_dtype(kind, dtype):
+    x = keras.ops.convert_to_tensor((3 * random(2, 5, 4, 6)).astype(dtype))
+    ours, theirs = (make() for make in KINDS[kind])
+    if kind == "depthwise" and dtype != "float16":
+        for layer in (ours, theirs):
+            with pytest.raises(TypeError, match="the same dtypes"):
+                layer(x)
+        return
+    theirs(x)
+    ours.build(x.shape)
+    ours.set_weights(theirs.get_weights())
+    assert_close(ours(x), theirs(x))
+
+
+def test_a_convolution_of_ones_own():
+    """Keras asks subclasses to override ``convolution_op``."""
+
+    class Standardized(PointwiseConv2D):
+        def convolution_op(self, inputs, kernel):
+            return super().convolution_op(inputs, kernel * 2)
+
+    x = random(1, 3, 3, 4)
+    ours, plain = (kind(6, interleave=4) for kind in (Standardized, PointwiseConv2D))
+    for layer in (ours, plain):
+        layer.build(x.shape)
+    ours.set_weights(plain.get_weights())
+    assert_close(ours(x), 2 * plain(x))
+
+
+def assert_close(a, b):
+    to_numpy = keras.ops.convert_to_numpy
+    np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool"])
+def test_interleave_of_any_dtype(dtype):
+    x = np.arange(2 * 3 * 7).reshape(1, 2, 3, 7).astype(dtype)
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(InterleaveChannels(3)(keras.ops.convert_to_tensor(x))),
+        np.take(x, interleave_index(7, 3), 3),
+    )
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
@@ -129,6 +253,10 @@ def test_channel_layers(data_format):
     expected = np.take(x, range(3), axis) + np.take(x, range(3, 6), axis)
     assert_equal(half(x), expected)
     assert half.compute_output_shape((None, 7, 7, 7))[axis] == 3
+    assert half.compute_output_shape((None,) * 4) == (None,) * 4
+    part.channel_count = 6  # more than there are
+    with pytest.raises(ValueError, match="channel_count=6"):
+        part(x)
 
 
 LAYERS = [
@@ -220,6 +348,9 @@ def test_mixed_bfloat16():
         (lambda: PointwiseConv2D(6, groups=2)(random(1, 2, 2, 5)), "divisible"),
         (lambda: PointwiseConv2D(6, interleave=0), "interleave=0"),
         (lambda: PointwiseConv2D(0), "filters"),
+        (lambda: PointwiseConv2D(6, padding="causal"), "causal"),
+        (lambda: PointwiseConv2D(6, strides=2, dilation_rate=2), "dilation_rate"),
+        (lambda: DepthwiseConv2D(3, padding="causal"), "causal"),
         (lambda: InterleaveChannels(2, data_format="NHWC"), "data_format='NHWC'"),
         (lambda: InterleaveChannels(2)(random(2, 3)), "ndim"),
         (lambda: CopyChannels(5, 4)(random(1, 2, 2, 8)), "channel_start=5"),
