@@ -24,7 +24,7 @@ from kconv.keras._initialize import call_new_layer
 
 Tensor = Any
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, functools.partial)
-_WRAPPED_BY_KERAS = ("build", "quantize")  # methods that Keras puts into every layer
+_SET_BY_KERAS = ("build", "quantize", "loss")  # in a layer, or in a model that is compiled
 _INCOMPLETE = "its configuration does not make a copy"
 _SIMPLE = (  # their initializers are attributes that serve for nothing else
     layers.BatchNormalization,
@@ -145,7 +145,7 @@ def own_methods(layer: Any) -> list[str]:
         for name, value in vars(layer).items()
         if callable(value)
         and callable(getattr(type(layer), name, None))
-        and name not in _WRAPPED_BY_KERAS
+        and name not in _SET_BY_KERAS
     ]
 
 
@@ -321,7 +321,7 @@ def _hand_over(layer: Any, copy: Any) -> bool:
             b.trainable = a.trainable
         for name, value in vars(a).items() if type(a) is type(b) else ():
             same = vars(b).get(name) is value
-            if isinstance(value, _FUNCTIONS) and name not in _WRAPPED_BY_KERAS and not same:
+            if isinstance(value, _FUNCTIONS) and name not in _SET_BY_KERAS and not same:
                 setattr(b, name, value)
     for a, b in variables:
         b.assign(np.array(keras.ops.convert_to_numpy(a)))  # JAX's trainer deletes what it had
