@@ -34,7 +34,9 @@ from kconv._kconv import (
     set_num_threads,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # read by tools that pack an application, too
+    from kconv import ktypes as ktypes
+    from kconv import models as models
     from kconv.weights import load_weights, save_weights
 
 __version__: str = build_info()["version"]

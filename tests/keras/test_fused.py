@@ -8,7 +8,7 @@ import pytest
 from keras import layers
 
 import kconv.keras as kk
-from kconv.keras.network import _parts
+from kconv.keras.network import _plan
 from kconv.models.fusion import Segment
 
 
@@ -64,7 +64,7 @@ def data_format(request):
 
 def test_the_whole_chain_is_fused(data_format):
     fused, _ = pair()
-    segment, dense = _parts(fused)
+    segment, dense = _plan(fused).parts
     assert isinstance(segment, Segment)
     assert dense.name == fused.layers[-1].name
 
@@ -120,7 +120,7 @@ def test_saved_and_loaded_and_cloned(tmp_path):
     cloned.set_weights(fused.get_weights())
     for model in (loaded, cloned):
         assert isinstance(model, kk.Network)
-        assert _parts(model)
+        assert _plan(model).fuses
         np.testing.assert_allclose(numbers(model(images())), expected, atol=1e-6)
 
 
@@ -145,7 +145,7 @@ def test_mixed_precision_runs_layer_by_layer():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         fused, _ = pair()
-        assert not _parts(fused)
+        assert not _plan(fused).fuses
         assert fused(images()).shape == (6, 3)
     finally:
         keras.config.set_dtype_policy("float32")

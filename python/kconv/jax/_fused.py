@@ -1,19 +1,47 @@
-"""Fused segments of a network as one JAX operation: see :mod:`kconv.models.fusion`."""
+"""Fused segments of a network as one JAX operation: see :mod:`kconv.models.fusion`.
+
+The operation is a primitive of JAX's, as it has to know how it is differentiated. Its first
+derivatives in reverse mode are the native backward pass, ``backward``. What nobody has written
+natively comes from :func:`kconv.models.interpreter.interpret`, which has all derivatives::
+
+    forward   jvp: tangent(residuals, dx, dparameters)
+    tangent   transposed: backward(residuals, dy); run, or differentiated: the interpreter's
+    backward  differentiated: the interpreter's
+
+Batches (``jax.vmap``) run one after the other: each has statistics of its own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from kconv import _kconv
 from kconv.jax import _kernels
 from kconv.models.fusion import Program
+from kconv.models.interpreter import interpret
 
-__all__ = ["fused"]
+__all__ = ["fused", "runs_natively"]
+
+
+def runs_natively(x: jax.Array) -> bool:
+    """Whether the operation can take an array: on the CPU, and not divided among devices.
+
+    Where an array's type says that devices hold parts of it (``jax.shard_map``, JAX's explicit
+    sharding), the layers' own operations know what that means.
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    kind = jax.typeof(x)
+    explicit = getattr(getattr(kind, "sharding", None), "spec", None) or ()
+    return not getattr(kind, "vma", None) and not any(explicit)
 
 
 def fused(
@@ -39,95 +67,292 @@ def fused(
         The output, like ``x``, and the statistics that were used, variances biased.
     """
     none = jnp.zeros(0, x.dtype)
-    masks = none if masks is None else masks
-    return _fused(program, layout, x, parameters, masks, none if statistics is None else statistics)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(
-    program: Program,
-    layout: str,
-    x: jax.Array,
-    parameters: jax.Array,
-    masks: jax.Array,
-    statistics: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    if masks.size == 0 and (statistics.size or not program.norms):
-        used = statistics if statistics.size else jnp.zeros((2, 0), x.dtype)
-        (y,) = _call(
-            "fused_infer", program, layout, [_output(program, layout, x)], x, parameters, used
-        )
+    options = {"program": program, "layout": layout}
+    if masks is None and (statistics is not None or not program.norms):
+        used = jnp.zeros((2, 0), x.dtype) if statistics is None else statistics
+        (y,) = _infer_p.bind(x, parameters, used, **options)
         return y, used
-    y, used, _ = _forward(program, layout, x, parameters, masks, statistics)
+    masks = none if masks is None else masks
+    statistics = none if statistics is None else statistics
+    y, used, _ = _forward_p.bind(x, parameters, masks, statistics, **options)
     return y, used
 
 
-def _forward(program: Program, layout: str, x: jax.Array, *operands: jax.Array) -> list[jax.Array]:
-    results = [
-        _output(program, layout, x),
-        jax.ShapeDtypeStruct((2, program.norm_channels), x.dtype),
-        jax.ShapeDtypeStruct((_compiled(program).workspace * len(x),), x.dtype),
-    ]
-    return _call("fused_forward", program, layout, results, x, *operands)
-
-
-def _output(program: Program, layout: str, x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((len(x), *program.output_shape(layout)), x.dtype)
-
-
-def _vjp_forward(
+def _interpret(
     program: Program, layout: str, x: Any, parameters: Any, masks: Any, statistics: Any
-) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    operands = [operand.value for operand in (x, parameters, masks, statistics)]
-    y, used, workspace = _forward(program, layout, *operands)
-    # Known when the program is traced, so a part of the structure and not of the values.
-    known = _Static((x.value.shape if x.perturbed else None, statistics.value.size > 0))
-    return (y, used), (operands[1], operands[2], used, workspace, known)
+) -> tuple[Any, Any]:
+    from keras import ops  # on this backend: nothing else than Keras makes programs
+
+    given = [operand if operand.size else None for operand in (masks, statistics)]
+    return interpret(ops, program, layout, x, parameters, *given)
 
 
-def _vjp_backward(
-    program: Program, layout: str, kept: tuple[Any, ...], grads: tuple[Any, Any]
-) -> tuple[Any, ...]:
-    parameters, masks, used, workspace, known = kept
-    shape, frozen = known.value
-    grad = grads[0]
-    if type(grad) is jax.custom_derivatives.SymbolicZero:
-        grad = jnp.zeros(grad.shape, grad.dtype)
-    program = program.with_input_grad(shape is not None)
-    results = [
-        jax.ShapeDtypeStruct(parameters.shape, parameters.dtype),
-        jax.ShapeDtypeStruct((0,) if shape is None else shape, parameters.dtype),
+# The primitives' functions.
+
+
+def _forward(
+    x: Any, parameters: Any, masks: Any, statistics: Any, *, program: Program, layout: str
+) -> list[Any]:
+    """Output, the statistics that were used, and what the backward pass needs."""
+    results = _forward_results(x, program, layout)
+    return _call("fused_forward", program, layout, results, x, parameters, masks, statistics)
+
+
+def _forward_results(x: Any, program: Program, layout: str) -> list[jax.ShapeDtypeStruct]:
+    return [
+        _output(x, program, layout),
+        jax.ShapeDtypeStruct((2, program.norm_channels), x.dtype),
+        jax.ShapeDtypeStruct((_compiled(program).workspace * x.shape[0],), x.dtype),
     ]
-    grad_parameters, grad_x = _call(
+
+
+def _output(x: Any, program: Program, layout: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((x.shape[0], *program.output_shape(layout)), x.dtype)
+
+
+def _infer(x: Any, parameters: Any, used: Any, *, program: Program, layout: str) -> list[Any]:
+    """The output in inference, without anything for a backward pass."""
+    results = [_output(x, program, layout)]
+    return _call("fused_infer", program, layout, results, x, parameters, used)
+
+
+def _backward(
+    grad: Any,
+    x: Any,
+    parameters: Any,
+    masks: Any,
+    statistics: Any,
+    used: Any,
+    workspace: Any,
+    *,
+    program: Program,
+    layout: str,
+    input_grad: bool,
+) -> list[Any]:
+    """The gradients by the parameters and, where it is wanted, by the input."""
+    results = _backward_results(x, parameters, input_grad)
+    operands = (grad, parameters, masks, used, workspace)
+    frozen = int(statistics.size > 0 or not program.norms)
+    gradients = _call(
         "fused_backward",
-        program,
+        program.with_input_grad(input_grad),
         layout,
-        results,
-        grad,
-        parameters,
-        masks,
-        used,
-        workspace,
-        frozen=int(frozen),
+        results if input_grad else [*results, jax.ShapeDtypeStruct((0,), x.dtype)],
+        *operands,
+        frozen=frozen,
     )
-    return None if shape is None else grad_x, grad_parameters, None, None
+    return gradients[: len(results)]
 
 
-_fused.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
+def _backward_results(x: Any, parameters: Any, input_grad: bool) -> list[jax.ShapeDtypeStruct]:
+    wanted = [parameters, x] if input_grad else [parameters]
+    return [jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in wanted]
 
 
-@jax.tree_util.register_static
-class _Static:
-    """A value that is part of a program's structure."""
+def _backward_interpreted(
+    grad: Any,
+    x: Any,
+    parameters: Any,
+    masks: Any,
+    statistics: Any,
+    used: Any,
+    workspace: Any,
+    *,
+    program: Program,
+    layout: str,
+    input_grad: bool,
+) -> list[Any]:
+    def output(parameters: Any, x: Any) -> Any:
+        return _interpret(program, layout, x, parameters, masks, statistics)[0]
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    gradients = jax.vjp(output, parameters, x)[1](grad)
+    return list(gradients if input_grad else gradients[:1])
 
-    def __hash__(self) -> int:
-        return hash(self.value)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self.value == other.value
+def _tangent(
+    x: Any,
+    parameters: Any,
+    masks: Any,
+    statistics: Any,
+    used: Any,
+    workspace: Any,
+    *linear: Any,
+    program: Program,
+    layout: str,
+    of: tuple[bool, bool],
+) -> list[Any]:
+    """How output and statistics change with input and parameters, or one ``of`` the two."""
+    changes = iter(linear)
+    dx, dparameters = (
+        next(changes) if changed else jnp.zeros_like(operand)
+        for changed, operand in zip(of, (x, parameters), strict=True)
+    )
+
+    def results(x: Any, parameters: Any) -> tuple[Any, Any]:
+        return _interpret(program, layout, x, parameters, masks, statistics)
+
+    return list(jax.jvp(results, (x, parameters), (dx, dparameters))[1])
+
+
+# Their rules.
+
+
+def _primitive(
+    name: str,
+    function: Callable[..., list[Any]],
+    results: Callable[..., list[jax.ShapeDtypeStruct]],
+) -> Primitive:
+    primitive = Primitive(f"kconv_fused_{name}")
+    primitive.multiple_results = True
+    primitive.def_impl(function)
+
+    def abstract(*operands: Any, **options: Any) -> list[Any]:
+        shapes = results(*operands, **options)
+        return [jax.core.ShapedArray(result.shape, result.dtype) for result in shapes]
+
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
+    return primitive
+
+
+def _one_by_one(primitive: Primitive, operands: Any, axes: Any, **options: Any) -> Any:
+    """The rule for ``jax.vmap`` of a native operation."""
+    batched = [axis is not None for axis in axes]
+    first = tuple(
+        jnp.moveaxis(operand, axis, 0)
+        for operand, axis in zip(operands, axes, strict=True)
+        if axis is not None
+    )
+
+    def one(parts: tuple[Any, ...]) -> Any:
+        part = iter(parts)
+        own = [
+            next(part) if mapped else operand
+            for mapped, operand in zip(batched, operands, strict=True)
+        ]
+        return primitive.bind(*own, **options)
+
+    results = jax.lax.map(one, first)
+    return results, [0] * len(results)
+
+
+_forward_p = _primitive(
+    "forward",
+    _forward,
+    lambda x, *_, program, layout: _forward_results(x, program, layout),
+)
+_infer_p = _primitive(
+    "infer", _infer, lambda x, *_, program, layout: [_output(x, program, layout)]
+)
+_backward_p = _primitive(
+    "backward",
+    _backward,
+    lambda grad, x, parameters, *_, program, layout, input_grad: _backward_results(
+        x, parameters, input_grad
+    ),
+)
+_tangent_p = _primitive(
+    "tangent",
+    _tangent,
+    lambda x, *_, program, layout, of: _forward_results(x, program, layout)[:2],
+)
+for _native in (_forward_p, _infer_p, _backward_p):
+    batching.primitive_batchers[_native] = partial(_one_by_one, _native)
+
+
+def _instantiated(tangents: Any) -> list[Any]:
+    return [ad.instantiate_zeros(tangent) for tangent in tangents]
+
+
+def _is_zero(tangent: Any) -> bool:
+    return type(tangent) is ad.Zero
+
+
+def _forward_jvp(primals: Any, tangents: Any, *, program: Program, layout: str) -> Any:
+    results = _forward_p.bind(*primals, program=program, layout=layout)
+    none = ad.Zero(jax.typeof(results[2]))
+    if not all(map(_is_zero, tangents[2:])):  # masks or statistics change, too
+        own = partial(_interpret, program, layout)
+        changes = jax.jvp(own, tuple(primals), tuple(_instantiated(tangents)))[1]
+        return results, [*changes, none]
+    of = tuple(not _is_zero(tangent) for tangent in tangents[:2])
+    linear = [tangent for tangent in tangents[:2] if not _is_zero(tangent)]
+    residuals = (*primals, *results[1:])
+    options = {"program": program, "layout": layout, "of": of}
+    return results, [*_tangent_p.bind(*residuals, *linear, **options), none]
+
+
+def _infer_jvp(primals: Any, tangents: Any, *, program: Program, layout: str) -> Any:
+    x, parameters, used = primals
+    none = jnp.zeros(0, x.dtype)
+    # Without norms nothing is given, and an empty array would say so all the same.
+    operands = (x, parameters, none, used if used.size else none)
+    changes = [*tangents[:2], ad.Zero(jax.typeof(none)), tangents[2]]
+    if not used.size:
+        changes[3] = ad.Zero(jax.typeof(none))
+    results, changes = _forward_jvp(operands, changes, program=program, layout=layout)
+    return results[:1], changes[:1]
+
+
+def _tangent_transposed(
+    changes: Any, *operands: Any, program: Program, layout: str, of: tuple[bool, bool]
+) -> Any:
+    residuals, linear = operands[:6], operands[6:]
+    if all(map(_is_zero, changes)):
+        return [None] * len(operands)
+    options = {"program": program, "layout": layout}
+    if _is_zero(changes[1]):
+        grad = ad.instantiate_zeros(changes[0])
+        gradients = _backward_p.bind(grad, *residuals, **options, input_grad=of[0])
+        grads = dict(zip(("parameters", "x"), gradients, strict=False))
+    else:  # the statistics that were used matter, too
+        x, parameters, masks, statistics = residuals[:4]
+
+        def results(parameters: Any, x: Any) -> Any:
+            return _interpret(program, layout, x, parameters, masks, statistics)
+
+        pull = jax.vjp(results, parameters, x)[1]
+        grads = dict(zip(("parameters", "x"), pull(tuple(_instantiated(changes))), strict=True))
+    names = [name for name, changed in zip(("x", "parameters"), of, strict=True) if changed]
+    wanted = [
+        grads[name] if ad.is_undefined_primal(operand) else None
+        for name, operand in zip(names, linear, strict=True)
+    ]
+    return [None] * 6 + wanted
+
+
+def _backward_transposed(
+    changes: Any, grad: Any, *residuals: Any, program: Program, layout: str, input_grad: bool
+) -> Any:
+    dparameters, *dx = _instantiated(changes)
+    options = {"program": program, "layout": layout, "of": (input_grad, True)}
+    return [_tangent_p.bind(*residuals, *dx, dparameters, **options)[0], *[None] * len(residuals)]
+
+
+def _differentiate(function: Callable[..., list[Any]], primitive: Primitive) -> Callable[..., Any]:
+    """The rule of a primitive whose derivatives are those of a function of JAX's operations."""
+
+    def rule(primals: Any, tangents: Any, **options: Any) -> Any:
+        changes = jax.jvp(
+            partial(function, **options), tuple(primals), tuple(_instantiated(tangents))
+        )[1]
+        return primitive.bind(*primals, **options), changes
+
+    return rule
+
+
+def _tangent_batched(operands: Any, axes: Any, **options: Any) -> Any:
+    results = jax.vmap(partial(_tangent, **options), in_axes=tuple(axes))(*operands)
+    return results, [0] * len(results)
+
+
+ad.primitive_jvps[_forward_p] = _forward_jvp
+ad.primitive_jvps[_infer_p] = _infer_jvp
+ad.primitive_jvps[_tangent_p] = _differentiate(_tangent, _tangent_p)
+ad.primitive_jvps[_backward_p] = _differentiate(_backward_interpreted, _backward_p)
+ad.primitive_transposes[_tangent_p] = _tangent_transposed
+ad.primitive_transposes[_backward_p] = _backward_transposed
+batching.primitive_batchers[_tangent_p] = _tangent_batched
 
 
 def _call(

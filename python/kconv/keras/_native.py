@@ -6,30 +6,30 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import keras
 
-_MODULES = {
-    "jax": "kconv.jax",
-    "torch": "kconv.keras._torch",
-    "tensorflow": "kconv.tensorflow",
-}
-
 BACKEND: str = keras.backend.backend()
-if BACKEND not in _MODULES:
-    raise ImportError(f"kconv.keras has no Keras backend {BACKEND!r}; it has {', '.join(_MODULES)}")
-
-native: Any = import_module(_MODULES[BACKEND])
-
-_FUSED = {
-    "jax": "kconv.jax._fused",
-    "torch": "kconv.torch.fused",
-    "tensorflow": "kconv.tensorflow._fused",
-}
-fused: Any = import_module(_FUSED[BACKEND]).fused
+# Imported by statements, so that tools which pack an application find the modules.
+native: Any
+fused: Any
 """Runs a program of :mod:`kconv.models.fusion`; see :func:`kconv.torch.fused.fused`."""
+match BACKEND:
+    case "jax":
+        import kconv.jax as native
+        from kconv.jax._fused import fused
+        from kconv.jax._fused import runs_natively as _runs_natively
+    case "torch":
+        import kconv.keras._torch as native
+        from kconv.torch.fused import _eager as _runs_natively
+        from kconv.torch.fused import fused
+    case "tensorflow":
+        import kconv.tensorflow as native
+        from kconv.tensorflow._fused import fused
+        from kconv.tensorflow._fused import runs_natively as _runs_natively
+    case _:
+        raise ImportError(f"kconv.keras has no Keras backend {BACKEND!r}; it has jax, torch, tensorflow")
 
 SUPPORTS_JIT = BACKEND != "tensorflow"
 """Whether Keras may compile the layers: where TensorFlow compiles, its own operations take the
@@ -53,12 +53,6 @@ def is_dense(x: Any) -> bool:
 LAYOUTS = {"channels_last": "NHWC", "channels_first": "NCHW"}
 
 
-def runs_on_cpu() -> bool:
-    """Whether functions run on the CPU where kconv's operations can."""
-    if BACKEND == "jax":
-        import jax
-
-        return bool(jax.default_backend() == "cpu")
-    if BACKEND == "tensorflow":
-        return not native.ops.inside_xla()
-    return True
+def runs_natively(x: Any) -> bool:
+    """Whether a fused segment can run on a tensor, here and now, as one operation."""
+    return keras.distribution.distribution() is None and bool(_runs_natively(x))

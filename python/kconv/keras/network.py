@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import keras
 from keras import ops
 
-from kconv.keras._graph import model_graph
-from kconv.keras._native import LAYOUTS, fused, runs_on_cpu
+from kconv.keras._graph import CallGraph, call_graph
+from kconv.keras._native import LAYOUTS, fused, runs_natively
 from kconv.models import graph
-from kconv.models.fusion import Segment, partition
+from kconv.models.fusion import Program, Segment, partition
 
 Tensor = Any
 
@@ -24,7 +25,12 @@ class Network(keras.Model):
     the same weights. When it is called on numbers, the longest chains of layers that
     :mod:`kconv.models.fusion` knows run as one operation each, on their layers' weights. They run
     layer by layer where it cannot stand for them: in mixed precision, on other devices than the
-    CPU, and where some of a chain's batch norms are frozen and others are not.
+    CPU, for images without pixels and batches without images, with masks, and where some of a
+    chain's batch norms are frozen and others are not.
+
+    What is changed of a layer counts from the next call on, as in every Keras model: an attribute,
+    its ``call``, an activation, a regularizer. A layer that is then none of those that a chain
+    knows runs by itself.
 
     Example:
         >>> x = keras.Input((8, 8, 16))
@@ -34,71 +40,109 @@ class Network(keras.Model):
         (2, 8, 8, 24)
     """
 
-    def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor = None) -> Tensor:
-        """(N, H, W, C), or (N, C, H, W), to the output of the last layer."""
-        parts = _parts(self)
-        x = inputs[0] if isinstance(inputs, list | tuple) and len(inputs) == 1 else inputs
-        if not parts or mask is not None or not _supported(x):
-            return super().call(inputs, training=training, mask=mask)
-        x = ops.convert_to_tensor(x, self.inputs[0].dtype)
-        layers = {layer.name: layer for layer in self.layers}
-        values = {self.inputs[0]._keras_history.operation.name: x}
-        for part in parts:
+    def _run_through_graph(
+        self, inputs: Tensor, operation_fn: Any = None, call_fn: Any = None
+    ) -> Tensor:
+        # Keras's walk over the layers' calls, to which `call` comes down.
+        tensors = keras.tree.flatten(inputs)
+        on_numbers = not any(isinstance(x, keras.KerasTensor) for x in tensors)
+        plan = _plan(self) if operation_fn and not call_fn and on_numbers else None
+        training = operation_fn(_Probe())() if plan and plan.fuses else None
+        if plan is None or not plan.fuses or not isinstance(training, bool | int | None):
+            options = {"call_fn": call_fn} if call_fn else {}
+            if operation_fn:
+                options["operation_fn"] = operation_fn
+            return super()._run_through_graph(inputs, **options)
+        values = dict(zip(map(id, self.inputs), tensors, strict=True))
+        for part in plan.parts:
             if isinstance(part, Segment):
-                values[part.name] = _run(part, layers, values[part.input], bool(training))
-            else:
-                values[part.name] = _call(layers[part.name], part, values, training)
-        return values[self.outputs[0]._keras_history.operation.name]
+                source, target = (plan.calls.tensors[name] for name in (part.input, part.name))
+                y = _run(part, plan.calls, values[id(source)], bool(training))
+                if y is not None:
+                    values[id(target)] = y
+                    continue
+            for layer in part.layers if isinstance(part, Segment) else [part]:
+                node = plan.calls.nodes.get(layer.name)
+                if node is not None and id(node.outputs[0]) not in values:
+                    args, kwargs = node.arguments.fill_in(values)
+                    outputs = operation_fn(node.operation)(*args, **kwargs)
+                    values.update(zip(map(id, node.outputs), keras.tree.flatten(outputs)))
+        return keras.tree.pack_sequence_as(
+            self._outputs_struct, [values[id(tensor)] for tensor in self.outputs]
+        )
 
 
-_PARTS: WeakKeyDictionary[Network, list[graph.Layer | Segment]] = WeakKeyDictionary()
+class _Probe:
+    """An operation that tells which ``training`` Keras's layers are called with."""
+
+    _call_has_training_arg = True
+    _call_context_args = frozenset({"training"})
+
+    def __call__(self, training: Any = None) -> Any:
+        return training
 
 
-def _parts(model: Network) -> list[graph.Layer | Segment]:
-    """A model's parts in their order; none where it must run layer by layer."""
-    if model not in _PARTS:
-        layers = model_graph(model, keras.config.image_data_format())
-        parts = [] if layers is None else partition(layers)
-        found = any(isinstance(part, Segment) for part in parts)
-        policies = {layer.dtype_policy.name for layer in model.layers if layer.weights}
-        single = len(policies) == 1 and policies <= {"float32", "float64"}
-        _PARTS[model] = parts if found and single else []
-    return _PARTS[model]
+@dataclass(frozen=True)
+class _Plan:
+    """A model's calls, and the chains among them."""
+
+    calls: CallGraph
+    parts: list[graph.Layer | Segment]
+    fuses: bool
 
 
-def _supported(x: Tensor) -> bool:
-    """Whether a tensor is one that the native operation takes."""
-    if isinstance(x, keras.KerasTensor) or not hasattr(x, "shape") or len(x.shape) != 4:
-        return False
-    if any(size is None for size in x.shape[1:]):
-        return False
-    if getattr(getattr(x, "device", None), "type", "cpu") != "cpu" or not runs_on_cpu():
-        return False
-    return keras.backend.standardize_dtype(x.dtype) in ("float32", "float64")
+_PLANS: WeakKeyDictionary[Network, _Plan] = WeakKeyDictionary()
 
 
-def _run(segment: Segment, layers: dict[str, Any], x: Tensor, training: bool) -> Tensor:
-    data_format = keras.config.image_data_format()
-    height = 1 if data_format == "channels_last" else 2
-    program = segment.program((x.shape[height], x.shape[height + 1]), "IO")
-    norms = [layers[norm.name] for norm in program.norms]
+def _plan(model: Network) -> _Plan:
+    """The plan of a model whose layers are as they are now."""
+    plan = _PLANS.get(model)
+    if plan is None or not plan.calls.up_to_date:
+        calls = call_graph(model)
+        parts = partition(calls.graph)
+        plan = _Plan(calls, parts, any(isinstance(part, Segment) for part in parts))
+        _PLANS[model] = plan
+    return plan
+
+
+def _run(segment: Segment, calls: CallGraph, x: Tensor, training: bool) -> Tensor | None:
+    """A segment's output, or None where its layers must run one by one."""
+    dtypes = {calls.dtypes[layer.name] for layer in segment.layers}
+    if len(dtypes) > 1 or len(x.shape) != 4 or getattr(x, "_keras_mask", None) is not None:
+        return None
+    if not keras.backend.is_float_dtype(x.dtype):
+        return None
+    (dtype,) = dtypes
+    height = 1 if calls.data_format == "channels_last" else 2
+    size = x.shape[height], x.shape[height + 1]
+    if None in size or 0 in (*size, x.shape[0]) or not runs_natively(x):
+        return None
+    program = segment.program(size, "IO")
+    if not program.has_pixels:
+        return None
+
+    def layer_of(layer: graph.Layer | str) -> Any:
+        name = layer if isinstance(layer, str) else layer.name
+        return calls.nodes[name].operation
+
+    norms = [layer_of(norm) for norm in program.norms]
     own = [training and norm.trainable for norm in norms]
     if len(set(own)) > 1:
-        return _layer_by_layer(segment, layers, x, training)
-    parameters = [getattr(layers[layer], _attribute(name)) for layer, name in program.parameters]
+        return None
+    parameters = [getattr(layer_of(name), _attribute(weight)) for name, weight in program.parameters]
     flat = ops.concatenate([ops.reshape(weight, (-1,)) for weight in parameters])
-    x = ops.cast(x, flat.dtype)  # as the layers do: a model's input is float32 by default
+    x = ops.cast(x, dtype)  # as the layers do: a model's input is float32 by default
     masks = None
     if training and program.masks:
-        ones = ops.ones((ops.shape(x)[0], 1, 1, 1), x.dtype)
-        drops = [layers[drop.name](ones, training=True) for drop in program.masks]
+        ones = ops.ones((ops.shape(x)[0], 1, 1, 1), dtype)
+        drops = [layer_of(drop)(ones, training=True) for drop in program.masks]
         masks = ops.stack([ops.reshape(drop, (-1,)) for drop in drops])
     statistics = None
     if norms and not any(own):
         means = ops.concatenate([ops.convert_to_tensor(norm.moving_mean) for norm in norms])
         variances = [ops.convert_to_tensor(norm.moving_variance) for norm in norms]
         statistics = ops.stack([means, ops.concatenate(variances)])
-    y, used = fused(program, LAYOUTS[data_format], x, flat, masks, statistics)
+    y, used = fused(program, LAYOUTS[calls.data_format], x, flat, masks, statistics)
     if any(own):
         _update_statistics(norms, used)
     return y if segment.keeps_pixels else ops.reshape(y, (-1, program.output_size[0]))
@@ -116,19 +160,3 @@ def _update_statistics(norms: list[Any], used: Tensor) -> None:
         for moving, values in zip((norm.moving_mean, norm.moving_variance), used, strict=True):
             moving.assign(moving * norm.momentum + values[start:end] * (1 - norm.momentum))
         start = end
-
-
-def _layer_by_layer(segment: Segment, layers: dict[str, Any], x: Tensor, training: bool) -> Tensor:
-    values = {segment.input: x}
-    for part in segment.layers:
-        values[part.name] = _call(layers[part.name], part, values, training)
-    return values[segment.name]
-
-
-def _call(
-    layer: Any, part: graph.Layer, values: dict[str, Tensor], training: bool | None
-) -> Tensor:
-    """The output of the Keras layer that stands for a layer of the graph."""
-    arguments = [values[name] for name in part.inputs]
-    options = {"training": training} if layer._call_has_training_arg else {}
-    return layer(arguments if len(arguments) > 1 else arguments[0], **options)

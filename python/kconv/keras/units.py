@@ -10,13 +10,15 @@ import keras
 
 from kconv import ktypes
 from kconv.keras._graph import ACTIVATIONS
-from kconv.keras._model import channel_axis, model_of
+from kconv.keras._model import model_of
+from kconv.keras._native import LAYOUTS
 from kconv.models import graph
 from kconv.models.blocks import conv_unit_graph, mbconv_graph
 
 __all__ = ["Block", "ConvUnit", "MBConv"]
 
 Tensor = Any
+Shape = tuple[int | None, ...]
 Activation = str | Callable[[Tensor], Tensor] | None
 
 
@@ -27,27 +29,40 @@ class Block(keras.layers.Layer):
         network: the model that is inside; only after the first call.
     """
 
-    def __init__(self, options: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(
+        self, options: dict[str, Any], data_format: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self._options = options
+        self.data_format = data_format or keras.config.image_data_format()
+        if self.data_format not in LAYOUTS:
+            known = " or ".join(map(repr, LAYOUTS))
+            raise ValueError(f"data_format={data_format!r}, expected {known}")
+        self._axis = 3 if self.data_format == "channels_last" else 1
 
     _graph: Callable[..., graph.Graph]
     """The layers, from the input's channels and the options."""
 
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the layers for (N, H, W, C), or (N, C, H, W) where that is Keras's setting."""
-        channels = input_shape[channel_axis()]
+    def _graph_of(self, input_shape: Shape) -> graph.Graph:
+        if len(input_shape) != 4:
+            raise ValueError(f"{self.name}: input of shape {input_shape}, expected 4 axes")
+        channels = input_shape[self._axis]
         if channels is None:
             raise ValueError(f"{self.name}: the input's channels are unknown, in {input_shape}")
-        options = dict(self._options)
-        fused = options.pop("fused")
-        layers = replace(self._graph(channels, **options), name=self.name)
-        policy = keras.config.dtype_policy()
+        options = {name: value for name, value in self._options.items() if name != "fused"}
+        return replace(self._graph(channels, **options), name=self.name)
+
+    def build(self, input_shape: Shape) -> None:
+        """Make the layers for (N, H, W, C), or (N, C, H, W) with "channels_first"."""
+        layers = self._graph_of(input_shape)
+        before = keras.config.dtype_policy(), keras.config.image_data_format()
         keras.config.set_dtype_policy(self.dtype_policy)
+        keras.config.set_image_data_format(self.data_format)
         try:
-            self.network = model_of(layers, fused=fused)
+            self.network = model_of(layers, fused=self._options["fused"])
         finally:
-            keras.config.set_dtype_policy(policy)
+            keras.config.set_dtype_policy(before[0])
+            keras.config.set_image_data_format(before[1])
         if not self.trainable:
             self.network.trainable = False
 
@@ -55,13 +70,19 @@ class Block(keras.layers.Layer):
         """Run the layers; see the class for the shapes."""
         return self.network(inputs, training=training)
 
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        """The shape of the output for that of the input."""
-        return self.network.compute_output_shape(input_shape)
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        """The shape of the output for that of the input, also before the layers are made."""
+        shape = list(input_shape)
+        shape[self._axis] = self._graph_of(input_shape).layers[-1].channels
+        pixels = [axis for axis in (1, 2, 3) if axis != self._axis]
+        for axis in pixels:
+            size = shape[axis]
+            shape[axis] = None if size is None else -(-size // self._options["strides"])
+        return tuple(shape)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {**super().get_config(), **self._options}
+        return {**super().get_config(), **self._options, "data_format": self.data_format}
 
 
 @keras.saving.register_keras_serializable(package="kconv")
@@ -86,15 +107,16 @@ class ConvUnit(Block):
         groups: divides the channels of input and output; as many as the input's channels make a
             depthwise convolution.
         activation: "relu", "relu6", "swish", "sigmoid", "hard_sigmoid" or "hard_swish", or Keras's
-            function; None for none.
+            own function of these; None for none.
         interleave: step of the interleave after the activation; 1 for none.
         residual: whether the input is added at the end.
         epsilon: of the batch norm.
         momentum: of the batch norm.
         fused: whether the layers run as one operation (see :class:`kconv.keras.Network`).
-        **kwargs: the arguments of ``keras.layers.Layer``.
+        **kwargs: ``data_format`` ("channels_last" or "channels_first"; None means Keras's
+            setting) and the arguments of ``keras.layers.Layer``.
 
-    Input: (N, H, W, C_in), or (N, C_in, H, W) where that is Keras's setting.
+    Input: (N, H, W, C_in), or (N, C_in, H, W) with ``data_format="channels_first"``.
     Output: the same with ``filters`` channels and 1/strides of the pixels a side, rounded up.
 
     Raises:
@@ -159,9 +181,10 @@ class MBConv(Block):
         activation: as that of :class:`ConvUnit`; the projecting convolution has none.
         drop_connect: rate at which an image's residual branch is dropped in training.
         fused: whether the layers run as one operation (see :class:`kconv.keras.Network`).
-        **kwargs: the arguments of ``keras.layers.Layer``.
+        **kwargs: ``data_format`` ("channels_last" or "channels_first"; None means Keras's
+            setting) and the arguments of ``keras.layers.Layer``.
 
-    Input: (N, H, W, C_in), or (N, C_in, H, W) where that is Keras's setting.
+    Input: (N, H, W, C_in), or (N, C_in, H, W) with ``data_format="channels_first"``.
     Output: the same with ``filters`` channels and 1/strides of the pixels a side, rounded up.
 
     Raises:
@@ -203,10 +226,11 @@ class MBConv(Block):
 
 def _activation_name(activation: Activation) -> graph.ActivationName | None:
     """Kconv's name of one of Keras's activations."""
-    name = keras.activations.get(activation).__name__
-    if name == "linear":
+    function = keras.activations.get(activation)
+    if function is keras.activations.linear:
         return None
-    if name not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS.values())
-        raise ValueError(f"activation={activation!r} is not one of {known}")
-    return ACTIVATIONS[name]
+    for known, name in ACTIVATIONS.items():
+        if function is known:
+            return name
+    names = ", ".join(ACTIVATIONS.values())
+    raise ValueError(f"activation={activation!r} is neither Keras's function nor one of {names}")

@@ -116,7 +116,7 @@ def mbconv(
     strides: int = 1,
     expand_ratio: float = 6,
     se_ratio: float = 0.25,
-    activation: ActivationName = "swish",
+    activation: ActivationName | None = "swish",
     drop_connect: float = 0.0,
     explicit_padding: bool = False,
 ) -> str:
@@ -132,7 +132,7 @@ def mbconv(
         strides: of the depthwise convolution.
         expand_ratio: inner channels for each of the input's; 1 for no expansion.
         se_ratio: channels of squeeze and excite for each of the input's; 0 for none.
-        activation: of the depthwise convolution.
+        activation: of the depthwise convolution; None for none.
         drop_connect: rate at which the residual branch is dropped.
         explicit_padding: whether a strided convolution has its padding as a layer of its own.
 
@@ -174,7 +174,7 @@ def mbconv(
 
 
 def plain(
-    g: GraphBuilder, activation: ActivationName, prefix: str, role: Role, x: str, filters: int
+    g: GraphBuilder, activation: ActivationName | None, prefix: str, role: Role, x: str, filters: int
 ) -> str:
     """A :data:`Pointwise` of an ordinary pointwise convolution."""
     if role in ("se_reduce", "se_expand"):
@@ -199,7 +199,7 @@ def plain(
 def grouped(
     g: GraphBuilder,
     ktype: ktypes.KType | str | int,
-    activation: ActivationName,
+    activation: ActivationName | None,
     prefix: str,
     role: Role,
     x: str,
@@ -207,7 +207,7 @@ def grouped(
 ) -> str:
     """A :data:`Pointwise` of what a kType puts in the place of a pointwise convolution."""
     squeeze_excite = role in ("se_reduce", "se_expand")
-    activations: dict[Role, ActivationName] = {
+    activations: dict[Role, ActivationName | None] = {
         "expand": activation,
         "se_reduce": activation,
         "se_expand": "sigmoid",
@@ -244,8 +244,7 @@ def conv_unit_graph(
     _check_sizes(in_channels, filters, kernel_size, strides)
     _check(options.Whole, "groups", groups)
     _check(options.Whole, "interleave", interleave)
-    if activation is not None:
-        _check(options.Elementwise, "activation", activation)
+    _check_activation(activation)
     if residual and (strides != 1 or filters != in_channels):
         raise ValueError(
             f"residual=True needs the input's shape, not {in_channels} to {filters} channels "
@@ -277,7 +276,7 @@ def mbconv_graph(
     expand_ratio: float,
     se_ratio: float,
     ktype: ktypes.KType | str | int | None,
-    activation: ActivationName,
+    activation: ActivationName | None,
     drop_connect: float,
 ) -> Graph:
     """An :func:`mbconv` alone, of images of any size; without a ktype of plain convolutions.
@@ -290,7 +289,7 @@ def mbconv_graph(
     _check(options.Factor, "expand_ratio", expand_ratio)
     if se_ratio:
         _check(options.Factor, "se_ratio", se_ratio)
-    _check(options.Elementwise, "activation", activation)
+    _check_activation(activation)
     _check(options.Rate, "drop_connect", drop_connect)
     g = GraphBuilder("mbconv", (None, None, in_channels))
     pointwise = (
@@ -317,6 +316,11 @@ def _check_sizes(in_channels: int, filters: int, kernel_size: int, strides: int)
     _check(options.Whole, "filters", filters)
     _check(options.Whole, "kernel_size", kernel_size)
     _check(options.Whole, "strides", strides)
+
+
+def _check_activation(activation: str | None) -> None:
+    if activation is not None:
+        _check(options.Elementwise, "activation", activation)
 
 
 def _check(kind: Any, name: str, value: Any) -> None:

@@ -95,6 +95,12 @@ class Program:
         """The channels of all norms."""
         return sum(norm.channels for norm in self.norms)
 
+    @property
+    def has_pixels(self) -> bool:
+        """Whether no value of an image is empty."""
+        count = self.integers[3]
+        return min(self.integers[4 : 4 + 3 * count]) > 0
+
     def output_shape(self, layout: str) -> tuple[int, int, int]:
         """(C, H, W) of the output, or (H, W, C) with ``layout="NHWC"``."""
         channels, height, width = self.output_size

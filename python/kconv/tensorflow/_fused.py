@@ -8,10 +8,16 @@ import tensorflow as tf
 
 from kconv.models.fusion import Program
 from kconv.tensorflow._library import kernels
+from kconv.tensorflow.ops import inside_xla
 
-__all__ = ["fused"]
+__all__ = ["fused", "runs_natively"]
 
 Tensor = Any
+
+
+def runs_natively(x: Tensor) -> bool:
+    """Whether the operation can take a tensor: XLA does not know it."""
+    return not inside_xla()
 
 
 def fused(

@@ -1,0 +1,273 @@
+"""A program of :mod:`kconv.models.fusion` in a framework's own operations, step by step.
+
+What the native operation does not give, these have: derivatives of every order, forward mode,
+batching. The fused operations' own derivatives come from here where gradients of gradients are
+asked for.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kconv.models.fusion import Program
+
+__all__ = ["interpret"]
+
+Tensor = Any
+
+
+@dataclass(frozen=True)
+class _Term:
+    """Some channels of a value as a step reads them (see :class:`kconv.models.fusion.Term`)."""
+
+    value: int
+    norm: int
+    norm_offset: int
+    activation: int
+    gate: int
+    gate_offset: int
+    mask: int
+    start: int
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What makes a value; ``geometry`` is that of a convolution."""
+
+    kind: int
+    geometry: tuple[int, ...]
+    terms: tuple[_Term, ...]
+
+
+@dataclass(frozen=True)
+class _Code:
+    """A program's integers, read."""
+
+    sizes: list[tuple[int, int, int]]
+    norms: list[tuple[int, float, bool]]
+    steps: list[_Step]
+
+
+_CONVOLUTION, _COPY, _MEAN, _POOL = range(4)
+
+
+def interpret(
+    ops: Any,
+    program: Program,
+    layout: str,
+    x: Tensor,
+    parameters: Tensor,
+    masks: Tensor | None,
+    statistics: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Runs a program of weight layout "IO".
+
+    Args:
+        ops: ``keras.ops``.
+        program: of a segment.
+        layout: "NCHW" or "NHWC".
+        x: (N, C, H, W) or (N, H, W, C).
+        parameters: all of them in a row.
+        masks: (masks, N) factors of images, or None for none.
+        statistics: (2, channels of all norms) means and variances to normalise with, or None for
+            the batch's own.
+
+    Returns:
+        The output, like ``x``, and the statistics that were used, variances biased.
+    """
+    return _Run(ops, program, parameters, masks, statistics).all(layout, x)
+
+
+class _Run:
+    def __init__(
+        self,
+        ops: Any,
+        program: Program,
+        parameters: Tensor,
+        masks: Tensor | None,
+        statistics: Tensor | None,
+    ) -> None:
+        assert program.integers[0] == 1, "weights must come as inputs x outputs"
+        self.ops, self.code = ops, _read(program.integers)
+        self.parameters, self.masks, self.statistics = parameters, masks, statistics
+        self.next_parameter = 0
+        self.values: list[Tensor] = []
+        starts = [0]
+        for channels, _, _ in self.code.norms:
+            starts.append(starts[-1] + channels)
+        self.norm_starts = starts
+        # Means and variances of single channels of the norms, by their places among all.
+        self.used: dict[int, tuple[Tensor, Tensor]] = {}
+        self.moments: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def all(self, layout: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        ops = self.ops
+        # Norms' parameters follow those of all convolutions.
+        weights = [self._weights(number) for number in range(len(self.code.steps))]
+        self.affine = [self._affine(channels, scale) for channels, _, scale in self.code.norms]
+        self.values.append(ops.transpose(x, (0, 2, 3, 1)) if layout == "NCHW" else x)
+        for step, own in zip(self.code.steps, weights, strict=True):
+            source = self._source(step)
+            if step.kind == _CONVOLUTION:
+                source = self._conv(step, source, *own)
+            elif step.kind == _MEAN:
+                source = ops.mean(source, axis=(1, 2), keepdims=True)
+            elif step.kind == _POOL:
+                source = ops.average_pool(source, 2, 2, "valid", data_format="channels_last")
+            self.values.append(source)
+        y = self.values[-1]
+        return ops.transpose(y, (0, 3, 1, 2)) if layout == "NCHW" else y, self._statistics()
+
+    def _take(self, *shape: int) -> Tensor:
+        """The next parameters."""
+        start = self.next_parameter
+        for size in (count := [1, *shape]):
+            count[0] *= size
+        self.next_parameter += count[0]
+        return self.ops.reshape(self.parameters[start : self.next_parameter], shape)
+
+    def _weights(self, number: int) -> list[Tensor]:
+        """Kernel and bias of a step that is a convolution."""
+        step = self.code.steps[number]
+        if step.kind != _CONVOLUTION:
+            return []
+        height, width, *_, groups, use_bias = step.geometry
+        inputs, outputs = _channels(step), self.code.sizes[number + 1][0]
+        kernel = self._take(height, width, inputs // groups, outputs)
+        return [kernel, self._take(outputs)] if use_bias else [kernel]
+
+    def _affine(self, channels: int, scale: bool) -> tuple[Tensor | None, Tensor]:
+        gamma = self._take(channels) if scale else None
+        return gamma, self._take(channels)
+
+    def _source(self, step: _Step) -> Tensor:
+        """The sum of a step's terms."""
+        ops, count = self.ops, _channels(step)
+        total = None
+        for term in step.terms:
+            y = self._term(term)
+            after = count - term.start - len(term.channels)
+            if term.start or after:
+                y = ops.pad(y, ((0, 0), (0, 0), (0, 0), (term.start, after)))
+            total = y if total is None else total + y
+        return total
+
+    def _term(self, term: _Term) -> Tensor:
+        ops = self.ops
+        y = self._some(self.values[term.value], term.channels)
+        if term.norm != -1:
+            y = self._normalised(term, y)
+        if term.activation:
+            functions = (
+                *(ops.relu, ops.relu6, ops.silu),
+                *(ops.sigmoid, ops.hard_sigmoid, ops.hard_silu),
+            )
+            y = functions[term.activation - 1](y)
+        if term.gate != -1:
+            channels = tuple(channel + term.gate_offset for channel in term.channels)
+            y = y * self._some(self.values[term.gate], channels)
+        if term.mask != -1:
+            assert self.masks is not None
+            y = y * ops.reshape(self.masks[term.mask], (-1, 1, 1, 1))
+        return y
+
+    def _normalised(self, term: _Term, y: Tensor) -> Tensor:
+        ops = self.ops
+        channels = tuple(channel + term.norm_offset for channel in term.channels)
+        everywhere = tuple(self.norm_starts[term.norm] + channel for channel in channels)
+        if self.statistics is not None:
+            mean, variance = (self._some(row, everywhere) for row in self.statistics_rows)
+        else:
+            if term.value not in self.moments:
+                value = self.values[term.value]
+                self.moments[term.value] = (
+                    ops.mean(value, axis=(0, 1, 2)),
+                    ops.var(value, axis=(0, 1, 2)),
+                )
+            mean, variance = (self._some(m, term.channels) for m in self.moments[term.value])
+            for index, place in enumerate(everywhere):
+                if place not in self.used:
+                    self.used[place] = (mean[index], variance[index])
+        gamma, beta = self.affine[term.norm]
+        factor = ops.rsqrt(variance + self.code.norms[term.norm][1])
+        if gamma is not None:
+            factor = factor * self._some(gamma, channels)
+        return (y - mean) * factor + self._some(beta, channels)
+
+    @property
+    def statistics_rows(self) -> list[Tensor]:
+        assert self.statistics is not None
+        return [self.statistics[0], self.statistics[1]]
+
+    def _statistics(self) -> Tensor:
+        ops, count = self.ops, self.norm_starts[-1]
+        if self.statistics is not None or not count:
+            empty = ops.zeros((2, count), self.parameters.dtype)
+            return empty if self.statistics is None else self.statistics
+        zero = ops.zeros((), self.parameters.dtype)
+        pairs = [self.used.get(place, (zero, zero)) for place in range(count)]
+        return ops.stack([ops.stack([pair[row] for pair in pairs]) for row in (0, 1)])
+
+    def _some(self, x: Tensor, channels: tuple[int, ...]) -> Tensor:
+        """Some of the last axis."""
+        start, stop = channels[0], channels[0] + len(channels)
+        if channels == tuple(range(start, stop)):
+            return x if stop - start == x.shape[-1] else x[..., start:stop]
+        return self.ops.take(x, channels, axis=-1)
+
+    def _conv(self, step: _Step, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        ops = self.ops
+        height, width, stride, top, left, groups, _ = step.geometry
+        _, *sizes = self.code.sizes[len(self.values)]
+        pads = [(0, 0)]
+        for size, k, before, n in zip(
+            sizes, (height, width), (top, left), x.shape[1:3], strict=True
+        ):
+            pads.append((before, max((size - 1) * stride + k - n - before, 0)))
+        if any(map(any, pads)):
+            x = ops.pad(x, (*pads, (0, 0)))
+        options = {"strides": stride, "padding": "valid", "data_format": "channels_last"}
+        inputs = _channels(step)
+        if groups == inputs > 1:
+            kernel = ops.reshape(kernel, (height, width, inputs, -1))
+            y = ops.depthwise_conv(x, kernel, **options)
+        else:
+            y = ops.conv(x, kernel, **options)
+        return y if bias is None else y + bias
+
+
+def _channels(step: _Step) -> int:
+    return max(term.start + len(term.channels) for term in step.terms)
+
+
+def _read(integers: tuple[int, ...]) -> _Code:
+    """What :meth:`kconv.models.fusion.Segment.program` wrote."""
+    numbers = iter(integers)
+    for _ in range(3):  # weights' layout, whether the input's gradient is wanted, masks
+        next(numbers)
+    sizes = [
+        (next(numbers), next(numbers), next(numbers)) for _ in range(next(numbers))
+    ]
+    norms = []
+    for _ in range(next(numbers)):
+        channels, bits, scale = next(numbers), next(numbers), next(numbers)
+        norms.append((channels, struct.unpack("d", struct.pack("q", bits))[0], bool(scale)))
+    steps = []
+    for kind in numbers:
+        geometry = tuple(next(numbers) for _ in range(7)) if kind == _CONVOLUTION else ()
+        steps.append(_Step(kind, geometry, tuple(_terms(numbers))))
+    return _Code(sizes, norms, steps)
+
+
+def _terms(numbers: Iterator[int]) -> Iterator[_Term]:
+    for _ in range(next(numbers)):
+        fields = [next(numbers) for _ in range(8)]
+        runs = [
+            (next(numbers), next(numbers), next(numbers)) for _ in range(next(numbers))
+        ]
+        channels = (first + i * step for count, first, step in runs for i in range(count))
+        yield _Term(*fields, channels=tuple(channels))
