@@ -84,7 +84,7 @@ def _interpret(
     from keras import ops  # on this backend: nothing else than Keras makes programs
 
     given = [operand if operand.size else None for operand in (masks, statistics)]
-    return interpret(ops, program, layout, x, parameters, *given)
+    return interpret(ops, program.integers, layout, x, parameters, *given)
 
 
 # The primitives' functions.

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kconv.models.fusion import Program
-
 __all__ = ["interpret"]
 
 Tensor = Any
@@ -57,7 +55,7 @@ _CONVOLUTION, _COPY, _MEAN, _POOL = range(4)
 
 def interpret(
     ops: Any,
-    program: Program,
+    program: tuple[int, ...],
     layout: str,
     x: Tensor,
     parameters: Tensor,
@@ -68,7 +66,7 @@ def interpret(
 
     Args:
         ops: ``keras.ops``.
-        program: of a segment.
+        program: the integers of a :class:`kconv.models.fusion.Program`.
         layout: "NCHW" or "NHWC".
         x: (N, C, H, W) or (N, H, W, C).
         parameters: all of them in a row.
@@ -86,13 +84,13 @@ class _Run:
     def __init__(
         self,
         ops: Any,
-        program: Program,
+        program: tuple[int, ...],
         parameters: Tensor,
         masks: Tensor | None,
         statistics: Tensor | None,
     ) -> None:
-        assert program.integers[0] == 1, "weights must come as inputs x outputs"
-        self.ops, self.code = ops, _read(program.integers)
+        assert program[0] == 1, "weights must come as inputs x outputs"
+        self.ops, self.code = ops, _read(program)
         self.parameters, self.masks, self.statistics = parameters, masks, statistics
         self.next_parameter = 0
         self.values: list[Tensor] = []
@@ -183,11 +181,8 @@ class _Run:
             mean, variance = (self._some(row, everywhere) for row in self.statistics_rows)
         else:
             if term.value not in self.moments:
-                value = self.values[term.value]
-                self.moments[term.value] = (
-                    ops.mean(value, axis=(0, 1, 2)),
-                    ops.var(value, axis=(0, 1, 2)),
-                )
+                # As Keras's batch norm has them, so that derivatives of every order are its own.
+                self.moments[term.value] = ops.moments(self.values[term.value], axes=(0, 1, 2))
             mean, variance = (self._some(m, term.channels) for m in self.moments[term.value])
             for index, place in enumerate(everywhere):
                 if place not in self.used:
@@ -224,9 +219,8 @@ class _Run:
         height, width, stride, top, left, groups, _ = step.geometry
         _, *sizes = self.code.sizes[len(self.values)]
         pads = [(0, 0)]
-        for size, k, before, n in zip(
-            sizes, (height, width), (top, left), x.shape[1:3], strict=True
-        ):
+        _, *inner = self.code.sizes[step.terms[0].value]
+        for size, k, before, n in zip(sizes, (height, width), (top, left), inner, strict=True):
             pads.append((before, max((size - 1) * stride + k - n - before, 0)))
         if any(map(any, pads)):
             x = ops.pad(x, (*pads, (0, 0)))

@@ -7,7 +7,8 @@ from typing import Any
 import tensorflow as tf
 
 from kconv.models.fusion import Program
-from kconv.tensorflow._library import kernels
+from kconv.models.interpreter import interpret
+from kconv.tensorflow._library import attributes, kernels
 from kconv.tensorflow.ops import inside_xla
 
 __all__ = ["fused", "runs_natively"]
@@ -56,3 +57,78 @@ def fused(
         y.set_shape((x.shape[0], *program.output_shape(layout)))
         used.set_shape((2, program.norm_channels))
     return y, tf.unstack(used, 2)
+
+
+@tf.RegisterGradient("KconvFusedForward")
+def _(op: Any, g: Tensor, *_: Tensor) -> list[Tensor | None]:
+    x, parameters, masks, given = op.inputs
+    _, used, workspace = op.outputs
+    # Of one axis, and empty, where the statistics were the batch's own.
+    frozen = given.shape.rank == 2
+    return [*_gradients(op, g, x, parameters, masks, used, workspace, frozen), None, None]
+
+
+@tf.RegisterGradient("KconvFusedInfer")
+def _(op: Any, g: Tensor) -> list[Tensor | None]:
+    x, parameters, statistics = op.inputs
+    none = tf.zeros(0, x.dtype)
+    _, used, workspace = kernels.kconv_fused_forward(
+        x, parameters, none, statistics, **attributes(op, ("program", "layout"))
+    )
+    return [*_gradients(op, g, x, parameters, none, used, workspace, frozen=True), None]
+
+
+def _gradients(
+    op: Any,
+    g: Tensor,
+    x: Tensor,
+    parameters: Tensor,
+    masks: Tensor,
+    used: Tensor,
+    workspace: Tensor,
+    frozen: bool,
+) -> list[Tensor]:
+    """The gradients by input and parameters, which are differentiable in their turn.
+
+    Those of the gradients are those of the program in TensorFlow's own operations, as there is no
+    native operation for them.
+    """
+    options = attributes(op, ("program", "layout"))
+
+    @tf.custom_gradient
+    def backward(g: Tensor, x: Tensor, parameters: Tensor) -> Any:
+        grad_parameters, grad_x = kernels.kconv_fused_backward(
+            g, parameters, masks, used, workspace, frozen=int(frozen), **options
+        )
+        if not tf.executing_eagerly():
+            grad_parameters.set_shape(parameters.shape)
+            grad_x.set_shape(x.shape)
+
+        def backward_of_backward(*changes: Tensor) -> Any:
+            operands = [g, x, parameters]
+            with tf.GradientTape() as outer:
+                outer.watch(operands)
+                with tf.GradientTape() as inner:
+                    inner.watch([x, parameters])
+                    y = _interpret(options, x, parameters, masks, used if frozen else None)
+                gradients = inner.gradient(y, [x, parameters], g)
+            zeros = tf.UnconnectedGradients.ZERO
+            return outer.gradient(gradients, operands, list(changes), unconnected_gradients=zeros)
+
+        return (grad_x, grad_parameters), backward_of_backward
+
+    return list(backward(g, x, parameters))
+
+
+def _interpret(
+    options: dict[str, Any], x: Tensor, parameters: Tensor, masks: Tensor, given: Tensor | None
+) -> Tensor:
+    from keras import ops  # on this backend: nothing else than Keras makes programs
+
+    layout, program = options["layout"], tuple(options["program"])
+    channels, height, width = program[4:7]  # a graph may have forgotten them
+    nchw = (None, channels, height, width)
+    x = tf.ensure_shape(x, nchw if layout == "NCHW" else (None, height, width, channels))
+    parameters = tf.ensure_shape(parameters, (None,))
+    drop = masks if program[2] else None
+    return interpret(ops, program, layout, x, parameters, drop, given)[0]

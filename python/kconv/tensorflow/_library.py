@@ -17,7 +17,7 @@ from tensorflow.python.framework import _pywrap_python_op_gen, op_def_registry
 
 from kconv import _kconv
 
-__all__ = ["kernels"]
+__all__ = ["attributes", "kernels"]
 
 Tensor = Any
 
@@ -38,7 +38,8 @@ kernels: Any = _register()
 """``kconv_pointwise_conv``, ``kconv_depthwise_conv_grad_input`` and so on."""
 
 
-def _attributes(op: Any, names: tuple[str, ...]) -> dict[str, Any]:
+def attributes(op: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Some of an operation's attributes."""
     values = {name: op.get_attr(name) for name in names}
     return {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}
 
@@ -51,7 +52,7 @@ def _register_gradients(
     @tf.RegisterGradient(name)
     def _(op: Any, g: Tensor) -> list[Tensor]:
         x, weight, *bias = op.inputs
-        arguments = _attributes(op, names)
+        arguments = attributes(op, names)
         of_bias = {"interleave": arguments.get("interleave", 1), "layout": arguments["layout"]}
         return [
             grad_input(g, weight, x, **arguments),
@@ -62,13 +63,13 @@ def _register_gradients(
     @tf.RegisterGradient(f"{name}GradInput")
     def _(op: Any, c: Tensor) -> list[Tensor | None]:
         g, weight, _ = op.inputs
-        arguments = _attributes(op, names)
+        arguments = attributes(op, names)
         return [conv(c, weight, [], **arguments), grad_weight(c, g, weight, **arguments), None]
 
     @tf.RegisterGradient(f"{name}GradWeight")
     def _(op: Any, c: Tensor) -> list[Tensor | None]:
         x, g, _ = op.inputs
-        arguments = _attributes(op, names)
+        arguments = attributes(op, names)
         return [grad_input(g, c, x, **arguments), conv(x, c, [], **arguments), None]
 
 
@@ -90,7 +91,7 @@ _register_gradients(
 
 @tf.RegisterGradient("KconvGradBias")
 def _(op: Any, c: Tensor) -> list[Tensor | None]:
-    arguments = _attributes(op, ("interleave", "layout"))
+    arguments = attributes(op, ("interleave", "layout"))
     pixel = tf.reshape(c, (1, -1, 1, 1) if arguments["layout"] == "NCHW" else (1, 1, 1, -1))
     pixel = kernels.kconv_interleave(pixel, arguments["interleave"], arguments["layout"])
     return [tf.broadcast_to(pixel, tf.shape(op.inputs[0])), None]
@@ -98,48 +99,9 @@ def _(op: Any, c: Tensor) -> list[Tensor | None]:
 
 @tf.RegisterGradient("KconvInterleave")
 def _(op: Any, g: Tensor) -> Tensor:
-    return kernels.kconv_deinterleave(g, **_attributes(op, ("step", "layout")))
+    return kernels.kconv_deinterleave(g, **attributes(op, ("step", "layout")))
 
 
 @tf.RegisterGradient("KconvDeinterleave")
 def _(op: Any, g: Tensor) -> Tensor:
-    return kernels.kconv_interleave(g, **_attributes(op, ("step", "layout")))
-
-
-@tf.RegisterGradient("KconvFusedForward")
-def _(op: Any, g: Tensor, *_: Tensor) -> list[Tensor | None]:
-    x, parameters, masks, given = op.inputs
-    _, used, workspace = op.outputs
-    # Empty and of one axis where the statistics were the batch's own.
-    frozen = given.shape.rank == 2
-    return [*_fused_gradients(op, g, x, parameters, masks, used, workspace, frozen), None, None]
-
-
-@tf.RegisterGradient("KconvFusedInfer")
-def _(op: Any, g: Tensor) -> list[Tensor | None]:
-    x, parameters, statistics = op.inputs
-    none = tf.zeros(0, x.dtype)
-    _, used, workspace = kernels.kconv_fused_forward(
-        x, parameters, none, statistics, **_attributes(op, ("program", "layout"))
-    )
-    return [*_fused_gradients(op, g, x, parameters, none, used, workspace, frozen=True), None]
-
-
-def _fused_gradients(
-    op: Any,
-    g: Tensor,
-    x: Tensor,
-    parameters: Tensor,
-    masks: Tensor,
-    used: Tensor,
-    workspace: Tensor,
-    frozen: bool,
-) -> list[Tensor | None]:
-    arguments = _attributes(op, ("program", "layout"))
-    grad_parameters, grad_x = kernels.kconv_fused_backward(
-        g, parameters, masks, used, workspace, frozen=int(frozen), **arguments
-    )
-    if not tf.executing_eagerly():
-        grad_parameters.set_shape(parameters.shape)
-        grad_x.set_shape(x.shape)
-    return [grad_x, grad_parameters]
+    return kernels.kconv_interleave(g, **attributes(op, ("step", "layout")))
