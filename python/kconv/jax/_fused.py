@@ -241,9 +241,7 @@ _forward_p = _primitive(
     _forward,
     lambda x, *_, program, layout: _forward_results(x, program, layout),
 )
-_infer_p = _primitive(
-    "infer", _infer, lambda x, *_, program, layout: [_output(x, program, layout)]
-)
+_infer_p = _primitive("infer", _infer, lambda x, *_, program, layout: [_output(x, program, layout)])
 _backward_p = _primitive(
     "backward",
     _backward,

@@ -63,7 +63,7 @@ class _Call:
 
 def _conv(read: Read, call: _Call) -> graph.Layer | None:
     kernel = _conv_kernel(read)
-    if kernel is None or getattr(read, "interleave", 1) != 1:
+    if kernel is None:
         return None
     return graph.Conv(
         **call.common,
@@ -74,6 +74,7 @@ def _conv(read: Read, call: _Call) -> graph.Layer | None:
         groups=read.groups,
         filters=read.filters,
         in_channels=kernel[2] * read.groups,
+        interleave=getattr(read, "interleave", 1),
     )
 
 
@@ -207,8 +208,7 @@ _KINDS = {
 # which Keras's layers are on that backend, have a `forward`.)
 _METHODS = ("__call__", "call", "forward", "convolution_op")
 _ORIGINALS = {
-    kind: {name: getattr(kind, name) for name in _METHODS if hasattr(kind, name)}
-    for kind in _KINDS
+    kind: {name: getattr(kind, name) for name in _METHODS if hasattr(kind, name)} for kind in _KINDS
 }
 _OF_ALL = ("__call__", "call", "forward", "activity_regularizer", "dtype_policy", "autocast")
 _NAMES = {kind: (*_OF_ALL, *entry.names, *entry.weights) for kind, entry in _KINDS.items()}
@@ -216,8 +216,10 @@ _NAMES = {kind: (*_OF_ALL, *entry.names, *entry.weights) for kind, entry in _KIN
 
 def fingerprint(layer: Any) -> list[Any]:
     """All that :func:`lift` reads of a layer."""
-    kind = type(layer)
-    return [kind, _hooked(layer), *[getattr(layer, name, None) for name in _NAMES.get(kind, ())]]
+    names = _NAMES.get(kind := type(layer))
+    if names is None:
+        return [kind]
+    return [kind, _hooked(layer), *[getattr(layer, name, None) for name in names]]
 
 
 def _no_hooks(layer: Any) -> bool:
@@ -251,8 +253,8 @@ def lift(values: list[Any], call: _Call) -> tuple[graph.Layer, str] | None:
         values: the layer's fingerprint.
         call: how it is called.
     """
-    kind, hooked, *rest = values
-    if kind not in _KINDS or hooked:
+    kind, *rest = values
+    if kind not in _KINDS or rest.pop(0):  # with hooks
         return None
     entry = _KINDS[kind]
     read = SimpleNamespace(**{"_kernel": None, **dict(zip(_NAMES[kind], rest, strict=True))})
@@ -275,7 +277,10 @@ def lift(values: list[Any], call: _Call) -> tuple[graph.Layer, str] | None:
         weights = {name: getattr(read, name) for name in entry.weights}
         for name, shape in layer.weights().items():
             weight = weights[name if name in weights else entry.weights[0]]
-            if tuple(weight.shape) != shape or keras.backend.standardize_dtype(weight.dtype) != dtype:
+            if (
+                tuple(weight.shape) != shape
+                or keras.backend.standardize_dtype(weight.dtype) != dtype
+            ):
                 return None
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None  # attributes of other types than Keras's layers set
@@ -376,7 +381,7 @@ def _takes_tensors_alone(node: Any) -> bool:
 
 
 def _data_format(operations: Iterable[Any]) -> str:
-    """That of the first convolution; Keras's setting may have changed since the layers were made."""
+    """The first convolution's; Keras's setting may have changed since the layers were made."""
     for operation in operations:
         if type(operation) in _KINDS and isinstance(
             operation, layers.Conv2D | layers.DepthwiseConv2D

@@ -11,25 +11,32 @@ from typing import Any
 import keras
 
 BACKEND: str = keras.backend.backend()
-# Imported by statements, so that tools which pack an application find the modules.
 native: Any
-fused: Any
-"""Runs a program of :mod:`kconv.models.fusion`; see :func:`kconv.torch.fused.fused`."""
+_fused: Any
+# Imported by statements, so that tools which pack an application find the modules.
 match BACKEND:
     case "jax":
-        import kconv.jax as native
-        from kconv.jax._fused import fused
-        from kconv.jax._fused import runs_natively as _runs_natively
+        from kconv import jax as native_jax
+        from kconv.jax import _fused as fused_jax
+
+        native, _fused = native_jax, fused_jax
     case "torch":
-        import kconv.keras._torch as native
-        from kconv.torch.fused import _eager as _runs_natively
-        from kconv.torch.fused import fused
+        from kconv.keras import _torch as native_torch
+        from kconv.torch import fused as fused_torch
+
+        native, _fused = native_torch, fused_torch
     case "tensorflow":
-        import kconv.tensorflow as native
-        from kconv.tensorflow._fused import fused
-        from kconv.tensorflow._fused import runs_natively as _runs_natively
+        from kconv import tensorflow as native_tensorflow
+        from kconv.tensorflow import _fused as fused_tensorflow
+
+        native, _fused = native_tensorflow, fused_tensorflow
     case _:
-        raise ImportError(f"kconv.keras has no Keras backend {BACKEND!r}; it has jax, torch, tensorflow")
+        raise ImportError(
+            f"kconv.keras has no Keras backend {BACKEND!r}; it has jax, tensorflow, torch"
+        )
+
+fused: Any = _fused.fused
+"""Runs a program of :mod:`kconv.models.fusion`; see :func:`kconv.torch.fused.fused`."""
 
 SUPPORTS_JIT = BACKEND != "tensorflow"
 """Whether Keras may compile the layers: where TensorFlow compiles, its own operations take the
@@ -55,4 +62,10 @@ LAYOUTS = {"channels_last": "NHWC", "channels_first": "NCHW"}
 
 def runs_natively(x: Any) -> bool:
     """Whether a fused segment can run on a tensor, here and now, as one operation."""
-    return keras.distribution.distribution() is None and bool(_runs_natively(x))
+    if keras.distribution.distribution() is not None:
+        return False
+    if BACKEND == "torch":
+        from torch.nn.modules.module import _has_any_global_hook
+
+        return not _has_any_global_hook() and bool(_fused._eager(x))
+    return bool(_fused.runs_natively(x))

@@ -12,7 +12,7 @@ from keras import ops
 from kconv.keras._graph import CallGraph, call_graph
 from kconv.keras._native import LAYOUTS, fused, runs_natively
 from kconv.models import graph
-from kconv.models.fusion import Program, Segment, partition
+from kconv.models.fusion import Segment, UnfitError, partition
 
 Tensor = Any
 
@@ -66,7 +66,9 @@ class Network(keras.Model):
                 if node is not None and id(node.outputs[0]) not in values:
                     args, kwargs = node.arguments.fill_in(values)
                     outputs = operation_fn(node.operation)(*args, **kwargs)
-                    values.update(zip(map(id, node.outputs), keras.tree.flatten(outputs)))
+                    values.update(
+                        zip(map(id, node.outputs), keras.tree.flatten(outputs), strict=False)
+                    )
         return keras.tree.pack_sequence_as(
             self._outputs_struct, [values[id(tensor)] for tensor in self.outputs]
         )
@@ -117,8 +119,9 @@ def _run(segment: Segment, calls: CallGraph, x: Tensor, training: bool) -> Tenso
     size = x.shape[height], x.shape[height + 1]
     if None in size or 0 in (*size, x.shape[0]) or not runs_natively(x):
         return None
-    program = segment.program(size, "IO")
-    if not program.has_pixels:
+    try:
+        program = segment.program(size, "IO")
+    except UnfitError:
         return None
 
     def layer_of(layer: graph.Layer | str) -> Any:
@@ -129,7 +132,9 @@ def _run(segment: Segment, calls: CallGraph, x: Tensor, training: bool) -> Tenso
     own = [training and norm.trainable for norm in norms]
     if len(set(own)) > 1:
         return None
-    parameters = [getattr(layer_of(name), _attribute(weight)) for name, weight in program.parameters]
+    parameters = [
+        getattr(layer_of(name), _attribute(weight)) for name, weight in program.parameters
+    ]
     flat = ops.concatenate([ops.reshape(weight, (-1,)) for weight in parameters])
     x = ops.cast(x, dtype)  # as the layers do: a model's input is float32 by default
     masks = None

@@ -174,7 +174,12 @@ def mbconv(
 
 
 def plain(
-    g: GraphBuilder, activation: ActivationName | None, prefix: str, role: Role, x: str, filters: int
+    g: GraphBuilder,
+    activation: ActivationName | None,
+    prefix: str,
+    role: Role,
+    x: str,
+    filters: int,
 ) -> str:
     """A :data:`Pointwise` of an ordinary pointwise convolution."""
     if role in ("se_reduce", "se_expand"):

@@ -95,12 +95,6 @@ class Program:
         """The channels of all norms."""
         return sum(norm.channels for norm in self.norms)
 
-    @property
-    def has_pixels(self) -> bool:
-        """Whether no value of an image is empty."""
-        count = self.integers[3]
-        return min(self.integers[4 : 4 + 3 * count]) > 0
-
     def output_shape(self, layout: str) -> tuple[int, int, int]:
         """(C, H, W) of the output, or (H, W, C) with ``layout="NHWC"``."""
         channels, height, width = self.output_size
@@ -330,6 +324,8 @@ class _Lowering:
     norm_pixels: list[int] = field(default_factory=list)
     masks: list[Dropout] = field(default_factory=list)
     copies: dict[Term, Term] = field(default_factory=dict)
+    normed: set[tuple[int, int]] = field(default_factory=set)
+    """(norm, channel) of what has been read so far."""
 
     def finish(self, weight_layout: WeightLayout) -> Program:
         """All layers, as a program."""
@@ -345,6 +341,8 @@ class _Lowering:
         output = tensors[self.segment.name]
         if output != self._stored(len(self.values) - 1):
             self._copy(output)
+        if len(self.normed) < sum(norm.channels for norm in self.norms):
+            raise UnfitError("nobody reads some channels of a batch norm, whose statistics count")
         integers = [int(weight_layout == "IO"), 1, len(self.masks)]
         integers += [len(self.values), *(size for value in self.values for size in value)]
         integers.append(len(self.norms))
@@ -491,6 +489,9 @@ class _Lowering:
 
     def _step(self, kind: list[int], x: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
         x = self._separate(x)
+        for term in x.terms:
+            if term.norm != -1:
+                self.normed |= {(term.norm, c + term.norm_offset) for c in term.channels}
         self.steps.append([*kind, *_encode(x)])
         return self._store(channels, size)
 

@@ -21,6 +21,7 @@ Tensor = Any
 class _Term:
     """Some channels of a value as a step reads them (see :class:`kconv.models.fusion.Term`)."""
 
+    channels: tuple[int, ...]
     value: int
     norm: int
     norm_offset: int
@@ -29,7 +30,6 @@ class _Term:
     gate_offset: int
     mask: int
     start: int
-    channels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -243,9 +243,7 @@ def _read(integers: tuple[int, ...]) -> _Code:
     numbers = iter(integers)
     for _ in range(3):  # weights' layout, whether the input's gradient is wanted, masks
         next(numbers)
-    sizes = [
-        (next(numbers), next(numbers), next(numbers)) for _ in range(next(numbers))
-    ]
+    sizes = [(next(numbers), next(numbers), next(numbers)) for _ in range(next(numbers))]
     norms = []
     for _ in range(next(numbers)):
         channels, bits, scale = next(numbers), next(numbers), next(numbers)
@@ -260,8 +258,6 @@ def _read(integers: tuple[int, ...]) -> _Code:
 def _terms(numbers: Iterator[int]) -> Iterator[_Term]:
     for _ in range(next(numbers)):
         fields = [next(numbers) for _ in range(8)]
-        runs = [
-            (next(numbers), next(numbers), next(numbers)) for _ in range(next(numbers))
-        ]
+        runs = [(next(numbers), next(numbers), next(numbers)) for _ in range(next(numbers))]
         channels = (first + i * step for count, first, step in runs for i in range(count))
-        yield _Term(*fields, channels=tuple(channels))
+        yield _Term(tuple(channels), *fields)
