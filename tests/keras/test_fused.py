@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -12,25 +14,30 @@ from kconv.keras.network import _plan
 from kconv.models.fusion import Segment
 
 
-def graph(activation="silu", rate=0.0):
-    """A network of all layers that fused segments know, from (N, 9, 9, 4) to (N, 3)."""
+def graph(activation="silu", rate=0.0, kernels=True, groups=3):
+    """A network of all layers that fused segments know, from (N, 9, 9, 4) to (N, 3).
+
+    Without ``kernels`` of Keras's own layers alone.
+    """
+    pointwise = kk.PointwiseConv2D if kernels else functools.partial(layers.Conv2D, kernel_size=1)
+    depthwise = kk.DepthwiseConv2D if kernels else layers.DepthwiseConv2D
     axis = 3 if keras.config.image_data_format() == "channels_last" else 1
     source = keras.Input((9, 9, 4) if axis == 3 else (4, 9, 9))
     x = layers.Conv2D(12, 3, padding="same", use_bias=False)(source)
     x = layers.Activation(activation)(layers.BatchNormalization(axis, momentum=0.5)(x))
     skip = x
-    x = kk.PointwiseConv2D(12, groups=3, use_bias=False)(x)
+    x = pointwise(12, groups=groups, use_bias=False)(x)
     x = layers.Activation(activation)(layers.BatchNormalization(axis, epsilon=1e-2)(x))
-    x = kk.InterleaveChannels(4)(x)
-    x = kk.DepthwiseConv2D(3, padding="same", use_bias=False)(x)
+    x = kk.InterleaveChannels(4)(x) if kernels else x
+    x = depthwise(3, padding="same", use_bias=False)(x)
     x = layers.BatchNormalization(axis, scale=False)(x)
     gate = layers.GlobalAveragePooling2D(keepdims=True)(x)
-    gate = layers.Activation("sigmoid")(kk.PointwiseConv2D(12)(gate))
+    gate = layers.Activation("sigmoid")(pointwise(12)(gate))
     x = layers.Multiply()([x, gate])
     x = layers.Dropout(rate, noise_shape=(None, 1, 1, 1))(x)
     x = layers.Add()([x, skip])
-    x = layers.Concatenate(axis)([x, kk.CopyChannels(2, 5)(skip)])
-    x = kk.DepthwiseConv2D(5, strides=2)(layers.ZeroPadding2D(2)(x))
+    x = layers.Concatenate(axis)([x, kk.CopyChannels(2, 5)(skip)]) if kernels else x
+    x = depthwise(5, strides=2)(layers.ZeroPadding2D(2)(x))
     x = layers.GlobalAveragePooling2D()(layers.Activation("relu")(x))
     return source, layers.Dense(3)(x)
 
@@ -122,6 +129,103 @@ def test_saved_and_loaded_and_cloned(tmp_path):
         assert isinstance(model, kk.Network)
         assert _plan(model).fuses
         np.testing.assert_allclose(numbers(model(images())), expected, atol=1e-6)
+
+
+def penalty_gradients(model, x, training):
+    """Gradients by the weights of the squared gradient by the image."""
+    backend, weights = keras.backend.backend(), [v.value for v in model.trainable_variables]
+    if backend == "jax":
+        import jax
+
+        others = [v.value for v in model.non_trainable_variables]
+
+        def output(weights, x):
+            y, _ = model.stateless_call(weights, others, x, training=training)
+            return (y**2).sum()
+
+        def penalty(weights):
+            return (jax.grad(output, 1)(weights, x) ** 2).sum()
+
+        return [numbers(g) for g in jax.jit(jax.grad(penalty))(weights)]
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        @tf.function
+        def run(x):
+            with tf.GradientTape() as outer:
+                with tf.GradientTape() as inner:
+                    inner.watch(x)
+                    y = tf.reduce_sum(model(x, training=training) ** 2)
+                penalty = tf.reduce_sum(inner.gradient(y, x) ** 2)
+            return outer.gradient(penalty, weights, unconnected_gradients="zero")
+
+        return [numbers(g) for g in run(tf.constant(x))]
+    import torch
+
+    x = torch.tensor(x, requires_grad=True)
+    (dx,) = torch.autograd.grad((model(x, training=training) ** 2).sum(), x, create_graph=True)
+    grads = torch.autograd.grad((dx**2).sum(), weights, allow_unused=True)
+    pairs = zip(grads, weights, strict=True)
+    return [numbers(torch.zeros_like(w) if g is None else g) for g, w in pairs]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_of_gradients(training):
+    models = pair(kernels=False, groups=1)  # TensorFlow compiles groups, which takes long
+    ours, theirs = (penalty_gradients(model, images(3), training) for model in models)
+    for a, b in zip(ours, theirs, strict=True):
+        bound = 1e-3 * np.abs(b).max() + 1e-5 * max(np.abs(g).max() for g in theirs)
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound)
+
+
+def transformed(output, moved, weights, x):
+    import jax
+    import jax.numpy as jnp
+
+    def of_bias(bias):
+        return output([*weights[:-1], bias], x)
+
+    def of_image(weights, image):
+        return output(weights, image[None])
+
+    pairs = [jnp.stack([w, 2 * w]) for w in weights]
+    return [
+        jax.jvp(output, (weights, x), (weights, x))[1],
+        jax.jit(jax.hessian(of_bias))(weights[-1]),
+        jax.jit(jax.vmap(jax.grad(of_image), (None, 0)))(weights, x),
+        jax.vmap(output, (0, None))(pairs, x),
+        jax.grad(jax.checkpoint(output))(weights, x),
+        jax.grad(moved)(weights, x),
+    ]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX's transformations")
+@pytest.mark.parametrize("training", [False, True])
+def test_jax_transformations(training):
+    """Forward mode, both modes together, and batches of images and of weights."""
+    import jax
+    import jax.numpy as jnp
+
+    results = []
+    for fused in (True, False):
+        keras.utils.set_random_seed(0)
+        unit = kk.ConvUnit(8, 3, groups=2, residual=True, fused=fused)
+        x = jnp.asarray(images(3)[..., :2].repeat(4, -1))
+        unit(x)
+        model = unit.network if fused else kk.to_native(unit.network)
+        weights = [v.value for v in model.trainable_variables]
+        others = [v.value for v in model.non_trainable_variables]
+
+        def output(weights, x, model=model, others=others):
+            return (model.stateless_call(weights, others, x, training=training)[0] ** 2).sum()
+
+        def moved(weights, x, model=model, others=others):
+            state = model.stateless_call(weights, others, x, training=training)[1]
+            return sum((value**2).sum() for value in state)
+
+        results.append(transformed(output, moved, weights, x))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max() + 1e-5)
 
 
 def test_drop_connect_drops_whole_images():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -84,9 +86,53 @@ def test_config():
     copy = kk.MBConv.from_config(block.get_config())
     assert copy.get_config() == block.get_config()
     assert block.get_config()["activation"] == "swish"
+    assert block.get_config()["data_format"] == "channels_last"
     assert isinstance(block.get_config()["ktype"], str)
     assert copy(np.ones((1, 5, 5, 8))).dtype == block(np.ones((1, 5, 5, 8))).dtype
     assert {weight.dtype for weight in copy.weights} == {"float64"}
+
+
+@pytest.mark.parametrize("size", [(9, 7), (None, 7), (1, 1)])
+def test_shapes_before_the_layers_are_made(size):
+    for block in (kk.ConvUnit(24, 3, 2, groups=12), kk.MBConv(24, strides=2)):
+        shape = tuple(None if n is None else -(-n // 2) for n in size)
+        assert block.compute_output_shape((None, *size, 12)) == (None, *shape, 24)
+        spec = block.compute_output_spec(keras.KerasTensor((4, *size, 12)))
+        assert (spec.shape, spec.dtype) == ((4, *shape, 24), "float32")
+        assert not block.built
+        assert block(keras.Input((*size, 12))).shape == (None, *shape, 24)
+    first = kk.ConvUnit(24, 3, 2, data_format="channels_first")
+    assert first.compute_output_shape((2, 12, *size)) == (2, 24, *shape)
+    with pytest.raises(ValueError, match="groups=5"):
+        kk.ConvUnit(24, groups=5).compute_output_shape((None, *size, 12))
+    with pytest.raises(ValueError, match="expected 4 axes"):
+        kk.ConvUnit(24).compute_output_shape((None, 12))
+
+
+@pytest.mark.parametrize("none", [None, "linear", keras.activations.linear])
+def test_no_activation(none):
+    for kind, options in ((kk.ConvUnit, {}), (kk.MBConv, {}), (kk.MBConv, {"ktype": None})):
+        models = [classifier(kind(16, activation=none, fused=f, **options)) for f in (True, False)]
+        models[1].set_weights(models[0].get_weights())
+        inner = models[0].layers[1].network.layers
+        kinds = {layer.activation for layer in inner if isinstance(layer, keras.layers.Activation)}
+        assert kinds <= {keras.activations.sigmoid}  # squeeze and excite
+        np.testing.assert_allclose(*(numbers(m(images())) for m in models), atol=1e-4)
+        copy = kind.from_config(models[0].layers[1].get_config())
+        assert copy.get_config()["activation"] is None
+
+
+def relu(x):
+    return keras.activations.leaky_relu(x, negative_slope=0.5)
+
+
+@pytest.mark.parametrize(
+    "activation", [relu, keras.layers.ReLU(), functools.partial(keras.activations.relu)]
+)
+def test_activations_of_ones_own(activation):
+    for kind in (kk.ConvUnit, kk.MBConv):
+        with pytest.raises(ValueError, match="neither Keras's function nor one of relu, relu6"):
+            kind(8, activation=activation)
 
 
 def test_weights_have_the_graphs_names():

@@ -67,5 +67,5 @@ def runs_natively(x: Any) -> bool:
     if BACKEND == "torch":
         from torch.nn.modules.module import _has_any_global_hook
 
-        return not _has_any_global_hook() and bool(_fused._eager(x))
+        return not _has_any_global_hook() and bool(_fused.is_eager(x))
     return bool(_fused.runs_natively(x))

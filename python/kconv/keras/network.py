@@ -119,6 +119,8 @@ def _run(segment: Segment, calls: CallGraph, x: Tensor, training: bool) -> Tenso
     size = x.shape[height], x.shape[height + 1]
     if None in size or 0 in (*size, x.shape[0]) or not runs_natively(x):
         return None
+    if x.shape[3 if height == 1 else 1] != segment.input_channels:
+        return None
     try:
         program = segment.program(size, "IO")
     except UnfitError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -75,19 +76,59 @@ class Recalibrator:
         Args:
             batches: at least one, of (N, H, W, C) each.
         """
-        norms = [norm for norm in _batch_norms(self._model) if norm.trainable]
-        for norm in norms:
-            norm.moving_mean.assign(np.zeros(norm.moving_mean.shape))
-            norm.moving_variance.assign(np.zeros(norm.moving_variance.shape))
-        count = 0
-        for images in batches:
+        norms = [norm for norm in _batch_norms(self._model) if norm.trainable and norm.momentum < 1]
+        before = [(variable, _numbers(variable)) for norm in norms for variable in _moving(norm)]
+        rest = iter(batches)
+        updates = self._first_batch(norms, next(rest))
+        count = 1
+        for images in rest:
             self._in_training_mode.predict_on_batch(images)
             count += 1
-        # A moving average that started from zero lacks the share momentum^count.
+        for variable, values in before:
+            if not updates[id(variable)]:  # of a norm that the model does not call
+                variable.assign(values)
+        # A moving average that started from zero lacks the share momentum^updates.
         for norm in norms:
-            share = 1 - norm.momentum**count
-            norm.moving_mean.assign(norm.moving_mean / share)
-            norm.moving_variance.assign(norm.moving_variance / share)
+            for variable in _moving(norm):
+                if updates[id(variable)]:
+                    share = 1 - norm.momentum ** (count * updates[id(variable)])
+                    variable.assign(variable / share)
+
+    def _first_batch(self, norms: list[Any], images: NDArray[Any]) -> dict[int, int]:
+        """Averages of one batch that start from zeros, and how often each is updated in a batch.
+
+        A norm may be called several times, and a wrapper such as TimeDistributed calls it for
+        every step. What a start from ones leaves more than one from zeros is momentum^updates.
+        """
+        # The batch is run twice, so what else a run moves (random seeds) starts from the same.
+        others = [(v, _numbers(v)) for v in self._model.non_trainable_variables]
+        ends = []
+        for start in (np.ones, np.zeros):
+            for variable, values in others:
+                variable.assign(values)
+            for norm in norms:
+                for variable in _moving(norm):
+                    variable.assign(start(variable.shape))
+            self._in_training_mode.predict_on_batch(images)
+            ends.append({id(v): _numbers(v) for norm in norms for v in _moving(norm)})
+        from_ones, from_zeros = ends
+        updates = {}
+        for norm in norms:
+            for variable in _moving(norm):
+                left = float(np.median(from_ones[id(variable)] - from_zeros[id(variable)]))
+                few = max(left, 1e-30)
+                none = left > 1 - 0.5 * (1 - norm.momentum)
+                number = math.log(few) / math.log(norm.momentum) if norm.momentum > 0 else 1
+                updates[id(variable)] = 0 if none else max(1, round(number))
+        return updates
+
+
+def _moving(norm: Any) -> list[Any]:
+    return [norm.moving_mean, norm.moving_variance]
+
+
+def _numbers(variable: Any) -> NDArray[Any]:
+    return np.array(keras.ops.convert_to_numpy(variable))
 
 
 class _InTrainingMode(keras.Model):
@@ -102,9 +143,8 @@ class _InTrainingMode(keras.Model):
         return self.model(images, training=True)
 
 
-def _batch_norms(model: keras.Model) -> Iterator[keras.layers.BatchNormalization]:
-    for layer in model.layers:
-        if hasattr(layer, "layers"):
-            yield from _batch_norms(layer)
-        elif isinstance(layer, keras.layers.BatchNormalization):
-            yield layer
+def _batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
+    """Those of a model, also inside other models, blocks and wrappers, each once."""
+    kind = keras.layers.BatchNormalization
+    norms = [layer for layer in model._flatten_layers() if isinstance(layer, kind) and layer.built]
+    return list({id(norm): norm for norm in norms}.values())

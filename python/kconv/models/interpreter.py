@@ -108,7 +108,7 @@ class _Run:
         weights = [self._weights(number) for number in range(len(self.code.steps))]
         self.affine = [self._affine(channels, scale) for channels, _, scale in self.code.norms]
         self.values.append(ops.transpose(x, (0, 2, 3, 1)) if layout == "NCHW" else x)
-        for step, own in zip(self.code.steps, weights, strict=True):
+        for step, own, size in zip(self.code.steps, weights, self.code.sizes[1:], strict=True):
             source = self._source(step)
             if step.kind == _CONVOLUTION:
                 source = self._conv(step, source, *own)
@@ -116,7 +116,8 @@ class _Run:
                 source = ops.mean(source, axis=(1, 2), keepdims=True)
             elif step.kind == _POOL:
                 source = ops.average_pool(source, 2, 2, "valid", data_format="channels_last")
-            self.values.append(source)
+            # TensorFlow's compiled operations forget shapes.
+            self.values.append(ops.reshape(source, (-1, *size[1:], size[0])))
         y = self.values[-1]
         return ops.transpose(y, (0, 3, 1, 2)) if layout == "NCHW" else y, self._statistics()
 
@@ -168,8 +169,7 @@ class _Run:
         if term.gate != -1:
             channels = tuple(channel + term.gate_offset for channel in term.channels)
             y = y * self._some(self.values[term.gate], channels)
-        if term.mask != -1:
-            assert self.masks is not None
+        if term.mask != -1 and self.masks is not None:
             y = y * ops.reshape(self.masks[term.mask], (-1, 1, 1, 1))
         return y
 

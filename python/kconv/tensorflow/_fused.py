@@ -130,5 +130,8 @@ def _interpret(
     nchw = (None, channels, height, width)
     x = tf.ensure_shape(x, nchw if layout == "NCHW" else (None, height, width, channels))
     parameters = tf.ensure_shape(parameters, (None,))
-    drop = masks if program[2] else None
+    drop = None
+    if masks.shape.rank != 1:  # of one axis, and empty, where there are none
+        drop = tf.ensure_shape(masks, (program[2], None))
+    given = None if given is None else tf.ensure_shape(given, (2, None))
     return interpret(ops, program, layout, x, parameters, drop, given)[0]
