@@ -103,10 +103,15 @@ bench: $(DEV) ## Time the kernels beside other libraries
 wheel: $(DEV) ## Build dist/kconv-*.whl
 	$(BIN)/maturin build --release --out dist
 
+.PHONY: docs
+docs: $(DEV) ## Build the documentation's site, strictly
+	$(INSTALL) '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 .PHONY: clean
 clean: ## Remove what building and testing made, but not $(VENV) and runs/
 	cargo clean
-	rm -rf dist .hypothesis .mypy_cache .pytest_cache .ruff_cache python/kconv/*.so
+	rm -rf dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache python/kconv/*.so
 	rm -f $(DEMO) $(DEV)
 	find python tests -name __pycache__ -prune -exec rm -rf {} +
 
