@@ -186,6 +186,12 @@ def no_statistics(model):
     model.stem_bn.running_mean = model.stem_bn.running_var = None
 
 
+def no_counts(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = None
+
+
 def no_affine(model):
     model.stem_bn.weight = model.stem_bn.bias = None
 
@@ -302,6 +308,7 @@ INTERVENTIONS = {
     "drop rate": (set_("drop", rate=0.1), ()),
     "no statistics": (no_statistics, ()),
     "statistics not tracked": (set_("stem_bn", track_running_stats=False), {"stem_bn"}),
+    "batches not counted": (no_counts, ()),
     "no affine": (no_affine, {"stem_bn"}),
     "no gamma": (no_gamma, ()),
     "maximum": (set_("mean", function=torch.amax), {"mean"}),

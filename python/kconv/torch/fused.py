@@ -209,7 +209,8 @@ def _move_statistics(each: Sequence[tuple[Any, int, Tensor, Tensor]]) -> None:
     """For batch norms, the numbers of values, and their means and biased variances."""
     norms, counts, means, variances = zip(*each, strict=True)
     tracked = [norm.num_batches_tracked for norm in norms]
-    torch._foreach_add_([count for count in tracked if count is not None], 1)
+    if counted := [count for count in tracked if count is not None]:
+        torch._foreach_add_(counted, 1)
     weights = [
         norm.momentum if norm.momentum is not None else 0.0 if count is None else 1 / float(count)
         for norm, count in zip(norms, tracked, strict=True)
