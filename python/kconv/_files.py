@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: It could not be written; the old file is still there.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield temporary
         with temporary.open("r+b") as file:
@@ -40,3 +41,13 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of :func:`replacing` from a folder to which nobody else writes.
+
+    A process that was killed has left them.
+    """
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.\d+\.partial(\.[^.]*)?", path.name):
+            path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import kconv.keras
+from kconv._memory import return_memory_of_compilers
 from kconv.datasets import Labels
 from kconv.keras.recalibration import Recalibrator
 from kconv.models import Spec
@@ -27,6 +28,8 @@ class KerasTrainer:
         # Keras draws all its seeds from here; keras.utils.set_random_seed would import TensorFlow,
         # where it is installed, only to seed it too.
         random.seed(seed)
+        if keras.backend.backend() == "jax":
+            return_memory_of_compilers()
         self.model = kconv.keras.build(spec)
         self.model.compile(
             optimizer=keras.optimizers.RMSprop(rho=0.9, epsilon=1e-7),

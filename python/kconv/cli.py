@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import kconv
 from kconv import datasets, models, training
-from kconv._memory import keep_freed_memory
+from kconv._memory import leave_out_tensorflow
 
 KERAS_BACKENDS = ("jax", "torch", "tensorflow")
 """Named like their packages, the ones to prefer first."""
@@ -161,10 +161,8 @@ def _train(options: argparse.Namespace) -> int:
         output = options.resume
     else:
         config = training.Config(**given)
-        output = options.output or _new_run(config)
-        if (output / "last.npz").exists():
-            raise ValueError(f"{output} holds a run: continue it with --resume {output}")
-    keep_freed_memory()
+        output = options.output or training.reserve(config)
+    leave_out_tensorflow()
     try:
         training.train(config, output, resume=bool(options.resume))
     except KeyboardInterrupt:
@@ -183,15 +181,6 @@ def _model_option(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value  # a bare word is text
-
-
-def _new_run(config: training.Config) -> Path:
-    """The first free folder: runs/keffnet_b0-fashion_mnist_mini-1, -2, ..."""
-    stem = f"{config.model}-{Path(config.dataset).name.split('.')[0]}"
-    number = 1
-    while (path := Path("runs", f"{stem}-{number}")).exists():
-        number += 1
-    return path
 
 
 def _models(options: argparse.Namespace) -> int:

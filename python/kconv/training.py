@@ -2,7 +2,8 @@
 
 A run lives in a folder: ``last.npz`` (everything needed to go on, written after each epoch),
 ``best.keras`` or ``best.pt`` (the model of the lowest validation loss), ``history.csv``,
-``curves.png`` and ``report.txt``. Every file is replaced as a whole or not at all.
+``curves.png`` and ``report.txt``. Every file is replaced as a whole or not at all. While it goes on
+it holds a lock on the folder's ``.lock``, which the system releases even where a run is killed.
 
 Example:
     >>> [round(learning_rate("cyclic25", epoch), 5) for epoch in (0, 6, 7, 24, 25)]
@@ -11,8 +12,10 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import io
 import itertools
 import json
@@ -28,7 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kconv import augment, datasets, models
-from kconv._files import replacing
+from kconv._files import remove_leftovers, replacing
+from kconv._memory import peak_memory
 from kconv._npz import read_npz
 from kconv._require import require
 from kconv.datasets import Dataset, Images, Labels
@@ -223,7 +227,7 @@ def train(
 
     Args:
         config: What to do. With ``resume``, its model and data must be the run's own.
-        output: The run's folder, made if need be.
+        output: The run's folder, made if need be; :func:`reserve` makes one that nobody else has.
         resume: Whether to go on from ``output/last.npz``.
         log: Takes the lines to show.
 
@@ -231,10 +235,18 @@ def train(
         The :class:`Result`.
 
     Raises:
-        ValueError: An option or the data make no sense, or the checkpoint is another model's.
+        ValueError: An option or the data make no sense, the checkpoint is another model's, or the
+            folder holds a run already or is in use by another process.
         OSError: A file cannot be read or written.
         ImportError: A package that the run will need is not installed.
     """
+    with _held(output):
+        return _train(config, output, resume, log)
+
+
+def _train(config: Config, output: Path, resume: bool, log: Callable[[str], None]) -> Result:
+    if not resume and (output / "last.npz").exists():
+        raise ValueError(f"{output} holds a run: continue it with --resume {output}")
     checkpoint = _checkpoint_of(output / "last.npz", config) if resume else None
     _check_installed(config)
     data = datasets.load(
@@ -263,7 +275,6 @@ def train(
     if recalibrate is None:
         recalibrate = config.epochs * steps < SHORT_RUN_STEPS
 
-    _make_folder(output)
     trainer = _make_trainer(config, spec)
     history: list[Epoch] = []
     if checkpoint:
@@ -404,11 +415,61 @@ def load_config(run: Path) -> Config:
         raise ValueError(f"{run / 'last.npz'} is of another version of kconv: {error}") from None
 
 
-def _make_folder(path: Path) -> None:
+def reserve(config: Config, parent: Path = Path("runs")) -> Path:
+    """Make the folder of a new run, the first that is free of ``keffnet_b0-cifar10-1``, ``-2`` ...
+
+    Args:
+        config: What the run is of.
+        parent: Where to make the folder.
+
+    Returns:
+        The folder, which no other call gives.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    stem = f"{config.model}-{Path(config.dataset).name.split('.')[0]}"
+    for number in itertools.count(1):
+        # Whoever makes the folder has it: to look whether it exists first would be too late.
+        if _make_folder(folder := parent / f"{stem}-{number}"):
+            break
+    (folder / ".lock").touch()
+    return folder
+
+
+def _make_folder(path: Path) -> bool:
+    """Make a folder and those above; tell whether it is new."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
+    except FileExistsError:
+        if not path.is_dir():
+            raise OSError(f"cannot make the folder {path}: there is a file of this name") from None
+        return False
     except OSError as error:
         raise OSError(f"cannot make the folder {path}: {error.strerror}") from error
+    return True
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Have a run's folder, made if need be, for this process alone."""
+    lock = folder / ".lock"
+    own = _make_folder(folder) or lock.exists()
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another run") from None
+        remove_leftovers(folder)
+        try:
+            yield
+        finally:
+            # Nothing came of it: leave nothing behind.
+            with contextlib.suppress(OSError):
+                if own and list(folder.iterdir()) == [lock]:
+                    lock.unlink()
+                    folder.rmdir()
 
 
 def _check_installed(config: Config) -> None:
@@ -495,6 +556,7 @@ def _finish(
         plots.training_curves([dataclasses.asdict(epoch) for epoch in history], temporary)
     log(f"\n{table}\n")
     log(f"test accuracy      {accuracy:.4f} ({len(found):,} images)")
+    log(f"peak memory        {peak_memory() / 1e9:.2f} GB")
     log(f"best model         {best_model}")
     log(f"per-class report   {output / 'report.txt'}")
     log(f"training curves    {output / 'curves.png'}")

@@ -24,7 +24,7 @@ TINY = [
 @pytest.fixture(autouse=True)
 def usual_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command does for its own process would last for all further tests."""
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(cli, "leave_out_tensorflow", lambda: None)
 
 
 def kconv(*arguments: str) -> list[str]:

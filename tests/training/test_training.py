@@ -6,7 +6,10 @@ import csv
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 from PIL import Image
 
 from kconv import datasets, training
-from kconv._files import replacing
+from kconv._files import remove_leftovers, replacing
 from kconv.training import Config, learning_rate
 
 TINY = Config(
@@ -359,3 +362,67 @@ def test_full_disk_is_one_error_and_keeps_the_files(framework: str, tmp_path: Pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# The run's folder
+
+
+def test_a_new_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: training.reserve(TINY, tmp_path), range(16)))
+    names = {f"kdensenet_bc_l100-fashion_mnist_mini-{number}" for number in range(1, 17)}
+    assert {folder.name for folder in folders} == names
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot make the folder"):
+        training.reserve(TINY, tmp_path / "file")
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from kconv import training
+with training._held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+def test_a_folder_in_use_is_refused_until_its_run_is_killed(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, "-c", HOLDING, str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        (output / ".last.1.partial.npz").touch()
+        with pytest.raises(ValueError, match="run is in use by another run"):
+            training.train(TINY, output, log=quiet)
+        assert (output / ".last.1.partial.npz").exists()
+        other.kill()
+    with training._held(output):
+        assert not (output / ".last.1.partial.npz").exists()
+
+
+def test_a_folder_with_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "last.npz").touch()
+    with pytest.raises(ValueError, match=r"holds a run: continue it with --resume"):
+        training.train(TINY, tmp_path, log=quiet)
+
+
+def test_a_run_that_does_not_begin_leaves_no_folder(tmp_path: Path) -> None:
+    wrong = dataclasses.replace(TINY, batch_size=64)
+    for output in (tmp_path / "run", training.reserve(TINY, tmp_path)):
+        with pytest.raises(ValueError, match="batch_size=64"):
+            training.train(wrong, output, log=quiet)
+        assert not output.exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="batch_size=64"):
+        training.train(wrong, tmp_path / "mine", log=quiet)
+    assert (tmp_path / "mine").exists()
+
+
+def test_only_leftovers_are_removed(tmp_path: Path) -> None:
+    kept = ["last.npz", ".lock", ".hidden.2024.txt", "a.1.partial.npz"]
+    for name in (*kept, ".last.123.partial.npz", ".best.7.partial.keras", ".report.9.partial"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
