@@ -7,7 +7,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`error`], [`shape`] | what can be wrong with a call; geometry that has been validated once |
-//! | [`isa`], [`pool`], [`scratch`], [`memory`] | the instruction set, the threads, small and large memory |
+//! | [`isa`], [`lock`], [`pool`], [`scratch`], [`memory`] | the instruction set, locks, the threads, small and large memory |
 //! | [`kernels`] | numbers only: rows in, rows out, one thread, one instruction set |
 //! | [`ops`] | an operation = geometry + kernels + division of the work over threads |
 //! | [`fused`] | whole chains of convolutions, batch norms and activations as one operation |
@@ -18,6 +18,7 @@ pub mod error;
 pub mod fused;
 pub mod isa;
 pub mod kernels;
+pub mod lock;
 pub mod memory;
 pub mod ops;
 pub mod pool;

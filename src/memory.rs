@@ -1,19 +1,20 @@
 //! Large memory, recycled: its first touch (a page fault for every 4 KiB) costs more than the arithmetic on it.
 
-use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc};
 use std::mem::MaybeUninit;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
 
 use crate::isa::LINE_BYTES;
 use crate::kernels::Element;
+use crate::lock::Lock;
 
 /// Memory from this size on is recycled; the system's allocator keeps smaller blocks itself.
 pub const RECYCLED: usize = 256 << 10;
 /// Recycled and free memory together is at most so many times what was in use at once.
 const SURPLUS: usize = 2;
-/// More than any machine has; sums of sizes up to this stay numbers.
-const LARGEST: usize = isize::MAX as usize / 8;
+/// More bytes than any machine has; sums of sizes up to this stay numbers.
+pub const LARGEST: usize = isize::MAX as usize / 8;
 /// The size of a huge page.
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -89,6 +90,7 @@ impl Drop for Block {
 }
 
 /// Free blocks, the least recently used first, and the sizes of all.
+#[derive(Default)]
 struct Blocks {
     free: Vec<Block>,
     free_bytes: usize,
@@ -97,11 +99,53 @@ struct Blocks {
     peak: usize,
 }
 
-static BLOCKS: Mutex<Blocks> = Mutex::new(Blocks { free: Vec::new(), free_bytes: 0, used_bytes: 0, peak: 0 });
+static BLOCKS: Lock<Blocks> = Lock::new(Blocks { free: Vec::new(), free_bytes: 0, used_bytes: 0, peak: 0 });
 
 fn blocks<R>(change: impl FnOnce(&mut Blocks) -> R) -> R {
-    // Each change leaves the numbers right, so a panic elsewhere does no harm.
-    change(&mut BLOCKS.lock().unwrap_or_else(PoisonError::into_inner))
+    BLOCKS.with(change)
+}
+
+/// There is not enough memory: what [`no_memory`] unwinds with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoMemory {
+    /// How many bytes were asked for.
+    pub bytes: usize,
+}
+
+impl std::fmt::Display for NoMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "there is no memory for {} bytes", self.bytes)
+    }
+}
+
+/// Ends an operation for which there is not enough memory: [`catch`] tells its caller.
+pub fn no_memory(bytes: usize) -> ! {
+    resume_unwind(Box::new(NoMemory { bytes }))
+}
+
+/// The result of an operation, unless there was not enough memory.
+pub fn catch<R>(operation: impl FnOnce() -> R) -> Result<R, NoMemory> {
+    catch_unwind(AssertUnwindSafe(operation)).map_err(|panic| match panic.downcast::<NoMemory>() {
+        Ok(no_memory) => *no_memory,
+        Err(panic) => resume_unwind(panic),
+    })
+}
+
+/// `vec![value; len]`, but where there is not enough memory [`no_memory`] ends the operation and not the process.
+pub fn filled<T: Clone>(value: T, len: usize) -> Vec<T> {
+    let mut values = Vec::new();
+    reserve(&mut values, len);
+    values.resize(len, value);
+    values
+}
+
+/// Makes room for so many values in an empty vector; as for [`filled`].
+pub fn reserve<T>(values: &mut Vec<T>, len: usize) {
+    // What is recycled and free may be what is lacking.
+    let mut reserve = || values.try_reserve_exact(len).is_ok();
+    if !reserve() && !(release_memory() > 0 && reserve()) {
+        no_memory(len.saturating_mul(size_of::<T>()));
+    }
 }
 
 impl Blocks {
@@ -141,10 +185,9 @@ pub struct Memory(Option<Block>);
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// Memory for `len` values, aligned to a cache line; without enough memory the process ends.
+    /// Memory for `len` values, aligned to a cache line; as for [`filled`].
     pub fn new<T: Element>(len: usize) -> Self {
-        Self::try_new::<T>(len)
-            .unwrap_or_else(|| handle_alloc_error(Layout::array::<T>(len).expect("sizes fit memory")))
+        Self::try_new::<T>(len).unwrap_or_else(|| no_memory(len.saturating_mul(size_of::<T>())))
     }
 
     /// Memory for `len` values, aligned to a cache line, `None` where there is not enough.
@@ -170,10 +213,11 @@ impl Memory {
                 blocks.surplus()
             });
             drop(surplus);
-            let block = Block::new(size);
+            // Free blocks that do not fit may be what is lacking.
+            let block = Block::new(size).or_else(|| (release_memory() > 0).then(|| Block::new(size)).flatten());
             if block.is_none() {
                 blocks(|blocks| {
-                    blocks.used_bytes -= size;
+                    blocks.used_bytes = blocks.used_bytes.saturating_sub(size);
                     blocks.peak = blocks.used_bytes;
                 });
             }
@@ -194,7 +238,8 @@ impl Drop for Memory {
     fn drop(&mut self) {
         if let Some(block) = self.0.take_if(|block| block.size >= RECYCLED) {
             blocks(|blocks| {
-                blocks.used_bytes -= block.size;
+                // Not counted where a fork made the numbers start anew.
+                blocks.used_bytes = blocks.used_bytes.saturating_sub(block.size);
                 blocks.free_bytes += block.size;
                 blocks.free.push(block);
             });
@@ -247,6 +292,18 @@ mod tests {
             assert!(used + free <= SURPLUS * 4 * LEN + (64 << 20), "{used} {free}");
         }
         assert!(release_memory() > 0);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri does not fail to allocate")]
+    fn no_memory_ends_the_operation_only() {
+        const LEN: usize = 1 << 58;
+        assert_eq!(catch(|| _ = Memory::new::<f64>(LEN)), Err(NoMemory { bytes: 8 * LEN }));
+        assert_eq!(catch(|| _ = filled(0f32, LEN)), Err(NoMemory { bytes: 4 * LEN }));
+        assert_eq!(catch(|| filled(1u8, 3)), Ok(vec![1, 1, 1]));
+        let run = || crate::pool::parallel_for(2, 8, |_| _ = Memory::new::<f64>(LEN));
+        assert_eq!(catch(run), Err(NoMemory { bytes: 8 * LEN }));
+        assert!(catch_unwind(|| catch(|| panic!("another"))).is_err());
     }
 
     #[test]

@@ -1,17 +1,18 @@
 //! The thread pool: kconv's own, so that it survives `fork` and never meets another library's work.
 //!
 //! A forked child inherits the pool's memory but none of its threads; rayon's global pool then waits for
-//! ever. Here `pthread_atfork` marks the pool stale and its first use in the child builds a new one.
+//! ever. Here the pool knows its process (see [`lock`](crate::lock)) and its first use in the child builds a new one.
 
 use std::any::Any;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Once, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use crate::error::{Result, bail};
+use crate::lock::{Lock, generation};
 
 /// Work under this many nanoseconds (estimated on one core) stays on the calling thread: waking workers that sleep costs it 8 to
 /// 10 us.
@@ -26,74 +27,109 @@ const AWAKE: Duration = Duration::from_micros(200);
 /// More threads than any machine has are a mistake in a setting.
 const MAX_THREADS: usize = 1024;
 
+/// The workers of a process; they end when nobody uses them any more.
 struct Pool {
     generation: u64,
     threads: usize,
     workers: rayon::ThreadPool,
 }
 
-static GENERATION: AtomicU64 = AtomicU64::new(0);
-static CURRENT: AtomicPtr<Pool> = AtomicPtr::new(std::ptr::null_mut());
-/// 0 until set: see [`num_threads`].
-static THREADS: AtomicUsize = AtomicUsize::new(0);
+static CURRENT: Lock<Option<Arc<Pool>>> = Lock::new(None);
+/// What [`set_num_threads`] set; 0 until then.
+static CHOSEN: AtomicUsize = AtomicUsize::new(0);
+/// What [`follow`] was told last; 0 until then.
+static FOLLOWED: AtomicUsize = AtomicUsize::new(0);
 /// How often [`parallel_for`] has called for workers: they wait for it to change.
 static CALLS: AtomicUsize = AtomicUsize::new(0);
 
-extern "C" fn forked_child() {
-    // One atomic add: all that may be done safely between fork and the child's own code.
-    GENERATION.fetch_add(1, Ordering::SeqCst);
-}
-
-/// The workers of this process for the wanted number of threads, a caller among them; built where there are none.
-fn pool(threads: usize) -> Option<&'static rayon::ThreadPool> {
-    static ATFORK: Once = Once::new();
-    ATFORK.call_once(|| {
-        // SAFETY: registers a handler that does one atomic add.
-        unsafe { libc::pthread_atfork(None, None, Some(forked_child)) };
-    });
-    loop {
-        let generation = GENERATION.load(Ordering::Acquire);
-        let current = CURRENT.load(Ordering::Acquire);
-        // SAFETY: pools are leaked once published, so a published pointer stays valid.
-        if let Some(pool) = unsafe { current.as_ref() }
-            && pool.generation == generation
-            && pool.threads == threads
-        {
-            return Some(&pool.workers);
-        }
-        // The old pool is leaked: after a fork its threads do not exist and dropping it would wait for
-        // them; after `set_num_threads` another thread may still be using it.
-        let workers = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads - 1)
-            .thread_name(|i| format!("kconv-{i}"))
-            .build()
-            .ok()?;
-        let new = Box::into_raw(Box::new(Pool { generation, threads, workers }));
-        if CURRENT.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire).is_err() {
-            // SAFETY: lost the race; this pool was never published.
-            drop(unsafe { Box::from_raw(new) });
-        }
+/// Forgets a pool of another process: its threads do not exist, and dropping it would wait for them.
+fn drop_if_own(pool: Option<Arc<Pool>>) {
+    match pool {
+        Some(pool) if pool.generation != generation() => std::mem::forget(pool),
+        pool => drop(pool),
     }
 }
 
-/// How many threads kernels use: [`set_num_threads`], else `KCONV_NUM_THREADS`, else one for each CPU that
-/// this process may run on.
+/// Workers of this process for so many threads, a caller among them, or for more; built where there are none.
+fn pool(threads: usize) -> Option<Arc<Pool>> {
+    let generation = generation();
+    let fits = |pool: &&Arc<Pool>| pool.generation == generation && pool.threads >= threads;
+    if let Some(pool) = CURRENT.with(|current| current.as_ref().filter(fits).cloned()) {
+        return Some(pool);
+    }
+    let workers =
+        rayon::ThreadPoolBuilder::new().num_threads(threads - 1).thread_name(|i| format!("kconv-{i}")).build().ok()?;
+    let pool = Arc::new(Pool { generation, threads, workers });
+    // Another thread may have built one meanwhile; that one's calls are then the last to use it.
+    drop_if_own(CURRENT.with(|current| current.replace(pool.clone())));
+    Some(pool)
+}
+
+/// Lets workers go that are more than so many threads need, as soon as running calls are done with them.
+fn shrink(threads: usize) {
+    let larger = |pool: &mut Arc<Pool>| pool.threads > threads;
+    drop_if_own(CURRENT.with(|current| current.take_if(larger)));
+}
+
+/// How many threads kernels use: [`set_num_threads`], else `KCONV_NUM_THREADS`, else what the framework uses that calls them
+/// ([`follow`]), else `OMP_NUM_THREADS`, else one for each CPU that this process may run on.
 pub fn num_threads() -> usize {
-    match THREADS.load(Ordering::Relaxed) {
-        0 => default_threads(),
-        threads => threads,
+    let set = |threads: &AtomicUsize| Some(threads.load(Ordering::Relaxed)).filter(|&threads| threads > 0);
+    set(&CHOSEN).unwrap_or_else(|| {
+        let Environment { kconv, other } = environment();
+        kconv.as_ref().ok().copied().flatten().or_else(|| set(&FOLLOWED)).unwrap_or(*other)
+    })
+}
+
+/// What the environment says about threads.
+struct Environment {
+    /// `KCONV_NUM_THREADS`, where it is set.
+    kconv: Result<Option<usize>>,
+    /// What holds where nothing else was said.
+    other: usize,
+}
+
+fn environment() -> &'static Environment {
+    static ENVIRONMENT: OnceLock<Environment> = OnceLock::new();
+    ENVIRONMENT.get_or_init(|| {
+        let variable = |name| std::env::var_os(name).map(|value| value.to_string_lossy().trim().to_owned());
+        let cpus = || std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
+        // OpenMP's is a list for nested regions; what is wrong with it is for OpenMP to say.
+        let openmp = variable("OMP_NUM_THREADS").and_then(|list| list.split(',').next()?.trim().parse().ok());
+        let openmp = openmp.filter(|&threads| threads > 0).map(|threads: usize| threads.min(MAX_THREADS));
+        Environment { kconv: parse(variable("KCONV_NUM_THREADS")), other: openmp.unwrap_or_else(cpus) }
+    })
+}
+
+/// Reads `KCONV_NUM_THREADS`; an empty text is as good as none.
+fn parse(value: Option<String>) -> Result<Option<usize>> {
+    match value.as_deref() {
+        None | Some("") => Ok(None),
+        Some(text) => match text.parse() {
+            Ok(threads) if (1..=MAX_THREADS).contains(&threads) => Ok(Some(threads)),
+            _ => bail!("KCONV_NUM_THREADS={text:?}, expected a number from 1 to {MAX_THREADS}"),
+        },
     }
 }
 
-fn default_threads() -> usize {
-    static DEFAULT: OnceLock<usize> = OnceLock::new();
-    *DEFAULT.get_or_init(|| {
-        std::env::var("KCONV_NUM_THREADS")
-            .ok()
-            .and_then(|value| value.trim().parse().ok())
-            .filter(|threads| (1..=MAX_THREADS).contains(threads))
-            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
-    })
+/// Checks `KCONV_NUM_THREADS`.
+pub fn check_environment() -> Result<()> {
+    environment().kconv.as_ref().map(|_| ()).map_err(Clone::clone)
+}
+
+/// Whether kconv's own settings say how many threads there are, so that [`follow`] changes nothing.
+pub fn is_set() -> bool {
+    CHOSEN.load(Ordering::Relaxed) > 0 || !matches!(environment().kconv, Ok(None))
+}
+
+/// Uses as many threads as the framework that calls, unless kconv's own settings say how many.
+pub fn follow(threads: usize) {
+    let threads = threads.clamp(1, MAX_THREADS);
+    // A store at every call would take the line from other threads' caches.
+    if FOLLOWED.load(Ordering::Relaxed) != threads {
+        FOLLOWED.store(threads, Ordering::Relaxed);
+        shrink(num_threads());
+    }
 }
 
 /// Sets how many threads kernels use from now on.
@@ -101,13 +137,19 @@ pub fn set_num_threads(threads: usize) -> Result<()> {
     if !(1..=MAX_THREADS).contains(&threads) {
         bail!("num_threads={threads}, expected 1 to {MAX_THREADS}");
     }
-    THREADS.store(threads, Ordering::Relaxed);
+    CHOSEN.store(threads, Ordering::Relaxed);
+    shrink(threads);
     Ok(())
+}
+
+/// Whether work of this estimated size is worth more than one thread.
+pub fn is_worth_threads(nanoseconds: f64) -> bool {
+    nanoseconds >= SERIAL_NANOSECONDS
 }
 
 /// How many threads work of this estimated size is worth.
 pub fn threads_for(nanoseconds: f64) -> usize {
-    if nanoseconds < SERIAL_NANOSECONDS { 1 } else { num_threads() }
+    if is_worth_threads(nanoseconds) { num_threads() } else { 1 }
 }
 
 /// Calls `task(0..tasks)`, on `threads` threads, of which the caller is one. Tasks may run in any order; all have run on
@@ -118,7 +160,8 @@ pub fn threads_for(nanoseconds: f64) -> usize {
 /// layers takes 0.076 ms so, 0.049 this way.
 pub fn parallel_for(threads: usize, tasks: usize, task: impl Fn(usize) + Sync) {
     let used = threads.min(tasks);
-    let Some(workers) = (used > 1).then(|| pool(threads)).flatten() else { return (0..tasks).for_each(task) };
+    let Some(pool) = (used > 1).then(|| pool(threads)).flatten() else { return (0..tasks).for_each(task) };
+    let workers = &pool.workers;
     // Each thread has neighbouring tasks, which find in the caches what the one before asked for. (All threads taking them in
     // turns: 4.6 ms for 7 layers that take 3.7.) Who has done his own takes from others'.
     let next: Vec<_> = (0..used).map(|thread| AtomicUsize::new(part(tasks, used, thread).start)).collect();
@@ -143,7 +186,7 @@ pub fn parallel_for(threads: usize, tasks: usize, task: impl Fn(usize) + Sync) {
             call.enter(thread);
             // A task of its own, which does not keep the next call's from another worker.
             if CALLS.load(Ordering::Relaxed) == number {
-                workers.spawn(move || wait_awake(|| CALLS.load(Ordering::Relaxed) != number));
+                rayon::spawn(move || wait_awake(|| CALLS.load(Ordering::Relaxed) != number));
             }
         });
     }
@@ -279,12 +322,18 @@ mod tests {
     #[cfg_attr(miri, ignore = "Miri has no pthread_atfork")]
     fn a_worker_that_does_not_come_is_not_waited_for() {
         let (done, wait) = std::sync::mpsc::channel();
-        pool(2).unwrap().spawn(move || _ = wait.recv());
+        // As many as other tests may have asked for.
+        let pool = pool(2).unwrap();
+        let waits = Arc::new(Mutex::new(wait));
+        for _ in 1..pool.threads {
+            let wait = waits.clone();
+            pool.workers.spawn(move || _ = wait.lock().map(|wait| wait.recv()));
+        }
         let sum = AtomicUsize::new(0);
         parallel_for(2, 100, |i| _ = sum.fetch_add(i, Ordering::SeqCst));
         assert_eq!(sum.into_inner(), 4950);
-        // The only worker is free from here on.
-        done.send(()).unwrap();
+        // The workers are free from here on.
+        (1..pool.threads).for_each(|_| done.send(()).unwrap());
     }
 
     #[test]
@@ -298,5 +347,27 @@ mod tests {
     #[test]
     fn thread_counts_are_checked() {
         assert!(set_num_threads(0).unwrap_err().to_string().contains("num_threads=0"));
+        let read = |text: &str| parse(Some(text.to_owned()));
+        assert_eq!((parse(None), read(""), read("7")), (Ok(None), Ok(None), Ok(Some(7))));
+        for text in ["0", "-1", "1025", "two", "1.5", "99999999999999999999"] {
+            assert!(read(text).unwrap_err().to_string().contains(&format!("{text:?}, expected a number from 1")));
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no pthread_atfork")]
+    fn workers_end_with_their_pool() {
+        let pool = Pool {
+            generation: 0,
+            threads: 3,
+            workers: rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap(),
+        };
+        let (gone, wait) = std::sync::mpsc::channel::<()>();
+        // The channel closes when both workers have dropped their thread's value.
+        thread_local!(static ALIVE: std::cell::RefCell<Option<std::sync::mpsc::Sender<()>>> = const { std::cell::RefCell::new(None) });
+        pool.workers.broadcast(|_| ALIVE.set(Some(gone.clone())));
+        drop(gone);
+        drop(pool);
+        assert_eq!(wait.recv_timeout(Duration::from_secs(10)), Err(std::sync::mpsc::RecvTimeoutError::Disconnected));
     }
 }

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 
 use crate::isa::LINE_BYTES;
 use crate::kernels::Element;
+use crate::memory;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -15,11 +16,13 @@ thread_local! {
 }
 
 /// Calls `body` with `len` values of temporary memory, aligned to a cache line and of unknown content
-/// (old values, never uninitialised memory). Calls nest.
+/// (old values, never uninitialised memory). Calls nest. Without enough memory, [`memory::no_memory`] ends the operation.
 pub fn with<T: Element, R>(len: usize, body: impl FnOnce(&mut [T]) -> R) -> R {
-    let lines = (len * size_of::<T>()).div_ceil(LINE_BYTES);
+    let lines = len.saturating_mul(size_of::<T>()).div_ceil(LINE_BYTES);
     let mut buffer = BUFFERS.with_borrow_mut(Vec::pop).unwrap_or_default();
     if buffer.len() < lines {
+        buffer.clear();
+        memory::reserve(&mut buffer, lines);
         buffer.resize(lines, Line([0; LINE_BYTES]));
     }
     // SAFETY: the buffer holds at least `len` initialised values, is aligned beyond any element's

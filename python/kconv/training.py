@@ -461,14 +461,16 @@ def _held(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder} is in use by another run") from None
+        if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            raise ValueError(f"{folder} was in use by another run until this moment")
         remove_leftovers(folder)
         try:
             yield
         finally:
-            # Nothing came of it: leave nothing behind.
             with contextlib.suppress(OSError):
-                if own and list(folder.iterdir()) == [lock]:
-                    lock.unlink()
+                lock.unlink()
+                # Where nothing came of it, nothing is left behind.
+                if own and not any(folder.iterdir()):
                     folder.rmdir()
 
 

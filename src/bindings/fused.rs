@@ -3,8 +3,8 @@
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
-use super::active;
 use super::arrays::{ArrayElement, Input, Output, Values, by_wide_dtype, dtype, layout, memory_array};
+use super::{active, compute};
 use crate::error::{Result, bail};
 use crate::fused::{self, Arguments, Inference, Program};
 use crate::kernels::WideElement;
@@ -46,8 +46,8 @@ impl FusedProgram {
 
     /// Values that :meth:`forward` keeps for :meth:`backward`, an image.
     #[getter]
-    fn workspace(&self) -> usize {
-        self.0.workspace_len(1)
+    fn workspace(&self) -> PyResult<usize> {
+        Ok(self.0.workspace_len(1)?)
     }
 
     /// What each step does and how long it has taken since the last call.
@@ -71,7 +71,11 @@ impl FusedProgram {
     ///     layout: "NCHW" or "NHWC".
     ///
     /// Returns:
-    ///     The output, the statistics, and what :meth:`backward` needs.
+    ///     The output, the statistics (zeros where there are no images), and what :meth:`backward` needs.
+    ///
+    /// Raises:
+    ///     ValueError: If an array or the layout does not fit.
+    ///     MemoryError: If there is not enough memory, even with what kconv recycles.
     #[pyo3(signature = (x, parameters, masks=None, statistics=None, layout="NCHW"))]
     fn forward<'py>(
         &self,
@@ -203,6 +207,7 @@ impl FusedProgram {
         let [input, output] = program.sizes();
         let x = Input::<T>::new("x", x)?;
         let (count, order) = images("x", &x, input, layout)?;
+        let len = program.workspace_len(count)?;
         let parameters = flat::<T>("parameters", parameters, program.parameters())?;
         let masks = masks.map(|masks| flat::<T>("masks", masks, program.masks() * count)).transpose()?;
         let given = statistics.map(|given| flat::<T>("statistics", given, 2 * program.norm_channels())).transpose()?;
@@ -210,8 +215,7 @@ impl FusedProgram {
         let mut statistics = Output::<T>::array(py, &[2, program.norm_channels()], None, &[])?;
         let (x, mut y_memory, mut statistics_memory) =
             (x.image_values(layout, order)?, y.memory(), statistics.memory());
-        let len = program.workspace_len(count);
-        let memory = py.detach(|| {
+        let memory = compute(py, || {
             let mut memory = Memory::new::<T>(len);
             let masks = masks.as_ref().map_or(&[][..], Values::as_slice);
             let arguments = Arguments { isa, program, count, order, parameters: parameters.as_slice(), masks };
@@ -224,7 +228,7 @@ impl FusedProgram {
                 memory.as_mut(len),
             );
             memory
-        });
+        })?;
         Ok((y.finish()?, statistics.finish()?, memory_array::<T>(py, memory, &[len])?.into_any()))
     }
 
@@ -240,15 +244,16 @@ impl FusedProgram {
         let [input, output] = program.sizes();
         let x = Input::<T>::new("x", x)?;
         let (count, order) = images("x", &x, input, layout)?;
+        program.workspace_len(count)?;
         let parameters = Pieces::<T>::new("parameters", parameters, program.parameters())?;
         let statistics = Pieces::<T>::new("statistics", statistics, 2 * program.norm_channels())?;
         let mut y = Output::images(py, shape(count, output, layout), layout, order, None, &[&x])?;
         let (x, mut memory) = (x.image_values(layout, order)?, y.memory());
         let (parameters, statistics) = (&parameters.slices()[..], &statistics.slices()[..]);
-        py.detach(|| {
+        compute(py, || {
             let inference = Inference { isa, program, count, order, parameters, statistics };
             fused::infer(&inference, x.as_slice(), memory.as_mut_slice());
-        });
+        })?;
         y.finish()
     }
 
@@ -270,7 +275,7 @@ impl FusedProgram {
         let parameters = flat::<T>("parameters", parameters, program.parameters())?;
         let masks = masks.map(|masks| flat::<T>("masks", masks, program.masks() * count)).transpose()?;
         let statistics = flat::<T>("statistics", statistics, 2 * program.norm_channels())?;
-        let workspace = flat::<T>("workspace", workspace, program.workspace_len(count))?;
+        let workspace = flat::<T>("workspace", workspace, program.workspace_len(count)?)?;
         let mut grad_x = match program.input_grad() {
             true => Some(Output::<T>::images(py, shape(count, input, layout), layout, order, None, &[])?),
             false => None,
@@ -278,7 +283,7 @@ impl FusedProgram {
         let mut grad_parameters = Output::<T>::array(py, &[program.parameters()], None, &[])?;
         let grad_output = grad_output.image_values(layout, order)?;
         let (mut x_memory, mut memory) = (grad_x.as_mut().map(Output::memory), grad_parameters.memory());
-        py.detach(|| {
+        compute(py, || {
             let masks = masks.as_ref().map_or(&[][..], Values::as_slice);
             let arguments = Arguments { isa, program, count, order, parameters: parameters.as_slice(), masks };
             fused::backward(
@@ -290,7 +295,7 @@ impl FusedProgram {
                 x_memory.as_mut().map_or(&mut [], |memory| memory.as_mut_slice()),
                 memory.as_mut_slice(),
             );
-        });
+        })?;
         Ok((grad_x.map(Output::finish).transpose()?, grad_parameters.finish()?))
     }
 }

@@ -9,17 +9,54 @@ mod numpy;
 mod tensorflow;
 mod xla;
 
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyValueError};
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyDict;
 
 use crate::error::Error;
 use crate::isa::{self, Active};
 use crate::kernels::probe::Multiply;
-use crate::pool;
+use crate::memory::{self, NoMemory};
+use crate::{lock, pool};
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         PyValueError::new_err(error.to_string())
+    }
+}
+
+impl From<NoMemory> for PyErr {
+    fn from(error: NoMemory) -> Self {
+        PyMemoryError::new_err(error.to_string())
+    }
+}
+
+/// Runs an operation without the GIL, on as many threads as PyTorch uses where kconv's own settings do not say how many.
+fn compute<R: Send>(py: Python<'_>, operation: impl FnOnce() -> R + Send) -> PyResult<R> {
+    follow_torch(py);
+    Ok(py.detach(|| memory::catch(operation))?)
+}
+
+/// Uses as many threads as PyTorch, if the process has it: `torch.set_num_threads` and the one thread of a `DataLoader`'s worker
+/// hold here too. (PyTorch's answer takes 50 ns.)
+fn follow_torch(py: Python<'_>) {
+    static GET_NUM_THREADS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    if pool::is_set() {
+        return;
+    }
+    let find = || {
+        // It may be imported later.
+        // SAFETY: a borrowed reference to `sys.modules`; the GIL is held.
+        let modules = unsafe { Bound::from_borrowed_ptr_or_opt(py, pyo3::ffi::PyImport_GetModuleDict()) }?;
+        let torch = modules.cast::<PyDict>().ok()?.get_item(intern!(py, "torch")).ok()??;
+        let found = torch.getattr(intern!(py, "get_num_threads")).ok()?.unbind();
+        Some(GET_NUM_THREADS.get_or_init(py, || found))
+    };
+    let Some(get) = GET_NUM_THREADS.get(py).or_else(find) else { return };
+    if let Ok(threads) = get.call0(py).and_then(|threads| threads.extract::<usize>(py)) {
+        pool::follow(threads);
     }
 }
 
@@ -30,8 +67,9 @@ fn active() -> PyResult<Active> {
 
 /// Sets how many threads the kernels use.
 ///
-/// The default is one thread for each CPU that the process may run on, or the environment variable
-/// ``KCONV_NUM_THREADS``. Small work always stays on the calling thread.
+/// Until then it is what the environment variable ``KCONV_NUM_THREADS`` says; without that, as many as PyTorch uses
+/// (``torch.set_num_threads``, and one in a worker of a ``DataLoader``) where it is imported; else what ``OMP_NUM_THREADS``
+/// says, or one thread for each CPU that the process may run on. Small work always stays on the calling thread.
 ///
 /// Args:
 ///     threads: Number of threads, at least 1.
@@ -57,7 +95,8 @@ fn set_num_threads(#[pyo3(from_py_with = arrays::integers::threads)] threads: i6
 ///     >>> kconv.get_num_threads() >= 1
 ///     True
 #[pyfunction]
-fn get_num_threads() -> usize {
+fn get_num_threads(py: Python<'_>) -> usize {
+    follow_torch(py);
     pool::num_threads()
 }
 
@@ -72,12 +111,12 @@ fn get_num_threads() -> usize {
 ///     >>> info["isa"] in info["isas"]
 ///     True
 #[pyfunction]
-fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
-    let info = pyo3::types::PyDict::new(py);
+fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let info = PyDict::new(py);
     info.set_item("version", env!("CARGO_PKG_VERSION"))?;
     info.set_item("isa", active()?.name())?;
     info.set_item("isas", Active::available().iter().map(|isa| isa.name()).collect::<Vec<_>>())?;
-    info.set_item("threads", pool::num_threads())?;
+    info.set_item("threads", get_num_threads(py))?;
     Ok(info)
 }
 
@@ -93,7 +132,7 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
 fn fma_peak(py: Python<'_>) -> PyResult<f64> {
     const ROUNDS: usize = 2_000_000;
     let isa = active()?;
-    Ok(py.detach(|| {
+    compute(py, || {
         let threads = pool::num_threads();
         let run = || {
             let start = std::time::Instant::now();
@@ -106,14 +145,17 @@ fn fma_peak(py: Python<'_>) -> PyResult<f64> {
         // The first run wakes the threads; the best of the others counts.
         run();
         (0..3).map(|_| run()).fold(0.0, f64::max)
-    }))
+    })
 }
 
 /// kconv's kernels.
 #[pymodule]
 fn _kconv(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    // A wrong KCONV_ISA is reported at import.
+    // Wrong settings are reported at import. What is found out once, and the fork handler, come while no other thread may fork.
     active()?;
+    pool::check_environment()?;
+    isa::looks_ahead();
+    lock::generation();
     for function in [
         wrap_pyfunction!(set_num_threads, module)?,
         wrap_pyfunction!(get_num_threads, module)?,

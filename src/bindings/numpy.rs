@@ -2,11 +2,11 @@
 
 use pyo3::prelude::*;
 
-use super::active;
 use super::arrays::{
     ArrayElement, Input, Output, Values, by_dtype, dtype, image_axes, input_size, integers, layout, padding,
     weight_layout,
 };
+use super::{active, compute};
 use crate::error::{Error, Result, bail};
 use crate::ops;
 use crate::shape::{
@@ -171,10 +171,10 @@ fn pointwise_forward<'py, T: ArrayElement>(
     let mut y = Output::images(py, y_shape, layout, images.order, out, &inputs)?;
     let (x, weight, mut memory) = (x.image_values(layout, images.order)?, weight.values()?, y.memory());
     let isa = active()?;
-    py.detach(|| {
+    compute(py, || {
         let bias = bias_values.as_ref().map(Values::as_slice);
         ops::pointwise::forward(isa, &shape, images, x.as_slice(), weight.as_slice(), bias, memory.as_mut_slice());
-    });
+    })?;
     y.finish()
 }
 
@@ -237,9 +237,9 @@ fn pointwise_grad_input<'py, T: ArrayElement>(
     let mut gx = Output::images(py, x_shape, layout, images.order, out, &[&gy, &weight])?;
     let (gy, weight, mut memory) = (gy.image_values(layout, images.order)?, weight.values()?, gx.memory());
     let isa = active()?;
-    py.detach(|| {
+    compute(py, || {
         ops::pointwise::grad_input(isa, &shape, images, gy.as_slice(), weight.as_slice(), memory.as_mut_slice());
-    });
+    })?;
     gx.finish()
 }
 
@@ -308,9 +308,9 @@ fn pointwise_grad_weight<'py, T: ArrayElement>(
     let (x, gy) = (x.image_values(layout, images.order)?, gy.image_values(layout, images.order)?);
     let mut memory = gw.memory();
     let isa = active()?;
-    py.detach(|| {
+    compute(py, || {
         ops::pointwise::grad_weight(isa, &shape, images, x.as_slice(), gy.as_slice(), memory.as_mut_slice());
-    });
+    })?;
     gw.finish()
 }
 
@@ -364,7 +364,7 @@ fn grad_bias<'py, T: ArrayElement>(
     let mut gb = Output::array(py, &[images.channels], None, &[&gy])?;
     let (gy, mut memory) = (gy.image_values(layout, images.order)?, gb.memory());
     let isa = active()?;
-    py.detach(|| ops::pointwise::grad_bias(isa, step, images, gy.as_slice(), memory.as_mut_slice()));
+    compute(py, || ops::pointwise::grad_bias(isa, step, images, gy.as_slice(), memory.as_mut_slice()))?;
     gb.finish()
 }
 
@@ -450,9 +450,9 @@ fn permute<'py, T: ArrayElement>(
     }
     let (x, mut memory) = (x.image_values(layout, images.order)?, y.memory());
     let isa = active()?;
-    py.detach(|| {
+    compute(py, || {
         ops::interleave::permute(isa, &sources(images.channels, step), images, x.as_slice(), memory.as_mut_slice());
-    });
+    })?;
     y.finish()
 }
 
@@ -580,10 +580,10 @@ fn depthwise_forward<'py, T: ArrayElement>(
     let mut y = Output::images(py, output_shape(&shape, layout), layout, order, out, &inputs)?;
     let (x, weight, mut memory) = (x.image_values(layout, order)?, weight.values()?, y.memory());
     let isa = active()?;
-    py.detach(|| {
+    compute(py, || {
         let bias = bias_values.as_ref().map(Values::as_slice);
         ops::depthwise::forward(isa, &shape, x.as_slice(), weight.as_slice(), bias, memory.as_mut_slice());
-    });
+    })?;
     y.finish()
 }
 
@@ -659,7 +659,7 @@ fn depthwise_grad_input<'py, T: ArrayElement>(
     let mut gx = Output::images(py, x_shape, layout, order, out, &[&gy, &weight])?;
     let (gy, weight, mut memory) = (gy.image_values(layout, order)?, weight.values()?, gx.memory());
     let isa = active()?;
-    py.detach(|| ops::depthwise::grad_input(isa, &shape, gy.as_slice(), weight.as_slice(), memory.as_mut_slice()));
+    compute(py, || ops::depthwise::grad_input(isa, &shape, gy.as_slice(), weight.as_slice(), memory.as_mut_slice()))?;
     gx.finish()
 }
 
@@ -732,6 +732,6 @@ fn depthwise_grad_weight<'py, T: ArrayElement>(
     let mut gw = Output::array(py, &w_shape, out, &[&x, &gy])?;
     let (x, gy, mut memory) = (x.image_values(layout, order)?, gy.image_values(layout, order)?, gw.memory());
     let isa = active()?;
-    py.detach(|| ops::depthwise::grad_weight(isa, &shape, x.as_slice(), gy.as_slice(), memory.as_mut_slice()));
+    compute(py, || ops::depthwise::grad_weight(isa, &shape, x.as_slice(), gy.as_slice(), memory.as_mut_slice()))?;
     gw.finish()
 }

@@ -10,7 +10,9 @@ use crate::isa::{Active, line};
 use crate::kernels::pointwise::SumSlots;
 use crate::kernels::rows::Sum;
 use crate::kernels::{WideElement, lanes, writable};
+use crate::memory;
 use crate::ops::Shared;
+use crate::ops::phases::sum_seen;
 use crate::ops::planes::{PlaneConv, Taps, planes_together};
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
@@ -84,18 +86,19 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let packed = Packed::of_taps(pass.isa, conv.groups, 1, 1, back.order(), weight);
         let sizes = [
             taps.len() * line::<T>(),
+            taps.len() * line::<T>(),
             taps.len(),
             block * out_pixels,
             block * pixels,
             most * block * pixels,
             block * pixels,
         ];
-        let mut partial = vec![T::default(); parts * conv.weights()];
+        let mut partial = memory::filled(T::default(), parts * conv.weights());
         let mut bias = vec![0.0; parts * conv.groups];
         let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
         self.give_back(&step.source, conv.groups, parts, |this, g, images, p, sums| {
             scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-                let [slots, tap_sums, grad_buffer, buffer, slopes, grad_x] = cut(memory, sizes);
+                let [slots, before, tap_sums, grad_buffer, buffer, slopes, grad_x] = cut(memory, sizes);
                 slots.fill(T::default());
                 let (at, len) = (p * conv.groups + g, conv.taps());
                 // SAFETY: sums of this part and channel alone.
@@ -118,7 +121,21 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         *bias += pass.isa.run(Sum(grad));
                     }
                     let planes = [(images.len(), pixels), (1, 0)];
+                    before.copy_from_slice(slots);
                     taps.sum(pass.isa, source, planes, (grad, [out_pixels, 0], size), slots);
+                    if !pass.isa.run(Sum(slots)).is_finite() {
+                        // See `sum_seen`.
+                        slots.copy_from_slice(before);
+                        for (tap, sum) in weight_sums.iter_mut().enumerate() {
+                            for (source, grad) in source.chunks_exact(pixels).zip(grad.chunks_exact(out_pixels)) {
+                                let product = |[t, u]: [usize; 2], [y, x]: [usize; 2]| {
+                                    grad[t * size[1] + u].to_f64() * source[y * step.source.width + x].to_f64()
+                                };
+                                let taps = [tap / width, tap % width];
+                                *sum += T::from_f64(sum_seen([&vertical[0], &horizontal[0]], taps, product));
+                            }
+                        }
+                    }
                     if !step.differentiate {
                         continue;
                     }
@@ -138,7 +155,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     }
                 }
                 pass.isa.run(SumSlots(slots, tap_sums));
-                taps.places().for_each(|(tap, place)| weight_sums[tap] = tap_sums[place]);
+                taps.places().for_each(|(tap, place)| weight_sums[tap] += tap_sums[place]);
             });
         });
         self.write_weights(conv, parts, &mut partial, &bias);

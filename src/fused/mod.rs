@@ -31,12 +31,13 @@ mod tests;
 use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 pub use program::{Program, StepTimes};
 
 use self::pointwise::Packed;
 use self::program::{Kind, Slots, Source, Step, timed};
+use crate::error::{Result, bail};
 use crate::isa::Active;
 use crate::kernels::activations::Activation;
 use crate::kernels::rows::{ActivateInPlace, ActivateMeans, Moments, PoolPlane, PoolPlaneGrad, Sum};
@@ -130,20 +131,22 @@ impl<T: WideElement> Inference<'_, T> {
     /// What is the same for all images, that of the last call where its parameters and statistics were the same: a
     /// comparison takes a tenth of the time of packing, which in inference of one image is a sixth of all.
     fn prepared(&self) -> Arc<Prepared<T>> {
-        let mut last = self.program.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(prepared) = last.as_ref().and_then(|last| last.clone().downcast::<Prepared<T>>().ok())
+        // Not under the lock: threads that come at once may all pack.
+        let last = self.program.prepared.with(|last| last.clone());
+        if let Some(prepared) = last.and_then(|last| last.downcast::<Prepared<T>>().ok())
             && same_bits(&prepared.parameters, self.parameters)
             && same_bits(&prepared.statistics, self.statistics)
         {
             return prepared;
         }
-        let (parameters, statistics) = (self.parameters.concat(), self.statistics.concat());
+        let (parameters, statistics) = (concat(self.parameters), concat(self.statistics));
         let arguments = self.arguments(&parameters);
         let mut pass = Pass::new(&arguments, Shared::new(&mut []), &self.program.reused, 1);
         pass.fix_statistics(&statistics);
         let (weights, affine) = (arguments.packed(Some(&pass.affine)), pass.affine);
         let prepared = Arc::new(Prepared { parameters, statistics, weights, affine });
-        *last = Some(prepared.clone());
+        let old = self.program.prepared.with(|last| last.replace(prepared.clone()));
+        drop(old);
         prepared
     }
 
@@ -185,6 +188,14 @@ impl<T: WideElement> Arguments<'_, T> {
     }
 }
 
+/// All pieces' values.
+fn concat<T: WideElement>(pieces: &[&[T]]) -> Vec<T> {
+    let mut values = Vec::new();
+    memory::reserve(&mut values, pieces.iter().map(|piece| piece.len()).sum());
+    pieces.iter().for_each(|piece| values.extend_from_slice(piece));
+    values
+}
+
 /// Whether values are those of the pieces, bit for bit.
 fn same_bits<T: WideElement>(mut values: &[T], pieces: &[&[T]]) -> bool {
     // SAFETY: floating-point numbers are plain bytes.
@@ -212,12 +223,20 @@ fn merge(a: Statistics, b: Statistics) -> Statistics {
 
 impl Program {
     /// Values that the forward pass keeps for the backward pass.
-    pub fn workspace_len(&self, count: usize) -> usize {
-        self.kept.len * count
+    ///
+    /// # Errors
+    /// If no memory can hold what the program needs for so many images.
+    pub fn workspace_len(&self, count: usize) -> Result<usize> {
+        let sizes = self.sizes().map(|size| size.iter().product());
+        let most = sizes.into_iter().chain([self.kept.len, self.reused.len, self.gradients.len, self.masks]).max();
+        match most.unwrap_or(0).checked_mul(count) {
+            Some(values) if values <= memory::LARGEST / size_of::<f64>() => Ok(self.kept.len * count),
+            _ => bail!("the program needs more memory for {count} images than there can be"),
+        }
     }
 }
 
-/// Forward with all that [`backward`] needs: the output from the input `x`.
+/// Forward with all that [`backward`] needs: the output from the input `x`. Without images the batch's statistics are zeros.
 ///
 /// * `given`: statistics to normalise with (means and variances of all norms' channels), else the batch's own.
 /// * `statistics`: the statistics that were used, the batch's variances biased.
@@ -233,7 +252,13 @@ pub fn forward<T: WideElement>(
     let program = arguments.program;
     let channels = program.norm_channels();
     assert_eq!(statistics.len(), 2 * channels);
-    assert_eq!(workspace.len(), program.workspace_len(arguments.count));
+    assert_eq!(Ok(workspace.len()), program.workspace_len(arguments.count));
+    if arguments.count == 0 {
+        for (i, to) in statistics.iter_mut().enumerate() {
+            to.write(given.map_or(T::default(), |given| given[i]));
+        }
+        return;
+    }
     let weights = arguments.packed(None);
     let mut pass = Pass::new(arguments, Shared::new(workspace), &program.kept, num_threads());
     pass.packed = &weights;
@@ -266,6 +291,10 @@ pub fn infer<T: WideElement>(inference: &Inference<'_, T>, x: &[T], y: &mut [May
     let Inference { program, count, .. } = *inference;
     let [input, output] = program.sizes().map(|[channels, height, width]| channels * height * width);
     assert_eq!((x.len(), y.len()), (count * input, count * output));
+    assert!(program.workspace_len(count).is_ok());
+    if count == 0 {
+        return;
+    }
     let threads = num_threads();
     let y = Shared::new(y);
     let prepared = inference.prepared();
@@ -299,7 +328,7 @@ pub fn infer<T: WideElement>(inference: &Inference<'_, T>, x: &[T], y: &mut [May
     }
 }
 
-/// The gradients by the input (where the program wants it) and by the parameters.
+/// The gradients by the input (where the program wants it) and by the parameters; without images those are zeros.
 ///
 /// * `statistics`, `workspace`: what [`forward`] wrote; with `frozen`, statistics that were given.
 /// * `grad_output`: like the output; `grad_x`: like the input, or empty.
@@ -314,11 +343,14 @@ pub fn backward<T: WideElement>(
 ) {
     let Arguments { program, count, .. } = *arguments;
     assert_eq!(statistics.len(), 2 * program.norm_channels());
-    assert_eq!(workspace.len(), program.workspace_len(count));
+    assert_eq!(Ok(workspace.len()), program.workspace_len(count));
     assert_eq!(grad_parameters.len(), program.parameters());
+    grad_parameters.iter_mut().for_each(|value| _ = value.write(T::default()));
+    if count == 0 {
+        return;
+    }
     let mut pass = Pass::new(arguments, Shared(workspace.as_ptr().cast_mut()), &program.kept, num_threads());
     pass.fix_statistics(statistics);
-    grad_parameters.iter_mut().for_each(|value| _ = value.write(T::default()));
     memory::with(program.gradients.len * count, |memory: &mut [MaybeUninit<T>]| {
         let mut tape = Tape {
             pass: &pass,
@@ -838,7 +870,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
     /// known at once, because the forward pass has kept the means of the slopes.
     fn wait(&mut self, step: &Step) {
         let (count, channels, pixels) = (self.pass.count, step.source.channels(), step.source.pixels());
-        let mut grads = vec![T::default(); channels * count];
+        let mut grads = memory::filled(T::default(), channels * count);
         for (c, (row, grads)) in step.source.rows.iter().zip(grads.chunks_exact_mut(count)).enumerate() {
             // SAFETY: as in `copy`; the forward pass wrote the slopes.
             let [slopes, normalised] = unsafe {

@@ -9,6 +9,7 @@ use crate::kernels::WideElement;
 use crate::kernels::pointwise::{ConvHeight, ConvRows, Rows, Start};
 use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
+use crate::memory;
 use crate::ops::row_products::RowProducts;
 use crate::ops::{Shared, add_parts};
 use crate::pool::{chunks, part};
@@ -71,7 +72,8 @@ impl<T: WideElement> Packed<T> {
         let count = outputs.div_ceil(isa.run(ConvHeight { four: false }));
         let blocks: Vec<_> = (0..count).map(|i| part(outputs, count, i)).collect();
         let inputs = channels * taps.len();
-        let mut weights = Vec::with_capacity(groups * outputs * inputs);
+        let mut weights = Vec::new();
+        memory::reserve(&mut weights, groups * outputs * inputs);
         for (g, block) in (0..groups).flat_map(|g| blocks.iter().map(move |block| (g, block))) {
             for (channel, tap) in (0..channels).flat_map(|channel| taps.iter().map(move |&tap| (channel, tap))) {
                 let weight = |o| tap.map_or(T::default(), |tap| weight(g, o, channel, tap));
@@ -192,7 +194,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let most = step.source.most_rows;
         let tile = tile_pixels((2 + most) * k + m);
         let parts = pass.parts(pixels).min((pass.count * pixels / TASK_PIXELS).max(TASKS.div_ceil(groups)));
-        let mut partial = vec![T::default(); parts * groups * m * k];
+        let mut partial = memory::filled(T::default(), parts * groups * m * k);
         let mut bias = vec![0.0; parts * groups * m];
         let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
         let products = RowProducts::<T, _>::new(pass.isa, Single, [m, k], tile);

@@ -4,14 +4,15 @@
 
 use std::any::Any;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::error::{Result, bail};
 use crate::kernels::activations::Activation;
 use crate::kernels::planes::{MAX_COLUMNS, MAX_TAP_ROWS};
+use crate::lock::Lock;
 use crate::shape::WeightLayout;
 
 /// A tensor of `channels` planes an image.
@@ -192,7 +193,7 @@ pub struct Program {
     /// The time that each step has taken.
     pub(super) clocks: Vec<Clock>,
     /// What the last inference packed, of either type of values.
-    pub(super) prepared: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
+    pub(super) prepared: Lock<Option<Arc<dyn Any + Send + Sync>>>,
 }
 
 /// A step's kind, the seconds that it has taken, and for each image its multiply-adds and the values that it reads and
@@ -273,6 +274,14 @@ impl Slots {
 
 /// No size in a program is larger: products of three of them do not overflow.
 const LARGEST: usize = 1 << 20;
+/// Values of a program, at most. (A NASNet-A Large has some 2,000 layers.)
+const MOST_VALUES: usize = 1 << 13;
+/// Channels of all values, of all norms and of all sources, at most: a program that is short to write takes no more memory than
+/// hundreds of megabytes. (An EfficientNet-B7 has 0.6, 0.2 and 0.6 million of them.)
+const MOST_CHANNELS: usize = 1 << 21;
+/// Numbers for an image, and parameters, at most: more than any memory holds. Sums of as many of them as there are values do not
+/// overflow.
+const MOST_NUMBERS: usize = 1 << 42;
 
 /// Reads integers one after the other.
 struct Reader<'a>(&'a [i64]);
@@ -306,7 +315,11 @@ impl Reader<'_> {
     }
 
     fn flag(&mut self) -> Result<bool> {
-        Ok(self.integer()? != 0)
+        match self.integer()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            value => bail!("the program has a flag of {value}, expected 0 or 1"),
+        }
     }
 }
 
@@ -334,12 +347,22 @@ impl Program {
         let input_grad = reader.flag()?;
         let masks = reader.size()?;
         let count = reader.size()?;
+        if !(2..=MOST_VALUES).contains(&count) {
+            bail!(
+                "the program has {count} values, expected the input and one for each of 1 to {} steps",
+                MOST_VALUES - 1
+            );
+        }
         let mut values = Vec::new();
+        let mut channels = 0;
         for _ in 0..count {
-            let (channels, height, width) = (reader.size()?, reader.size()?, reader.size()?);
-            if channels == 0 || channels * height * width > LARGEST * LARGEST {
-                bail!("the program has a value of {channels} channels, {height}x{width}");
+            let (own, height, width) = (reader.size()?, reader.size()?, reader.size()?);
+            if own * height * width == 0 || own * height * width > MOST_NUMBERS {
+                bail!("the program has a value of {own} channels, {height}x{width}");
             }
+            channels += own;
+            Self::limit("channels", channels, MOST_CHANNELS)?;
+            let channels = own;
             values.push(Value {
                 channels,
                 height,
@@ -353,20 +376,21 @@ impl Program {
                 kept_rows: 1,
             });
         }
-        if count < 2 {
-            bail!("the program has {count} values, expected the input and at least one step");
-        }
         let mut norms = Vec::new();
         let mut channels = 0;
         for _ in 0..reader.size()? {
             let own = reader.size()?;
             let epsilon = f64::from_bits(reader.integer()? as u64);
+            if !(0.0..f64::INFINITY).contains(&epsilon) || own == 0 {
+                bail!("the program has a norm of {own} channels with epsilon {epsilon}");
+            }
             // Places among the parameters follow when those of the convolutions are known.
             let gamma = reader.flag()?.then_some(0);
             norms.push(Norm { channels: channels..channels + own, epsilon, gamma, beta: 0 });
             channels += own;
+            Self::limit("channels of norms", channels, MOST_CHANNELS)?;
         }
-        let mut parameters = 0;
+        let (mut parameters, mut rows) = (0, 0);
         let mut steps = Vec::new();
         for value in 1..count {
             let geometry = match reader.integer()? {
@@ -377,10 +401,10 @@ impl Program {
                     reader.size()?,
                     reader.size()?,
                     reader.size()?,
-                    reader.size()?,
+                    usize::from(reader.flag()?),
                 ]),
                 kind @ 1..=3 => {
-                    let source = Self::source(&mut reader, &values[..value], &norms, masks)?;
+                    let source = Self::source(&mut reader, &values[..value], &norms, masks, &mut rows)?;
                     let (kind, expected) = match kind {
                         1 => (Kind::Copy, [source.height, source.width]),
                         2 => (Kind::Mean, [1, 1]),
@@ -389,7 +413,8 @@ impl Program {
                     if source.channels() != values[value].channels
                         || expected != [values[value].height, values[value].width]
                     {
-                        bail!("step {value} of the program makes {:?} of another size", values[value]);
+                        let Value { channels, height, width, .. } = values[value];
+                        bail!("step {value} of the program makes {channels} channels, {height}x{width}, of others");
                     }
                     steps.push(Step { value, kind, source, differentiate: false });
                     None
@@ -397,7 +422,7 @@ impl Program {
                 kind => bail!("the program has a step of kind {kind}, expected 0 to 3"),
             };
             let Some([height, width, stride, top, left, groups, bias]) = geometry else { continue };
-            let source = Self::source(&mut reader, &values[..value], &norms, masks)?;
+            let source = Self::source(&mut reader, &values[..value], &norms, masks, &mut rows)?;
             let out = &values[value];
             let (c_in, c_out) = (source.channels(), out.channels);
             if groups == 0 || c_in % groups != 0 || c_out % groups != 0 {
@@ -424,10 +449,11 @@ impl Program {
                 layout,
             };
             let sizes = [source.height, source.width, out.height, out.width];
-            if conv.pointwise() && sizes[..2] != sizes[2..] || sizes[2..].contains(&0) {
+            if conv.pointwise() && sizes[..2] != sizes[2..] {
                 bail!("the program convolves {}x{} pixels to {}x{}", sizes[0], sizes[1], sizes[2], sizes[3]);
             }
             parameters += conv.weights();
+            Self::limit("parameters", parameters, MOST_NUMBERS)?;
             if bias != 0 {
                 conv.bias = Some(parameters);
                 parameters += c_out;
@@ -458,14 +484,29 @@ impl Program {
             reused: Slots::default(),
             gradients: Slots::default(),
             clocks,
-            prepared: Mutex::new(None),
+            prepared: Lock::new(None),
         };
         program.connect(channels)?;
+        let numbers = [&program.kept, &program.reused, &program.gradients].map(|slots| slots.len);
+        Self::limit("numbers for an image", numbers.into_iter().max().unwrap_or(0), MOST_NUMBERS)?;
         Ok(program)
     }
 
-    fn source(reader: &mut Reader<'_>, values: &[Value], norms: &[Norm], masks: usize) -> Result<Source> {
-        let mut places: Vec<Vec<Row>> = Vec::new();
+    /// That the program has no more of something than it may.
+    fn limit(what: &str, count: usize, most: usize) -> Result<()> {
+        if count > most { bail!("the program has {count} {what}, expected at most {most}") } else { Ok(()) }
+    }
+
+    /// Reads a step's source; `total` counts the rows of all.
+    fn source(
+        reader: &mut Reader<'_>,
+        values: &[Value],
+        norms: &[Norm],
+        masks: usize,
+        total: &mut usize,
+    ) -> Result<Source> {
+        // Rows and their channels.
+        let mut places: Vec<(usize, Row)> = Vec::new();
         let mut size = None;
         for _ in 0..reader.size()? {
             let value = reader.required("value", values.len())?;
@@ -497,6 +538,8 @@ impl Program {
             };
             for _ in 0..reader.size()? {
                 let (count, first, distance) = (reader.size()?, reader.size()?, reader.size()?);
+                *total += count;
+                Self::limit("channels of sources", *total, MOST_CHANNELS)?;
                 for i in 0..count {
                     let channel = moved(first.saturating_add(i.saturating_mul(distance)), 0, values[value].channels)?;
                     let norm = match norm {
@@ -510,28 +553,27 @@ impl Program {
                         Some(gate) => Some((gate, moved(channel, gate_offset, values[gate].channels)?)),
                         None => None,
                     };
-                    if place >= LARGEST {
-                        bail!("the program has a source of more than {place} channels");
+                    if gate == Some((value, channel)) {
+                        bail!("the program multiplies channel {channel} of value {value} by itself");
                     }
-                    if places.len() <= place {
-                        places.resize(place + 1, Vec::new());
-                    }
-                    places[place].push(Row { value, channel, norm, activation, gate, mask, first: false });
+                    places.push((place, Row { value, channel, norm, activation, gate, mask, first: false }));
                     place += 1;
                 }
             }
         }
-        if places.is_empty() || places.iter().any(Vec::is_empty) {
-            bail!("the program has a source with an empty channel");
-        }
-        let [height, width] = size.unwrap_or([0, 0]);
+        // A channel's rows are added up in the order in which they come.
+        places.sort_by_key(|&(place, _)| place);
         let mut starts = vec![0];
-        starts.extend(places.iter().scan(0, |end, rows| {
+        starts.extend(places.chunk_by(|a, b| a.0 == b.0).scan(0, |end, rows| {
             *end += rows.len();
             Some(*end)
         }));
-        let most_rows = places.iter().map(Vec::len).max().unwrap_or(0);
-        Ok(Source { height, width, rows: places.into_iter().flatten().collect(), starts, most_rows })
+        let channels = places.last().map_or(0, |&(place, _)| place + 1);
+        let Some([height, width]) = size.filter(|_| channels > 0 && starts.len() == channels + 1) else {
+            bail!("the program has a source with an empty channel")
+        };
+        let most_rows = starts.windows(2).map(|bounds| bounds[1] - bounds[0]).max().unwrap_or(0);
+        Ok(Source { height, width, rows: places.into_iter().map(|(_, row)| row).collect(), starts, most_rows })
     }
 
     /// What follows from who reads what.
@@ -561,20 +603,16 @@ impl Program {
             wanted.push(step.differentiate || matches!(step.kind, Kind::Conv(_)));
         }
         // The backward pass goes through the steps from the last to the first. The output's gradient is there already.
-        // Tasks of a step differ in channels, so no two of its channels may add to the same gradient.
+        // Tasks of a step differ in channels, so no two of its channels may add to the same gradient, be it that of a gate.
         let mut met: Vec<Vec<Option<(usize, usize)>>> =
             self.values.iter().map(|value| vec![None; value.channels]).collect();
         for step in &self.steps {
             for (channel, bounds) in step.source.starts.windows(2).enumerate() {
-                for row in &step.source.rows[bounds[0]..bounds[1]] {
-                    let reader = Some((step.value, channel));
-                    match std::mem::replace(&mut met[row.value][row.channel], reader) {
-                        Some((value, other)) if value == step.value && other != channel => {
-                            bail!(
-                                "channels {other} and {channel} of a step both read channel {} of value {}",
-                                row.channel,
-                                row.value
-                            )
+                let rows = &step.source.rows[bounds[0]..bounds[1]];
+                for (value, own) in rows.iter().flat_map(|row| [Some((row.value, row.channel)), row.gate]).flatten() {
+                    match std::mem::replace(&mut met[value][own], Some((step.value, channel))) {
+                        Some((step_of, other)) if step_of == step.value && other != channel => {
+                            bail!("channels {other} and {channel} of a step both read channel {own} of value {value}")
                         }
                         _ => {}
                     }
@@ -606,6 +644,18 @@ impl Program {
     /// Finds the means that leave their gradient to the step that makes what they read: it is the same for all pixels of an
     /// image but for the activation's derivative. Others must read all of that too, so that there is a gradient to add to.
     fn wait(&mut self) {
+        // Which step reads each channel of each value first, and whether others do.
+        let mut readers: Vec<Vec<(usize, bool)>> =
+            self.values.iter().map(|value| vec![(0, false); value.channels]).collect();
+        for step in &self.steps {
+            for row in &step.source.rows {
+                let (first, others) = &mut readers[row.value][row.channel];
+                if *first == 0 {
+                    *first = step.value;
+                }
+                *others |= *first != step.value;
+            }
+        }
         for step in self.steps.iter().filter(|step| matches!(step.kind, Kind::Mean)) {
             let rows = &step.source.rows;
             let Row { value, activation, .. } = rows[0];
@@ -617,11 +667,8 @@ impl Program {
             };
             let whole = [rows.len(), step.source.channels()] == [channels; 2] && rows.iter().enumerate().all(alike);
             // Whether gradients are wanted does not matter: the size of what is kept must not depend on it.
-            let mut read = vec![false; channels];
-            for other in self.steps.iter().filter(|other| other.value != step.value) {
-                other.source.rows.iter().filter(|row| row.value == value).for_each(|row| read[row.channel] = true);
-            }
-            if whole && self.values[value].mean.is_none() && read.iter().all(|&read| read) {
+            let others = readers[value].iter().all(|&(first, others)| others || first != 0 && first != step.value);
+            if whole && self.values[value].mean.is_none() && others {
                 self.values[value].mean = Some(step.value);
                 self.values[step.value].kept_rows = 3;
             }

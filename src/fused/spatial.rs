@@ -15,8 +15,9 @@ use crate::kernels::pointwise::{ConvRows, Rows, Start};
 use crate::kernels::products::Single;
 use crate::kernels::rows::Sum;
 use crate::kernels::{WideElement, writable};
+use crate::memory;
 use crate::ops::Shared;
-use crate::ops::phases::{Phase, most_pixels};
+use crate::ops::phases::{Phase, most_pixels, sum_seen};
 use crate::ops::planes::{Planes, ahead, merge, planes_together};
 use crate::ops::row_products::RowProducts;
 use crate::pool::{chunks, part};
@@ -194,7 +195,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
             k * most * block * pixels,
             k * block * pixels,
         ];
-        let mut partial = vec![T::default(); parts * conv.weights()];
+        let mut partial = memory::filled(T::default(), parts * conv.weights());
         let mut bias = vec![0.0; parts * groups * m];
         let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
         self.give_back(&step.source, groups, parts, |this, g, images, p, sums| {
@@ -204,6 +205,8 @@ impl<T: WideElement> Tape<'_, '_, T> {
                 padded.fill(T::default());
                 grads.fill(T::default());
                 let at = p * groups + g;
+                // Sums of what is not a number, if there is such.
+                let mut exact = Vec::new();
                 // SAFETY: sums of this part and group alone.
                 let (weight_sums, bias) = unsafe {
                     let len = conv.weights() / groups;
@@ -236,8 +239,34 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     let a = Rows { base: grads.as_ptr(), offsets: &a_offsets, image_stride: 0, ahead: 0 };
                     let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: 0, ahead: 0 };
                     let len = (value.height - 1) * planes.pitch + columns;
-                    // SAFETY: views of the planes end inside them.
-                    unsafe { products.add(a, b, [1, len], products_sums) };
+                    if pass.isa.run(Sum(grads)).is_finite() && pass.isa.run(Sum(padded)).is_finite() {
+                        // SAFETY: views of the planes end inside them.
+                        unsafe { products.add(a, b, [1, len], products_sums) };
+                    } else {
+                        // See `sum_seen`.
+                        exact.resize(weight_sums.len(), T::default());
+                        let mut sums = exact.iter_mut();
+                        let mut grad_buffer = memory::filled(T::default(), block * out_pixels);
+                        for (o, i) in (0..m).flat_map(|o| (0..k).map(move |i| (o, i))) {
+                            let out = images.start * out_pixels..images.end * out_pixels;
+                            // SAFETY: as above.
+                            let (grad, source) = unsafe {
+                                (
+                                    this.take(step.value, g * m + o, out, &mut grad_buffer),
+                                    pass.load(&step.source, g * k + i, range.clone(), buffer, None),
+                                )
+                            };
+                            for (tap, sum) in sums.by_ref().take(conv.taps()).enumerate() {
+                                let taps = [tap / conv.kernel[1], tap % conv.kernel[1]];
+                                for (source, grad) in source.chunks_exact(pixels).zip(grad.chunks_exact(out_pixels)) {
+                                    let product = |[t, u]: [usize; 2], [y, x]: [usize; 2]| {
+                                        grad[t * size[1] + u].to_f64() * source[y * step.source.width + x].to_f64()
+                                    };
+                                    *sum += T::from_f64(sum_seen([vertical, horizontal], taps, product));
+                                }
+                            }
+                        }
+                    }
                     if !step.differentiate {
                         continue;
                     }
@@ -262,6 +291,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     }
                 }
                 products.finish(products_sums, weight_sums);
+                weight_sums.iter_mut().zip(exact).for_each(|(sum, exact)| *sum += exact);
             });
         });
         self.write_weights(conv, parts, &mut partial, &bias);

@@ -68,6 +68,7 @@ fn filled<T: WideElement>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>]))
 
 struct Case<T> {
     program: Program,
+    count: usize,
     x: Vec<T>,
     parameters: Vec<T>,
     masks: Vec<T>,
@@ -78,24 +79,23 @@ struct Case<T> {
 const COUNT: usize = if cfg!(miri) { 1 } else { 3 };
 
 impl<T: WideElement> Case<T> {
-    fn new(program: &[i64]) -> Self {
-        let program = Program::parse(program).unwrap();
+    fn new(program: Program, count: usize) -> Self {
         let parameters = values(program.parameters(), 2);
-        let masks = [2.0, 0.0, 2.0][..COUNT * program.masks()].iter().map(|&mask| T::from_f64(mask)).collect();
-        let [x, weights] = program.sizes().map(|size| COUNT * size.iter().product::<usize>());
-        Self { program, x: values(x, 1), parameters, masks, weights: values(weights, 3) }
+        let masks = (0..count * program.masks()).map(|i| T::from_f64([2.0, 0.0][i % 2])).collect();
+        let [x, weights] = program.sizes().map(|size| count * size.iter().product::<usize>());
+        Self { program, count, x: values(x, 1), parameters, masks, weights: values(weights, 3) }
     }
 
     /// Of each program.
     fn all() -> [Self; 2] {
-        [integers(), pooling()].map(|program| Self::new(&program))
+        [integers(), pooling()].map(|program| Self::new(Program::parse(&program).unwrap(), COUNT))
     }
 
     fn arguments(&self, isa: Active) -> Arguments<'_, T> {
         Arguments {
             isa,
             program: &self.program,
-            count: COUNT,
+            count: self.count,
             order: Order::Nchw,
             parameters: &self.parameters,
             masks: &self.masks,
@@ -108,7 +108,7 @@ impl<T: WideElement> Case<T> {
         let (mut statistics, mut workspace) = (Vec::new(), Vec::new());
         let y = filled(self.weights.len(), |y| {
             statistics = filled(2 * self.program.norm_channels(), |statistics| {
-                workspace = filled(self.program.workspace_len(COUNT), |workspace| {
+                workspace = filled(self.program.workspace_len(self.count).unwrap(), |workspace| {
                     forward(&arguments, &self.x, None, y, statistics, workspace);
                 });
             });
@@ -214,6 +214,116 @@ fn refuses_changes(program: Vec<i64>) {
             let mut changed = program.clone();
             changed[i] = value;
             let _ = Program::parse(&changed);
+        }
+    }
+}
+
+#[test]
+fn sizes_and_terms_are_checked() {
+    let refused = |changes: &[(usize, i64)], words: &str| {
+        let mut program = pooling();
+        changes.iter().for_each(|&(place, value)| program[place] = value);
+        let error = Program::parse(&program).unwrap_err().to_string();
+        assert!(error.contains(words), "{changes:?}: {error}");
+    };
+    refused(&[(0, 2)], "flag of 2");
+    refused(&[(3, 1)], "has 1 values");
+    refused(&[(3, 1 << 20)], "expected the input and one for each of 1 to");
+    refused(&[(5, 0)], "4 channels, 0x7");
+    refused(&[(4, 1 << 20), (5, 1 << 20), (6, 1 << 20)], "1048576x1048576");
+    refused(&[(4, 1 << 20), (7, 1 << 20), (10, 1)], "channels, expected at most");
+    refused(&[(17, 0)], "norm of 0 channels");
+    refused(&[(18, (-1f64).to_bits() as i64)], "epsilon -1");
+    refused(&[(18, f64::NAN.to_bits() as i64)], "epsilon NaN");
+    // The same gate of two channels; a value that is multiplied by itself.
+    let mut program = vec![0, 1, 0, 3, 2, 1, 1, 2, 1, 1, 2, 1, 1, 0];
+    program.extend([1, 1, 0, -1, 0, 0, -1, 0, -1, 0, 1, 2, 0, 1]);
+    let gated = [1, 2, 0, -1, 0, 0, 1, 0, -1, 0, 1, 1, 0, 1, 0, -1, 0, 0, 1, -1, -1, 1, 1, 1, 1, 1];
+    let error = Program::parse(&[&program[..], &gated].concat()).unwrap_err().to_string();
+    assert!(error.contains("channels 0 and 1 of a step both read channel 0 of value 1"), "{error}");
+    let gated = [1, 1, 1, -1, 0, 0, 1, 0, -1, 0, 1, 2, 0, 1];
+    let error = Program::parse(&[&program[..], &gated].concat()).unwrap_err().to_string();
+    assert!(error.contains("multiplies channel 0 of value 1 by itself"), "{error}");
+}
+
+#[test]
+fn more_images_than_memory_are_an_error() {
+    let program = Program::parse(&integers()).unwrap();
+    assert_eq!(program.workspace_len(2).unwrap(), 2 * program.workspace_len(1).unwrap());
+    assert!(program.workspace_len(usize::MAX / 4).unwrap_err().to_string().contains("more memory"));
+}
+
+#[test]
+fn without_images_there_are_zeros() {
+    let isa = Active::available()[0];
+    for case in [integers(), pooling()].map(|program| Case::<f32>::new(Program::parse(&program).unwrap(), 0)) {
+        let [y, statistics, _] = case.forward(isa);
+        assert!(y.is_empty() && statistics.iter().all(|&value| value == 0.0));
+        let [grad_x, grad_parameters] = case.gradients(isa);
+        assert!(grad_x.is_empty() && grad_parameters.iter().all(|&value| value == 0.0));
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "hours")]
+fn changed_programs_run_or_are_refused() {
+    let isa = Active::available()[0];
+    let mut state = 1u64;
+    let mut random = |end: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % end
+    };
+    let mut runs = 0;
+    for round in 0..6000 {
+        let mut integers = [integers(), pooling()][round % 2].clone();
+        for _ in 0..1 + random(4) {
+            let (place, other) = (random(integers.len()), integers[random(integers.len())]);
+            let old = integers[place];
+            integers[place] =
+                [old + 1, old - 1, -1, 0, 1, 2, 3, 5, 7, 64, 1 << 20, i64::MAX, other, other, other][random(15)];
+        }
+        let Ok(program) = Program::parse(&integers) else { continue };
+        let small = |len: usize| len < 1 << 14;
+        if !small(program.parameters()) || !program.workspace_len(2).is_ok_and(small) {
+            continue;
+        }
+        runs += 1;
+        let mut case = Case::<f32>::new(program, random(3));
+        case.gradients(isa);
+        let Arguments { program, count, order, parameters, .. } = case.arguments(isa);
+        let (parameters, statistics) = (&[parameters], vec![1.0; 2 * program.norm_channels()]);
+        let inference = Inference { isa, program, count, order, parameters, statistics: &[&statistics] };
+        filled(case.weights.len(), |y| infer(&inference, &case.x, y));
+        case.masks.clear();
+        case.gradients(isa);
+    }
+    assert!(runs > 500, "{runs}");
+}
+
+/// NaN at a pixel makes NaN of the weights' gradients that the pixel has a part in, and of no others.
+#[test]
+fn what_is_no_number_reaches_no_other_weight() {
+    let isa = Active::available()[0];
+    let plain = |value: i64, channels: i64| vec![1, value, -1, 0, 0, -1, 0, -1, 0, 1, channels, 0, 1];
+    for (stride, groups) in [(1, 2), (2, 2), (1, 1), (2, 1)] {
+        // A 3 x 3 convolution of 2 channels of 5 x 6 to 2, with zeros above and at the left.
+        let size = |pixels: i64| (pixels - 1) / stride + 1;
+        let mut program = vec![0, 1, 0, 2, 2, 5, 6, 2, size(5), size(6), 0, 0, 3, 3, stride, 1, 1, groups, 0];
+        program.extend(plain(0, 2));
+        let mut case = Case::<f32>::new(Program::parse(&program).unwrap(), 2);
+        for place in 0..case.x.len() {
+            let gradient = |case: &Case<f32>| case.gradients(isa)[1].clone();
+            let (x, weights) = (case.x.clone(), case.weights.clone());
+            // Where a pixel that is 1 among zeros makes a gradient, NaN makes NaN.
+            case.x.fill(0.0);
+            case.weights.fill(1.0);
+            case.x[place] = 1.0;
+            let seen: Vec<_> = gradient(&case).iter().map(|&sum| sum != 0.0).collect();
+            (case.x, case.weights) = (x.clone(), weights.clone());
+            case.x[place] = f32::NAN;
+            let found: Vec<_> = gradient(&case).iter().map(|sum| sum.is_nan()).collect();
+            assert_eq!(found, seen, "stride {stride}, {groups} groups, {place}");
+            case.x = x;
         }
     }
 }

@@ -5,7 +5,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::phases::Phase;
+use super::phases::{Phase, sum_seen};
 use super::planes::{PlaneConv, Taps};
 use super::strips::Strips;
 use super::{Shared, add_parts, estimate};
@@ -224,7 +224,9 @@ pub fn grad_weight<T: Element>(
             let tiles = shape.channels.div_ceil(MAX_CHANNELS).max(threads * TASKS_PER_THREAD).min(shape.channels);
             parallel_for(threads, tiles, |task| {
                 // SAFETY: each channel's weights are written by one task.
-                let write = |c, tap, sum| unsafe { shared.ptr().add(shape.weight_index(c, tap)).write(T::narrow(sum)) };
+                let write = |c, tap, sum| unsafe {
+                    shared.ptr().add(shape.weight_index(c, tap)).write(T::narrow(grad.checked(c, tap, sum)))
+                };
                 grad.planes(part(shape.channels, tiles, task), write);
             });
         }
@@ -248,7 +250,7 @@ pub fn grad_weight<T: Element>(
                     let first = vector * lanes;
                     for (tap, sums) in sums.chunks_exact(lanes).enumerate() {
                         for (c, &sum) in (first..shape.channels).zip(sums) {
-                            grad_weight[shape.weight_index(c, tap)].write(T::narrow(sum));
+                            grad_weight[shape.weight_index(c, tap)].write(T::narrow(grad.checked(c, tap, sum)));
                         }
                     }
                 }
@@ -267,6 +269,24 @@ struct WeightGrad<'a, T> {
 }
 
 impl<T: Element> WeightGrad<'_, T> {
+    /// A sum, computed anew where it is no number: see [`sum_seen`].
+    fn checked(&self, c: usize, tap: usize, sum: T::Wide) -> T::Wide {
+        if sum.to_f64().is_finite() {
+            return sum;
+        }
+        let Depthwise { count, channels, kernel, order, .. } = *self.shape;
+        let place = |n: usize, [y, x]: [usize; 2], [height, width]: [usize; 2]| match order {
+            Order::Nchw => ((n * channels + c) * height + y) * width + x,
+            Order::Nhwc => ((n * height + y) * width + x) * channels + c,
+        };
+        let (phases, taps) = ([self.vertical, self.horizontal], [tap / kernel, tap % kernel]);
+        let (size, out_size) = (phases.map(|phase| phase.input), phases.map(|phase| phase.count));
+        let value = |values: &[T], n, pixel, size| values[place(n, pixel, size)].to_f64();
+        let product = |n, result, pixel| value(self.grad_output, n, result, out_size) * value(self.x, n, pixel, size);
+        let of_image = |n| sum_seen(phases, taps, |result, pixel| product(n, result, pixel));
+        T::Wide::from_f64((0..count).map(of_image).sum())
+    }
+
     /// NHWC: adds some bands of the images to `[vector of channels][tap][lane]` sums.
     fn pixels(&self, strips: &Strips, bands: Range<usize>, sums: &mut [T::Wide]) {
         let (channels, phases) = (self.shape.channels, (self.vertical, self.horizontal));

@@ -71,3 +71,23 @@ impl Phase {
         (low, (offsets.max().unwrap_or(0) - low) as usize)
     }
 }
+
+/// The sum over all results of what they and the pixels that they see through a tap, numbered in the lists of the phases, make:
+/// `product(result, pixel)`.
+///
+/// Kernels multiply by zeros for what lies outside of images, and of what is not a number that makes no number. Where their sums
+/// are none, this tells what they should be.
+pub(crate) fn sum_seen(
+    [vertical, horizontal]: [&Phase; 2],
+    [i, j]: [usize; 2],
+    product: impl Fn([usize; 2], [usize; 2]) -> f64,
+) -> f64 {
+    let seen = |phase: &Phase, tap: usize| -> Vec<[usize; 2]> {
+        let (offset, step, input) = (phase.taps[tap].1, phase.in_step, phase.input);
+        let pixel = |t: usize| (step * t).checked_add_signed(offset).filter(|&pixel| pixel < input);
+        (0..phase.count).filter_map(|t| Some([t, pixel(t)?])).collect()
+    };
+    let columns = seen(horizontal, j);
+    let row = |[t, y]: [usize; 2]| columns.iter().map(|&[u, x]| product([t, u], [y, x])).sum::<f64>();
+    seen(vertical, i).into_iter().map(row).sum()
+}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -89,6 +92,47 @@ def test_nan_stays_where_it_is_seen() -> None:
         y = kconv.depthwise_conv(memory(x), np.ones((20, 3, 3), np.float32))
         assert np.isnan(y[0, :, :2, :2]).all()
         assert np.isfinite(y).sum() == y.size - 20 * 4
+
+
+def linear_calls(
+    images: tuple[int, ...], size: tuple[int, int], weight: np.ndarray, **kw: Any
+) -> list[tuple[tuple[int, ...], Callable[[np.ndarray], np.ndarray]]]:
+    """What takes an image, or the gradient by one, and that one's shape; all else is ones."""
+    x, kernel = np.ones(images, weight.dtype), weight.shape[1]
+    g = np.ones_like(kconv.depthwise_conv(x, weight, **kw))
+
+    def by_weight(x: np.ndarray, g: np.ndarray) -> np.ndarray:
+        return kconv.depthwise_conv_grad_weight(x, g, kernel_size=kernel, **kw)
+
+    return [
+        (x.shape, lambda x: kconv.depthwise_conv(x, weight, **kw)),
+        (g.shape, lambda g: kconv.depthwise_conv_grad_input(g, weight, input_size=size, **kw)),
+        (x.shape, lambda x: by_weight(x, g)),
+        (g.shape, lambda g: by_weight(x, g)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nan_reaches_the_taps_that_see_it(stride: int, layout: str, dtype: str) -> None:
+    """NaN makes NaN of the results that a one among zeros makes ones of, and of no others."""
+    rng = np.random.default_rng(0)
+    for size, kernel, channels in [
+        ((1, 1), 3, 2),
+        ((5, 4), 5, 3),
+        ((9, 33), 3, 1),
+        ((8, 9), 7, 17),
+    ]:
+        images = (2, channels, *size) if layout == "NCHW" else (2, *size, channels)
+        weight = np.ones((channels, kernel, kernel), dtype)
+        calls = linear_calls(images, size, weight, stride=stride, layout=layout)
+        for which, (shape, call) in enumerate(calls):
+            for place in rng.integers(0, np.prod(shape), 4):
+                one, nan = np.zeros(shape, dtype), np.zeros(shape, dtype)
+                one.flat[place], nan.flat[place] = 1, np.nan
+                seen, found = call(one) != 0, np.isnan(call(nan))
+                np.testing.assert_array_equal(found, seen, f"{size} {kernel} {which} {place}")
 
 
 def test_finite_differences() -> None:

@@ -245,3 +245,16 @@ def test_threads_do_not_change_the_weight_gradient() -> None:
         kconv.set_num_threads(before)
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_threads_do_not_change_the_bias_gradient(layout: str) -> None:
+    g = np.random.default_rng(0).standard_normal((4, 40, 61, 40)).astype(np.float32)
+    before = kconv.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        kconv.set_num_threads(threads)
+        results.append(kconv.pointwise_conv_grad_bias(g, interleave=3, layout=layout))
+    kconv.set_num_threads(before)
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])

@@ -107,3 +107,41 @@ def test_distributed_data_parallel(tmp_path):
     gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+THREADS = """
+import sys
+import torch
+from torch.utils.data import DataLoader, Dataset
+import kconv
+
+class Threads(Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        return kconv.get_num_threads()
+
+if __name__ == "__main__":
+    torch.set_num_threads(3)
+    counts = [kconv.get_num_threads()]
+    for method in ("fork", "spawn"):
+        loader = DataLoader(Threads(), 1, num_workers=1, multiprocessing_context=method)
+        counts += [int(count) for count in loader]
+    torch.set_num_threads(2)
+    counts.append(kconv.build_info()["threads"])
+    kconv.set_num_threads(4)
+    torch.set_num_threads(1)
+    counts.append(kconv.get_num_threads())
+    print(*counts)
+"""
+
+
+def test_threads_are_as_many_as_torchs(tmp_path):
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS)
+    for setting, expected in [(None, "3 1 1 2 4"), ("5", "5 5 5 5 4")]:
+        env = {name: value for name, value in os.environ.items() if name != "KCONV_NUM_THREADS"}
+        env |= {"KCONV_NUM_THREADS": setting} if setting else {}
+        command = [sys.executable, str(script)]
+        run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+        assert run.stdout.strip() == expected, run.stderr

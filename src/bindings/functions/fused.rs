@@ -1,7 +1,7 @@
 //! Fused networks; their programs come as an attribute.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use super::{expect, in_order, order};
 use crate::bindings::call::{Array, Buffer, Call, Float, Output};
@@ -9,25 +9,26 @@ use crate::error::Result;
 use crate::fused::{self, Arguments, Inference, Program};
 use crate::isa;
 use crate::kernels::WideElement;
+use crate::lock::Lock;
 
 /// Programs that have been read, at most.
 const REMEMBERED: usize = 64;
 
 /// The call's program.
 fn program(call: &Call<'_>) -> Result<Arc<Program>> {
-    static READ: Mutex<Option<HashMap<Vec<i64>, Arc<Program>>>> = Mutex::new(None);
+    static READ: Lock<Option<HashMap<Vec<i64>, Arc<Program>>>> = Lock::new(None);
     let integers = call.integers("program")?;
-    // Every change leaves the map whole.
-    let mut guard = READ.lock().unwrap_or_else(PoisonError::into_inner);
-    let programs = guard.get_or_insert_default();
-    if let Some(program) = programs.get(integers) {
-        return Ok(program.clone());
+    if let Some(program) = READ.with(|programs| programs.as_ref()?.get(integers).cloned()) {
+        return Ok(program);
     }
-    if programs.len() >= REMEMBERED {
-        programs.clear();
-    }
-    let program = Arc::new(Program::parse(integers)?);
-    programs.insert(integers.to_vec(), program.clone());
+    let (key, program) = (integers.to_vec(), Arc::new(Program::parse(integers)?));
+    let old = READ.with(|programs| {
+        let programs = programs.get_or_insert_default();
+        let old = if programs.len() >= REMEMBERED { std::mem::take(programs) } else { HashMap::new() };
+        programs.insert(key, program.clone());
+        old
+    });
+    drop(old);
     Ok(program)
 }
 
@@ -51,7 +52,7 @@ pub fn fused_forward<T: Float + WideElement>(
     let n = count(call, "x", &x, input_size)?;
     expect("output", [count(call, "output", &output, output_size)?], [n])?;
     expect("statistics", statistics.dims()?, [2, program.norm_channels()])?;
-    expect("workspace", workspace.dims()?, [program.workspace_len(n)])?;
+    expect("workspace", workspace.dims()?, [program.workspace_len(n)?])?;
     let given = given.read::<T>()?;
     let arguments = arguments(call, &program, n, &parameters, masks.read()?)?;
     fused::forward(
@@ -73,6 +74,7 @@ pub fn fused_infer<T: Float + WideElement>(call: &Call<'_>, output: Output<'_>) 
     let n = count(call, "x", &x, input_size)?;
     expect("output", [count(call, "output", &output, output_size)?], [n])?;
     expect("statistics", statistics.dims()?, [2, program.norm_channels()])?;
+    program.workspace_len(n)?;
     let Arguments { isa, order, parameters, .. } = arguments::<T>(call, &program, n, &parameters, &[])?;
     let (parameters, statistics) = (&[parameters], &[statistics.read()?]);
     let inference = Inference { isa, program: &program, count: n, order, parameters, statistics };
@@ -92,7 +94,7 @@ pub fn fused_backward<T: Float + WideElement>(
     let [input_size, output_size] = program.sizes();
     let n = count(call, "grad_output", &grad, output_size)?;
     expect("statistics", statistics.dims()?, [2, program.norm_channels()])?;
-    expect("workspace", workspace.dims()?, [program.workspace_len(n)])?;
+    expect("workspace", workspace.dims()?, [program.workspace_len(n)?])?;
     expect("grad_parameters", grad_parameters.dims()?, [program.parameters()])?;
     if program.input_grad() {
         expect("grad_x", [count(call, "grad_x", &grad_x, input_size)?], [n])?;
@@ -115,7 +117,7 @@ pub fn fused_forward_results(call: &Call<'_>) -> Result<Vec<Vec<usize>>> {
     let program = program(call)?;
     let [x, ..] = call.operands::<4>()?;
     let (n, output) = images(call, &program, &x)?;
-    Ok(vec![output, vec![2, program.norm_channels()], vec![program.workspace_len(n)]])
+    Ok(vec![output, vec![2, program.norm_channels()], vec![program.workspace_len(n)?]])
 }
 
 /// The sizes of the result of [`fused_infer`].

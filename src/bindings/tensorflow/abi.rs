@@ -11,12 +11,14 @@ use std::sync::OnceLock;
 use crate::bindings::arrays::{Dtype, by_dtype};
 use crate::bindings::call::{Array, Attribute, Attributes, Buffer, Call, Output};
 use crate::error::{Error, Result, bail};
+use crate::memory;
 
 /// A pointer to one of TensorFlow's own objects.
 pub type Opaque = *mut c_void;
 
 const OK: c_int = 0;
 const INVALID_ARGUMENT: c_int = 3;
+const RESOURCE_EXHAUSTED: c_int = 8;
 const INTERNAL: c_int = 13;
 /// The types of tensors, TensorFlow's codes of them, and what distinguishes the names of their kernels.
 const TYPES: [(Dtype, c_int, &str); 3] =
@@ -278,9 +280,10 @@ unsafe extern "C" fn delete_kernel(kernel: Opaque) {
 unsafe extern "C" fn compute(kernel: Opaque, context: Opaque) {
     // SAFETY: TensorFlow passes what `create_kernel` made, which nothing changes, and a context.
     let run = || unsafe { run(&*kernel.cast::<Kernel>(), context) };
-    let status = match catch_unwind(AssertUnwindSafe(run)) {
-        Ok(Ok(())) => return,
-        Ok(Err(error)) => Status::of(INVALID_ARGUMENT, &error),
+    let status = match catch_unwind(AssertUnwindSafe(|| memory::catch(run))) {
+        Ok(Ok(Ok(()))) => return,
+        Ok(Ok(Err(error))) => Status::of(INVALID_ARGUMENT, &error),
+        Ok(Err(no_memory)) => Status::of(RESOURCE_EXHAUSTED, &Error::new(format!("kconv: {no_memory}"))),
         Err(_) => Status::of(INTERNAL, &Error::new("kconv: a kernel panicked")),
     };
     // SAFETY: the context of this call.
@@ -315,7 +318,11 @@ unsafe fn run(kernel: &Kernel, context: Opaque) -> Result<()> {
     let code = unsafe { (api.TF_TensorType)(tensors[0].0) };
     let allocate = |(index, dims): (usize, &Vec<usize>)| {
         let sizes: Vec<_> = dims.iter().map(|&size| size as i64).collect();
-        let (axes, bytes) = (sizes.len() as c_int, width * dims.iter().product::<usize>());
+        let product = dims.iter().try_fold(width, |product, &size| product.checked_mul(size));
+        let Some(bytes) = product.filter(|&bytes| bytes <= memory::LARGEST) else {
+            bail!("the result has the sizes {dims:?}, more than there can be memory for")
+        };
+        let axes = sizes.len() as c_int;
         // SAFETY: the caller's promise.
         let tensor =
             unsafe { (api.TF_AllocateOutput)(context, index as c_int, code, sizes.as_ptr(), axes, bytes, status.0) };

@@ -14,6 +14,7 @@ use std::slice;
 use crate::bindings::arrays::Dtype;
 use crate::bindings::call::{Array, Attribute, Attributes, Buffer, Call, Output};
 use crate::error::{Result, bail};
+use crate::memory;
 
 /// The newest minor version of major version 0 whose structs are known here.
 const NEWEST_MINOR: c_int = 3;
@@ -30,6 +31,7 @@ const TYPE_F32: c_int = 11;
 const TYPE_F64: c_int = 12;
 const TYPE_BF16: c_int = 16;
 const ERROR_INVALID_ARGUMENT: c_int = 3;
+const ERROR_RESOURCE_EXHAUSTED: c_int = 8;
 const ERROR_INTERNAL: c_int = 13;
 
 #[repr(C)]
@@ -167,9 +169,10 @@ pub unsafe fn serve<const N: usize>(
         let Ok(results) = results.try_into() else { bail!("got {} results, expected {N}", frame.results.len) };
         body(&Call::new(&operands, &frame.attributes), results)
     };
-    match catch_unwind(AssertUnwindSafe(run)) {
-        Ok(Ok(())) => null_mut(),
-        Ok(Err(error)) => create_error(frame, ERROR_INVALID_ARGUMENT, &error.to_string()),
+    match catch_unwind(AssertUnwindSafe(|| memory::catch(run))) {
+        Ok(Ok(Ok(()))) => null_mut(),
+        Ok(Ok(Err(error))) => create_error(frame, ERROR_INVALID_ARGUMENT, &error.to_string()),
+        Ok(Err(no_memory)) => create_error(frame, ERROR_RESOURCE_EXHAUSTED, &format!("kconv: {no_memory}")),
         Err(_) => create_error(frame, ERROR_INTERNAL, "kconv: a kernel panicked"),
     }
 }

@@ -18,7 +18,7 @@ use crate::memory;
 use crate::ops::interleave::{Permutation, permute};
 use crate::ops::row_products::RowProducts;
 use crate::ops::{Shared, add_parts, estimate};
-use crate::pool::{chunks, parallel_for, part, threads_for};
+use crate::pool::{chunks, is_worth_threads, parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Images, Order, Pointwise, interleave_places};
 
@@ -201,7 +201,7 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
         let Self { shape, images, way, .. } = self;
         let (k, m, pixels) = (shape.group_in(), shape.group_out(), images.count * images.pixels);
         // One set of partial sums for each part, added up in order at the end.
-        let mut partial = vec![T::Wide::default(); parts * shape.weights()];
+        let mut partial = memory::filled(T::Wide::default(), parts * shape.weights());
         let shared = Shared(partial.as_mut_ptr());
         parallel_for(threads, parts * group_parts, |task| {
             let (task, group_task) = (task / group_parts, task % group_parts);
@@ -449,7 +449,8 @@ pub fn grad_bias<T: Element>(
     assert_eq!(grad_bias.len(), images.channels);
     let Images { count, pixels, channels, .. } = images;
     let places = interleave_places(channels, interleave);
-    let threads = threads_for(estimate(0, size_of_val(grad_output)));
+    let work = estimate(0, size_of_val(grad_output));
+    let threads = threads_for(work);
     let shared = Shared::new(grad_bias);
     // SAFETY: each channel is written by one task.
     let write = |c: usize, sum: f64| unsafe { shared.ptr().add(c).write(T::from_f64(sum)) };
@@ -460,8 +461,9 @@ pub fn grad_bias<T: Element>(
         });
         return;
     }
-    // NHWC: sums of short columns in the type that is computed with, these in float64.
-    let parts = if threads == 1 { 1 } else { MAX_PARTS };
+    // NHWC: sums of short columns in the type that is computed with, these in float64. How many depends on the work alone, so that
+    // neither do the results depend on the threads.
+    let parts = if is_worth_threads(work) { MAX_PARTS } else { 1 };
     let mut partial = vec![0f64; parts * channels];
     let sums = Shared(partial.as_mut_ptr());
     parallel_for(threads, parts, |task| {

@@ -1,0 +1,122 @@
+"""Fused programs from outside: an error or a program that runs, never the end of the process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kconv import _kconv
+
+PLAIN = [-1, 0, 0, -1, 0, -1, 0, 1]
+EPSILON = int(np.float64(1e-3).view(np.int64))
+# A 3 x 3 convolution of 2 channels to 4, depthwise 3 x 3 of what a norm and swish make of it, the
+# mean, and a pointwise convolution of the gated.
+PROGRAM = [
+    *(0, 1, 1, 5, 2, 6, 5, 4, 6, 5, 4, 3, 3, 4, 1, 1, 3, 3, 3, 1, 4, EPSILON, 1),
+    *(0, 3, 3, 1, 1, 1, 1, 1, 1, 0, *PLAIN, 2, 0, 1),
+    *(0, 3, 3, 2, 1, 1, 4, 0, 1, 1, 0, 0, 3, -1, 0, -1, 0, 1, 4, 0, 1),
+    *(2, 1, 2, *PLAIN, 4, 0, 1),
+    *(0, 1, 1, 1, 0, 0, 1, 1, 1, 2, -1, 0, 0, 3, 0, 0, 0, 1, 4, 0, 1),
+]
+
+
+def run(integers: list[int], count: int) -> bool:
+    """Whether these are a program; if so it has run."""
+    try:
+        program = _kconv.FusedProgram(integers)
+        if max(program.workspace, program.parameters) > 1 << 14:
+            return False
+    except ValueError:
+        return False
+    # Its sizes are not told: they stand where the values do.
+    image, output = integers[4:7], integers[4 + 3 * (integers[3] - 1) :][:3]
+    x, parameters = np.ones((count, *image), np.float32), np.ones(program.parameters, np.float32)
+    given = np.ones((2, program.norm_channels), np.float32)
+    masks = np.ones((integers[2], count), np.float32)
+    for statistics in (None, given):
+        y, used, workspace = program.forward(x, parameters, masks, statistics)
+        assert y.shape == (count, *output)
+        assert count or not np.isnan(used).any()
+        grads = program.backward(y, parameters, masks, used, workspace, statistics is not None)
+        assert (grads[0] is not None) == bool(integers[1])
+        assert count or not grads[1].any()
+    assert program.infer(x, parameters, given).shape == y.shape
+    return True
+
+
+def test_the_program_itself() -> None:
+    for count in (0, 1, 3):
+        assert run(PROGRAM, count)
+
+
+def test_changed_programs() -> None:
+    rng = np.random.default_rng(0)
+    values = [-1, 0, 1, 2, 3, 4, 5, 7, 1 << 20, 1 << 40, (1 << 63) - 1, -(1 << 63)]
+    ran = 0
+    for _ in range(1500):
+        integers = list(PROGRAM)
+        for place in rng.integers(0, len(integers), rng.integers(1, 4)):
+            others = [integers[place] + 1, integers[place] - 1, *values]
+            integers[place] = int(rng.choice(np.clip(others, -(1 << 63), (1 << 63) - 1)))
+        ran += run(
+            integers[: rng.choice([len(integers)] * 9 + [rng.integers(len(integers))])], ran % 3
+        )
+    assert ran > 50
+
+
+BAD = {
+    "ends early": PROGRAM[:-1],
+    "followed by 1 integers": [*PROGRAM, 0],
+    "groups=0": [*PROGRAM[:29], 0, *PROGRAM[30:]],
+    "of stride 0": [*PROGRAM[:26], 0, *PROGRAM[27:]],
+    "a 0x3 convolution": [*PROGRAM[:24], 0, *PROGRAM[25:]],
+    "a value of 0 channels": [*PROGRAM[:7], 0, *PROGRAM[8:]],
+    "channels, expected at most": [*PROGRAM[:4], *[1 << 20, 1, 1] * 5, *PROGRAM[19:]],
+    "more memory for": [*PROGRAM[:5], 1 << 20, 1 << 20, 1, 1 << 20, 1 << 20, *PROGRAM[10:]],
+}
+
+
+def raises(call: Callable[[list[int]], Any], *kinds: type[Exception]) -> None:
+    for words, integers in BAD.items():
+        with pytest.raises(kinds) as error:
+            call(integers)
+        told = str(error.value)
+        assert "the program" in told or "groups=" in told, (words, told)
+        assert "panicked" not in told
+
+
+def test_bad_programs() -> None:
+    for words, integers in BAD.items():
+        if words != "more memory for":
+            with pytest.raises(ValueError, match=words):
+                _kconv.FusedProgram(integers)
+
+
+def test_bad_programs_in_xla() -> None:
+    jax = pytest.importorskip("jax")
+    from kconv.jax._kernels import ffi_available
+
+    if not ffi_available():
+        pytest.skip("this jaxlib refuses the handlers")
+
+    def call(integers: list[int]) -> Any:
+        result = jax.ShapeDtypeStruct((1, 3, 3, 3), np.float32)
+        run = jax.ffi.ffi_call("kconv_fused_infer", result)
+        arrays = [np.ones(shape, np.float32) for shape in [(1, 2, 6, 5), (99,), (2, 4)]]
+        return run(*arrays, program=np.array(integers, np.int64), layout="NCHW").block_until_ready()
+
+    raises(call, RuntimeError, ValueError)
+
+
+def test_bad_programs_in_tensorflow() -> None:
+    tf = pytest.importorskip("tensorflow")
+    from kconv.tensorflow._library import kernels
+
+    def call(integers: list[int]) -> Any:
+        arrays = [np.ones(shape, np.float32) for shape in [(1, 2, 6, 5), (99,), (1, 1), (2, 4)]]
+        return kernels.kconv_fused_forward(*arrays, program=integers, layout="NCHW")
+
+    raises(call, tf.errors.OpError)
