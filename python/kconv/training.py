@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +40,8 @@ from kconv.datasets import Dataset, Images, Labels
 
 FRAMEWORKS = ("keras", "torch")
 SCHEDULES = ("cyclic25", "constant")
+RUNS = Path("runs")
+"""Where the folders of runs are made that are given none."""
 VALIDATION_SHARE = 0.1
 SHORT_RUN_STEPS = 2000
 """Below so many steps, moving statistics of momentum 0.99 lag too far behind the weights."""
@@ -415,7 +418,7 @@ def load_config(run: Path) -> Config:
         raise ValueError(f"{run / 'last.npz'} is of another version of kconv: {error}") from None
 
 
-def reserve(config: Config, parent: Path = Path("runs")) -> Path:
+def reserve(config: Config, parent: Path = RUNS) -> Path:
     """Make the folder of a new run, the first that is free of ``keffnet_b0-cifar10-1``, ``-2`` ...
 
     Args:
@@ -472,6 +475,8 @@ def _held(folder: Path) -> Iterator[None]:
                 # Where nothing came of it, nothing is left behind.
                 if own and not any(folder.iterdir()):
                     folder.rmdir()
+                    if folder.parent == RUNS:
+                        RUNS.rmdir()
 
 
 def _check_installed(config: Config) -> None:
