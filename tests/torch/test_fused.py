@@ -208,6 +208,13 @@ def test_inference_of_parameters_in_pieces():
             compiled.infer(x.numpy(), [wrong, *pieces[1:]], statistics)
 
 
+def test_profilers_see_the_operation():
+    net = Network(block())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        net(torch.randn(2, 6, 8, 8))
+    assert "kconv::fused sum" in {event.key for event in profile.key_averages()}
+
+
 def test_drop_connect_drops_whole_images():
     torch.manual_seed(0)
     net = Network(block())

@@ -55,6 +55,22 @@ def test_fused_and_plain(kind, channels, options, size):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    ("kind", "channels", "options"), [BLOCKS[1], BLOCKS[4], BLOCKS[6], BLOCKS[10]]
+)
+def test_native_blocks_in_torchscript(kind, channels, options):
+    torch.manual_seed(0)
+    native = to_native(kind(*channels, **options))
+    scripted = torch.jit.script(native)
+    x = torch.randn(3, channels[0], 7, 10)
+    for training in (True, False):  # the compiled one has a mode of its own
+        torch.manual_seed(1)
+        y = scripted.train(training)(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(y, native.train(training)(x))
+
+
 def test_unit_of_plain_modules():
     """An independent computation of the whole unit."""
     torch.manual_seed(0)

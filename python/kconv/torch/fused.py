@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 from torch._C import _to_dlpack as to_dlpack
+from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -118,6 +119,21 @@ class FusedSegment:
         if training and len(x) * min(program.norm_pixels) == 1:
             return None
         masks = _masks(self._drops, x)
+        if not _profiler_enabled():
+            return self._run(program, x, parameters, masks, statistics, training)
+        with torch.autograd.profiler.record_function(f"kconv::fused {self.segment.name}"):
+            return self._run(program, x, parameters, masks, statistics, training)
+
+    def _run(
+        self,
+        program: Program,
+        x: Tensor,
+        parameters: list[Tensor],
+        masks: Tensor | None,
+        statistics: list[Tensor],
+        training: bool,
+    ) -> Tensor:
+        norms = self._norms
         if not training and masks is None and not _need_grad([x, *parameters]):
             y = _infer(program, "NCHW", x, parameters, statistics)
         else:
