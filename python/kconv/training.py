@@ -274,6 +274,7 @@ def _train(config: Config, output: Path, resume: bool, log: Callable[[str], None
             f"of which {len(held_out)} are held out for validation; expected one batch or more of "
             "the others, and one to validate with"
         )
+    _check_step(config, spec)
     recalibrate = config.recalibrate_bn
     if recalibrate is None:
         recalibrate = config.epochs * steps < SHORT_RUN_STEPS
@@ -477,6 +478,27 @@ def _held(folder: Path) -> Iterator[None]:
                     folder.rmdir()
                     if folder.parent == RUNS:
                         RUNS.rmdir()
+
+
+def _check_step(config: Config, spec: models.Spec) -> None:
+    """See that what a training step has to keep can fit into memory at all.
+
+    These are the convolutions' results, of which the backward pass needs all, and the weights with
+    their gradients and RMSprop's means.
+    """
+    layers = [
+        layer
+        for layer in spec.graph().layers
+        if isinstance(layer, models.graph.Conv | models.graph.DepthwiseConv)
+    ]
+    results = sum(math.prod(size or 0 for size in layer.shape) for layer in layers)
+    least = 4 * (config.batch_size * results + 3 * models.count(spec).trainable)
+    if least > (there := datasets.memory()):
+        height, width, _ = spec.input_shape
+        raise ValueError(
+            f"batch_size={config.batch_size}: a step of {spec.name} at {height}x{width} takes "
+            f"{least / 1e9:,.1f} GB or more; there are {there / 1e9:,.1f} GB of memory"
+        )
 
 
 def _check_installed(config: Config) -> None:

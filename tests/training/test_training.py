@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kconv import datasets, training
+from kconv import datasets, models, training
 from kconv._files import remove_leftovers, replacing
 from kconv.training import Config, learning_rate
 
@@ -101,6 +101,22 @@ def test_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size=64.*has 40 training images"):
         training.train(dataclasses.replace(TINY, batch_size=64), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_step_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The convolutions' results of 12 images of 8x8, counted by hand below, are 4 bytes each."""
+    config = dataclasses.replace(TINY, framework="torch")
+    spec = config.spec(datasets.load("fashion_mnist_mini", image_size=8))
+    results = 0
+    for layer in spec.graph().layers:
+        if {"kernel", "depthwise_kernel"} & layer.weights().keys() and len(layer.shape) == 3:
+            results += 12 * np.prod(layer.shape)
+    least = 4 * (results + 3 * models.count(spec).trainable)
+    monkeypatch.setattr(datasets, "memory", lambda: least - 1)
+    with pytest.raises(ValueError, match=r"batch_size=12: a step of kdensenet.* at 8x8 takes"):
+        training.train(config, tmp_path / "run", log=quiet)
+    monkeypatch.setattr(datasets, "memory", lambda: least)
+    training.train(dataclasses.replace(config, epochs=1), tmp_path / "run", log=quiet)
 
 
 def test_option_that_the_model_lacks_is_refused(tmp_path: Path) -> None:

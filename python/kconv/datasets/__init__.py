@@ -44,6 +44,7 @@ from kconv.datasets.images import (
     balanced_subset,
     check_memory,
     list_folders,
+    memory,
     read_images,
 )
 from kconv.datasets.papers import IMAGE_SIZE, PAPERS, find_images
@@ -57,6 +58,7 @@ __all__ = [
     "Labels",
     "balanced_subset",
     "load",
+    "memory",
     "names",
     "read_idx",
 ]

@@ -419,15 +419,15 @@ def check_memory(source: object, count: int, shape: tuple[int, ...]) -> None:
     """
     height, width, channels = shape
     wanted = count * height * width * channels
-    if wanted > (there := _memory()):
+    if wanted > (there := memory()):
         raise ValueError(
             f"{source}: {count:,} images of {height}x{width} take {wanted / 1e9:,.1f} GB; "
             f"there are {there / 1e9:,.1f} GB of memory"
         )
 
 
-def _memory() -> int:
-    """What this machine has, or this container may use."""
+def memory() -> int:
+    """Bytes of memory that this machine has, or this container may use."""
     there: int = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         return min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
