@@ -34,10 +34,11 @@ def accelerate(model: nn.Module) -> nn.Module:
     Only modules of exactly the class ``nn.Conv2d`` change, as a subclass may have a forward of its
     own.
 
-    An accelerated model exports (``torch.export``) and is traced for FX quantization as if it were
-    not; before eager-mode quantization, and for tools that count the operations of ``nn.Conv2d`` by
-    its class (``thop``, ``ptflops``), call :func:`restore` or
-    :func:`kconv.torch.to_native`. PyTorch's ``FlopCounterMode`` counts the kernels' operations.
+    ``torch.export`` and traces for FX quantization find PyTorch's own operators in an accelerated
+    model, and PyTorch's ``FlopCounterMode`` counts the kernels' operations. Tools that go by the
+    class ``nn.Conv2d`` want :func:`restore` or :func:`kconv.torch.to_native` first: eager-mode
+    quantization, some quantizers of exported programs, and ``thop``, ``ptflops`` and ``fvcore``,
+    which count operations.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 4, 3))

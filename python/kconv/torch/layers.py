@@ -7,6 +7,7 @@ pruning and parametrizations stay with it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -84,6 +85,13 @@ class AcceleratedConv2d(_KernelConv2d):
                 )
             except ValueError:  # PyTorch says in its own way what does not fit
                 pass
+        elif is_compiling() and not torch.compiler.is_dynamo_compiling():
+            warnings.warn(
+                "an accelerated convolution is exported as PyTorch's own operator, but as a module "
+                "of another class than nn.Conv2d, which some quantizers go by: "
+                "call kconv.torch.restore(model) before the export if it is for one of these",
+                stacklevel=2,
+            )
         return nn.Conv2d._conv_forward(self, x, weight, bias)
 
 
