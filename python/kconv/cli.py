@@ -107,8 +107,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--dataset", f"{known}, or a folder or archive of images", metavar="NAME|PATH")
     add(
         "--data-dir",
-        "folder with the data set's original files or archives (default: Keras downloads "
-        "fashion_mnist, mnist, cifar10 and cifar100)",
+        "folder with the data set's original files or archives (default: Keras's cache, or its "
+        "download, of fashion_mnist, mnist, cifar10 and cifar100)",
         metavar="DIR",
     )
     add(

@@ -103,7 +103,8 @@ def damage(what: str) -> Iterator[None]:
     except (ImportError, MemoryError):
         raise
     except Exception as error:
-        raise ValueError(f"{what}: {str(error) or type(error).__name__}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what}: {reason}") from None
 
 
 class _Folder:

@@ -24,7 +24,7 @@ from kconv.datasets.decode import (
     pillow,
     resize,
 )
-from kconv.datasets.files import Files
+from kconv.datasets.files import Files, damage
 
 Images = NDArray[np.uint8]
 """(N, H, W, C) uint8."""
@@ -351,12 +351,8 @@ def decode_all(
         check_memory(path, len(names), (size, size, 3))
 
     def decoded(name: str, data: bytes) -> NDArray[np.uint8]:
-        try:
+        with damage(f"{path}: {name} is not a readable image"):
             picture = decode(data)
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's decoders raise many kinds
-            raise ValueError(f"{path}: {name} is not a readable image: {error}") from None
         return np.asarray(picture if size is None else resize(picture, size, interpolation))
 
     def fill(images: Images, items: list[tuple[str, bytes]]) -> None:
