@@ -95,6 +95,17 @@ asan: ## Run cargo's tests with AddressSanitizer; minutes
 .PHONY: sanitize
 sanitize: valgrind miri asan ## Run all three
 
+# Seconds, as there is no end to it.
+SECONDS ?= 60
+
+.PHONY: fuzz-programs
+fuzz-programs: ## Read and run fused programs of random bytes; SECONDS=60
+	@if [ -d "$(NIGHTLY)" ] && cargo +nightly fuzz --version >/dev/null 2>&1; then \
+	  cargo +nightly fuzz run program -- -max_total_time=$(SECONDS) -max_len=4096; \
+	else \
+	  echo "make fuzz-programs: skipped, there is no nightly toolchain with cargo-fuzz"; \
+	fi
+
 .PHONY: bench
 bench: $(DEV) ## Time the kernels beside other libraries
 	for what in pointwise interleave depthwise memory frameworks; do $(BIN)/python benches/compare.py $$what || exit; done

@@ -143,7 +143,8 @@ pub fn filled<T: Clone>(value: T, len: usize) -> Vec<T> {
 pub fn reserve<T>(values: &mut Vec<T>, len: usize) {
     // What is recycled and free may be what is lacking.
     let mut reserve = || values.try_reserve_exact(len).is_ok();
-    if !reserve() && !(release_memory() > 0 && reserve()) {
+    let reserved = reserve() || release_memory() > 0 && reserve();
+    if !reserved {
         no_memory(len.saturating_mul(size_of::<T>()));
     }
 }

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kconv import augment, datasets, models
+from kconv import augment, datasets, models, release_memory
 from kconv._files import remove_leftovers, replacing
 from kconv._memory import peak_memory
 from kconv._npz import read_npz
@@ -244,7 +244,10 @@ def train(
         ImportError: A package that the run will need is not installed.
     """
     with _held(output):
-        return _train(config, output, resume, log)
+        try:
+            return _train(config, output, resume, log)
+        finally:
+            release_memory()
 
 
 def _train(config: Config, output: Path, resume: bool, log: Callable[[str], None]) -> Result:

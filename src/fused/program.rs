@@ -610,7 +610,7 @@ impl Program {
             for (channel, bounds) in step.source.starts.windows(2).enumerate() {
                 let rows = &step.source.rows[bounds[0]..bounds[1]];
                 for (value, own) in rows.iter().flat_map(|row| [Some((row.value, row.channel)), row.gate]).flatten() {
-                    match std::mem::replace(&mut met[value][own], Some((step.value, channel))) {
+                    match met[value][own].replace((step.value, channel)) {
                         Some((step_of, other)) if step_of == step.value && other != channel => {
                             bail!("channels {other} and {channel} of a step both read channel {own} of value {value}")
                         }

@@ -78,7 +78,7 @@ def test_thread_settings() -> None:
     code = "import kconv; print(kconv.get_num_threads(), kconv.build_info()['threads'])"
     names = ("KCONV_NUM_THREADS", "OMP_NUM_THREADS")
     others = {name: value for name, value in os.environ.items() if name not in names}
-    default = len(os.sched_getaffinity(0))
+    default = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     for kconv_value, openmp_value, expected in [
         ("3", "5", 3),
         (None, "5", 5),
