@@ -211,20 +211,36 @@ def test_declared_sizes_in_tar_files_are_not_believed(tmp_path: Path) -> None:
             datasets.load(tmp_path / "x.tar")
 
 
-def test_sparse_files_in_tar_files_are_refused(tmp_path: Path) -> None:
-    """In the headers of GNU tar: a terabyte, of which there are no bytes."""
+def sparse(whole: bytes, pieces: list[tuple[int, bytes]], size: int) -> bytes:
+    """An archive with one more picture, sparse as GNU tar writes it."""
+    stored = b"".join(piece for _, piece in pieces)
     member = tarfile.TarInfo("train/cat/9.png")
-    member.type = tarfile.GNUTYPE_SPARSE
+    member.type, member.size = tarfile.GNUTYPE_SPARSE, len(stored)
     header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
-    header[386:410] = b"%011o\0%011o\0" % (2**33 - 1, 0)
-    header[483:495] = b"%011o\0" % (2**33 - 1)
+    places = [(start, len(piece)) for start, piece in pieces] + [(size, 0)]
+    for number, place in enumerate(places):
+        header[386 + 24 * number : 410 + 24 * number] = b"%011o\0%011o\0" % place
+    header[483:495] = b"%011o\0" % size
     header[148:156] = b"        "
     header[148:156] = b"%06o\0 " % sum(header)
-    whole = write_tar(tmp_path / "x.tar", pictures()).read_bytes()
     end = 1024 * len(headers(whole))
-    (tmp_path / "x.tar").write_bytes(whole[:end] + header + whole[end:])
-    with pytest.raises(ValueError, match=r"9\.png (has 8,589,934,591 bytes|cannot be read)"):
-        datasets.load(tmp_path / "x.tar")
+    return whole[:end] + header + stored + bytes(-len(stored) % 512) + whole[end:]
+
+
+def test_sparse_files_in_tar_files(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (99, 0, 0)).save(buffer, "BMP")
+    bmp = buffer.getvalue()
+    path = write_tar(tmp_path / "x.tar", pictures())
+    whole = path.read_bytes()
+    path.write_bytes(sparse(whole, [(0, bmp[:54]), (54, bmp[54:])], len(bmp) + 10_000))
+    assert shades(datasets.load(path).x_train) == [0, 10, 99, 20, 30]
+    path.write_bytes(sparse(whole, [(0, bmp[:54]), (9000, bmp[54:])], len(bmp)))
+    with pytest.raises(ValueError, match=r"9\.png cannot be read: a piece of it lies beyond"):
+        datasets.load(path)
+    path.write_bytes(sparse(whole, [], 2**33 - 1))  # of which there are no bytes
+    with pytest.raises(ValueError, match=r"9\.png has 8,589,934,591 bytes; expected at most"):
+        datasets.load(path)
 
 
 # Zip

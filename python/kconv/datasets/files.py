@@ -312,17 +312,26 @@ class _Tar(_Archive):
             elif member.isdir():
                 yield member.name, None
             elif member.isfile():
-                yield member.name, _Member(member.offset_data, member.size, member.issparse())
+                yield member.name, _Member(member.offset_data, member.size, member.sparse)
         self._close()
 
     def _content(self, member: _Member) -> bytes:
-        if member.handle:
-            raise ValueError("it is a sparse file")
         if self._stream is None:
             self._stream = _decompressed(self.path)
         self._stream.seek(member.start)
-        data: bytes = self._stream.read(member.size)
-        if len(data) != member.size:
+        if member.handle is None:
+            return self._read(member.size)
+        # Of a sparse file there are some pieces only; between them are zeros.
+        data = bytearray(member.size)
+        for start, size in member.handle:
+            if not 0 <= start <= start + size <= member.size:
+                raise ValueError("a piece of it lies beyond its end")
+            data[start : start + size] = self._read(size)
+        return bytes(data)
+
+    def _read(self, size: int) -> bytes:
+        data: bytes = self._stream.read(size)
+        if len(data) != size:
             raise ValueError("the archive is cut short")
         return data
 
