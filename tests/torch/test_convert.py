@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import re
+import threading
 
-import onnxruntime
 import pytest
 import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from kconv.models import create
 from kconv.torch import (
@@ -189,19 +192,6 @@ def test_to_native():
     assert twice[0] is twice[1]
 
 
-def test_to_native_exports_to_onnx(tmp_path):
-    model = nn.Sequential(
-        PointwiseConv2d(6, 12, groups=3, interleave=4),
-        DepthwiseConv2d(12, 12, 3, stride=2, padding=((0, 1), (0, 1))),
-        KPointwiseConv2d(12, 8, "D6v3_4ch", activation="swish"),
-    ).eval()
-    x = torch.randn(2, 6, 10, 8)
-    torch.onnx.export(to_native(model), (x,), tmp_path / "model.onnx", dynamo=True)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("make", "name", "before", "after"),
     [
@@ -237,3 +227,281 @@ def test_compressed_blocks_keep_the_epsilon_of_the_batch_norm():
     compress(model, "D6_16ch").eval()
     x = torch.randn(2, 64, 5, 5)
     torch.testing.assert_close(model(x), to_native(model)(x), rtol=1e-4, atol=1e-5)
+
+
+class Twice(nn.Module):
+    """A convolution, its batch norm and its activation under two names each."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(64, 32, 1), nn.BatchNorm2d(32)
+        self.body = nn.Sequential(self.conv, self.norm, nn.ReLU())
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_compress_replaces_a_module_under_all_its_names(accelerated):
+    model = Twice()
+    compress(accelerate(model) if accelerated else model)
+    assert isinstance(model.conv, KPointwiseConv2d)
+    assert model.conv is model.body[0]
+    assert isinstance(model.norm, nn.Identity)
+    assert model.norm is model.body[1]
+    assert report(model).changed == {"conv": "KPointwiseConv2d"}
+    model(torch.randn(2, 64, 3, 4)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Reads(Twice):
+    def forward(self, x):
+        return super().forward(x.to(self.conv.weight.dtype))
+
+
+class Holds(Twice):
+    def __init__(self):
+        super().__init__()
+        self.order = [{"first": self.conv}]
+
+
+class Hidden(nn.Module):
+    """Calls another's convolution, which it does not register."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.calls = (conv,)
+
+    def forward(self, x):
+        return self.calls[0](x)
+
+
+def tied():
+    model = nn.Sequential(nn.Conv2d(64, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1))
+    model[2].weight = model[0].weight
+    return model
+
+
+def changed_by(change):
+    model = Twice()
+    change(model)
+    return model
+
+
+MASK = torch.ones(32, 64, 1, 1)
+DEPENDENT = {
+    "it is read": (Reads, "read outside"),
+    "a list has it": (Holds, "refers to it"),
+    "another calls it": (
+        lambda: changed_by(lambda m: m.body.append(Hidden(m.conv.to("meta")))),
+        "refers to it",
+    ),
+    "tied": (tied, "same parameters"),
+    "called twice": (
+        lambda: nn.Sequential(*[nn.Conv2d(64, 64, 1)] * 2),
+        "calls it 2 times",
+    ),
+    "forward hook": (
+        lambda: changed_by(lambda m: m.conv.register_forward_hook(print)),
+        "has hooks",
+    ),
+    "backward hook": (
+        lambda: changed_by(lambda m: m.conv.register_full_backward_hook(print)),
+        "has hooks",
+    ),
+    "pruned": (
+        lambda: changed_by(lambda m: prune.custom_from_mask(m.conv, "weight", MASK)),
+        "has hooks",
+    ),
+    "weight norm": (
+        lambda: changed_by(lambda m: parametrizations.weight_norm(m.conv)),
+        "parametrizations",
+    ),
+    "its own forward": (
+        lambda: changed_by(lambda m: setattr(m.conv, "forward", lambda x: x)),
+        "forward of its own",
+    ),
+    "grouped": (lambda: nn.Sequential(nn.Conv2d(64, 64, 1, groups=2)), "groups=2"),
+    "padded": (lambda: nn.Sequential(nn.Conv2d(64, 64, 1, padding=1)), r"padding=\(1, 1\)"),
+    "small": (lambda: nn.Sequential(nn.Conv2d(8, 4, 1)), "8 to 4 channels"),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), DEPENDENT.values(), ids=DEPENDENT)
+def test_compress_keeps_what_something_depends_on(make, words):
+    model = make()
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    if words == "refers to it" and isinstance(model.body[-1], Hidden):
+        model.body[0] = nn.Identity()  # only the one that is not seen calls it
+    assert compress(model) is model
+    assert [module for module in model.modules() if isinstance(module, nn.Conv2d)] == convs
+    result = report(model)
+    assert not result.changed
+    assert all(re.search(words, reason) for reason in result.kept.values())
+    assert len(result.kept) == len(convs)
+
+
+def test_compress_does_not_swallow_what_is_watched():
+    model = Twice()
+    seen = []
+    model.norm.register_forward_hook(lambda *_: seen.append(1))
+    compress(model)
+    assert isinstance(model.conv, KPointwiseConv2d)
+    assert isinstance(model.norm, nn.BatchNorm2d)
+    model(torch.randn(2, 64, 3, 4))
+    assert seen
+
+    class Offset(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = compress(nn.Sequential(nn.Conv2d(64, 32, 1), Offset(32), nn.ReLU()))
+    assert type(model[1]) is Offset
+
+
+def test_compressed_blocks_have_a_convolutions_attributes():
+    for stride in (1, 1), (2, 1):
+        conv = nn.Conv2d(64, 32, 1, stride)
+        block = compress(copy.deepcopy(conv))
+        for name in "in_channels out_channels kernel_size stride padding dilation groups".split():
+            assert getattr(block, name) == getattr(conv, name)
+        assert block(torch.randn(1, 64, 5, 6)).shape == conv(torch.randn(1, 64, 5, 6)).shape
+        with pytest.raises(AttributeError):
+            block.stride = (2, 2)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+@pytest.mark.parametrize("convert", [accelerate, compress])
+def test_wrapped_models(convert, wrap):
+    model = nn.Sequential(nn.Conv2d(64, 32, 1), nn.ReLU())
+    wrapped = wrap(model)
+    assert convert(wrapped) is wrapped
+    assert list(report(wrapped).changed) == list(report(model).changed) == ["0"]
+    assert type(model[0]) in (AcceleratedConv2d, KPointwiseConv2d)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
+def test_compress_refuses_wrappers_that_hold_the_parameters(tmp_path):
+    store = f"file://{tmp_path}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(64, 32, 1)))
+        with pytest.raises(ValueError, match="DistributedDataParallel has taken over"):
+            compress(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Doubled(PointwiseConv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled_output(_, __, y):
+    return y * 2
+
+
+def halved_input(_, inputs):
+    return (inputs[0] / 2,)
+
+
+def patched(module):
+    inner = module.forward
+    module.forward = lambda x: inner(x) + 1
+
+
+WRAPPERS = {
+    "weight_norm": parametrizations.weight_norm,
+    "older weight_norm": nn.utils.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "older spectral_norm": nn.utils.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "pruned": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    "forward hook": lambda m: m.register_forward_hook(doubled_output),
+    "forward pre-hook": lambda m: m.register_forward_pre_hook(halved_input),
+    "backward hook": lambda m: m.register_full_backward_hook(lambda _, g, __: (g[0] * 3,)),
+}
+
+
+def results(module, x):
+    x = x.clone().requires_grad_()
+    y = module(x)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    return y, x.grad
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("change", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: accelerate(nn.Sequential(nn.Conv2d(8, 8, 1))),
+        lambda: nn.Sequential(PointwiseConv2d(8, 8, groups=2)),
+        lambda: nn.Sequential(PointwiseConv2d(8, 8, interleave=4)),
+        lambda: nn.Sequential(DepthwiseConv2d(8, 8, 3, padding=((0, 1), (1, 0)))),
+    ],
+    ids="accelerated pointwise interleaving depthwise".split(),
+)
+def test_restore_and_to_native_after_changes(make, change):
+    torch.manual_seed(8)
+    model = make().double().eval()
+    change(model[0])
+    x = torch.randn(2, 8, 4, 5, dtype=torch.float64)
+    expected = results(model, x)
+    native = to_native(model)
+    assert "kconv.torch.layers" not in str([type(m).__mro__ for m in native.modules()])
+    for _ in range(2):  # the first call may compute the weight anew
+        torch.testing.assert_close(results(native, x), expected)
+    restored = restore(model)
+    assert restored is model
+    torch.testing.assert_close(results(restored, x), expected)
+    assert not [m for m in model.modules() if isinstance(m, AcceleratedConv2d)]
+
+
+def test_what_is_in_the_way_of_a_conversion():
+    model = nn.Sequential(PointwiseConv2d(8, 8), Doubled(8, 8))
+    x = torch.randn(1, 8, 2, 2)
+    y = model(x)
+    with pytest.raises(ValueError, match="to_native: module '1' is a Doubled, which is derived"):
+        to_native(model)
+    assert torch.equal(model(x), y)
+
+    class Tripled(AcceleratedConv2d):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    model = accelerate(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)))
+    model[1].__class__ = Tripled
+    with pytest.raises(ValueError, match="restore: module '1' is a Tripled"):
+        restore(model)
+    assert type(model[0]) is AcceleratedConv2d  # all of them, or none
+
+    model = nn.Sequential(PointwiseConv2d(8, 8))
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match="to_native: this Sequential cannot be copied"):
+        to_native(model)
+
+
+def test_forwards_of_instances_stay():
+    model = accelerate(nn.Sequential(nn.Conv2d(8, 8, 1)))
+    patched(model[0])
+    x = torch.randn(1, 8, 2, 2)
+    y = model(x)
+    torch.testing.assert_close(restore(model)(x), y)
+    assert type(model[0]) is nn.Conv2d
+
+
+def test_reports_stay_with_the_model(model):
+    with pytest.raises(ValueError, match="this Sequential is none that accelerate"):
+        report(model)
+    keys = list(model.state_dict())
+    accelerate(model)
+    expected = report(model)
+    assert (expected.action, len(expected.changed), len(expected.kept)) == ("accelerate", 4, 3)
+    assert report(copy.deepcopy(model)) == report(pickle.loads(pickle.dumps(model))) == expected
+    assert list(model.state_dict()) == keys
+    native = to_native(model)
+    assert report(native).action == "to_native"
+    assert report(native).changed.keys() == expected.changed.keys()
+    assert report(model) == expected
+    assert "1.conv1" in str(expected)

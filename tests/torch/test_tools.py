@@ -25,6 +25,7 @@ from kconv.torch import (
     ConvUnit,
     DepthwiseConv2d,
     InterleaveChannels,
+    InterleavedPointwiseConv2d,
     KPointwiseConv2d,
     MBConv,
     PointwiseConv2d,
@@ -95,14 +96,19 @@ def test_torchscript_compiles_native_models(make, tmp_path):
 
 def test_onnx_has_constant_channels_and_unknown_sizes(tmp_path):
     path = tmp_path / "model.onnx"
-    model = nn.Sequential(ConvUnit(6, 16, 3, 2), KPointwiseConv2d(16, 12, "D6v3_4ch", "swish"))
-    model.eval()
+    model = nn.Sequential(
+        PointwiseConv2d(6, 6, groups=3, interleave=4),
+        DepthwiseConv2d(6, 6, 3, padding=((0, 1), (0, 2))),
+        ConvUnit(6, 16, 3, 2),
+        KPointwiseConv2d(16, 12, "D6v3_4ch", "swish"),
+    ).eval()
     sizes = {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
     torch.onnx.export(to_native(model), (X,), path, dynamo=True, dynamic_shapes=(sizes,))
     nodes = onnx.load(path).graph.node
-    blocks = [module for module in model.modules() if isinstance(module, InterleaveChannels)]
-    assert blocks
-    assert sum(node.op_type == "Gather" for node in nodes) <= len(blocks) + 4  # + sizes
+    kinds = InterleavedPointwiseConv2d, InterleaveChannels
+    permutations = sum(isinstance(module, kinds) for module in model.modules())
+    assert permutations >= 2
+    assert sum(node.op_type == "Gather" for node in nodes) <= permutations + 4  # and of sizes
     assert len(nodes) < 60
     session = onnxruntime.InferenceSession(path)
     for size in (9, 8), (10, 13), (3, 4):
@@ -307,6 +313,7 @@ def sharded(rank, folder):
     os._exit(0)  # not to wait for Gloo's threads
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
 def test_distributed_tensors_shard_their_batch(tmp_path):
     script = f"import runpy; runpy.run_path({__file__!r})['sharded']({{}}, {str(tmp_path)!r})"

@@ -216,9 +216,10 @@ class _Compression:
                 f"its kType leaves a convolution of {conv.in_channels} to {conv.out_channels} "
                 f"channels as it is"
             )
-        if conv is not self.model and self.count[conv] != 1:
+        reason = self._dependent(conv)
+        if reason is None and conv is not self.model and self.count[conv] != 1:
             return f"the model calls it {self.count[conv]} times"
-        return self._dependent(conv)
+        return reason
 
     def _dependent(self, module: nn.Module) -> str | None:
         """What else depends on a module, so that it cannot be replaced."""
