@@ -205,6 +205,37 @@ def test_narrow_floats_are_summed_in_float32(dtype):
     assert all(g.dtype == dtype for g in tape.gradient(narrow, args))
 
 
+DTYPES = [tf.float64, tf.float32, tf.bfloat16, tf.float16, tf.int32, tf.complex64]
+
+
+@pytest.mark.parametrize("of_x", DTYPES)
+@pytest.mark.parametrize("make", [pointwise_case, depthwise_case])
+def test_mixed_dtypes_with_and_without_xla(make, of_x):
+    """One answer, or one kind of error."""
+    ours, reference, args = make(POINTWISE[0] if make is pointwise_case else DEPTHWISE[0], "NHWC")
+    for of_weight in DTYPES:
+        dtypes = (of_x, of_weight, of_weight)
+        x, weight, bias = (tf.cast(a, d) for a, d in zip(args, dtypes, strict=True))
+        results = []
+        for jit_compile in (False, True):
+            try:
+                results.append(tf.function(ours, jit_compile=jit_compile)(x, weight, bias))
+            except (TypeError, INVALID) as error:
+                results.append(error)
+        a, b = results
+        if isinstance(a, Exception):
+            assert (type(a), str(a).split("\n")[-1]) == (type(b), str(b).split("\n")[-1])
+            mixed = tf.float64 in (of_x, of_weight) and of_x != of_weight
+            assert mixed or not (of_x.is_floating and of_weight.is_floating)
+            continue
+        assert a.dtype == b.dtype == of_x
+        a, b, exact = (tf.cast(y, tf.float64) for y in (a, b, reference(*args)))
+        narrow = {tf.bfloat16: 2**-7, tf.float16: 2**-9}
+        tolerance = max(narrow.get(of_x, 1e-5), narrow.get(of_weight, 1e-5))
+        np.testing.assert_allclose(a, b, rtol=narrow.get(of_x, 1e-5), atol=1e-5)
+        np.testing.assert_allclose(a, exact, rtol=4 * tolerance, atol=8 * tolerance)
+
+
 def test_data_pipeline():
     images = random(6, 4, 4, 8, dtype=np.float32)
     data = tf.data.Dataset.from_tensor_slices(images).batch(2)
@@ -255,7 +286,7 @@ X, W, D = (np.ones(shape, np.float32) for shape in ((2, 8, 4, 4), (6, 4), (8, 3,
 INVALID = tf.errors.InvalidArgumentError
 
 
-@pytest.mark.parametrize(
+BAD_INPUT = (
     ("call", "error", "message"),
     [
         (lambda: ktf.pointwise_conv(X, W, groups=3), INVALID, "in_channels=8 .* groups=3"),
@@ -281,9 +312,29 @@ INVALID = tf.errors.InvalidArgumentError
         (lambda: tf.function(ktf.interleave)(X, 0), INVALID, "step=0"),
     ],
 )
+
+
+@pytest.mark.parametrize(*BAD_INPUT)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(*BAD_INPUT)
+def test_bad_input_inside_xla(call, error, message):
+    if message.startswith(r"\[") or "axes" in message:  # said in other words
+        message = "shape"
+    with pytest.raises(error, match=message):
+        tf.function(call, jit_compile=True)()
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_tensors_that_are_not_dense(jit_compile):
+    ragged = tf.RaggedTensor.from_row_splits(tf.ones((3, 8, 1, 1)), [0, 1, 3])
+    sparse = tf.sparse.from_dense(X)
+    for x in (ragged, sparse):
+        with pytest.raises((TypeError, ValueError, INVALID)):
+            tf.function(lambda x: ktf.pointwise_conv(x, W, groups=2), jit_compile=jit_compile)(x)
 
 
 def test_registration():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ import tensorflow as tf
 from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+import kconv
 from kconv.ktypes import interleave_index
 from kconv.tensorflow._library import kernels
 
@@ -54,7 +56,8 @@ def pointwise_conv(
     Raises:
         ValueError: an unknown layout.
         TypeError: dtypes other than floating point.
-        tf.errors.InvalidArgumentError: shapes, groups or step that do not fit together.
+        tf.errors.InvalidArgumentError: shapes, groups or step that do not fit together, or float64
+            mixed with a narrower dtype.
     """
     _check_layouts(layout, weight_layout)
 
@@ -79,7 +82,14 @@ def pointwise_conv(
         y = tf.nn.conv2d(x, kernel, 1, "VALID", layout)
         return _by_index(_add_bias(y, bias, layout), interleave, layout)
 
-    return _apply(native, plain, x, weight, bias)
+    check = partial(
+        kconv.pointwise_conv,
+        groups=groups,
+        interleave=interleave,
+        layout=layout,
+        weight_layout=weight_layout,
+    )
+    return _apply(native, plain, check, x, weight, bias)
 
 
 def depthwise_conv(
@@ -116,7 +126,8 @@ def depthwise_conv(
     Raises:
         ValueError: an unknown layout or padding.
         TypeError: dtypes other than floating point.
-        tf.errors.InvalidArgumentError: shapes, stride or padding that do not fit together.
+        tf.errors.InvalidArgumentError: shapes, stride or padding that do not fit together, or
+            float64 mixed with a narrower dtype.
     """
     _check_layouts(layout, weight_layout)
     borders = _borders(padding)
@@ -152,7 +163,14 @@ def depthwise_conv(
         y = tf.nn.depthwise_conv2d(x, kernel, strides, "VALID" if borders else "SAME", layout)
         return _add_bias(y, bias, layout)
 
-    return _apply(native, plain, x, weight, bias)
+    check = partial(
+        kconv.depthwise_conv,
+        stride=stride,
+        padding=padding,
+        layout=layout,
+        weight_layout=weight_layout,
+    )
+    return _apply(native, plain, check, x, weight, bias)
 
 
 def interleave(x: Tensor, step: int, *, layout: Layout = "NCHW") -> Tensor:
@@ -209,25 +227,52 @@ def _permute(
     return _apply(
         lambda x: kernel(x, step=step, layout=layout),
         lambda x: _by_index(x, step, layout, inverse=inverse),
+        lambda x: kconv.interleave(x, step, layout=layout),
         x,
     )
 
 
 def _apply(
-    native: Callable[..., Tensor], plain: Callable[..., Tensor], *tensors: Tensor | None
+    native: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    check: Callable[..., Any],
+    *tensors: Tensor | None,
 ) -> Tensor:
-    """Calls the kernel; or what ``jit_compile=True`` can compile, where that will happen."""
+    """Calls the kernel; or what ``jit_compile=True`` can compile, where that will happen.
+
+    Both get tensors of one dtype: float64 or bfloat16 if all are, else float32; but compiled sums
+    are never in bfloat16. What the kernel would refuse when it runs, ``check`` refuses now.
+    """
     present = [tf.convert_to_tensor(tensor) for tensor in tensors if tensor is not None]
-    dtype = present[0].dtype
-    for tensor in present:
-        if not tensor.dtype.is_floating:
-            raise TypeError(f"expected a floating-point dtype, got {tensor.dtype.name}")
-    if inside_xla():
-        return plain(*present)
-    narrow = dtype == tf.bfloat16 and all(tensor.dtype == dtype for tensor in present)
-    if narrow or dtype in (tf.float32, tf.float64):
-        return native(*present)
-    return tf.cast(native(*(tf.cast(tensor, tf.float32) for tensor in present)), dtype)
+    dtypes = [tensor.dtype for tensor in present]
+    for dtype in dtypes:
+        if not dtype.is_floating:
+            raise TypeError(f"expected a floating-point dtype, got {dtype.name}")
+    compute = dtypes[0] if len(set(dtypes)) == 1 else tf.float32
+    if compute != tf.float64 and tf.float64 in dtypes:
+        names = ", ".join(dtype.name for dtype in dtypes)
+        raise _invalid(f"cannot mix the dtypes {names}: cast one of them")
+    compiled = inside_xla()
+    if compute not in (tf.float32, tf.float64) and (compiled or compute != tf.bfloat16):
+        compute = tf.float32
+    operands = [tf.cast(tensor, compute) for tensor in present]
+    if not compiled:
+        return tf.cast(native(*operands), dtypes[0])
+    shapes = [tensor.shape for tensor in present]
+    if all(shape.rank is not None for shape in shapes):
+        # Images of none are enough for the checks, and of some size where it is unknown.
+        sizes = [[0, *(size or 8 for size in shapes[0][1:])], *shapes[1:]]
+        if all(None not in shape for shape in sizes):
+            try:
+                check(*(np.empty(shape, np.float32) for shape in sizes))
+            except ValueError as error:
+                raise _invalid(str(error)) from None
+    return tf.cast(plain(*operands), dtypes[0])
+
+
+def _invalid(message: str) -> Exception:
+    """The error that the kernels raise as operations of TensorFlow."""
+    return tf.errors.InvalidArgumentError(None, None, message)
 
 
 def inside_xla() -> bool:
