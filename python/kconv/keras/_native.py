@@ -13,23 +13,30 @@ import keras
 BACKEND: str = keras.backend.backend()
 native: Any
 _fused: Any
+_Tensor: Any
 # Imported by statements, so that tools which pack an application find the modules.
 match BACKEND:
     case "jax":
+        import jax
+
         from kconv import jax as native_jax
         from kconv.jax import _fused as fused_jax
 
-        native, _fused = native_jax, fused_jax
+        native, _fused, _Tensor = native_jax, fused_jax, jax.Array
     case "torch":
+        import torch
+
         from kconv.keras import _torch as native_torch
         from kconv.torch import fused as fused_torch
 
-        native, _fused = native_torch, fused_torch
+        native, _fused, _Tensor = native_torch, fused_torch, torch.Tensor
     case "tensorflow":
+        import tensorflow
+
         from kconv import tensorflow as native_tensorflow
         from kconv.tensorflow import _fused as fused_tensorflow
 
-        native, _fused = native_tensorflow, fused_tensorflow
+        native, _fused, _Tensor = native_tensorflow, fused_tensorflow, tensorflow.Tensor
     case _:
         raise ImportError(
             f"kconv.keras has no Keras backend {BACKEND!r}; it has jax, tensorflow, torch"
@@ -42,19 +49,11 @@ SUPPORTS_JIT = BACKEND != "tensorflow"
 """Whether Keras may compile the layers: where TensorFlow compiles, its own operations take the
 kernels' place."""
 
-_TENSORS = {
-    "jax": ("jax", "Array"),
-    "torch": ("torch", "Tensor"),
-    "tensorflow": ("tensorflow", "Tensor"),
-}
-
 
 def is_dense(x: Any) -> bool:
     """Whether this is one of the backend's own tensors, and not a sparse or a ragged one."""
-    module, name = _TENSORS[BACKEND]
-    if not isinstance(x, getattr(import_module(module), name)):
-        return False
-    return BACKEND != "torch" or str(x.layout) == "torch.strided"
+    dense = isinstance(x, _Tensor)
+    return dense and (BACKEND != "torch" or str(x.layout) == "torch.strided")
 
 
 LAYOUTS = {"channels_last": "NHWC", "channels_first": "NCHW"}
