@@ -296,14 +296,14 @@ class _Tar(_Archive):
         with damage(f"{self.path} is not a readable tar file"):
             self._stream = _decompressed(self.path)
             tar = tarfile.TarFile(fileobj=self._stream, mode="r", tarinfo=_Header)
-        while True:
+        # Where there is no first member, Python 3.10 fails on looking for the next.
+        more = tar.firstmember is not None  # type: ignore[attr-defined]
+        while more:
             with damage(f"{self.path} is not a readable tar file"):
                 member = tar.next()
                 tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them
-                if member is None:
-                    while self._stream.read(2**20):  # the checksum stands at the end
-                        pass
-                    break
+            if member is None:
+                break
             if member.issym():
                 below = posixpath.dirname(member.name)
                 yield member.name, posixpath.normpath(posixpath.join(below, member.linkname))
@@ -313,6 +313,9 @@ class _Tar(_Archive):
                 yield member.name, None
             elif member.isfile():
                 yield member.name, _Member(member.offset_data, member.size, member.sparse)
+        with damage(f"{self.path} is not a readable tar file"):
+            while self._stream.read(2**20):  # the checksum stands at the end
+                pass
         self._close()
 
     def _content(self, member: _Member) -> bytes:
