@@ -92,7 +92,9 @@ impl Planes {
         let seen = [0, 1].map(|axis| {
             let end = |phase: &Phase| {
                 let (low, span) = phase.span();
-                (phase.in_step * phase.count.max(1)).wrapping_add_signed(low) + span + 1 + before[axis] - phase.in_step
+                // There are as many pixels before the plane as the lowest tap needs.
+                let first = before[axis].saturating_add_signed(low);
+                first + phase.in_step * (phase.count.max(1) - 1) + span + 1
             };
             phases[axis].iter().map(end).max().unwrap_or(0)
         });
