@@ -385,10 +385,6 @@ INTERVENTIONS = {
         hook("head", "full_backward_hook", lambda m, gx, gy: tuple(3 * g for g in gx)),
         TAIL,
     ),
-    "hook without a handle": (
-        lambda model: model.head._forward_hooks.update({0: lambda m, args, y: 2 * y}),
-        TAIL,
-    ),
     "hook on output gradients": (
         hook("head", "full_backward_pre_hook", lambda m, gy: tuple(3 * g for g in gy)),
         TAIL,
