@@ -366,6 +366,18 @@ check(loss, jax.device_put(x, NamedSharding(auto, P(None, None, None, "data"))),
 three = jax.jit(network)(x[:3], *weights)
 np.testing.assert_allclose(three, network(x, *weights)[:3], rtol=1e-5)
 
+# A fused network's layers divide the work; its batch norm has the statistics of all images.
+import keras
+from kconv.keras import ConvUnit
+unit, plain = ConvUnit(6), ConvUnit(6, fused=False)
+unit(x), plain(x)
+unit.set_weights(plain.get_weights())
+values = [[v.value for v in kind] for kind in
+          (unit.trainable_variables, unit.non_trainable_variables)]
+run = jax.jit(lambda x: unit.stateless_call(*values, x, training=True)[0])
+assert run(split).sharding.spec[0] == "data"
+np.testing.assert_allclose(run(split), plain(x, training=True), rtol=1e-4, atol=1e-5)
+
 # The types tell it.
 explicit = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
 check(loss, jax.device_put(x, NamedSharding(explicit, P("data"))), [first])
@@ -380,6 +392,7 @@ print(len(jax.devices()), "devices")
 
 
 def test_over_two_devices():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = "--xla_force_host_platform_device_count=2"
+    env = {**os.environ, "XLA_FLAGS": flags, "KERAS_BACKEND": "jax"}
     run = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, env=env)
     assert run.stdout == "2 devices\n", run.stderr

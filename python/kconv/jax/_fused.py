@@ -34,14 +34,9 @@ __all__ = ["fused", "runs_natively"]
 def runs_natively(x: jax.Array) -> bool:
     """Whether the operation can take an array: on the CPU, and not divided among devices.
 
-    Where an array's type says that devices hold parts of it (``jax.shard_map``, JAX's explicit
-    sharding), the layers' own operations know what that means.
+    Where devices may hold parts of it, the layers' own operations know what that means.
     """
-    if jax.default_backend() != "cpu":
-        return False
-    kind = jax.typeof(x)
-    explicit = getattr(getattr(kind, "sharding", None), "spec", None) or ()
-    return not getattr(kind, "vma", None) and not any(explicit)
+    return jax.default_backend() == "cpu" and not _kernels.is_divided(x)
 
 
 def fused(

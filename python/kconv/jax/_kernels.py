@@ -114,7 +114,7 @@ def parallel(function: BatchParallel, *operands: jax.Array) -> jax.Array:
         return jax.shard_map(
             part, mesh=mesh, in_specs=tuple(specs), out_specs=result, check_vma=False
         )(*operands)
-    if len(jax.devices("cpu")) > 1 and not _is_manual():
+    if _compiler_divides():
         return _partitioned(function, *operands)
     axes = frozenset().union(*map(_varying, operands))
     result = function(*operands)
@@ -137,6 +137,11 @@ def aligned(batched: tuple[bool, ...], *operands: jax.Array) -> list[jax.Array]:
         ]
     axes = frozenset().union(*map(_varying, operands))
     return [_cast(operand, axes - _varying(operand)) for operand in operands]
+
+
+def is_divided(x: jax.Array) -> bool:
+    """Whether devices may hold parts of an array, of which each computes something."""
+    return _compiler_divides() or _explicit_mesh((x,)) is not None or bool(_varying(x))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -225,10 +230,13 @@ def _batch_spec(
     return {True: PartitionSpec(*spec[:1]), False: PartitionSpec()}
 
 
-def _is_manual() -> bool:
-    """Whether this is inside ``shard_map``, where every device is told what to do."""
+def _compiler_divides() -> bool:
+    """Whether the compiler may divide arrays among devices.
+
+    Inside ``shard_map`` it does not, as every device is told what to do.
+    """
     mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
-    return bool(getattr(mesh, "manual_axes", ()))
+    return len(jax.devices("cpu")) > 1 and not getattr(mesh, "manual_axes", ())
 
 
 def _varying(x: jax.Array) -> frozenset[str]:
