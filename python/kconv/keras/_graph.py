@@ -96,7 +96,7 @@ def _depthwise(read: Read, call: _Call) -> graph.Layer | None:
 def _conv_kernel(read: Read) -> tuple[int, ...] | None:
     """The shape of a convolution's kernel, where nothing but a convolution happens."""
     linear = read.activation is None or read.activation is activations.linear
-    if not linear or read.lora_enabled or read.dilation_rate != (1, 1):
+    if not linear or getattr(read, "lora_enabled", False) or read.dilation_rate != (1, 1):
         return None
     if read.strides[0] != read.strides[1] or read.padding not in ("same", "valid"):
         return None
@@ -167,10 +167,12 @@ def _multiply(read: Read, call: _Call) -> graph.Layer | None:
     return graph.Multiply(**call.common) if pixels == [1, 1] and same_channels else None
 
 
-_CONV = (
+# Only what all of a class's layers have: PyTorch's modules take long to say that they lack a name.
+_DEPTHWISE = (
     *("kernel_size", "strides", "padding", "dilation_rate", "use_bias", "activation"),
-    *("data_format", "lora_enabled", "convolution_op"),
+    *("data_format", "depth_multiplier"),
 )
+_CONV = (*_DEPTHWISE[:-1], "groups", "filters", "lora_enabled", "convolution_op")
 _NORM = ("axis", "epsilon", "momentum", "center", "scale", "renorm", "synchronized")
 _KERNEL, _DEPTHWISE_KERNEL = ("_kernel", "bias"), ("kernel", "bias")
 _STATISTICS = ("gamma", "beta", "moving_mean", "moving_variance")
@@ -186,10 +188,10 @@ class _Kind:
 
 
 _KINDS = {
-    layers.Conv2D: _Kind(_conv, (*_CONV, "groups", "filters"), _KERNEL),
-    PointwiseConv2D: _Kind(_conv, (*_CONV, "groups", "filters", "interleave"), _KERNEL),
-    layers.DepthwiseConv2D: _Kind(_depthwise, (*_CONV, "depth_multiplier"), _DEPTHWISE_KERNEL),
-    DepthwiseConv2D: _Kind(_depthwise, (*_CONV, "depth_multiplier"), _DEPTHWISE_KERNEL),
+    layers.Conv2D: _Kind(_conv, _CONV, _KERNEL),
+    PointwiseConv2D: _Kind(_conv, (*_CONV, "interleave"), _KERNEL),
+    layers.DepthwiseConv2D: _Kind(_depthwise, _DEPTHWISE, _DEPTHWISE_KERNEL),
+    DepthwiseConv2D: _Kind(_depthwise, _DEPTHWISE, _DEPTHWISE_KERNEL),
     layers.BatchNormalization: _Kind(_norm, _NORM, _STATISTICS),
     layers.Activation: _Kind(_activation, ("activation",)),
     layers.ZeroPadding2D: _Kind(_zero_pad, ("padding", "data_format")),
@@ -210,7 +212,8 @@ _METHODS = ("__call__", "call", "forward", "convolution_op")
 _ORIGINALS = {
     kind: {name: getattr(kind, name) for name in _METHODS if hasattr(kind, name)} for kind in _KINDS
 }
-_OF_ALL = ("__call__", "call", "forward", "activity_regularizer", "dtype_policy", "autocast")
+_FORWARD = ("forward",) if hasattr(layers.Layer, "forward") else ()
+_OF_ALL = ("__call__", "call", *_FORWARD, "activity_regularizer", "dtype_policy", "autocast")
 _NAMES = {kind: (*_OF_ALL, *entry.names, *entry.weights) for kind, entry in _KINDS.items()}
 
 

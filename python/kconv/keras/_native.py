@@ -68,3 +68,12 @@ def runs_natively(x: Any) -> bool:
 
         return not _has_any_global_hook() and bool(_fused.is_eager(x))
     return bool(_fused.runs_natively(x))
+
+
+def is_compiling() -> bool:
+    """Whether PyTorch reads what runs now, to compile it: it gets the layers one by one."""
+    if BACKEND != "torch":
+        return False
+    import torch
+
+    return torch.compiler.is_compiling()

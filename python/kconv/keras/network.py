@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from kconv.keras._graph import CallGraph, call_graph
-from kconv.keras._native import LAYOUTS, fused, runs_natively
+from kconv.keras._native import LAYOUTS, fused, is_compiling, runs_natively
 from kconv.models import graph
 from kconv.models.fusion import Segment, UnfitError, partition
 
@@ -46,7 +46,8 @@ class Network(keras.Model):
         # Keras's walk over the layers' calls, to which `call` comes down.
         tensors = keras.tree.flatten(inputs)
         on_numbers = not any(isinstance(x, keras.KerasTensor) for x in tensors)
-        plan = _plan(self) if operation_fn and not call_fn and on_numbers else None
+        watched = call_fn or not operation_fn or is_compiling()
+        plan = _plan(self) if on_numbers and not watched else None
         training = operation_fn(_Probe())() if plan and plan.fuses else None
         if plan is None or not plan.fuses or not isinstance(training, bool | int | None):
             options = {"call_fn": call_fn} if call_fn else {}

@@ -56,6 +56,10 @@ def fused(
     if not tf.executing_eagerly():
         y.set_shape((x.shape[0], *program.output_shape(layout)))
         used.set_shape((2, program.norm_channels))
+    if statistics is None and x.shape[0] is None:
+        # As elsewhere in TensorFlow, the means of no images are no numbers.
+        count = tf.cast(tf.shape(x)[0], x.dtype)
+        used *= count / count
     return y, tf.unstack(used, 2)
 
 

@@ -315,7 +315,7 @@ class MBConv(Network):
         se_ratio: float = 0.25,
         ktype: KType | str | int | None = "D6_16ch",
         *,
-        activation: ActivationName = "swish",
+        activation: ActivationName | None = "swish",
         drop_connect: float = 0.0,
         fused: bool = True,
     ) -> None:
