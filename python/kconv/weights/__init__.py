@@ -55,7 +55,7 @@ from kconv.weights._activations import activations, check_activations
 from kconv.weights._keras_file import KerasFile, config_layers
 from kconv.weights._matching import MismatchError, Pairs
 from kconv.weights._models import Target, adapt
-from kconv.weights._reading import Candidate, TorchFile, read
+from kconv.weights._reading import Candidate, TorchFile, described, read
 
 __all__ = ["LoadReport", "load_weights", "save_weights"]
 
@@ -111,7 +111,8 @@ def load_weights(model: Any, path: StrPath) -> LoadReport:
     """
     target, path = adapt(model), Path(path)
     with ExitStack() as stack:
-        file = read(path, stack)
+        # An archive of Keras's has an optimizer's state beside the weights, and a configuration.
+        file = read(path, stack, room=16 * target.nbytes + (1 << 26))
         try:
             if isinstance(file, KerasFile):
                 return _load_keras(target, file)
@@ -121,7 +122,9 @@ def load_weights(model: Any, path: StrPath) -> LoadReport:
         except (ImportError, MemoryError):
             raise
         except Exception as error:  # whatever a library or a user's class says
-            raise ValueError(f"{path} cannot be loaded into the model: {error}") from error
+            raise ValueError(
+                f"{path} cannot be loaded into the model: {described(error)}"
+            ) from error
 
 
 def _load_keras(target: Target, file: KerasFile) -> LoadReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -60,6 +61,7 @@ class Target(Protocol):
     """A model to be filled, or written."""
 
     exact_activations: bool  # whether all are layers, none a function that a module calls
+    nbytes: int  # of all weights
 
     def arrays(self) -> tuple[dict[str, Array], dict[str, str]]:
         """All weights by PyTorch's names and in its layouts, and what else a file shall say."""
@@ -100,7 +102,9 @@ def _read(name: str, source: Source, dtype: str) -> Array:
             raise ValueError("it is no array of the shape that its header says")
         return cast(array, dtype)
     except Exception as error:  # whatever a library says of a damaged file
-        raise ValueError(f"{name!r} cannot be read: {error}") from error
+        raise ValueError(
+            f"{name!r} cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
 
 
 # PyTorch.
@@ -119,12 +123,12 @@ class _TorchTarget:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._state: dict[str, Any] = dict(model.state_dict())
+        tensors = [v for v in self._state.values() if hasattr(v, "element_size")]
+        self.nbytes = sum(0 if _is_lazy(v) else v.numel() * v.element_size() for v in tensors)
 
     def _shapes(self) -> dict[str, Shape | None]:
-        from torch.nn.parameter import is_lazy
-
         return {
-            name: None if is_state(name) or is_lazy(value) else tuple(value.shape)
+            name: None if is_state(name) or _is_lazy(value) else tuple(value.shape)
             for name, value in self._state.items()
         }
 
@@ -208,11 +212,17 @@ def _writable(array: Array) -> Array:
 
 def _copy(value: Any) -> Any:
     from torch import is_tensor
-    from torch.nn.parameter import is_lazy
 
     if is_tensor(value):
-        return value if is_lazy(value) else value.detach().clone()
+        return value if _is_lazy(value) else value.detach().clone()
     return copy.deepcopy(value)
+
+
+def _is_lazy(tensor: Any) -> bool:
+    """Whether a tensor has no shape before its module's first call."""
+    from torch.nn.parameter import is_lazy
+
+    return bool(is_lazy(tensor))
 
 
 def _torch_array(name: str, tensor: Any) -> Array:
@@ -337,6 +347,7 @@ class _KerasTarget:
         self._variables = list(_variables(model, (), set()))
         if not self._variables and not model.built:
             raise ValueError(f"{model.name!r} has no weights yet: build it, or call it once")
+        self.nbytes = sum(8 * math.prod(variable.shape) for variable in self._variables)
         self._stems = frozenset(snake_case(type(layer).__name__) for layer in _all_layers(model))
 
     def _by_name(self, numbered: bool = False) -> dict[Name, _Variable]:
@@ -503,10 +514,13 @@ class _KerasTarget:
             self._model.save_weights(before)
             with h5py.File(before, "r") as root:
                 own = read_hdf5([(root, before.stat().st_size)], config) if len(root) else None
-                if own is None or not self._same_places(file, own):
+                places = None if own is None else self._same_places(file, own)
+                if own is None or places is None:
                     return False
                 values = {
-                    place: _read(place, _source(weight), own.weights[place].entry.dtype)
+                    places[place]: _read(
+                        place, _source(weight), own.weights[places[place]].entry.dtype
+                    )
                     for place, weight in file.weights.items()
                 }
             shutil.copyfile(before, after)
@@ -521,27 +535,33 @@ class _KerasTarget:
                 raise
         return True
 
-    def _same_places(self, file: KerasFile, own: KerasFile) -> bool:
-        """Whether the same weights are in the same places, of layers of the same names."""
-        if file.weights.keys() != own.weights.keys():
-            return False
+    def _same_places(self, file: KerasFile, own: KerasFile) -> dict[str, str] | None:
+        """For each place in a file, that in the model's own file.
+
+        None unless the same weights are in the same places, of layers of the same names. Attributes
+        of layers count without the underscores that a version of Keras may have begun them with.
+        """
+        ours = {place.replace("/_", "/"): place for place in own.weights}
+        places = {place: ours.get(place.replace("/_", "/"), "") for place in file.weights}
+        if sorted(places.values()) != sorted(own.weights):
+            return None
         for place, weight in file.weights.items():
-            mine = own.weights[place]
+            mine = own.weights[places[place]]
             if weight.entry.shape != mine.entry.shape:
-                return False
+                return None
             if weight.kind and mine.kind and weight.variable != mine.variable:
-                return False
+                return None
             if weight.layers is None or mine.layers is None:
                 continue
             if len(weight.layers) != len(mine.layers):
-                return False
+                return None
             for name, other in zip(weight.layers, mine.layers, strict=True):
                 stem = automatic_stem(name, self._stems)
                 if name.replace("/", "_") != other and (
                     stem is None or stem != automatic_stem(other, self._stems)
                 ):
-                    return False
-        return True
+                    return None
+        return places
 
     def activations(self) -> dict[str, str]:
         from kconv.weights._activations import activations

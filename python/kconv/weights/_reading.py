@@ -18,7 +18,7 @@ from kconv.weights._models import METADATA, Source, is_state
 from kconv.weights._safetensors import npz_entries, safetensors_entries, safetensors_header
 from kconv.weights._torch_file import Tensor, Unreadable, entry, read_legacy, read_zip
 
-__all__ = ["Candidate", "TorchFile", "read"]
+__all__ = ["Candidate", "TorchFile", "described", "read"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,13 @@ class TorchFile:
     candidates: list[Candidate]
 
 
-def read(path: Path, stack: ExitStack) -> TorchFile | KerasFile:
+def read(path: Path, stack: ExitStack, room: int) -> TorchFile | KerasFile:
     """Read the headers of a file or a folder.
 
     Args:
         path: where it is.
         stack: what keeps files open until the values have been read.
+        room: bytes that a compressed part may have which is read at once.
 
     Raises:
         OSError: if it cannot be opened.
@@ -66,11 +67,20 @@ def read(path: Path, stack: ExitStack) -> TorchFile | KerasFile:
         with path.open("rb"):  # for the operating system's own error
             pass
     try:
-        return _read_folder(path, stack) if stat.S_ISDIR(mode) else _read_file(path, stack)
+        if stat.S_ISDIR(mode):
+            return _read_folder(path, stack, room)
+        return _read_file(path, stack, room)
     except ImportError:
         raise
     except Exception as error:  # whatever a library says of a damaged file
-        raise ValueError(f"{path} is damaged, or holds no model's weights: {error}") from error
+        reason = described(error)
+        raise ValueError(f"{path} is damaged, or holds no model's weights: {reason}") from error
+
+
+def described(error: Exception) -> str:
+    """What an error says, in one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__} {text}"
 
 
 # Of Hugging Face's folders, whose first is used that is there; and of an unpacked .keras archive.
@@ -87,17 +97,19 @@ _IN_FOLDERS = (
 )
 
 
-def _read_folder(path: Path, stack: ExitStack) -> TorchFile | KerasFile:
+def _read_folder(path: Path, stack: ExitStack, room: int) -> TorchFile | KerasFile:
     names = [name for name in _IN_FOLDERS if (path / name).is_file()]
     if not names:
         raise ValueError(f"the folder has none of {', '.join(_IN_FOLDERS)}")
     config = None
     if names[0].startswith("model.weights") and (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_bytes())
-    return _read_file(path / names[0], stack, config)
+    return _read_file(path / names[0], stack, room, config)
 
 
-def _read_file(path: Path, stack: ExitStack, config: Any = None) -> TorchFile | KerasFile:
+def _read_file(
+    path: Path, stack: ExitStack, room: int, config: Any = None
+) -> TorchFile | KerasFile:
     with path.open("rb") as file:
         head = file.read(9)
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
@@ -111,17 +123,25 @@ def _read_file(path: Path, stack: ExitStack, config: Any = None) -> TorchFile | 
         entries, metadata = safetensors_entries(path, header)
         return TorchFile("safetensors", [Candidate((), _sources(entries, metadata))])
     if zipfile.is_zipfile(path) or head.startswith(b"PK"):
-        return _read_zip(stack.enter_context(zipfile.ZipFile(path)), path, stack)
+        return _read_zip(stack.enter_context(zipfile.ZipFile(path)), stack, room)
     if damage is not None:
         raise damage
     if head.startswith(b"\x80"):
         return _checkpoint(read_legacy(path))
     if head.lstrip()[:1] == b"{":
-        return _read_index(path, stack, config)
+        return _read_index(path, stack, room, config)
     raise ValueError(
         "it is neither HDF5, .keras, a PyTorch checkpoint, safetensors, .npz nor an index of "
         f"shards, but begins with {head!r}"
     )
+
+
+def _part(archive: zipfile.ZipFile, name: str, room: int) -> bytes:
+    """A part of an archive, unless it is compressed and larger than a model's needs to be."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED and info.file_size > room:
+        raise ValueError(f"its part {name!r} has {info.file_size} bytes, too many for this model")
+    return archive.read(info)
 
 
 def _hdf5(file: Path | BytesIO, stack: ExitStack) -> Any:
@@ -130,18 +150,14 @@ def _hdf5(file: Path | BytesIO, stack: ExitStack) -> Any:
     return stack.enter_context(h5py.File(file, "r"))
 
 
-def _read_zip(archive: zipfile.ZipFile, path: Path, stack: ExitStack) -> TorchFile | KerasFile:
+def _read_zip(archive: zipfile.ZipFile, stack: ExitStack, room: int) -> TorchFile | KerasFile:
     infos = archive.infolist()
     names = {info.filename for info in infos}
     if len(names) < len(infos):
         raise ValueError("it has two parts of one name")
     if "config.json" in names and "model.weights.h5" in names:
-        weights = archive.getinfo("model.weights.h5")
-        # Keras stores parts as they are; a compressed one cannot be a thousand times its size.
-        if weights.file_size > path.stat().st_size * 1100:
-            raise ValueError("its part 'model.weights.h5' is larger than it can be")
-        config = json.loads(archive.read("config.json"))
-        content = archive.read(weights)
+        config = json.loads(_part(archive, "config.json", room))
+        content = _part(archive, "model.weights.h5", room)
         return read_hdf5([(_hdf5(BytesIO(content), stack), len(content))], config)
     pickled = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
     if pickled:
@@ -160,7 +176,7 @@ def _read_zip(archive: zipfile.ZipFile, path: Path, stack: ExitStack) -> TorchFi
 # Shards.
 
 
-def _read_index(path: Path, stack: ExitStack, config: Any) -> TorchFile | KerasFile:
+def _read_index(path: Path, stack: ExitStack, room: int, config: Any) -> TorchFile | KerasFile:
     """Hugging Face's and Keras's indices: which weight is in which file of the same folder."""
     index = json.loads(path.read_bytes())
     places = index.get("weight_map")
@@ -183,7 +199,7 @@ def _read_index(path: Path, stack: ExitStack, config: Any) -> TorchFile | KerasF
     sources: dict[str, Source] = {}
     kind = ""
     for shard in paths:
-        part = _read_file(shard, stack)
+        part = _read_file(shard, stack, room)
         if not isinstance(part, TorchFile):
             raise ValueError(f"its shard {shard.name!r} is of another format")
         found = part.candidates[0].sources
