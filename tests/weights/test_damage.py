@@ -167,7 +167,7 @@ def test_declared_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> No
     with zipfile.ZipFile(tmp_path / "a.keras", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("config.json", "{}")
         with archive.open("model.weights.h5", "w") as file:
-            for _ in range(160):
+            for _ in range(80):
                 file.write(bytes(1 << 20))
     with pytest.raises(ValueError, match=r"'model\.weights\.h5' has .* too many for this model"):
         load_weights(model, tmp_path / "a.keras")

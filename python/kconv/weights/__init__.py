@@ -51,7 +51,7 @@ from typing import Any
 import numpy as np
 
 from kconv._files import replacing
-from kconv.weights._activations import activations, check_activations
+from kconv.weights._activations import activations, check_activations, outside
 from kconv.weights._keras_file import KerasFile, config_layers
 from kconv.weights._matching import MismatchError, Pairs
 from kconv.weights._models import Target, adapt
@@ -129,8 +129,10 @@ def load_weights(model: Any, path: StrPath) -> LoadReport:
 
 def _load_keras(target: Target, file: KerasFile) -> LoadReport:
     if file.config:
-        theirs = activations(config_layers(file.config))
-        if own := target.activations():  # none if a PyTorch module calls functions instead
+        layers = list(config_layers(file.config))
+        names = {inner.get("name") for _, inner in layers}
+        theirs, own = outside(activations(layers), target.activations(), names)
+        if own:  # none if a PyTorch module calls functions instead
             check_activations(theirs, own, exact=target.exact_activations)
     return LoadReport(target.fill_keras(file), "a file of Keras")
 

@@ -10,7 +10,7 @@ from typing import Any
 from kconv.weights._layouts import snake_case
 from kconv.weights._matching import listed
 
-__all__ = ["activation_kinds", "activations", "check_activations"]
+__all__ = ["activation_kinds", "activations", "check_activations", "outside"]
 
 # PyTorch's classes.
 activation_kinds = {
@@ -73,6 +73,28 @@ def activations(layers: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, str]:
             activation = activation.rpartition(">")[2].lower()
             result[name] = _SYNONYMS.get(activation, activation)
     return {n: kind for n, kind in result.items() if kind not in ("linear", "softmax")}
+
+
+def outside(
+    file: dict[str, str], model: dict[str, str], layers: set[Any]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Both's activations but for those of blocks, which are one layer in a configuration.
+
+    Args:
+        file: kinds by names.
+        model: kinds by names; those of modules in modules have dots.
+        layers: the names of the layers in the file's configuration.
+    """
+    blocks: set[str] = set()
+    rest = {}
+    for name, kind in model.items():
+        parts = name.split(".")
+        owners = {".".join(parts[:end]) for end in range(1, len(parts))} & layers
+        blocks |= owners
+        if not owners:
+            rest[name] = kind
+    ours = {n: kind for n, kind in file.items() if n.removesuffix("_activation") not in blocks}
+    return ours, rest
 
 
 def check_activations(file: dict[str, str], model: dict[str, str], *, exact: bool) -> None:

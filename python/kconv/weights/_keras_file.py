@@ -226,6 +226,8 @@ def read_hdf5(roots: Iterable[tuple[Any, int]], config: Config | None = None) ->
             weights.update(_named_weights(legacy, config, limit))
         else:
             groups += [(place, group, limit) for place, group in _numbered_groups(root)]
+    if not isinstance(config, dict | None):
+        raise ValueError("its configuration is no JSON object")
     numbered = not weights
     if numbered:
         weights = _numbered_weights(groups, config)

@@ -287,7 +287,7 @@ def _in_torch_terms(
         kernel = weights[0][1].entry.shape
         hint = kind_of(path, kernel)
         kind = weights[0][1].kind or hint or (class_of_name(path[-1]) if path else None)
-        kind = kind or class_of_name(weights[0][1].place.split("/")[-3:][0])
+        kind = kind or class_of_name(f"/{weights[0][1].place}".split("/")[-2])
         if hint and kind and hint.endswith("Transpose") != kind.endswith("Transpose"):
             raise ValueError(f"its layer {'.'.join(path)!r} is a {kind}, the model's a {hint}")
         if all(variable.isdigit() for variable, _ in weights):
@@ -345,8 +345,8 @@ class _KerasTarget:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._variables = list(_variables(model, (), set()))
-        if not self._variables and not model.built:
-            raise ValueError(f"{model.name!r} has no weights yet: build it, or call it once")
+        if not model.built:
+            raise ValueError(f"{model.name!r} is not built yet: call it once, or build it")
         self.nbytes = sum(8 * math.prod(variable.shape) for variable in self._variables)
         self._stems = frozenset(snake_case(type(layer).__name__) for layer in _all_layers(model))
 
