@@ -10,6 +10,7 @@ anything is copied on that way, as only the result is needed.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -89,7 +90,7 @@ def jax(shape: tuple[int, ...]) -> Calls:
 
 
 def torch_fingerprints() -> tuple[Call, int]:
-    """The comparison that a fused network makes at each call, and its layers."""
+    """The comparison that a fused network makes at each call, and how many layers it has."""
     from kconv.models import create
     from kconv.torch import build
 
@@ -97,6 +98,19 @@ def torch_fingerprints() -> tuple[Call, int]:
     plan = network._current_plan()
     assert plan.holds(network)
     return lambda: plan.holds(network), len(list(network.children()))
+
+
+def keras_fingerprints() -> tuple[Call, int]:
+    """The same of a Keras network, on JAX."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    from kconv.keras import build
+    from kconv.keras.network import _plan
+    from kconv.models import create
+
+    network = build(create("keffnet_b0", classes=10, input_shape=(32, 32, 3)))
+    calls = _plan(network).calls
+    assert calls.up_to_date
+    return lambda: calls.up_to_date, len(network.layers)
 
 
 _KEPT: list[Any] = []
@@ -109,7 +123,7 @@ def values(*shape: int) -> Any:
 
 
 FRAMEWORKS = {"torch": torch, "tensorflow": tensorflow, "jax": jax}
-FINGERPRINTS = {"torch": torch_fingerprints}
+FINGERPRINTS = {"torch": torch_fingerprints, "jax": keras_fingerprints}
 
 
 def microseconds(calls: tuple[Call, ...], turns: int) -> list[float]:

@@ -32,9 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for bad input, 1 for what fails later, 130 when interrupted.
     """
     options = _parser().parse_args(arguments)
-    threads = os.environ.get("KCONV_NUM_THREADS", "1")
-    if not threads.isdecimal() or int(threads) < 1:  # the kernels would take no notice of it
-        return _fail(ValueError(f"KCONV_NUM_THREADS={threads!r} must be a number from 1 on"), 2)
     for backend in KERAS_BACKENDS:
         if importlib.util.find_spec(backend):
             os.environ.setdefault("KERAS_BACKEND", backend)

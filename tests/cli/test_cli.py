@@ -176,14 +176,6 @@ def test_failures_that_are_no_bad_input_have_status_1(
     assert capsys.readouterr().err == "kconv: error: not enough memory: MemoryError\n"
 
 
-@pytest.mark.parametrize("threads", ["0", "-1", "two", ""])
-def test_threads_of_the_environment_are_a_number(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, threads: str
-) -> None:
-    monkeypatch.setenv("KCONV_NUM_THREADS", threads)
-    assert f"KCONV_NUM_THREADS='{threads}' must be" in error_of(capsys, "info")
-
-
 @pytest.mark.parametrize(
     "meta",
     [
