@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kconv.ktypes import interleave_index
 from kconv.models import graph
 from kconv.models.fusion import Program
+from kconv.torch._functions import add, concatenate, fold_halves
+from kconv.torch._scriptable import interleave_by_index, pad_explicit, same_padding
 
 __all__ = ["layerwise"]
 
@@ -114,26 +115,24 @@ def _layer(layer: graph.Layer, inputs: list[Tensor], weights: dict[str, Tensor])
     match layer:
         case graph.Conv():
             y = _convolve(layer, x, weights["kernel"], weights.get("bias"), layer.groups)
-            return y if layer.interleave == 1 else _interleave(y, layer.interleave)
+            return interleave_by_index(y, layer.interleave)
         case graph.DepthwiseConv():
             weight, bias = weights["depthwise_kernel"], weights.get("bias")
             return _convolve(layer, x, weight, bias, layer.in_channels)
         case graph.ZeroPad():
-            (top, bottom), (left, right) = layer.padding
-            return F.pad(x, (left, right, top, bottom))
+            return pad_explicit(x, layer.padding, "zeros")
         case graph.Activation():
             return _ACTIVATIONS[layer.kind](x)
         case graph.Interleave():
-            return _interleave(x, layer.step)
+            return interleave_by_index(x, layer.step)
         case graph.CopyChannels():
             return x.narrow(1, layer.start, layer.count)
         case graph.FoldHalves():
-            half = x.shape[1] // 2
-            return x[:, :half] + x[:, half : 2 * half]
+            return fold_halves(x)
         case graph.Concat():
-            return torch.cat(inputs, 1)
+            return concatenate(*inputs)
         case graph.Add():
-            return sum(inputs[1:], x)
+            return add(*inputs)
         case graph.Multiply():
             return x * inputs[1]
         case graph.GlobalPool():
@@ -149,17 +148,9 @@ def _convolve(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, groups
     strides = layer.strides if isinstance(layer.strides, tuple) else (layer.strides,) * 2
     borders = layer.padding
     if borders == "same":
-        totals = [
-            max((-(-n // stride) - 1) * stride + k - n, 0)
-            for n, k, stride in zip(x.shape[2:], weight.shape[2:], strides, strict=True)
-        ]
+        sizes = zip(x.shape[2:], weight.shape[2:], strides, strict=True)
+        totals = [same_padding(size, kernel, stride) for size, kernel, stride in sizes]
         borders = [(total // 2, total - total // 2) for total in totals]
     if borders != "valid":
-        (top, bottom), (left, right) = borders
-        x = F.pad(x, (left, right, top, bottom))
+        x = pad_explicit(x, borders, "zeros")
     return F.conv2d(x, weight, bias, strides, groups=groups)
-
-
-def _interleave(x: Tensor, step: int) -> Tensor:
-    index = torch.as_tensor(interleave_index(x.shape[1], step), device=x.device)
-    return x.index_select(1, index)
