@@ -7,23 +7,28 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`error`], [`shape`] | what can be wrong with a call; geometry that has been validated once |
-//! | [`isa`], [`lock`], [`pool`], [`scratch`], [`memory`] | the instruction set, locks, the threads, small and large memory |
-//! | [`kernels`] | numbers only: rows in, rows out, one thread, one instruction set |
-//! | [`ops`] | an operation = geometry + kernels + division of the work over threads |
+//! | [`simd`], [`lock`], [`pool`], [`scratch`], [`memory`] | the instruction set, locks, the threads, small and large memory |
+//! | [`microkernels`] | numbers only: rows in, rows out, one thread, one instruction set |
+//! | [`conv1x1`], [`dwconv`], [`interleave`] | an operation = geometry + kernels + division of the work over threads |
 //! | [`fused`] | whole chains of convolutions, batch norms and activations as one operation |
 //! | `bindings` | NumPy, XLA and TensorFlow: conversion and error mapping (feature `python`) |
 #![warn(missing_docs)]
 
+pub mod conv1x1;
+pub mod dwconv;
 pub mod error;
 pub mod fused;
-pub mod isa;
-pub mod kernels;
+pub mod interleave;
 pub mod lock;
 pub mod memory;
-pub mod ops;
+pub mod microkernels;
+mod parallel;
 pub mod pool;
 pub mod scratch;
 pub mod shape;
+pub mod simd;
+#[cfg(test)]
+mod tests;
 
 #[cfg(feature = "python")]
 mod bindings;

@@ -5,9 +5,9 @@ use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr::NonNull;
 
-use crate::isa::LINE_BYTES;
-use crate::kernels::Element;
 use crate::lock::Lock;
+use crate::simd::LINE_BYTES;
+use crate::simd::element::Element;
 
 /// Memory from this size on is recycled; the system's allocator keeps smaller blocks itself.
 pub const RECYCLED: usize = 256 << 10;

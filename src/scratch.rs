@@ -2,9 +2,9 @@
 
 use std::cell::RefCell;
 
-use crate::isa::LINE_BYTES;
-use crate::kernels::Element;
 use crate::memory;
+use crate::simd::LINE_BYTES;
+use crate::simd::element::Element;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]

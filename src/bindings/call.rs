@@ -12,8 +12,8 @@ use half::bf16;
 
 use super::arrays::Dtype;
 use crate::error::{Result, bail};
-use crate::kernels::Element;
 use crate::memory;
+use crate::simd::element::Element;
 
 /// The most axes that an argument has.
 const AXES: usize = 4;

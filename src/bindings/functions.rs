@@ -11,11 +11,11 @@ pub use self::fused::{
 use super::arrays::{layout, weight_layout};
 use super::call::{Array, Attribute, Buffer, Call, Float, Output};
 use crate::error::{Result, bail};
-use crate::isa;
-use crate::ops::{depthwise, interleave, pointwise};
 use crate::shape::{
     Depthwise, Images, Order, Padding, Pointwise, WeightLayout, check_step, interleave_places, interleave_sources,
 };
+use crate::simd;
+use crate::{conv1x1, dwconv, interleave};
 
 pub fn pointwise_conv<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
     let (x, weight, bias) = weighted(call)?;
@@ -25,7 +25,7 @@ pub fn pointwise_conv<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<(
     expect("weight", pointwise_weight(call, &weight)?, weight_dims(&shape))?;
     expect("output", [out.count, out.pixels], [images.count, images.pixels])?;
     let bias = bias.map(|bias| bias.read()).transpose()?;
-    pointwise::forward::<T>(isa::active()?, &shape, images, x.read()?, weight.read()?, bias, output.write()?);
+    conv1x1::forward::<T>(simd::active()?, &shape, images, x.read()?, weight.read()?, bias, output.write()?);
     Ok(())
 }
 
@@ -35,7 +35,7 @@ pub fn pointwise_conv_grad_input<T: Float>(call: &Call<'_>, output: Output<'_>) 
     let shape = pointwise_shape(call, input.channels, images.channels)?;
     expect("weight", pointwise_weight(call, &weight)?, weight_dims(&shape))?;
     expect("output", [input.count, input.pixels], [images.count, images.pixels])?;
-    pointwise::grad_input::<T>(isa::active()?, &shape, images, grad.read()?, weight.read()?, output.write()?);
+    conv1x1::grad_input::<T>(simd::active()?, &shape, images, grad.read()?, weight.read()?, output.write()?);
     Ok(())
 }
 
@@ -45,7 +45,7 @@ pub fn pointwise_conv_grad_weight<T: Float>(call: &Call<'_>, output: Output<'_>)
     let shape = pointwise_shape(call, images.channels, out.channels)?;
     expect("weight", pointwise_weight(call, &output)?, weight_dims(&shape))?;
     expect("grad_output", [out.count, out.pixels], [images.count, images.pixels])?;
-    pointwise::grad_weight::<T>(isa::active()?, &shape, images, x.read()?, grad.read()?, output.write()?);
+    conv1x1::grad_weight::<T>(simd::active()?, &shape, images, x.read()?, grad.read()?, output.write()?);
     Ok(())
 }
 
@@ -54,7 +54,7 @@ pub fn pointwise_conv_grad_bias<T: Float>(call: &Call<'_>, output: Output<'_>) -
     let images = images(call, &grad)?;
     expect("bias", output.dims()?, [images.channels])?;
     let step = check_step("interleave", call.integer("interleave")?)?;
-    pointwise::grad_bias::<T>(isa::active()?, step, images, grad.read()?, output.write()?);
+    conv1x1::grad_bias::<T>(simd::active()?, step, images, grad.read()?, output.write()?);
     Ok(())
 }
 
@@ -64,7 +64,7 @@ pub fn depthwise_conv<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<(
     bias.map_or(Ok(()), |bias| expect("bias", bias.dims()?, [shape.channels]))?;
     expect("output", nchw(call, &output)?, output_dims(&shape))?;
     let bias = bias.map(|bias| bias.read()).transpose()?;
-    depthwise::forward::<T>(isa::active()?, &shape, x.read()?, weight.read()?, bias, output.write()?);
+    dwconv::forward::<T>(simd::active()?, &shape, x.read()?, weight.read()?, bias, output.write()?);
     Ok(())
 }
 
@@ -72,7 +72,7 @@ pub fn depthwise_conv_grad_input<T: Float>(call: &Call<'_>, output: Output<'_>) 
     let [grad, weight] = call.operands()?;
     let shape = depthwise_shape(call, &output, &weight)?;
     expect("grad_output", nchw(call, &grad)?, output_dims(&shape))?;
-    depthwise::grad_input::<T>(isa::active()?, &shape, grad.read()?, weight.read()?, output.write()?);
+    dwconv::grad_input::<T>(simd::active()?, &shape, grad.read()?, weight.read()?, output.write()?);
     Ok(())
 }
 
@@ -80,7 +80,7 @@ pub fn depthwise_conv_grad_weight<T: Float>(call: &Call<'_>, output: Output<'_>)
     let [x, grad] = call.operands()?;
     let shape = depthwise_shape(call, &x, &output)?;
     expect("grad_output", nchw(call, &grad)?, output_dims(&shape))?;
-    depthwise::grad_weight::<T>(isa::active()?, &shape, x.read()?, grad.read()?, output.write()?);
+    dwconv::grad_weight::<T>(simd::active()?, &shape, x.read()?, grad.read()?, output.write()?);
     Ok(())
 }
 
@@ -97,7 +97,7 @@ fn permute<T: Float>(call: &Call<'_>, output: Output<'_>, sources: fn(usize, usi
     let images = images(call, &x)?;
     expect("output", output.dims()?, x.dims::<4>()?)?;
     let step = check_step("step", call.integer("step")?)?;
-    interleave::permute::<T>(isa::active()?, &sources(images.channels, step), images, x.read()?, output.write()?);
+    interleave::permute::<T>(simd::active()?, &sources(images.channels, step), images, x.read()?, output.write()?);
     Ok(())
 }
 

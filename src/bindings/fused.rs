@@ -7,9 +7,9 @@ use super::arrays::{ArrayElement, Input, Output, Values, by_wide_dtype, dtype, l
 use super::{active, compute};
 use crate::error::{Result, bail};
 use crate::fused::{self, Arguments, Inference, Program};
-use crate::kernels::WideElement;
 use crate::memory::{self, Memory};
 use crate::shape::Order;
+use crate::simd::element::WideElement;
 
 type Any<'py> = Bound<'py, PyAny>;
 

@@ -16,9 +16,9 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 
 use crate::error::Error;
-use crate::isa::{self, Active};
-use crate::kernels::probe::Multiply;
 use crate::memory::{self, NoMemory};
+use crate::microkernels::probe::Multiply;
+use crate::simd::{self, Active};
 use crate::{lock, pool};
 
 impl From<Error> for PyErr {
@@ -62,7 +62,7 @@ fn follow_torch(py: Python<'_>) {
 
 /// The instruction set of this process.
 fn active() -> PyResult<Active> {
-    isa::active().map_err(|error| PyRuntimeError::new_err(error.to_string()))
+    simd::active().map_err(|error| PyRuntimeError::new_err(error.to_string()))
 }
 
 /// Sets how many threads the kernels use.
@@ -154,7 +154,7 @@ fn _kconv(module: &Bound<'_, PyModule>) -> PyResult<()> {
     // Wrong settings are reported at import. What is found out once, and the fork handler, come while no other thread may fork.
     active()?;
     pool::check_environment()?;
-    isa::looks_ahead();
+    simd::looks_ahead();
     lock::generation();
     for function in [
         wrap_pyfunction!(set_num_threads, module)?,

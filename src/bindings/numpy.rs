@@ -8,7 +8,6 @@ use super::arrays::{
 };
 use super::{active, compute};
 use crate::error::{Error, Result, bail};
-use crate::ops;
 use crate::shape::{
     Depthwise, Images, Order, Padding, Pointwise, WeightLayout, check_kernel, check_step, interleave_places,
     interleave_sources,
@@ -173,7 +172,7 @@ fn pointwise_forward<'py, T: ArrayElement>(
     let isa = active()?;
     compute(py, || {
         let bias = bias_values.as_ref().map(Values::as_slice);
-        ops::pointwise::forward(isa, &shape, images, x.as_slice(), weight.as_slice(), bias, memory.as_mut_slice());
+        crate::conv1x1::forward(isa, &shape, images, x.as_slice(), weight.as_slice(), bias, memory.as_mut_slice());
     })?;
     y.finish()
 }
@@ -238,7 +237,7 @@ fn pointwise_grad_input<'py, T: ArrayElement>(
     let (gy, weight, mut memory) = (gy.image_values(layout, images.order)?, weight.values()?, gx.memory());
     let isa = active()?;
     compute(py, || {
-        ops::pointwise::grad_input(isa, &shape, images, gy.as_slice(), weight.as_slice(), memory.as_mut_slice());
+        crate::conv1x1::grad_input(isa, &shape, images, gy.as_slice(), weight.as_slice(), memory.as_mut_slice());
     })?;
     gx.finish()
 }
@@ -309,7 +308,7 @@ fn pointwise_grad_weight<'py, T: ArrayElement>(
     let mut memory = gw.memory();
     let isa = active()?;
     compute(py, || {
-        ops::pointwise::grad_weight(isa, &shape, images, x.as_slice(), gy.as_slice(), memory.as_mut_slice());
+        crate::conv1x1::grad_weight(isa, &shape, images, x.as_slice(), gy.as_slice(), memory.as_mut_slice());
     })?;
     gw.finish()
 }
@@ -364,7 +363,7 @@ fn grad_bias<'py, T: ArrayElement>(
     let mut gb = Output::array(py, &[images.channels], None, &[&gy])?;
     let (gy, mut memory) = (gy.image_values(layout, images.order)?, gb.memory());
     let isa = active()?;
-    compute(py, || ops::pointwise::grad_bias(isa, step, images, gy.as_slice(), memory.as_mut_slice()))?;
+    compute(py, || crate::conv1x1::grad_bias(isa, step, images, gy.as_slice(), memory.as_mut_slice()))?;
     gb.finish()
 }
 
@@ -451,7 +450,7 @@ fn permute<'py, T: ArrayElement>(
     let (x, mut memory) = (x.image_values(layout, images.order)?, y.memory());
     let isa = active()?;
     compute(py, || {
-        ops::interleave::permute(isa, &sources(images.channels, step), images, x.as_slice(), memory.as_mut_slice());
+        crate::interleave::permute(isa, &sources(images.channels, step), images, x.as_slice(), memory.as_mut_slice());
     })?;
     y.finish()
 }
@@ -582,7 +581,7 @@ fn depthwise_forward<'py, T: ArrayElement>(
     let isa = active()?;
     compute(py, || {
         let bias = bias_values.as_ref().map(Values::as_slice);
-        ops::depthwise::forward(isa, &shape, x.as_slice(), weight.as_slice(), bias, memory.as_mut_slice());
+        crate::dwconv::forward(isa, &shape, x.as_slice(), weight.as_slice(), bias, memory.as_mut_slice());
     })?;
     y.finish()
 }
@@ -659,7 +658,7 @@ fn depthwise_grad_input<'py, T: ArrayElement>(
     let mut gx = Output::images(py, x_shape, layout, order, out, &[&gy, &weight])?;
     let (gy, weight, mut memory) = (gy.image_values(layout, order)?, weight.values()?, gx.memory());
     let isa = active()?;
-    compute(py, || ops::depthwise::grad_input(isa, &shape, gy.as_slice(), weight.as_slice(), memory.as_mut_slice()))?;
+    compute(py, || crate::dwconv::grad_input(isa, &shape, gy.as_slice(), weight.as_slice(), memory.as_mut_slice()))?;
     gx.finish()
 }
 
@@ -732,6 +731,6 @@ fn depthwise_grad_weight<'py, T: ArrayElement>(
     let mut gw = Output::array(py, &w_shape, out, &[&x, &gy])?;
     let (x, gy, mut memory) = (x.image_values(layout, order)?, gy.image_values(layout, order)?, gw.memory());
     let isa = active()?;
-    compute(py, || ops::depthwise::grad_weight(isa, &shape, x.as_slice(), gy.as_slice(), memory.as_mut_slice()))?;
+    compute(py, || crate::dwconv::grad_weight(isa, &shape, x.as_slice(), gy.as_slice(), memory.as_mut_slice()))?;
     gw.finish()
 }

@@ -6,16 +6,16 @@ use super::pointwise::{Packed, merge_parts};
 use super::program::{Conv, Step};
 use super::spatial::Phases;
 use super::{Pass, Statistics, Tape};
-use crate::isa::{Active, line};
-use crate::kernels::pointwise::SumSlots;
-use crate::kernels::rows::Sum;
-use crate::kernels::{WideElement, lanes, writable};
+use crate::dwconv::nchw::{PlaneConv, Taps, planes_together};
+use crate::dwconv::polyphase::sum_seen;
 use crate::memory;
-use crate::ops::Shared;
-use crate::ops::phases::sum_seen;
-use crate::ops::planes::{PlaneConv, Taps, planes_together};
+use crate::microkernels::conv1x1_nchw::SumSlots;
+use crate::microkernels::norm_act::Sum;
+use crate::parallel::Shared;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
+use crate::simd::element::{WideElement, lanes, writable};
+use crate::simd::{Active, line};
 
 /// What computes a depthwise convolution whose output has such a size.
 pub(super) fn forward<T: WideElement>(isa: Active, step: &Step, conv: &Conv, output: [usize; 2]) -> PlaneConv {

@@ -37,18 +37,18 @@ pub use program::{Program, StepTimes};
 
 use self::pointwise::Packed;
 use self::program::{Kind, Slots, Source, Step, timed};
+use crate::dwconv::nchw::planes_together;
 use crate::error::{Result, bail};
-use crate::isa::Active;
-use crate::kernels::activations::Activation;
-use crate::kernels::rows::{ActivateInPlace, ActivateMeans, Moments, PoolPlane, PoolPlaneGrad, Sum};
-use crate::kernels::transpose::Transpose;
-use crate::kernels::{WideElement, writable};
 use crate::memory;
-use crate::ops::Shared;
-use crate::ops::planes::planes_together;
+use crate::microkernels::activations::Activation;
+use crate::microkernels::norm_act::{ActivateInPlace, ActivateMeans, Moments, PoolPlane, PoolPlaneGrad, Sum};
+use crate::microkernels::transpose::Transpose;
+use crate::parallel::Shared;
 use crate::pool::{chunks, num_threads, parallel_for, part};
 use crate::scratch;
 use crate::shape::Order;
+use crate::simd::Active;
+use crate::simd::element::{WideElement, writable};
 
 /// Sets of partial sums (statistics, weight gradients), at most: a number that does not depend on the threads, so that
 /// neither do the results.

@@ -4,16 +4,16 @@ use std::ops::Range;
 
 use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape, merge};
-use crate::isa::Active;
-use crate::kernels::WideElement;
-use crate::kernels::pointwise::{ConvHeight, ConvRows, Rows, Start};
-use crate::kernels::products::Single;
-use crate::kernels::rows::Sum;
+use crate::conv1x1::dot_nt::RowProducts;
 use crate::memory;
-use crate::ops::row_products::RowProducts;
-use crate::ops::{Shared, add_parts};
+use crate::microkernels::conv1x1_nchw::{ConvHeight, ConvRows, Rows, Start};
+use crate::microkernels::norm_act::Sum;
+use crate::parallel::{Shared, add_parts};
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
+use crate::simd::Active;
+use crate::simd::element::WideElement;
+use crate::simd::mul_acc::Single;
 
 /// Values of a group's rows in a tile, about: in float32 as much as the L2 cache holds, because each call of a kernel costs
 /// tens of nanoseconds. (The pointwise steps of a kEffNet-B0 at 32 x 32, 64 images, take 396, 311, 295, 285, 276 ms with 32,

@@ -10,9 +10,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use crate::error::{Result, bail};
-use crate::kernels::activations::Activation;
-use crate::kernels::planes::{MAX_COLUMNS, MAX_TAP_ROWS};
 use crate::lock::Lock;
+use crate::microkernels::activations::Activation;
+use crate::microkernels::dwconv_nchw::{MAX_COLUMNS, MAX_TAP_ROWS};
 use crate::shape::WeightLayout;
 
 /// A tensor of `channels` planes an image.

@@ -5,13 +5,13 @@
 
 use super::Pass;
 use super::program::{Conv, Row, Source, Step};
-use crate::kernels::WideElement;
-use crate::kernels::activations::Activation;
-use crate::kernels::pointwise::{ConvRows, Start};
-use crate::kernels::products::Single;
-use crate::kernels::rows::{Activate, Factors};
+use crate::microkernels::activations::Activation;
+use crate::microkernels::conv1x1_nchw::{ConvRows, Start};
+use crate::microkernels::norm_act::{Activate, Factors};
 use crate::pool::parallel_for;
 use crate::scratch;
+use crate::simd::element::WideElement;
+use crate::simd::mul_acc::Single;
 
 /// Weights of a convolution that are worth more than one thread. (Each is read once, about 0.2 ns; entering the pool costs 12
 /// to 16 us.)

@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use super::program::{Row, Source};
 use super::{Pass, Tape};
-use crate::kernels::WideElement;
-use crate::kernels::activations::Activation;
-use crate::kernels::rows::{Activate, ActivateGrad, Factors, Kept, MeanGrad, NormGrad};
+use crate::microkernels::activations::Activation;
+use crate::microkernels::norm_act::{Activate, ActivateGrad, Factors, Kept, MeanGrad, NormGrad};
+use crate::simd::element::WideElement;
 
 /// Sums of one row of a source over some pixels: the gradients by its norm's beta and gamma.
 pub(super) type NormSums = [f64; 2];

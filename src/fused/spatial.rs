@@ -1,6 +1,6 @@
 //! Convolutions of more than one pixel in a fused network that are not [depthwise](super::depthwise): the stem's.
 //!
-//! They run over [padded planes](crate::ops::planes) that stand side by side. Each tap of each channel of a group is an input
+//! They run over [padded planes](crate::dwconv::nchw) that stand side by side. Each tap of each channel of a group is an input
 //! row of a pointwise convolution: a shifted view of the planes, whose rows follow each other as one long row.
 //!
 //! The backward pass holds the gradient's planes likewise.
@@ -10,19 +10,19 @@ use std::slice;
 use super::pointwise::{Packed, merge_parts};
 use super::program::{Conv, Step};
 use super::{PARTS, Pass, Statistics, Tape};
-use crate::isa::Active;
-use crate::kernels::pointwise::{ConvRows, Rows, Start};
-use crate::kernels::products::Single;
-use crate::kernels::rows::Sum;
-use crate::kernels::{WideElement, writable};
+use crate::conv1x1::dot_nt::RowProducts;
+use crate::dwconv::nchw::{Planes, ahead, merge, planes_together};
+use crate::dwconv::polyphase::{Phase, most_pixels, sum_seen};
 use crate::memory;
-use crate::ops::Shared;
-use crate::ops::phases::{Phase, most_pixels, sum_seen};
-use crate::ops::planes::{Planes, ahead, merge, planes_together};
-use crate::ops::row_products::RowProducts;
+use crate::microkernels::conv1x1_nchw::{ConvRows, Rows, Start};
+use crate::microkernels::norm_act::Sum;
+use crate::parallel::Shared;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 use crate::shape::Axis;
+use crate::simd::Active;
+use crate::simd::element::{WideElement, writable};
+use crate::simd::mul_acc::Single;
 
 /// The phases of a convolution's output and of its input's gradient, along both axes.
 pub(super) struct Phases {

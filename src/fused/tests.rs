@@ -4,9 +4,9 @@
 use std::mem::MaybeUninit;
 
 use super::{Arguments, Inference, Program, backward, forward, infer};
-use crate::isa::Active;
-use crate::kernels::WideElement;
 use crate::shape::Order;
+use crate::simd::Active;
+use crate::simd::element::WideElement;
 
 /// Values 0 to 7: the input (4 channels), a grouped convolution, a strided depthwise one of what a norm and swish make
 /// of it, the mean, a gate, a convolution of the gated with permuted channels, another of the input to add, the sum.

@@ -7,9 +7,9 @@ use super::{expect, in_order, order};
 use crate::bindings::call::{Array, Buffer, Call, Float, Output};
 use crate::error::Result;
 use crate::fused::{self, Arguments, Inference, Program};
-use crate::isa;
-use crate::kernels::WideElement;
 use crate::lock::Lock;
+use crate::simd;
+use crate::simd::element::WideElement;
 
 /// Programs that have been read, at most.
 const REMEMBERED: usize = 64;
@@ -155,5 +155,5 @@ fn arguments<'a, T: Float + WideElement>(
     if !masks.is_empty() {
         expect("masks", [masks.len()], [program.masks() * count])?;
     }
-    Ok(Arguments { isa: isa::active()?, program, count, order: order(call)?, parameters: parameters.read()?, masks })
+    Ok(Arguments { isa: simd::active()?, program, count, order: order(call)?, parameters: parameters.read()?, masks })
 }

@@ -1,0 +1,791 @@
+//! The depthwise convolution over NCHW planes, pixels being the vector dimension.
+//!
+//! Both kernels go down a plane row by row and keep all results that a row of the input takes part in: [`Correlate`] the
+//! output rows that are not complete yet, [`CorrelateSums`] the rows of the gradient that it still meets.
+//!
+//! ```text
+//!                    y[t-2]  y[t-1]  y[t]        a kernel of 3 rows, stride 1
+//!   x[t] * w[2][.]     +=
+//!   x[t] * w[1][.]             +=
+//!   x[t] * w[0][.]                     +=        then y[t-2] is complete
+//! ```
+//!
+//! So a value is loaded once for each column of the kernel, not once for each of its taps. Planes are read as they come:
+//! rows above and below them are left out, what a tap sees beside them is masked ([`View`]).
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use crate::simd::element::Element;
+use crate::simd::{Isa, Kernel, line};
+
+/// The most rows of a kernel.
+pub const MAX_TAP_ROWS: usize = 7;
+/// The most columns of a kernel.
+pub const MAX_COLUMNS: usize = 7;
+/// The most columns of a kernel in one [`CorrelateSums`].
+const MAX_TAP_COLUMNS: usize = 5;
+
+/// How many rows of taps there is code for that `kernel` rows fit into; those beyond are zero.
+pub const fn tap_rows(kernel: usize, stride: usize) -> usize {
+    match (stride, kernel) {
+        (1, 0..=2) => 2,
+        (2, 0..=3) => 3,
+        (1, 4) => 4,
+        (_, 4..=5) => 5,
+        (_, 6..=7) => 7,
+        _ => kernel,
+    }
+}
+
+/// Evaluates an expression with the constants that stand for a stride and what [`tap_rows`] gives: rows of taps, rows of
+/// the output that a row of the input takes part in, and the stride.
+macro_rules! with_rows {
+    ($stride:expr, $rows:expr, $K:ident $J:ident $S:ident => $body:expr) => {
+        with_rows!($stride, $rows, $K $J $S => $body, 2 2 1, 3 3 1, 4 4 1, 5 5 1, 7 7 1, 3 2 2, 5 3 2, 7 4 2)
+    };
+    ($stride:expr, $rows:expr, $K:ident $J:ident $S:ident => $body:expr, $($k:literal $j:literal $s:literal),*) => {
+        match ($stride, $rows) {
+            $(($s, $k) => {
+                const $K: usize = $k;
+                const $J: usize = $j;
+                const $S: usize = $s;
+                $body
+            })*
+            (stride, rows) => unreachable!("{rows} rows of taps at stride {stride}: see tap_rows"),
+        }
+    };
+}
+
+/// Planes of some channels of some images as a kernel's taps see them: of images and channels, how many there are and the
+/// distance from one to the next.
+///
+/// A tile's vectors are of the same columns of several images, or of several channels of an only one. What a tap sees
+/// beside a plane is masked. At a step of 2, a vector is every other value of two. Where two rows fit into a vector, they go
+/// through it together, as at a stride of 2: the output's rows `2 t` and `2 t + 1` are one row of sums.
+#[derive(Clone)]
+pub struct View<'a, T> {
+    /// The planes.
+    pub x: &'a [T],
+    /// Height and width of each.
+    pub size: [usize; 2],
+    /// Images, whose planes share a kernel.
+    pub images: (usize, usize),
+    /// Channels.
+    pub channels: (usize, usize),
+    /// Rows and columns from what one result sees to what the next does: 1 or 2.
+    pub step: usize,
+    /// Rows of a vector: 1 or 2.
+    pub rows: usize,
+    /// The plane's row that the first result's first row of taps sees.
+    pub top: isize,
+    /// The plane's column that the first result sees through each column of the kernel.
+    pub columns: &'a [isize],
+    /// Distances from what is read, and from the results, to what is asked for meanwhile.
+    pub ahead: [usize; 2],
+}
+
+impl<T: Element> View<'_, T> {
+    /// Rows of the planes from one row of sums to the next.
+    fn stride(&self) -> usize {
+        self.step * self.rows
+    }
+
+    /// The rows, counted from `top` on, whose vectors have a row of the plane.
+    fn real(&self) -> Range<usize> {
+        let start = (1 - self.rows as isize - self.top).max(0) as usize;
+        start..self.size[0].saturating_add_signed(-self.top).max(start)
+    }
+
+    /// Values from the beginning of the first plane to the end of the last, where planes have so many pixels and from one
+    /// image and one channel to the next there are `steps`; none if there are no planes.
+    fn len(&self, [image, channel]: [usize; 2], pixels: usize) -> usize {
+        let last = |count: usize, step: usize| Some(count.checked_sub(1)? * step);
+        last(self.images.0, image).zip(last(self.channels.0, channel)).map_or(0, |(i, c)| i + c + pixels)
+    }
+
+    /// That all planes can be read, and `results` values hold as many planes of results (so far apart) of so many rows and
+    /// columns.
+    fn check<I: Isa>(&self, results: usize, steps: [usize; 2], [rows, columns]: [usize; 2]) {
+        let [height, width] = self.size;
+        let double = self.step == 1 && columns == width && 2 * width <= T::lanes::<I>();
+        assert!((1..=2).contains(&self.step) && (self.rows == 1 || self.rows == 2 && double), "rows");
+        assert!(self.columns.len() <= MAX_COLUMNS, "columns");
+        // Every other value of a vector is what the next column sees.
+        assert!(self.step == 1 || self.columns.windows(2).all(|columns| columns[0] + 1 == columns[1]), "neighbours");
+        assert!(self.x.len() >= self.len([self.images.1, self.channels.1], height * width), "x");
+        assert!(results >= self.len(steps, rows * columns), "results");
+    }
+
+    /// How many vectors of columns from `at` on, `end` of which are results, can be loaded whole in all rows.
+    #[inline(always)]
+    fn inside<I: Isa>(&self, at: usize, end: usize) -> usize {
+        let [first, last] = [self.columns.iter().min(), self.columns.iter().max()].map(|c| c.copied().unwrap_or(0));
+        // The last column is seen, and is a result's.
+        let end = end.min(self.size[1].saturating_add_signed(-last) / self.step);
+        let outside = self.rows > 1 || (self.step * at) as isize + first < 0;
+        if outside { 0 } else { end.saturating_sub(at) / T::lanes::<I>() }
+    }
+
+    /// Asks for what will be read some time after so many vectors.
+    #[inline(always)]
+    fn ask<I: Isa>(&self, isa: I, x: *const T, vectors: usize) {
+        (0..vectors).for_each(|v| isa.prefetch_far(x.wrapping_add(self.ahead[0] + v * T::lanes::<I>())));
+    }
+
+    /// Asks for the results that come some time after a vector.
+    #[inline(always)]
+    fn ask_results<I: Isa, Y>(&self, isa: I, y: *const Y) {
+        isa.prefetch_far(y.wrapping_add(self.ahead[1]));
+    }
+
+    /// Row 0, from a place in it on.
+    #[inline(always)]
+    fn row(&self, place: usize) -> *const T {
+        self.x.as_ptr().wrapping_offset(self.top * self.size[1] as isize).wrapping_add(place)
+    }
+}
+
+/// How vectors go through planes: those of the same columns of all images of a channel, one channel after the other, and
+/// then those of further columns. Of images and channels, there are so many, and steps from one to the next of `x` and of
+/// the results.
+#[derive(Clone, Copy)]
+struct Layout {
+    images: (usize, [usize; 2]),
+    channels: (usize, [usize; 2]),
+}
+
+impl Layout {
+    /// That of planes whose results are so far apart.
+    fn new<T>(view: &View<'_, T>, steps: [usize; 2]) -> Self {
+        let both = |(count, step), own| (count, [step, own]);
+        Self { images: both(view.images, steps[0]), channels: both(view.channels, steps[1]) }
+    }
+}
+
+/// How the vectors of a tile are loaded and stored.
+trait Edges<T: Element, I: Isa>: Copy {
+    /// What is needed to load from one row.
+    type Row<'a>: Copy
+    where
+        Self: 'a;
+
+    /// That of row `i`.
+    fn row(&self, i: usize) -> Self::Row<'_>;
+
+    /// How many columns of the kernel are loaded together: 1 or 2.
+    const TOGETHER: usize;
+
+    /// Vectors of a row, seen by column `c` of those at hand and, of [`Edges::TOGETHER`], by the next one.
+    ///
+    /// # Safety
+    /// The view must have been checked.
+    unsafe fn load(&self, isa: I, row: Self::Row<'_>, c: usize, ptr: *const T::Wide) -> [T::Vector<I>; 2];
+
+    /// Vectors of memory that one is loaded from.
+    #[inline(always)]
+    fn span(&self) -> usize {
+        1
+    }
+
+    /// Which of a vector's values are results, of the last row or of another; none if all are.
+    fn results(&self, last_row: bool) -> Option<T::Mask<I>>;
+}
+
+/// Vectors inside planes, of which every value can be loaded.
+#[derive(Clone, Copy)]
+struct Whole;
+
+impl<T: Element, I: Isa> Edges<T, I> for Whole {
+    type Row<'a> = ();
+
+    const TOGETHER: usize = 1;
+
+    #[inline(always)]
+    fn row(&self, _i: usize) {}
+    #[inline(always)]
+    unsafe fn load(&self, isa: I, _row: (), _c: usize, ptr: *const T::Wide) -> [T::Vector<I>; 2] {
+        // SAFETY: the caller's promise.
+        [unsafe { T::load_wide(isa, ptr) }; 2]
+    }
+    #[inline(always)]
+    fn results(&self, _last_row: bool) -> Option<T::Mask<I>> {
+        None
+    }
+}
+
+/// Which of `len` lanes see columns of so many, lane `l` column `start + l`: the first one and the end.
+pub(super) fn seen(start: isize, len: usize, columns: usize) -> [usize; 2] {
+    [-start, columns as isize - start].map(|lane| lane.clamp(0, len as isize) as usize)
+}
+
+/// Vectors at the edges of planes: all that is loaded lies inside a plane.
+#[derive(Clone, Copy)]
+struct Masked<M, const C: usize> {
+    /// The plane's row that row 0 is, and its last one; none if a vector has one row.
+    rows: Option<[isize; 2]>,
+    /// For each column of the kernel: where all of a vector's rows are the plane's, only the second, only the first.
+    columns: [[M; C]; 3],
+    /// The results, if they are not all of a vector: of all rows, of the last one.
+    results: [Option<M>; 2],
+}
+
+impl<M: Copy, const C: usize> Masked<M, C> {
+    /// Columns from `at` on, of so many rows and columns of results, as at most `C` columns of the kernel see them.
+    #[inline(always)]
+    fn new<T: Element<Mask<I> = M>, I: Isa>(
+        isa: I,
+        view: &View<T::Wide>,
+        columns: &[isize],
+        [rows, width]: [usize; 2],
+        at: usize,
+    ) -> Self {
+        let len = (width - at).min(T::lanes::<I>());
+        let [height, width] = view.size;
+        let row = |column: isize, row: usize| {
+            let [first, end] = seen(at as isize + column, len, width);
+            T::mask_between(isa, row * width + first, row * width + end)
+        };
+        let none = T::mask(isa, 0);
+        let mut masks = [[none; C]; 3];
+        for (c, &column) in columns.iter().enumerate() {
+            let second = if view.rows == 2 { row(column, 1) } else { none };
+            (masks[1][c], masks[2][c]) = (second, row(column, 0));
+            masks[0][c] = T::either_mask(isa, masks[1][c], masks[2][c]);
+        }
+        let last = (rows - 1) % view.rows;
+        let results = [view.rows - 1, last].map(|more| {
+            let len = more * width + len;
+            (len < T::lanes::<I>()).then(|| T::mask(isa, len))
+        });
+        let rows = (view.rows == 2).then_some([view.top, height as isize - 1]);
+        Self { rows, columns: masks, results }
+    }
+}
+
+impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Masked<T::Mask<I>, C> {
+    type Row<'a>
+        = &'a [T::Mask<I>; C]
+    where
+        Self: 'a;
+    const TOGETHER: usize = 1;
+
+    #[inline(always)]
+    fn row(&self, i: usize) -> &[T::Mask<I>; C] {
+        match self.rows {
+            Some([first, _]) if first + (i as isize) < 0 => &self.columns[1],
+            Some([first, last]) if first + i as isize == last => &self.columns[2],
+            _ => &self.columns[0],
+        }
+    }
+    #[inline(always)]
+    unsafe fn load(&self, isa: I, row: &[T::Mask<I>; C], c: usize, ptr: *const T::Wide) -> [T::Vector<I>; 2] {
+        // SAFETY: the caller's promise.
+        [unsafe { T::load_wide_masked(isa, row[c], ptr) }; 2]
+    }
+    #[inline(always)]
+    fn results(&self, last_row: bool) -> Option<T::Mask<I>> {
+        self.results[usize::from(last_row)]
+    }
+}
+
+/// Vectors of every other column of planes, which two vectors hold: beside what a column of the kernel sees, those hold what
+/// the next one does. (5x5 over 32 x 672 planes of 17 x 17: 2.8 ms of a thread, 3.4 where each column loads its own; 3x3 over
+/// 16 x 512 of 15 x 15 0.55 and 0.62.)
+#[derive(Clone, Copy)]
+struct Alternate<M, const C: usize> {
+    /// For each column of the kernel, what is the plane's of either vector.
+    columns: [[M; 2]; C],
+    /// The results, if they are not all of a vector.
+    results: Option<M>,
+}
+
+impl<M: Copy, const C: usize> Alternate<M, C> {
+    /// Columns from `at` on, of so many columns of results, as at most `C` columns of the kernel see them.
+    #[inline(always)]
+    fn new<T: Element<Mask<I> = M>, I: Isa>(
+        isa: I,
+        view: &View<T::Wide>,
+        columns: &[isize],
+        width: usize,
+        at: usize,
+    ) -> Self {
+        let (lanes, len) = (T::lanes::<I>(), width - at);
+        let mut masks = [[T::mask(isa, 0); 2]; C];
+        for (masks, &column) in masks.iter_mut().zip(columns) {
+            *masks = [0, lanes].map(|more| {
+                let [first, end] = seen((view.step * at + more) as isize + column, lanes, view.size[1]);
+                T::mask_between(isa, first, end)
+            });
+        }
+        Self { columns: masks, results: (len < lanes).then(|| T::mask(isa, len)) }
+    }
+}
+
+impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Alternate<T::Mask<I>, C> {
+    type Row<'a>
+        = ()
+    where
+        Self: 'a;
+    const TOGETHER: usize = 2;
+
+    #[inline(always)]
+    fn row(&self, _i: usize) {}
+    #[inline(always)]
+    unsafe fn load(&self, isa: I, _row: (), c: usize, ptr: *const T::Wide) -> [T::Vector<I>; 2] {
+        let [first, second] = self.columns[c];
+        // SAFETY: the caller's promise.
+        unsafe {
+            let second = T::load_wide_masked(isa, second, ptr.wrapping_add(T::lanes::<I>()));
+            T::split(isa, T::load_wide_masked(isa, first, ptr), second)
+        }
+    }
+    #[inline(always)]
+    fn span(&self) -> usize {
+        2
+    }
+    #[inline(always)]
+    fn results(&self, _last_row: bool) -> Option<T::Mask<I>> {
+        self.results
+    }
+}
+
+/// Memory for results, in which others may write to what is between them.
+pub struct Results<'a, T> {
+    pub(super) start: *mut T,
+    pub(super) len: usize,
+    memory: PhantomData<&'a mut T>,
+}
+
+impl<'a, T> Results<'a, T> {
+    /// So many values.
+    ///
+    /// # Safety
+    /// For `'a`, what is written of them must be writable, and nobody else's.
+    pub unsafe fn new(start: *mut T, len: usize) -> Self {
+        Self { start, len, memory: PhantomData }
+    }
+}
+
+/// `y[t][p] = start + sum over taps of weights[tap] * x[stride * t + tap row][p + its column's view]`.
+pub struct Correlate<'a, T: Element> {
+    /// The input.
+    pub view: View<'a, T::Wide>,
+    /// Rows of the kernel: what [`tap_rows`] says.
+    pub tap_rows: usize,
+    /// The channels' kernels, `[column][row]`.
+    pub weights: &'a [T::Wide],
+    /// The channels' bias.
+    pub bias: &'a [T::Wide],
+    /// The output.
+    pub y: Results<'a, T>,
+    /// From one image and from one channel of the output to the next.
+    pub y_steps: [usize; 2],
+    /// Rows of the output, and their length.
+    pub size: [usize; 2],
+}
+
+/// Vectors of pixels beside so many rows of sums.
+const fn tile_vectors(registers: usize, rows: usize) -> usize {
+    match (registers - 2) / (rows + 1) {
+        4.. => 4,
+        vectors => vectors,
+    }
+}
+
+impl<T: Element> Correlate<'_, T> {
+    /// `K` rows of taps at stride `S`: `J` rows of sums.
+    #[inline(always)]
+    fn rows<I: Isa, const K: usize, const J: usize, const S: usize>(&self, isa: I) {
+        let (lanes, [rows, columns]) = (T::lanes::<I>(), self.size);
+        let (layout, view) = (Layout::new(&self.view, self.y_steps), self.view.clone());
+        let mut at = 0;
+        while at < columns {
+            let inside = view.inside::<I>(at, columns);
+            // Neighbouring vectors inside an only image are as good as those of many images.
+            let several = inside > 1 && layout.images.0 == 1;
+            let along = Layout { images: (inside, [view.step * lanes, lanes]), ..layout };
+            let (layout, vectors) = if several { (along, inside) } else { (layout, 1) };
+            // SAFETY: vectors of these columns.
+            unsafe {
+                if S > 1 && view.step > 1 {
+                    let edges = Alternate::<_, MAX_COLUMNS>::new::<T, I>(isa, &view, view.columns, columns, at);
+                    self.channels::<I, K, J, S>(isa, edges, &layout, at, rows);
+                } else if inside > 0 {
+                    self.channels::<I, K, J, S>(isa, Whole, &layout, at, rows);
+                } else {
+                    let edges = Masked::<_, MAX_COLUMNS>::new::<T, I>(isa, &view, view.columns, self.size, at);
+                    self.channels::<I, K, J, S>(isa, edges, &layout, at, rows.div_ceil(S));
+                }
+            }
+            at += vectors * lanes;
+        }
+    }
+
+    /// Vectors of the columns from `at` on, of all channels.
+    ///
+    /// # Safety
+    /// As for [`Correlate::tiles`].
+    #[inline(always)]
+    unsafe fn channels<I: Isa, const K: usize, const J: usize, const S: usize>(
+        &self,
+        isa: I,
+        edges: impl Edges<T, I>,
+        layout: &Layout,
+        at: usize,
+        rows: usize,
+    ) {
+        let Layout { images: (count, steps), channels } = *layout;
+        let places =
+            |c: usize, steps: [usize; 2]| [0, 1].map(|i| ([self.view.step * at, at][i] + c * channels.1[i], steps[i]));
+        let mut c = 0;
+        while c < channels.0 {
+            // SAFETY: the caller's promise.
+            unsafe {
+                if const { tile_vectors(I::REGISTER_COUNT, J) >= 4 } && count == 1 && channels.0 - c >= 4 {
+                    c += self.tile::<I, K, J, S, 4, false, _>(isa, c, edges, places(c, channels.1), rows);
+                } else {
+                    self.tiles::<I, K, J, S>(isa, c, edges, count, places(c, steps), rows);
+                    c += 1;
+                }
+            }
+        }
+    }
+
+    /// So many vectors of a channel's columns, at places in `x` and `y`: of the first one, and from one to the next.
+    ///
+    /// # Safety
+    /// `run` must have checked the slices, in which the vectors must be.
+    #[inline(always)]
+    unsafe fn tiles<I: Isa, const K: usize, const J: usize, const S: usize>(
+        &self,
+        isa: I,
+        channel: usize,
+        edges: impl Edges<T, I>,
+        count: usize,
+        places: [(usize, usize); 2],
+        rows: usize,
+    ) {
+        let mut vector = 0;
+        while vector < count {
+            let rest = count - vector;
+            let places = places.map(|(start, step)| (start + vector * step, step));
+            // SAFETY: the caller's promise.
+            unsafe {
+                // Constants: tiles that the registers do not hold are not compiled.
+                vector += if const { tile_vectors(I::REGISTER_COUNT, J) >= 4 } && rest >= 4 {
+                    self.tile::<I, K, J, S, 4, true, _>(isa, channel, edges, places, rows)
+                } else if const { tile_vectors(I::REGISTER_COUNT, J) >= 3 } && rest >= 3 {
+                    self.tile::<I, K, J, S, 3, true, _>(isa, channel, edges, places, rows)
+                } else if const { tile_vectors(I::REGISTER_COUNT, J) >= 2 } && rest >= 2 {
+                    self.tile::<I, K, J, S, 2, true, _>(isa, channel, edges, places, rows)
+                } else {
+                    self.tile::<I, K, J, S, 1, true, _>(isa, channel, edges, places, rows)
+                };
+            }
+        }
+    }
+
+    /// `V` vectors of columns, all rows: of one channel, whose kernel they share, or each of another, from `channel` on;
+    /// returns how many vectors these are.
+    ///
+    /// # Safety
+    /// As for [`Correlate::tiles`].
+    #[inline(always)]
+    unsafe fn tile<
+        I: Isa,
+        const K: usize,
+        const J: usize,
+        const S: usize,
+        const V: usize,
+        const SHARED: bool,
+        E: Edges<T, I>,
+    >(
+        &self,
+        isa: I,
+        channel: usize,
+        edges: E,
+        [(x_start, x_step), (y_start, y_step)]: [(usize, usize); 2],
+        rows: usize,
+    ) -> usize {
+        let columns = self.view.columns;
+        let len = columns.len() * K;
+        let channels = if SHARED { 1 } else { V };
+        let bias = &self.bias[channel..channel + channels];
+        let weights = &self.weights[channel * len..(channel + channels) * len];
+        let start: [_; V] = std::array::from_fn(|v| T::splat_wide(isa, bias[if SHARED { 0 } else { v }]));
+        let (real, width) = (self.view.real(), self.view.size[1]);
+        let (mut x_row, mut y_row) = (self.view.row(x_start), self.y.start.wrapping_add(y_start));
+        // Sums of output rows t, t - 1 ...
+        let mut sums = [start; J];
+        for t in 0..rows + J - 1 {
+            for s in 0..S {
+                let i = S * t + s;
+                if !real.contains(&i) {
+                    continue;
+                }
+                let row = x_row.wrapping_add(s * width);
+                let masks = edges.row(i);
+                (0..V).for_each(|v| self.view.ask(isa, row.wrapping_add(v * x_step), edges.span()));
+                for c in (0..columns.len()).step_by(E::TOGETHER) {
+                    let mut x = [start; 2];
+                    let both = E::TOGETHER == 2 && c + 1 < columns.len();
+                    let [first, second] = &mut x;
+                    for (v, (first, second)) in first.iter_mut().zip(second).enumerate() {
+                        let ptr = row.wrapping_offset(columns[c]).wrapping_add(v * x_step);
+                        // SAFETY: `check` saw that it can be read.
+                        [*first, *second] = unsafe { edges.load(isa, masks, c, ptr) };
+                    }
+                    for (side, x) in x.into_iter().enumerate() {
+                        if side > 0 && !both {
+                            break;
+                        }
+                        for (j, sums) in sums.iter_mut().enumerate() {
+                            if s + S * j < K {
+                                let tap = (c + side) * K + s + S * j;
+                                // SAFETY: the channels' taps.
+                                let weight = |v| T::splat_wide(isa, unsafe { *weights.get_unchecked(v * len + tap) });
+                                let shared = weight(0);
+                                for (v, (sum, x)) in sums.iter_mut().zip(x).enumerate() {
+                                    *sum = T::mul_add(isa, if SHARED { shared } else { weight(v) }, x, *sum);
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+            if t + 1 >= J {
+                for (v, &sum) in sums[J - 1].iter().enumerate() {
+                    // SAFETY: a row of the output; the mask keeps the vector inside it.
+                    unsafe {
+                        let ptr = y_row.add(v * y_step);
+                        self.view.ask_results(isa, ptr);
+                        match edges.results(t + 2 == rows + J) {
+                            Some(mask) => T::store_masked(isa, mask, ptr, sum),
+                            None => T::store(isa, ptr, sum),
+                        }
+                    }
+                }
+                y_row = y_row.wrapping_add(self.view.rows * self.size[1]);
+            }
+            x_row = x_row.wrapping_add(S * width);
+            for j in (1..J).rev() {
+                sums[j] = sums[j - 1];
+            }
+            sums[0] = start;
+        }
+        V
+    }
+}
+
+impl<T: Element> Kernel for Correlate<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let [rows, columns] = self.size;
+        if rows == 0 || columns == 0 {
+            return;
+        }
+        self.view.check::<I>(self.y.len, self.y_steps, self.size);
+        let channels = self.view.channels.0;
+        assert_eq!(self.weights.len(), channels * self.view.columns.len() * self.tap_rows, "weights");
+        assert_eq!(self.bias.len(), channels, "bias");
+        with_rows!(self.view.stride(), self.tap_rows, K J S => self.rows::<I, K, J, S>(isa));
+    }
+}
+
+/// `sums[tap] += sum over t and p of g[t][p] * x[stride * t + tap row][p + its column's view]`: the weight gradient.
+pub struct CorrelateSums<'a, T: Element> {
+    /// The input.
+    pub view: View<'a, T::Wide>,
+    /// Rows of the kernel: what [`tap_rows`] says.
+    pub tap_rows: usize,
+    /// The gradient by the output.
+    pub g: &'a [T],
+    /// From one image and from one channel of the gradient to the next.
+    pub g_steps: [usize; 2],
+    /// Rows of the gradient, and their length.
+    pub size: [usize; 2],
+    /// A cache line for each tap of each channel, `[column][row]`.
+    pub slots: &'a mut [T::Wide],
+}
+
+/// Columns of taps beside so many rows of them and rows of the gradient.
+const fn tile_columns(registers: usize, tap_rows: usize, rows: usize) -> usize {
+    match (registers - 1 - rows) / tap_rows {
+        0 => 1,
+        columns @ 1..=MAX_TAP_COLUMNS => columns,
+        _ => MAX_TAP_COLUMNS,
+    }
+}
+
+impl<T: Element> CorrelateSums<'_, T> {
+    /// `K` rows of taps at stride `S`: `J` rows of the gradient.
+    #[inline(always)]
+    fn rows<I: Isa, const K: usize, const J: usize, const S: usize>(&mut self, isa: I) {
+        let (mut at, end) = (0, self.view.columns.len());
+        while at < end {
+            let columns = end - at;
+            // SAFETY: the columns are below `end`.
+            unsafe {
+                if const { tile_columns(I::REGISTER_COUNT, K, J) >= 5 } && columns >= 5 {
+                    at += self.tile::<I, K, J, S, 5>(isa, at);
+                } else if const { tile_columns(I::REGISTER_COUNT, K, J) >= 3 } && columns >= 3 {
+                    at += self.tile::<I, K, J, S, 3>(isa, at);
+                } else if const { tile_columns(I::REGISTER_COUNT, K, J) >= 2 } && columns >= 2 {
+                    at += self.tile::<I, K, J, S, 2>(isa, at);
+                } else {
+                    at += self.tile::<I, K, J, S, 1>(isa, at);
+                }
+            }
+        }
+    }
+
+    /// `C` columns of taps from `first`, all pixels; returns how many columns these are.
+    ///
+    /// # Safety
+    /// `run` must have checked the slices, and these columns must exist.
+    #[inline(always)]
+    unsafe fn tile<I: Isa, const K: usize, const J: usize, const S: usize, const C: usize>(
+        &mut self,
+        isa: I,
+        first: usize,
+    ) -> usize {
+        let (lanes, [rows, width]) = (T::lanes::<I>(), self.size);
+        let columns: [isize; C] = std::array::from_fn(|c| self.view.columns[first + c]);
+        let layout = Layout::new(&self.view, self.g_steps);
+        for at in (0..width).step_by(lanes) {
+            // SAFETY: vectors of these columns.
+            unsafe {
+                if S > 1 && self.view.step > 1 {
+                    let edges = Alternate::<_, C>::new::<T, I>(isa, &self.view, &columns, width, at);
+                    self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
+                } else if self.view.inside::<I>(at, width) > 0 {
+                    let edges = Whole;
+                    self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
+                } else {
+                    let edges = Masked::<_, C>::new::<T, I>(isa, &self.view, &columns, self.size, at);
+                    self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows.div_ceil(S));
+                }
+            }
+        }
+        C
+    }
+
+    /// Vectors of the columns from `at` on, of all channels.
+    ///
+    /// # Safety
+    /// As for [`CorrelateSums::tile`].
+    #[inline(always)]
+    unsafe fn channels<I: Isa, const K: usize, const J: usize, const S: usize, const C: usize>(
+        &mut self,
+        isa: I,
+        edges: impl Edges<T, I>,
+        layout: &Layout,
+        (first, columns): (usize, [isize; C]),
+        at: usize,
+        rows: usize,
+    ) {
+        let Layout { images, channels } = *layout;
+        for c in 0..channels.0 {
+            let slots = self.slots::<K, C>(c, first);
+            let mut sums = [[T::splat(isa, T::default()); K]; C];
+            for (i, sum) in sums.as_flattened_mut().iter_mut().enumerate() {
+                // SAFETY: a slot is at least a vector long.
+                *sum = unsafe { T::load_wide(isa, slots.add(i * line::<T::Wide>())) };
+            }
+            for image in 0..images.0 {
+                let starts = [0, 1].map(|i| [self.view.step * at, at][i] + c * channels.1[i] + image * images.1[i]);
+                // SAFETY: the caller's promise.
+                unsafe { self.vector::<I, K, J, S, C, _>(isa, edges, columns, starts, rows, &mut sums) };
+            }
+            for (i, &sum) in sums.as_flattened().iter().enumerate() {
+                // SAFETY: as for the loads.
+                unsafe { T::store_wide(isa, slots.add(i * line::<T::Wide>()), sum) };
+            }
+        }
+    }
+
+    /// The slots of a channel's taps of `C` columns of `K` rows.
+    #[inline(always)]
+    fn slots<const K: usize, const C: usize>(&mut self, channel: usize, first: usize) -> *mut T::Wide {
+        let start = (channel * self.view.columns.len() + first) * K;
+        self.slots[start * line::<T::Wide>()..(start + C * K) * line::<T::Wide>()].as_mut_ptr()
+    }
+
+    /// One vector of columns, all rows, `starts` being its places in `x` and `g`.
+    ///
+    /// # Safety
+    /// As for [`CorrelateSums::tile`].
+    #[inline(always)]
+    unsafe fn vector<I: Isa, const K: usize, const J: usize, const S: usize, const C: usize, E: Edges<T, I>>(
+        &self,
+        isa: I,
+        edges: E,
+        columns: [isize; C],
+        starts: [usize; 2],
+        rows: usize,
+        sums: &mut [[T::Vector<I>; K]; C],
+    ) {
+        let zero = T::splat(isa, T::default());
+        let (real, width) = (self.view.real(), self.view.size[1]);
+        let (mut x_row, mut g_row) = (self.view.row(starts[0]), self.g.as_ptr().wrapping_add(starts[1]));
+        // Rows t, t - 1 ... of the gradient.
+        let mut g = [zero; J];
+        for t in 0..rows + J - 1 {
+            for j in (1..J).rev() {
+                g[j] = g[j - 1];
+            }
+            g[0] = zero;
+            if t < rows {
+                self.view.ask_results(isa, g_row);
+                // SAFETY: row t of the gradient; the mask keeps the vector inside it.
+                g[0] = unsafe {
+                    match edges.results(t + 1 == rows) {
+                        Some(mask) => T::load_masked(isa, mask, g_row),
+                        None => T::load(isa, g_row),
+                    }
+                };
+            }
+            for s in 0..S {
+                let i = S * t + s;
+                if !real.contains(&i) {
+                    continue;
+                }
+                let row = x_row.wrapping_add(s * width);
+                let masks = edges.row(i);
+                self.view.ask(isa, row, edges.span());
+                for (i, sums) in sums.chunks_mut(E::TOGETHER).enumerate() {
+                    let c = i * E::TOGETHER;
+                    // SAFETY: `check` saw that it can be read.
+                    let x = unsafe { edges.load(isa, masks, c, row.wrapping_offset(columns[c])) };
+                    for (x, sums) in x.into_iter().zip(sums) {
+                        for (j, &g) in g.iter().enumerate() {
+                            if s + S * j < K {
+                                sums[s + S * j] = T::mul_add(isa, g, x, sums[s + S * j]);
+                            }
+                        }
+                    }
+                }
+            }
+            (x_row, g_row) = (x_row.wrapping_add(S * width), g_row.wrapping_add(self.view.rows * self.size[1]));
+        }
+    }
+}
+
+impl<T: Element> Kernel for CorrelateSums<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let [rows, columns] = self.size;
+        if rows == 0 || columns == 0 {
+            return;
+        }
+        self.view.check::<I>(self.g.len(), self.g_steps, self.size);
+        let taps = self.view.channels.0 * self.view.columns.len() * self.tap_rows;
+        assert_eq!(self.slots.len(), taps * line::<T::Wide>(), "slots");
+        with_rows!(self.view.stride(), self.tap_rows, K J S => self.rows::<I, K, J, S>(isa));
+    }
+}

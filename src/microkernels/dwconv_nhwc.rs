@@ -1,0 +1,517 @@
+//! The depthwise convolution over NHWC pixels, channels being the vector dimension. (For NCHW: [`planes`](super::dwconv_nchw).)
+//!
+//! A strip is a few rows of results. It goes over the image column by column, and what is loaded of a column is added to all
+//! results that see it, whose sums stay in registers:
+//!
+//! ```text
+//!   columns of the image         a   b   c   d   e
+//!   results of column 0        w0 a  w1 b  w2 c              complete with c
+//!   1                               w0 b  w1 c  w2 d         complete with d
+//!   2                                    w0 c  w1 d  w2 e
+//! ```
+//!
+//! So nothing is copied, no zeros are multiplied at the left and right, and what is read again are only the rows of taps, from
+//! the L1 cache.
+
+use crate::simd::element::Element;
+use crate::simd::{Isa, Kernel};
+
+/// Rows of results of a strip, at most. (15 layers of kMobileNet V3 and others, 16 images, forward, a thread of an Intel Xeon:
+/// 12.2 ms with 4, 12.6 with 7, 13.4 with 8.)
+pub const ROWS: usize = 4;
+
+/// Rows of results whose sums registers hold, of so many columns each, beside a value for each row, a weight and a start.
+const fn strip_rows(registers: usize, columns: usize) -> usize {
+    match (registers - 2) / (columns + 1) {
+        ROWS.. => ROWS,
+        2 | 3 => 2,
+        _ => 1,
+    }
+}
+
+/// An NHWC image, and what some results see of it.
+#[derive(Clone, Copy)]
+pub struct Sight<'a, T> {
+    /// The image.
+    pub x: &'a [T],
+    /// Its height and width.
+    pub size: [usize; 2],
+    /// Channels of a pixel.
+    pub channels: usize,
+    /// The row and column that the first result sees through the first tap; both may be outside the image.
+    pub start: [isize; 2],
+    /// Pixels from what one result sees to what the next does: 1 or 2.
+    pub step: usize,
+    /// Rows and columns of taps.
+    pub taps: [usize; 2],
+    /// How many vectors of the image to ask for with one of results.
+    pub asks: usize,
+}
+
+impl<T: Element> Sight<'_, T> {
+    fn check(&self) {
+        assert!(self.x.len() >= self.size[0] * self.size[1] * self.channels, "x");
+        assert!(self.channels > 0 && (1..=2).contains(&self.step), "step");
+    }
+
+    /// The image's column `i` places behind the first one that is seen, if there is one.
+    #[inline(always)]
+    fn column(&self, i: usize) -> Option<usize> {
+        let column = self.start[1].wrapping_add_unsigned(i) as usize;
+        (column < self.size[1]).then_some(column)
+    }
+
+    /// Whether there is the row `i` places behind the first one.
+    #[inline(always)]
+    fn has_row(&self, i: usize) -> bool {
+        (self.start[0].wrapping_add_unsigned(i) as usize) < self.size[0]
+    }
+
+    /// Channel `c` of a row's first pixel, of the row `i` places behind the first one.
+    #[inline(always)]
+    fn row(&self, i: usize, c: usize) -> *const T {
+        let row = self.start[0].wrapping_add_unsigned(i).wrapping_mul((self.size[1] * self.channels) as isize);
+        self.x.as_ptr().wrapping_offset(row).wrapping_add(c)
+    }
+}
+
+/// Asks for so many vectors of memory from `ptr` on, which it moves behind them.
+#[inline(always)]
+fn ask<T: Element, I: Isa>(isa: I, ptr: &mut *const T, vectors: usize) {
+    for _ in 0..vectors {
+        isa.prefetch_far(*ptr);
+        *ptr = ptr.wrapping_add(T::lanes::<I>());
+    }
+}
+
+/// `y[p][c] = bias[c] + sum over taps t of w[t][c] * x[p][t][c]` for results `p` and all channels `c`.
+pub struct StripConv<'a, T: Element> {
+    /// What the results see.
+    pub sight: Sight<'a, T>,
+    /// The weights of a kernel, `[vector of channels][tap][lane]`.
+    pub weights: &'a [T::Wide],
+    /// How many taps that kernel has.
+    pub kernel_taps: usize,
+    /// The kernel's tap that is the first one here, and from one row, and one column, of taps to the next.
+    pub first_tap: usize,
+    /// See `first_tap`.
+    pub tap_steps: [isize; 2],
+    /// `channels` values.
+    pub bias: Option<&'a [T]>,
+    /// The first result.
+    pub y: *mut T,
+    /// From one row, and from one column, of results to the next.
+    pub strides: [usize; 2],
+    /// Rows and columns of results.
+    pub size: [usize; 2],
+    /// Where the memory begins of which some is asked for meanwhile, line after line: the input's and the output's.
+    pub ahead: [*const T; 2],
+}
+
+/// A [`StripConv`] that may run: see [`StripConv::promise`].
+pub struct CheckedStripConv<'a, T: Element>(StripConv<'a, T>);
+
+impl<'a, T: Element> StripConv<'a, T> {
+    /// Turns the description into a kernel.
+    ///
+    /// # Safety
+    /// Until it has run, `channels` values must be writable at every result.
+    #[inline]
+    pub unsafe fn promise(self) -> CheckedStripConv<'a, T> {
+        self.sight.check();
+        assert!(self.bias.is_none_or(|bias| bias.len() == self.sight.channels), "bias");
+        CheckedStripConv(self)
+    }
+
+    /// All results, through `K` columns of taps, of which one column of the image meets `F` at a step of `S`.
+    ///
+    /// # Safety
+    /// As for [`StripConv::promise`]; the weights must have been checked.
+    #[inline(always)]
+    unsafe fn all<I: Isa, const K: usize, const S: usize, const F: usize>(&mut self, isa: I) {
+        let (lanes, channels) = (T::lanes::<I>(), self.sight.channels);
+        for c in (0..channels).step_by(lanes) {
+            let mask = T::mask(isa, (channels - c).min(lanes));
+            // SAFETY: the caller's promise; all these channels exist, but for those that the mask leaves out.
+            unsafe {
+                if channels - c >= lanes {
+                    self.channels::<I, false, K, S, F>(isa, c, mask);
+                } else {
+                    self.channels::<I, true, K, S, F>(isa, c, mask);
+                }
+            }
+        }
+    }
+
+    /// A vector of channels from `c`.
+    ///
+    /// # Safety
+    /// As for [`StripConv::all`]; the channels must exist, but for what `mask` leaves out.
+    #[inline(always)]
+    unsafe fn channels<I: Isa, const TAIL: bool, const K: usize, const S: usize, const F: usize>(
+        &mut self,
+        isa: I,
+        c: usize,
+        mask: T::Mask<I>,
+    ) {
+        let (rows, mut row) = (self.size[0], 0);
+        // SAFETY: the caller's promise; some of the last rows may be computed twice.
+        unsafe {
+            // A constant: what registers do not hold is not compiled.
+            if const { strip_rows(I::REGISTER_COUNT, F) == ROWS } {
+                while row < rows && rows >= ROWS {
+                    self.strip::<I, TAIL, K, S, F, ROWS>(isa, c, mask, row.min(rows - ROWS));
+                    row += ROWS;
+                }
+            }
+            if const { strip_rows(I::REGISTER_COUNT, F) >= 2 } {
+                while row < rows && rows >= 2 {
+                    self.strip::<I, TAIL, K, S, F, 2>(isa, c, mask, row.min(rows - 2));
+                    row += 2;
+                }
+            }
+            while row < rows {
+                self.strip::<I, TAIL, K, S, F, 1>(isa, c, mask, row);
+                row += 1;
+            }
+        }
+    }
+
+    /// `J` rows of results from `row`.
+    ///
+    /// # Safety
+    /// As for [`StripConv::channels`]; the rows must exist.
+    #[inline(always)]
+    unsafe fn strip<I: Isa, const TAIL: bool, const K: usize, const S: usize, const F: usize, const J: usize>(
+        &mut self,
+        isa: I,
+        c: usize,
+        mask: T::Mask<I>,
+        row: usize,
+    ) {
+        let (sight, [_, columns]) = (self.sight, self.size);
+        let start = match self.bias {
+            // SAFETY: the channels exist.
+            Some(bias) => unsafe { load::<T, I, TAIL>(isa, mask, bias.as_ptr().wrapping_add(c)) },
+            None => T::splat(isa, T::default()),
+        };
+        let mut y = self.y.wrapping_add(row * self.strides[0] + c);
+        // Sums of the columns of results that see a column of the image, the first one's first.
+        let mut sums = [[start; J]; F];
+        for t in 0..columns + F - 1 {
+            // SAFETY: the caller's promise.
+            unsafe {
+                self.column::<I, TAIL, K, S, F, J, 0>(isa, c, mask, row, t, &mut sums);
+                if S > 1 {
+                    self.column::<I, TAIL, K, S, F, J, 1>(isa, c, mask, row, t, &mut sums);
+                }
+            }
+            if t + 1 >= F {
+                ask::<T, I>(isa, &mut self.ahead[0], J * sight.asks);
+                ask::<T, I>(isa, &mut self.ahead[1], J);
+                for (j, &sum) in sums[0].iter().enumerate() {
+                    let y = y.wrapping_add(j * self.strides[0]);
+                    // SAFETY: the caller's promise.
+                    unsafe { if TAIL { T::store_masked(isa, mask, y, sum) } else { T::store(isa, y, sum) } }
+                }
+                y = y.wrapping_add(self.strides[1]);
+            }
+            for f in 1..F {
+                sums[f - 1] = sums[f];
+            }
+            sums[F - 1] = [start; J];
+        }
+    }
+
+    /// Adds column `S * t + A` of the image to the sums of the results that see it.
+    ///
+    /// # Safety
+    /// As for [`StripConv::strip`].
+    #[inline(always)]
+    unsafe fn column<
+        I: Isa,
+        const TAIL: bool,
+        const K: usize,
+        const S: usize,
+        const F: usize,
+        const J: usize,
+        const A: usize,
+    >(
+        &self,
+        isa: I,
+        c: usize,
+        mask: T::Mask<I>,
+        row: usize,
+        t: usize,
+        sums: &mut [[T::Vector<I>; J]; F],
+    ) {
+        let (lanes, sight) = (T::lanes::<I>(), self.sight);
+        let Some(column) = sight.column(S * t + A) else { return };
+        let [tap_row, tap_column] = self.tap_steps.map(|step| step * lanes as isize);
+        let weights = self.weights.as_ptr().wrapping_add((c / lanes * self.kernel_taps + self.first_tap) * lanes);
+        let inside = sight.has_row(S * row) && sight.has_row(S * (row + J - 1) + sight.taps[0] - 1);
+        let x = sight.row(S * row, c).wrapping_add(column * sight.channels);
+        let row_len = sight.size[1] * sight.channels;
+        for tap in 0..sight.taps[0] {
+            // Rows outside the image are zeros.
+            let mut values = [T::splat(isa, T::default()); J];
+            for (j, value) in values.iter_mut().enumerate() {
+                if inside || sight.has_row(S * (row + j) + tap) {
+                    let x = x.wrapping_add((S * j + tap) * row_len);
+                    // SAFETY: a pixel of the image; the channels exist.
+                    *value = unsafe { load::<T, I, TAIL>(isa, mask, x) };
+                }
+            }
+            for (f, sums) in sums.iter_mut().rev().enumerate() {
+                if S * f + A < K {
+                    let place = tap as isize * tap_row + (S * f + A) as isize * tap_column;
+                    // SAFETY: inside the weights, as was asserted.
+                    let weight = unsafe { T::load_wide(isa, weights.wrapping_offset(place)) };
+                    for (sum, &value) in sums.iter_mut().zip(&values) {
+                        *sum = T::mul_add(isa, weight, value, *sum);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A vector, or what `mask` selects of it.
+///
+/// # Safety
+/// That must be readable at `ptr`.
+#[inline(always)]
+unsafe fn load<T: Element, I: Isa, const TAIL: bool>(isa: I, mask: T::Mask<I>, ptr: *const T) -> T::Vector<I> {
+    // SAFETY: the caller's promise.
+    unsafe { if TAIL { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) } }
+}
+
+impl<T: Element> Kernel for CheckedStripConv<'_, T> {
+    /// Where [`StripConv::ahead`] would go on.
+    type Output = [*const T; 2];
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) -> [*const T; 2] {
+        let Self(conv) = &mut self;
+        let (Sight { taps: [rows, columns], step, channels, .. }, lanes) = (conv.sight, T::lanes::<I>());
+        assert!(conv.weights.len() >= channels.div_ceil(lanes) * conv.kernel_taps * lanes, "weights");
+        let [down, right] = [(rows, 0), (columns, 1)].map(|(taps, axis)| (taps as isize - 1) * conv.tap_steps[axis]);
+        let corners = [0, down, right, down + right].map(|taps| conv.first_tap.wrapping_add_signed(taps));
+        assert!(corners.iter().all(|&tap| tap < conv.kernel_taps), "taps");
+        // SAFETY: promised to `promise`; the weights have just been checked.
+        unsafe {
+            match (columns, step) {
+                (1, 1) => conv.all::<I, 1, 1, 1>(isa),
+                (2, 1) => conv.all::<I, 2, 1, 2>(isa),
+                (3, 1) => conv.all::<I, 3, 1, 3>(isa),
+                (4, 1) => conv.all::<I, 4, 1, 4>(isa),
+                (5, 1) => conv.all::<I, 5, 1, 5>(isa),
+                (7, 1) => conv.all::<I, 7, 1, 7>(isa),
+                (3, 2) => conv.all::<I, 3, 2, 2>(isa),
+                (5, 2) => conv.all::<I, 5, 2, 3>(isa),
+                (7, 2) => conv.all::<I, 7, 2, 4>(isa),
+                (columns, step) => unreachable!("{columns} columns of taps at a step of {step}"),
+            }
+        }
+        self.0.ahead
+    }
+}
+
+/// `sums[t][c] += sum over pixels p of g[p][c] * x[p][t][c]` for a strip of gradients and all taps `t` of a kernel.
+pub struct StripSums<'a, T: Element> {
+    /// What the gradients' results see.
+    pub sight: Sight<'a, T>,
+    /// The gradient by the output.
+    pub g: *const T,
+    /// From one row, and from one column, of it to the next.
+    pub strides: [usize; 2],
+    /// Its rows and columns.
+    pub size: [usize; 2],
+    /// The sums, `[vector of channels][row of taps][column][lane]`.
+    pub sums: &'a mut [T::Wide],
+    /// See [`StripConv::ahead`].
+    pub ahead: [*const T; 2],
+}
+
+/// A [`StripSums`] that may run: see [`StripSums::promise`].
+pub struct CheckedStripSums<'a, T: Element>(StripSums<'a, T>);
+
+/// Rows of a kernel whose sums registers hold, beside a value for each of them, a gradient, and what products need.
+const fn sum_rows(registers: usize, kernel: usize) -> usize {
+    match (registers - 1) / (kernel + 1) {
+        0 => 1,
+        rows if rows < kernel => rows,
+        _ => kernel,
+    }
+}
+
+impl<'a, T: Element> StripSums<'a, T> {
+    /// Turns the description into a kernel.
+    ///
+    /// # Safety
+    /// Until it has run, `channels` values must be readable at every pixel of `g`.
+    #[inline]
+    pub unsafe fn promise(self) -> CheckedStripSums<'a, T> {
+        self.sight.check();
+        assert_eq!(self.sight.taps[0], self.sight.taps[1], "taps");
+        CheckedStripSums(self)
+    }
+
+    /// All channels, for a kernel of `K` rows and columns, of which one column of the image meets `F` at a step of `S`.
+    ///
+    /// # Safety
+    /// As for [`StripSums::promise`]; the number of sums must have been checked.
+    #[inline(always)]
+    unsafe fn all<I: Isa, const K: usize, const S: usize, const F: usize>(&mut self, isa: I) {
+        let (lanes, channels) = (T::lanes::<I>(), self.sight.channels);
+        for c in (0..channels).step_by(lanes) {
+            let mask = T::mask(isa, (channels - c).min(lanes));
+            // SAFETY: the caller's promise; all these channels exist, but for those that the mask leaves out.
+            unsafe {
+                if channels - c >= lanes {
+                    self.channels::<I, false, K, S, F>(isa, c, mask);
+                } else {
+                    self.channels::<I, true, K, S, F>(isa, c, mask);
+                }
+            }
+        }
+    }
+
+    /// A vector of channels from `c`.
+    ///
+    /// # Safety
+    /// As for [`StripSums::all`]; the channels must exist, but for what `mask` leaves out.
+    #[inline(always)]
+    unsafe fn channels<I: Isa, const TAIL: bool, const K: usize, const S: usize, const F: usize>(
+        &mut self,
+        isa: I,
+        c: usize,
+        mask: T::Mask<I>,
+    ) {
+        let mut tap = 0;
+        while tap < K {
+            // SAFETY: the caller's promise; the rows are the kernel's.
+            unsafe {
+                // Constants: what registers do not hold is not compiled.
+                tap += if const { sum_rows(I::REGISTER_COUNT, K) == K } {
+                    self.rows::<I, TAIL, K, S, F, K>(isa, c, mask, tap)
+                } else if const { sum_rows(I::REGISTER_COUNT, K) >= 3 } && tap + 3 <= K {
+                    self.rows::<I, TAIL, K, S, F, 3>(isa, c, mask, tap)
+                } else if const { sum_rows(I::REGISTER_COUNT, K) >= 2 } && tap + 2 <= K {
+                    self.rows::<I, TAIL, K, S, F, 2>(isa, c, mask, tap)
+                } else {
+                    self.rows::<I, TAIL, K, S, F, 1>(isa, c, mask, tap)
+                };
+            }
+        }
+    }
+
+    /// `R` rows of taps from `tap`; returns how many these are.
+    ///
+    /// # Safety
+    /// As for [`StripSums::channels`].
+    #[inline(always)]
+    unsafe fn rows<I: Isa, const TAIL: bool, const K: usize, const S: usize, const F: usize, const R: usize>(
+        &mut self,
+        isa: I,
+        c: usize,
+        mask: T::Mask<I>,
+        tap: usize,
+    ) -> usize {
+        let (lanes, [rows, columns]) = (T::lanes::<I>(), self.size);
+        // The first rows ask for all.
+        let asks = if tap == 0 { [self.sight.asks, 1] } else { [0, 0] };
+        let mut sums = [[T::splat(isa, T::default()); K]; R];
+        for row in 0..rows {
+            for t in 0..columns + F - 1 {
+                if t < columns {
+                    ask::<T, I>(isa, &mut self.ahead[0], asks[0]);
+                    ask::<T, I>(isa, &mut self.ahead[1], asks[1]);
+                }
+                // SAFETY: the caller's promise.
+                unsafe {
+                    self.column::<I, TAIL, K, S, F, R, 0>(isa, c, mask, [row, tap], t, &mut sums);
+                    if S > 1 {
+                        self.column::<I, TAIL, K, S, F, R, 1>(isa, c, mask, [row, tap], t, &mut sums);
+                    }
+                }
+            }
+        }
+        let first = (c / lanes * K + tap) * K * lanes;
+        for (i, &sum) in sums.as_flattened().iter().enumerate() {
+            let ptr = self.sums.as_mut_ptr().wrapping_add(first + i * lanes);
+            // SAFETY: inside `sums`, whose length was asserted.
+            unsafe { T::store_wide(isa, ptr, T::add_vectors(isa, T::load_wide(isa, ptr), sum)) }
+        }
+        R
+    }
+
+    /// Adds the products of column `S * t + A` of the image and the gradients of a row that see it.
+    ///
+    /// # Safety
+    /// As for [`StripSums::rows`].
+    #[inline(always)]
+    unsafe fn column<
+        I: Isa,
+        const TAIL: bool,
+        const K: usize,
+        const S: usize,
+        const F: usize,
+        const R: usize,
+        const A: usize,
+    >(
+        &self,
+        isa: I,
+        c: usize,
+        mask: T::Mask<I>,
+        [row, tap]: [usize; 2],
+        t: usize,
+        sums: &mut [[T::Vector<I>; K]; R],
+    ) {
+        let sight = self.sight;
+        let Some(column) = sight.column(S * t + A) else { return };
+        let first = S * row + tap;
+        let x = sight.row(first, c).wrapping_add(column * sight.channels);
+        let mut values = [T::splat(isa, T::default()); R];
+        for (r, value) in values.iter_mut().enumerate() {
+            if sight.has_row(first + r) {
+                // SAFETY: a pixel of the image; the channels exist.
+                *value = unsafe { load::<T, I, TAIL>(isa, mask, x.wrapping_add(r * sight.size[1] * sight.channels)) };
+            }
+        }
+        let g = self.g.wrapping_add(row * self.strides[0] + c);
+        for f in 0..F {
+            if S * f + A < K && t.wrapping_sub(f) < self.size[1] {
+                // SAFETY: one of the gradients, by the caller's promise.
+                let gradient = unsafe { load::<T, I, TAIL>(isa, mask, g.wrapping_add((t - f) * self.strides[1])) };
+                for (sums, &value) in sums.iter_mut().zip(&values) {
+                    sums[S * f + A] = T::mul_add(isa, gradient, value, sums[S * f + A]);
+                }
+            }
+        }
+    }
+}
+
+impl<T: Element> Kernel for CheckedStripSums<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self(mut grad) = self;
+        let Sight { taps: [kernel, _], step, channels, .. } = grad.sight;
+        let lanes = T::lanes::<I>();
+        assert_eq!(grad.sums.len(), channels.div_ceil(lanes) * kernel * kernel * lanes, "sums");
+        // SAFETY: promised to `promise`; the number of sums has just been checked.
+        unsafe {
+            match (kernel, step) {
+                (3, 1) => grad.all::<I, 3, 1, 3>(isa),
+                (5, 1) => grad.all::<I, 5, 1, 5>(isa),
+                (7, 1) => grad.all::<I, 7, 1, 7>(isa),
+                (3, 2) => grad.all::<I, 3, 2, 2>(isa),
+                (5, 2) => grad.all::<I, 5, 2, 3>(isa),
+                (7, 2) => grad.all::<I, 7, 2, 4>(isa),
+                (kernel, step) => unreachable!("a kernel of {kernel} columns at a step of {step}"),
+            }
+        }
+    }
+}
