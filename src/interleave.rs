@@ -8,8 +8,8 @@ use crate::microkernels::transpose::{self, BLOCK};
 use crate::parallel::{Shared, estimate};
 use crate::pool::{chunks, parallel_for, part, threads_for};
 use crate::shape::{Images, Order};
-use crate::simd::Active;
 use crate::simd::element::{Element, lanes, picks};
+use crate::simd::{Active, Promised};
 
 /// Tasks for each thread.
 const TASKS_PER_THREAD: usize = 4;
@@ -121,14 +121,16 @@ impl Permutation {
         match &self.way {
             Way::Matrix(size) => {
                 // SAFETY: the caller's promise.
-                self.isa.run(unsafe { TransposeChannels { x, y, steps, pixels, size: *size, ahead }.promise() });
+                self.isa.run(unsafe {
+                    Promised::new_unchecked(TransposeChannels { x, y, steps, pixels, size: *size, ahead })
+                });
             }
             Way::Windows(Windows { lanes, vectors, windows, index }) => {
                 for (vector, range) in vectors.iter().enumerate() {
                     let first = vector * lanes;
                     // SAFETY: the caller's promise; windows and vectors end within a pixel.
                     self.isa.run(unsafe {
-                        PermuteChannels {
+                        Promised::new_unchecked(PermuteChannels {
                             x,
                             y: y.add(first),
                             steps,
@@ -137,8 +139,7 @@ impl Permutation {
                             windows: &windows[range.clone()],
                             index: index.each_ref().map(|index| &index[first..first + lanes]),
                             ahead,
-                        }
-                        .promise()
+                        })
                     });
                 }
             }

@@ -14,7 +14,7 @@ use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 use crate::simd::element::{Element, lanes, writable};
 use crate::simd::mul_acc::Products;
-use crate::simd::{Active, line};
+use crate::simd::{Active, Promised, line};
 
 /// Multiply-adds of outer products that take as long as one of [`DotRows`] over rows whose vectors are cache lines, and over
 /// others. (Fitted to 31 layers on AVX-512 of an Intel Xeon and to 22 of an AMD EPYC: the faster way is found where it is
@@ -138,7 +138,7 @@ impl<T: Element, M: Products<T>> RowProducts<T, M> {
                     slot_stride: k,
                 };
                 // SAFETY: the caller's promise.
-                self.isa.run(unsafe { kernel.promise() });
+                self.isa.run(unsafe { Promised::new_unchecked(kernel) });
             }
         }
     }
@@ -185,7 +185,7 @@ impl<T: Element, M: Products<T>> RowProducts<T, M> {
                         // SAFETY: as above; there is a sum for each pair.
                         self.isa.run(unsafe {
                             let sums = sums.as_mut_ptr().add(block.start * columns);
-                            OuterProducts {
+                            Promised::new_unchecked(OuterProducts {
                                 products: self.products,
                                 a: values,
                                 a_step: M::TERMS,
@@ -200,8 +200,7 @@ impl<T: Element, M: Products<T>> RowProducts<T, M> {
                                     products: self.products,
                                     totals: Totals::<T> { sums, row: columns },
                                 },
-                            }
-                            .promise()
+                            })
                         });
                     }
                 }

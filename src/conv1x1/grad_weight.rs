@@ -20,7 +20,7 @@ use crate::scratch::{self, cut};
 use crate::shape::{Images, Order, Pointwise, interleave_places};
 use crate::simd::element::{Element, lanes, picks};
 use crate::simd::mul_acc::{Products, Single};
-use crate::simd::{Active, looks_ahead};
+use crate::simd::{Active, Promised, looks_ahead};
 
 /// Pixels of a tile of a weight gradient in NHWC, at least: its sums go through memory once a tile.
 const OUTER_TERMS: usize = 48;
@@ -373,7 +373,7 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                     let Block::Window(len) = block else { unreachable!("chosen for windows only") };
                     // SAFETY: all pixels have the channels.
                     self.isa.run(unsafe {
-                        SideBySideSums::<T, M> {
+                        Promised::new_unchecked(SideBySideSums::<T, M> {
                             products: self.products,
                             a: (a.as_ptr().add(first), len),
                             a_step,
@@ -384,8 +384,7 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                             terms,
                             index: groups.index(vector),
                             sums,
-                        }
-                        .promise()
+                        })
                     });
                 }
             });
@@ -418,7 +417,7 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
         assert_eq!(sums.len(), m * k);
         // SAFETY: the caller's promise; there are m x k sums.
         self.isa.run(unsafe {
-            OuterProducts {
+            Promised::new_unchecked(OuterProducts {
                 products: self.products,
                 a: a.0.as_ptr(),
                 a_step: a.1,
@@ -430,8 +429,7 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                 terms,
                 columns,
                 out: Totals::<T> { sums: sums.as_mut_ptr(), row: columns },
-            }
-            .promise()
+            })
         });
     }
 }

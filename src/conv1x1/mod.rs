@@ -20,9 +20,9 @@ use crate::parallel::{Shared, estimate};
 use crate::pool::{parallel_for, part, threads_for};
 use crate::scratch;
 use crate::shape::{Images, Order, Pointwise};
-use crate::simd::Active;
 use crate::simd::element::{Element, lanes};
 use crate::simd::mul_acc::{Products, Single};
+use crate::simd::{Active, Promised};
 
 /// Values of a group's input rows that one pass in NCHW covers where the group needs several tiles of output rows, which
 /// read them again: they stay in the L2 cache.
@@ -308,7 +308,7 @@ impl Product {
                 ahead,
             };
             // SAFETY: the caller's promise.
-            self.isa.run(unsafe { kernel.promise() });
+            self.isa.run(unsafe { Promised::new_unchecked(kernel) });
         }
     }
 }

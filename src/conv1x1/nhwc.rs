@@ -17,6 +17,7 @@ use crate::microkernels::transpose::Transpose;
 use crate::parallel::Shared;
 use crate::pool::{chunks, parallel_for, part};
 use crate::scratch::{self, cut};
+use crate::simd::Promised;
 use crate::simd::element::{Element, lanes, picks, writable};
 use crate::simd::mul_acc::Products;
 
@@ -314,7 +315,7 @@ impl Product {
                         for (vector, weights) in groups.vectors.iter().zip(packed.chunks_exact(each)) {
                             // SAFETY: the pixels exist at x, with all channels, and where they are written.
                             self.isa.run(unsafe {
-                                SideBySideRows {
+                                Promised::new_unchecked(SideBySideRows {
                                     products,
                                     x,
                                     x_step,
@@ -327,8 +328,7 @@ impl Product {
                                     weights,
                                     bias: bias.map(|bias| &bias[vector.columns.clone()]),
                                     ahead: [x_ahead, ahead],
-                                }
-                                .promise()
+                                })
                             });
                         }
                     });
@@ -378,7 +378,7 @@ impl Product {
                         for (g, &[first, distance]) in places.iter().enumerate() {
                             // SAFETY: the pixels exist in x, with all of the group's channels, and where they are written.
                             self.isa.run(unsafe {
-                                OuterProducts {
+                                Promised::new_unchecked(OuterProducts {
                                     products,
                                     a: a.add(first),
                                     a_step: distance * M::TERMS,
@@ -398,8 +398,7 @@ impl Product {
                                         next: next.wrapping_add(g * k * tile),
                                         ahead,
                                     },
-                                }
-                                .promise()
+                                })
                             });
                         }
                     });

@@ -20,7 +20,7 @@ use crate::pool::{chunks, parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Depthwise, Order, WeightLayout};
 use crate::simd::element::{Element, lanes};
-use crate::simd::{Active, line};
+use crate::simd::{Active, Promised, line};
 
 /// Tasks for each thread, at least. (3x3 over 16 x 1024 planes of 7 x 7: 0.36 ms of two threads in 4 tasks of each, 0.28 in 32.)
 const TASKS_PER_THREAD: usize = 16;
@@ -132,7 +132,7 @@ impl<T: Element> Correlation<'_, T> {
                     let ((tap_row, down), (tap_column, right)) = (vertical.first_tap(), horizontal.first_tap());
                     // SAFETY: pixels of image n of the output, each of which one task writes.
                     let kernel = unsafe {
-                        StripConv {
+                        Promised::new_unchecked(StripConv {
                             sight: strips.sight(x, (vertical, horizontal), rows.start, asks),
                             weights,
                             kernel_taps: kernel * kernel,
@@ -143,8 +143,7 @@ impl<T: Element> Correlation<'_, T> {
                             strides,
                             size: [rows.len(), horizontal.count],
                             ahead,
-                        }
-                        .promise()
+                        })
                     };
                     ahead = self.isa.run(kernel);
                     asks = 0;
@@ -304,15 +303,14 @@ impl<T: Element> WeightGrad<'_, T> {
             let (first, strides) = strips.results(phases, rows.start);
             // SAFETY: pixels of the gradient.
             let kernel = unsafe {
-                StripSums {
+                Promised::new_unchecked(StripSums {
                     sight: strips.sight(x, phases, rows.start, asks),
                     g: g.as_ptr().add(first),
                     strides,
                     size: [rows.len(), self.horizontal.count],
                     sums,
                     ahead: strips.ahead(band, [x.as_ptr(), g.as_ptr()]),
-                }
-                .promise()
+                })
             };
             self.isa.run(kernel);
         }

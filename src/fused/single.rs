@@ -10,6 +10,7 @@ use crate::microkernels::conv1x1_nchw::{ConvRows, Start};
 use crate::microkernels::norm_act::{Activate, Factors};
 use crate::pool::parallel_for;
 use crate::scratch;
+use crate::simd::Promised;
 use crate::simd::element::WideElement;
 use crate::simd::mul_acc::Single;
 
@@ -70,7 +71,7 @@ impl<T: WideElement> Pass<'_, T> {
                 let block = &packed.blocks[b];
                 // SAFETY: the rows of the block's weights, and channels of the value that are this task's own.
                 let kernel = unsafe {
-                    ConvRows {
+                    Promised::new_unchecked(ConvRows {
                         products: Single,
                         x: packed.block(g, block).as_ptr(),
                         x_offsets: &starts[b],
@@ -80,8 +81,7 @@ impl<T: WideElement> Pass<'_, T> {
                         y_offsets: &[0],
                         pixels: block.len(),
                         ahead: [0, 0],
-                    }
-                    .promise()
+                    })
                 };
                 self.isa.run(kernel);
             });

@@ -20,9 +20,9 @@ use crate::parallel::Shared;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 use crate::shape::Axis;
-use crate::simd::Active;
 use crate::simd::element::{WideElement, writable};
 use crate::simd::mul_acc::Single;
+use crate::simd::{Active, Promised};
 
 /// The phases of a convolution's output and of its input's gradient, along both axes.
 pub(super) struct Phases {
@@ -89,7 +89,7 @@ impl<T: WideElement> Pass<'_, T> {
                     for block in blocks {
                         // SAFETY: views of `padded` end inside it, as the rows do inside `results`.
                         let kernel = unsafe {
-                            ConvRows {
+                            Promised::new_unchecked(ConvRows {
                                 products: Single,
                                 x: padded.as_ptr(),
                                 x_offsets: &views,
@@ -99,8 +99,7 @@ impl<T: WideElement> Pass<'_, T> {
                                 pixels: (value.height - 1) * planes.pitch + columns,
                                 ahead: [0, 0],
                                 start: packed.bias(g * m + block.start..g * m + block.end).into(),
-                            }
-                            .promise()
+                            })
                         };
                         self.isa.run(kernel);
                     }
@@ -322,7 +321,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     let weights = kernel.weights.block(group, block);
                     // SAFETY: views of the planes end inside them; `results` hold the phase's rows.
                     let kernel = unsafe {
-                        ConvRows {
+                        Promised::new_unchecked(ConvRows {
                             products: Single,
                             x: grads.as_ptr(),
                             x_offsets: &kernel.views,
@@ -332,8 +331,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                             pixels: (vertical.count - 1) * planes.pitch + columns,
                             ahead: [0, 0],
                             start: Start::Zero,
-                        }
-                        .promise()
+                        })
                     };
                     isa.run(kernel);
                 }

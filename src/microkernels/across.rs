@@ -301,7 +301,7 @@ impl<T: Element> Kernel for CheckedAcross<'_, T> {
         let vectors = kernel.weights.len() / (kernel.terms * lanes);
         assert_eq!(kernel.weights.len(), vectors * kernel.terms * lanes, "weights");
         assert!(kernel.bias.is_none_or(|bias| bias.len() == vectors * lanes), "bias");
-        // SAFETY: promised to `promise`; the slices have just been checked.
+        // SAFETY: promised; the slices have just been checked.
         unsafe { with_mode!(kernel.groups, lanes, kernel.index, MODE => kernel.all::<I, MODE>(isa, vectors)) }
     }
 }
@@ -451,7 +451,7 @@ impl<T: Element> Kernel for CheckedAcrossSums<'_, T> {
         check::<T, I>(kernel.index, kernel.groups);
         let vectors = kernel.sums.len() / (kernel.terms * lanes);
         assert_eq!(kernel.sums.len(), vectors * kernel.terms * lanes, "sums");
-        // SAFETY: promised to `promise`; the slices have just been checked.
+        // SAFETY: promised; the slices have just been checked.
         unsafe { with_mode!(kernel.groups, lanes, kernel.index, MODE => kernel.all::<I, MODE>(isa, vectors)) }
     }
 }

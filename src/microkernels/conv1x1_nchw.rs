@@ -15,7 +15,7 @@
 
 use crate::simd::element::{Element, WideElement};
 use crate::simd::mul_acc::Products;
-use crate::simd::{Isa, Kernel, line};
+use crate::simd::{Isa, Kernel, Promised, line};
 
 /// The most output rows of one [`ConvRows`] tile.
 pub const MAX_ROWS: usize = 8;
@@ -51,6 +51,10 @@ impl<'a, T> From<Option<&'a [T]>> for Start<'a, T> {
 }
 
 /// `y[r] = start[r] + sum over j of weights[j][r] * x[j]` for `R` output rows over `pixels` pixels.
+///
+/// # Safety
+/// Until it has run, every input row must be readable and every output row writable over `pixels` values (readable too
+/// for [`Start::Output`]), and outputs must overlap neither inputs nor each other.
 pub struct ConvRows<'a, T: Element, M> {
     /// How products are added up.
     pub products: M,
@@ -91,17 +95,10 @@ const fn paired(vectors: usize, tail: bool) -> usize {
     (vectors - tail as usize) / 2 * 2
 }
 
-/// A [`ConvRows`] that may run: see [`ConvRows::promise`].
-pub struct CheckedConvRows<'a, T: Element, M>(ConvRows<'a, T, M>);
-
 impl<'a, T: Element, M: Products<T>> ConvRows<'a, T, M> {
-    /// Turns the description into a kernel.
-    ///
-    /// # Safety
-    /// Until it has run, every input row must be readable and every output row writable over `pixels` values (readable too
-    /// for [`Start::Output`]), and outputs must overlap neither inputs nor each other.
-    #[inline]
-    pub unsafe fn promise(self) -> CheckedConvRows<'a, T, M> {
+    /// What can be checked of a description.
+    #[inline(always)]
+    fn check(&self) {
         let rows = self.y_offsets.len();
         assert!((1..=MAX_ROWS).contains(&rows), "output rows");
         assert_eq!(self.weights.len(), self.x_offsets.len().div_ceil(M::TERMS) * rows, "weights");
@@ -110,13 +107,12 @@ impl<'a, T: Element, M: Products<T>> ConvRows<'a, T, M> {
             Start::Bias(bias) => assert_eq!(bias.len(), rows, "bias"),
             Start::Output => assert_eq!(size_of::<T>(), size_of::<T::Wide>(), "sums are stored with rounding"),
         }
-        CheckedConvRows(self)
     }
 
     /// All pixels, with `R` rows, `S` steps at a time.
     ///
     /// # Safety
-    /// As for [`ConvRows::promise`]; `R` must be the number of output rows.
+    /// As for [`ConvRows`]; `R` must be the number of output rows.
     #[inline(always)]
     unsafe fn rows<I: Isa, const R: usize, const S: usize>(&self, isa: I) {
         // A constant: only one arm is compiled.
@@ -305,23 +301,25 @@ impl<'a, T: Element, M: Products<T>> ConvRows<'a, T, M> {
     }
 }
 
-impl<T: Element, M: Products<T>> Kernel for CheckedConvRows<'_, T, M> {
+impl<T: Element, M: Products<T>> Kernel for Promised<ConvRows<'_, T, M>> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        // SAFETY: promised to `promise`, which also checked the number of rows.
+        let kernel = self.into_inner();
+        kernel.check();
+        // SAFETY: promised; the number of rows was checked.
         unsafe {
-            match self.0.y_offsets.len() {
-                1 => self.0.rows::<I, 1, 1>(isa),
-                2 => self.0.rows::<I, 2, 1>(isa),
-                3 => self.0.rows::<I, 3, 1>(isa),
-                4 => self.0.rows::<I, 4, 1>(isa),
-                5 => self.0.rows::<I, 5, 1>(isa),
-                6 => self.0.rows::<I, 6, 1>(isa),
-                7 => self.0.rows::<I, 7, 1>(isa),
-                _ if M::TERMS == 1 && self.0.pixels >= LONG_ROW => self.0.rows::<I, 8, STEPS>(isa),
-                _ => self.0.rows::<I, 8, 1>(isa),
+            match kernel.y_offsets.len() {
+                1 => kernel.rows::<I, 1, 1>(isa),
+                2 => kernel.rows::<I, 2, 1>(isa),
+                3 => kernel.rows::<I, 3, 1>(isa),
+                4 => kernel.rows::<I, 4, 1>(isa),
+                5 => kernel.rows::<I, 5, 1>(isa),
+                6 => kernel.rows::<I, 6, 1>(isa),
+                7 => kernel.rows::<I, 7, 1>(isa),
+                _ if M::TERMS == 1 && kernel.pixels >= LONG_ROW => kernel.rows::<I, 8, STEPS>(isa),
+                _ => kernel.rows::<I, 8, 1>(isa),
             }
         }
     }
@@ -354,6 +352,9 @@ impl<T> Rows<'_, T> {
 }
 
 /// `sums[i][j] += sum over images and pixels of a[i] * b[j]`, as vectors of partial sums.
+///
+/// # Safety
+/// Until it has run, every row of every image must be readable over `pixels` values.
 pub struct DotRows<'a, T: Element, M> {
     /// How products are added up.
     pub products: M,
@@ -382,26 +383,19 @@ enum Load<M> {
     First(M),
 }
 
-/// A [`DotRows`] that may run: see [`DotRows::promise`].
-pub struct CheckedDotRows<'a, T: Element, M>(DotRows<'a, T, M>);
-
 impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
-    /// Turns the description into a kernel.
-    ///
-    /// # Safety
-    /// Until it has run, every row of every image must be readable over `pixels` values.
-    #[inline]
-    pub unsafe fn promise(self) -> CheckedDotRows<'a, T, M> {
+    /// What can be checked of a description.
+    #[inline(always)]
+    fn check(&self) {
         let (a, b) = (self.a.offsets.len(), self.b.offsets.len());
         assert!((1..=MAX_DOT_A).contains(&a) && (1..=MAX_SINGLE_B).contains(&b), "rows");
         assert!(self.sums.len() >= (self.first_slot + (a - 1) * self.slot_stride + b) * line::<T::Wide>(), "sums");
-        CheckedDotRows(self)
     }
 
     /// Adds the products of one vector of each row, which `load` tells to load from the rows' places on.
     ///
     /// # Safety
-    /// As for [`DotRows::promise`]; the values must be inside the rows.
+    /// As for [`DotRows`]; the values must be inside the rows.
     #[inline(always)]
     unsafe fn step<I: Isa, const A: usize, const B: usize, const ASK: bool>(
         &self,
@@ -450,7 +444,7 @@ impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
     /// Adds the products of all images' rows, with `ASK` asking for what is ahead.
     ///
     /// # Safety
-    /// As for [`DotRows::promise`]; `A` and `B` must be the numbers of rows.
+    /// As for [`DotRows`]; `A` and `B` must be the numbers of rows.
     #[inline(always)]
     unsafe fn add<I: Isa, const A: usize, const B: usize, const ASK: bool>(
         &self,
@@ -481,7 +475,7 @@ impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
     }
 
     /// # Safety
-    /// As for [`DotRows::promise`]; `A` and `B` must be the numbers of rows.
+    /// As for [`DotRows`]; `A` and `B` must be the numbers of rows.
     #[inline(always)]
     unsafe fn tile<I: Isa, const A: usize, const B: usize>(&mut self, isa: I) {
         let zero = T::splat(isa, T::default());
@@ -512,19 +506,21 @@ impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
     }
 }
 
-impl<T: Element, M: Products<T>> Kernel for CheckedDotRows<'_, T, M> {
+impl<T: Element, M: Products<T>> Kernel for Promised<DotRows<'_, T, M>> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(mut self, isa: I) {
-        let size = (self.0.a.offsets.len(), self.0.b.offsets.len());
+    fn run<I: Isa>(self, isa: I) {
+        let mut kernel = self.into_inner();
+        kernel.check();
+        let size = (kernel.a.offsets.len(), kernel.b.offsets.len());
         assert!(size.0 == 1 || size.1 <= DotWidth.run(isa), "rows");
         macro_rules! tiles {
             ($($a:literal x $($b:literal)*;)*) => {
                 match size {
-                    // SAFETY: promised to `promise`.
-                    $($(($a, $b) => unsafe { self.0.tile::<I, $a, $b>(isa) },)*)*
-                    _ => unreachable!("checked above and by promise"),
+                    // SAFETY: promised.
+                    $($(($a, $b) => unsafe { kernel.tile::<I, $a, $b>(isa) },)*)*
+                    _ => unreachable!("checked above"),
                 }
             };
         }

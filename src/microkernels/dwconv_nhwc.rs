@@ -14,7 +14,7 @@
 //! the L1 cache.
 
 use crate::simd::element::Element;
-use crate::simd::{Isa, Kernel};
+use crate::simd::{Isa, Kernel, Promised};
 
 /// Rows of results of a strip, at most. (15 layers of kMobileNet V3 and others, 16 images, forward, a thread of an Intel Xeon:
 /// 12.2 ms with 4, 12.6 with 7, 13.4 with 8.)
@@ -85,6 +85,9 @@ fn ask<T: Element, I: Isa>(isa: I, ptr: &mut *const T, vectors: usize) {
 }
 
 /// `y[p][c] = bias[c] + sum over taps t of w[t][c] * x[p][t][c]` for results `p` and all channels `c`.
+///
+/// # Safety
+/// Until it has run, `channels` values must be writable at every result.
 pub struct StripConv<'a, T: Element> {
     /// What the results see.
     pub sight: Sight<'a, T>,
@@ -108,25 +111,18 @@ pub struct StripConv<'a, T: Element> {
     pub ahead: [*const T; 2],
 }
 
-/// A [`StripConv`] that may run: see [`StripConv::promise`].
-pub struct CheckedStripConv<'a, T: Element>(StripConv<'a, T>);
-
 impl<'a, T: Element> StripConv<'a, T> {
-    /// Turns the description into a kernel.
-    ///
-    /// # Safety
-    /// Until it has run, `channels` values must be writable at every result.
-    #[inline]
-    pub unsafe fn promise(self) -> CheckedStripConv<'a, T> {
+    /// What can be checked of a description.
+    #[inline(always)]
+    fn check(&self) {
         self.sight.check();
         assert!(self.bias.is_none_or(|bias| bias.len() == self.sight.channels), "bias");
-        CheckedStripConv(self)
     }
 
     /// All results, through `K` columns of taps, of which one column of the image meets `F` at a step of `S`.
     ///
     /// # Safety
-    /// As for [`StripConv::promise`]; the weights must have been checked.
+    /// As for [`StripConv`]; the weights must have been checked.
     #[inline(always)]
     unsafe fn all<I: Isa, const K: usize, const S: usize, const F: usize>(&mut self, isa: I) {
         let (lanes, channels) = (T::lanes::<I>(), self.sight.channels);
@@ -286,19 +282,20 @@ unsafe fn load<T: Element, I: Isa, const TAIL: bool>(isa: I, mask: T::Mask<I>, p
     unsafe { if TAIL { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) } }
 }
 
-impl<T: Element> Kernel for CheckedStripConv<'_, T> {
+impl<T: Element> Kernel for Promised<StripConv<'_, T>> {
     /// Where [`StripConv::ahead`] would go on.
     type Output = [*const T; 2];
 
     #[inline(always)]
-    fn run<I: Isa>(mut self, isa: I) -> [*const T; 2] {
-        let Self(conv) = &mut self;
+    fn run<I: Isa>(self, isa: I) -> [*const T; 2] {
+        let mut conv = self.into_inner();
+        conv.check();
         let (Sight { taps: [rows, columns], step, channels, .. }, lanes) = (conv.sight, T::lanes::<I>());
         assert!(conv.weights.len() >= channels.div_ceil(lanes) * conv.kernel_taps * lanes, "weights");
         let [down, right] = [(rows, 0), (columns, 1)].map(|(taps, axis)| (taps as isize - 1) * conv.tap_steps[axis]);
         let corners = [0, down, right, down + right].map(|taps| conv.first_tap.wrapping_add_signed(taps));
         assert!(corners.iter().all(|&tap| tap < conv.kernel_taps), "taps");
-        // SAFETY: promised to `promise`; the weights have just been checked.
+        // SAFETY: promised; the weights have just been checked.
         unsafe {
             match (columns, step) {
                 (1, 1) => conv.all::<I, 1, 1, 1>(isa),
@@ -313,11 +310,14 @@ impl<T: Element> Kernel for CheckedStripConv<'_, T> {
                 (columns, step) => unreachable!("{columns} columns of taps at a step of {step}"),
             }
         }
-        self.0.ahead
+        conv.ahead
     }
 }
 
 /// `sums[t][c] += sum over pixels p of g[p][c] * x[p][t][c]` for a strip of gradients and all taps `t` of a kernel.
+///
+/// # Safety
+/// Until it has run, `channels` values must be readable at every pixel of `g`.
 pub struct StripSums<'a, T: Element> {
     /// What the gradients' results see.
     pub sight: Sight<'a, T>,
@@ -333,9 +333,6 @@ pub struct StripSums<'a, T: Element> {
     pub ahead: [*const T; 2],
 }
 
-/// A [`StripSums`] that may run: see [`StripSums::promise`].
-pub struct CheckedStripSums<'a, T: Element>(StripSums<'a, T>);
-
 /// Rows of a kernel whose sums registers hold, beside a value for each of them, a gradient, and what products need.
 const fn sum_rows(registers: usize, kernel: usize) -> usize {
     match (registers - 1) / (kernel + 1) {
@@ -346,21 +343,17 @@ const fn sum_rows(registers: usize, kernel: usize) -> usize {
 }
 
 impl<'a, T: Element> StripSums<'a, T> {
-    /// Turns the description into a kernel.
-    ///
-    /// # Safety
-    /// Until it has run, `channels` values must be readable at every pixel of `g`.
-    #[inline]
-    pub unsafe fn promise(self) -> CheckedStripSums<'a, T> {
+    /// What can be checked of a description.
+    #[inline(always)]
+    fn check(&self) {
         self.sight.check();
         assert_eq!(self.sight.taps[0], self.sight.taps[1], "taps");
-        CheckedStripSums(self)
     }
 
     /// All channels, for a kernel of `K` rows and columns, of which one column of the image meets `F` at a step of `S`.
     ///
     /// # Safety
-    /// As for [`StripSums::promise`]; the number of sums must have been checked.
+    /// As for [`StripSums`]; the number of sums must have been checked.
     #[inline(always)]
     unsafe fn all<I: Isa, const K: usize, const S: usize, const F: usize>(&mut self, isa: I) {
         let (lanes, channels) = (T::lanes::<I>(), self.sight.channels);
@@ -492,16 +485,17 @@ impl<'a, T: Element> StripSums<'a, T> {
     }
 }
 
-impl<T: Element> Kernel for CheckedStripSums<'_, T> {
+impl<T: Element> Kernel for Promised<StripSums<'_, T>> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self(mut grad) = self;
+        let mut grad = self.into_inner();
+        grad.check();
         let Sight { taps: [kernel, _], step, channels, .. } = grad.sight;
         let lanes = T::lanes::<I>();
         assert_eq!(grad.sums.len(), channels.div_ceil(lanes) * kernel * kernel * lanes, "sums");
-        // SAFETY: promised to `promise`; the number of sums has just been checked.
+        // SAFETY: promised; the number of sums has just been checked.
         unsafe {
             match (kernel, step) {
                 (3, 1) => grad.all::<I, 3, 1, 3>(isa),

@@ -187,7 +187,7 @@ impl<T: Element> Kernel for CheckedFolds<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        // SAFETY: promised to `promise`.
+        // SAFETY: promised.
         unsafe {
             match self.0.group_in {
                 2 => self.0.all::<I, 2>(isa),
@@ -313,7 +313,7 @@ impl<T: Element> Kernel for CheckedUnfolds<'_, T> {
         if !const { T::PICKS && I::PICKS } {
             unreachable!("no instruction picks lanes");
         }
-        // SAFETY: promised to `promise`.
+        // SAFETY: promised.
         unsafe {
             match self.0.group_out {
                 2 => self.0.all::<I, 2>(isa),

@@ -15,7 +15,7 @@
 use crate::pool::part;
 use crate::simd::element::Element;
 use crate::simd::mul_acc::Products;
-use crate::simd::{Isa, Kernel, line};
+use crate::simd::{Isa, Kernel, Promised, line};
 
 /// The most rows of a tile. (14 of them take as long in NHWC; 12 in NCHW 7 % longer.)
 const MAX_ROWS: usize = 8;
@@ -191,6 +191,9 @@ impl<T: Element, M: Products<T>> Sums<T> for PlaneTotals<T, M> {
 }
 
 /// `out[r][c] = start + sum over t of a[t][r] * b[t][c]`.
+///
+/// # Safety
+/// Until it has run, `a` and `b` must be readable for all terms, rows and columns, and all sums there and nobody else's.
 pub struct OuterProducts<'a, T: Element, M, S: Sums<T>> {
     /// How products are added up.
     pub products: M,
@@ -217,24 +220,11 @@ pub struct OuterProducts<'a, T: Element, M, S: Sums<T>> {
     pub out: S,
 }
 
-/// An [`OuterProducts`] that may run: see [`OuterProducts::promise`].
-pub struct CheckedOuterProducts<'a, T: Element, M, S: Sums<T>>(OuterProducts<'a, T, M, S>);
-
 impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
-    /// Turns the description into a kernel.
-    ///
-    /// # Safety
-    /// Until it has run, `a` and `b` must be readable for all terms, rows and columns, and all sums there and nobody
-    /// else's.
-    #[inline]
-    pub unsafe fn promise(self) -> CheckedOuterProducts<'a, T, M, S> {
-        CheckedOuterProducts(self)
-    }
-
     /// All rows of `V` vectors of columns from `column` on.
     ///
     /// # Safety
-    /// As for [`OuterProducts::promise`]; the columns must exist.
+    /// As for [`OuterProducts`]; the columns must exist.
     #[inline(always)]
     unsafe fn rows<I: Isa, const V: usize>(&self, isa: I, column: usize) {
         let most = const { tile_rows(I::REGISTER_COUNT, V) };
@@ -258,7 +248,7 @@ impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
     /// Adds the products of one step, of which `terms` are still to come.
     ///
     /// # Safety
-    /// As for [`OuterProducts::promise`]; the rows must exist, and so must the columns at `b`, of the last vector those that
+    /// As for [`OuterProducts`]; the rows must exist, and so must the columns at `b`, of the last vector those that
     /// `mask` selects.
     #[inline(always)]
     unsafe fn step<I: Isa, const R: usize, const V: usize>(
@@ -294,7 +284,7 @@ impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
     /// `R` rows of `V` vectors, the last one masked.
     ///
     /// # Safety
-    /// As for [`OuterProducts::promise`]; the rows and columns must exist.
+    /// As for [`OuterProducts`]; the rows and columns must exist.
     #[inline(always)]
     unsafe fn tile<I: Isa, const R: usize, const V: usize>(&self, isa: I, row: usize, column: usize) {
         // Nothing is compiled for more rows than there are registers for.
@@ -361,22 +351,22 @@ impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
     }
 }
 
-impl<T: Element, M: Products<T>, S: Sums<T>> Kernel for CheckedOuterProducts<'_, T, M, S> {
+impl<T: Element, M: Products<T>, S: Sums<T>> Kernel for Promised<OuterProducts<'_, T, M, S>> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let lanes = T::lanes::<I>();
-        let vectors = self.0.columns.div_ceil(lanes);
+        let (kernel, lanes) = (self.into_inner(), T::lanes::<I>());
+        let vectors = kernel.columns.div_ceil(lanes);
         let chunks = vectors.div_ceil(MAX_VECTORS);
         for chunk in 0..chunks {
             let range = part(vectors, chunks, chunk);
-            // SAFETY: promised to `promise`; the columns exist.
+            // SAFETY: promised; the columns exist.
             unsafe {
                 match range.len() {
-                    1 => self.0.rows::<I, 1>(isa, range.start * lanes),
-                    2 => self.0.rows::<I, 2>(isa, range.start * lanes),
-                    _ => self.0.rows::<I, MAX_VECTORS>(isa, range.start * lanes),
+                    1 => kernel.rows::<I, 1>(isa, range.start * lanes),
+                    2 => kernel.rows::<I, 2>(isa, range.start * lanes),
+                    _ => kernel.rows::<I, MAX_VECTORS>(isa, range.start * lanes),
                 }
             }
         }

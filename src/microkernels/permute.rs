@@ -2,7 +2,7 @@
 
 use super::transpose::Transpose;
 use crate::simd::element::Element;
-use crate::simd::{Isa, Kernel, line};
+use crate::simd::{Isa, Kernel, Promised, line};
 
 /// Neighbouring channels of which some go to a vector.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -14,6 +14,9 @@ pub struct Window {
 }
 
 /// `y[p][lane] = x[p][windows[window[lane]].first + place[lane]]` for one vector of channels.
+///
+/// # Safety
+/// Until it has run, every pixel's windows must be readable and the vector's channels writable.
 pub struct PermuteChannels<'a, T> {
     /// The first pixel's channels.
     pub x: *const T,
@@ -33,23 +36,11 @@ pub struct PermuteChannels<'a, T> {
     pub ahead: [usize; 2],
 }
 
-/// A [`PermuteChannels`] that may run: see [`PermuteChannels::promise`].
-pub struct CheckedPermuteChannels<'a, T>(PermuteChannels<'a, T>);
-
 impl<'a, T: Element> PermuteChannels<'a, T> {
-    /// Turns the description into a kernel.
-    ///
-    /// # Safety
-    /// Until it has run, every pixel's windows must be readable and the vector's channels writable.
-    #[inline]
-    pub unsafe fn promise(self) -> CheckedPermuteChannels<'a, T> {
-        CheckedPermuteChannels(self)
-    }
-
     /// `R` pixels from those at `x` and `y` on.
     ///
     /// # Safety
-    /// As for [`PermuteChannels::promise`]; they must exist.
+    /// As for [`PermuteChannels`]; they must exist.
     #[inline(always)]
     unsafe fn tile<I: Isa, const R: usize>(&self, isa: I, x: *const T, y: *mut T) {
         let mut values = [T::splat(isa, T::default()); R];
@@ -88,7 +79,7 @@ impl<'a, T: Element> PermuteChannels<'a, T> {
     }
 }
 
-impl<T: Element> Kernel for CheckedPermuteChannels<'_, T> {
+impl<T: Element> Kernel for Promised<PermuteChannels<'_, T>> {
     type Output = ();
 
     #[inline(always)]
@@ -96,11 +87,11 @@ impl<T: Element> Kernel for CheckedPermuteChannels<'_, T> {
         if !const { T::PICKS && I::PICKS } {
             unreachable!("no instruction picks lanes");
         }
-        let Self(kernel) = self;
+        let kernel = self.into_inner();
         let lanes = T::lanes::<I>();
         assert!(kernel.columns <= lanes && kernel.index.iter().all(|index| index.len() == lanes), "indices");
         let (mut x, mut y, mut left) = (kernel.x, kernel.y, kernel.pixels);
-        // SAFETY: promised to `promise`; the pixels exist.
+        // SAFETY: promised; the pixels exist.
         unsafe {
             while left > 0 {
                 let pixels = if left >= 8 {
@@ -119,6 +110,9 @@ impl<T: Element> Kernel for CheckedPermuteChannels<'_, T> {
 
 /// Each pixel's channels as a matrix, transposed: `y[p][c * rows + r] = x[p][r * columns + c]`, which is what interleaving by
 /// a divisor of the channels does, and undoing that.
+///
+/// # Safety
+/// Until it has run, every pixel's channels must be readable in `x` and writable in `y`, apart from each other.
 pub struct TransposeChannels<T> {
     /// The first pixel's channels.
     pub x: *const T,
@@ -134,26 +128,12 @@ pub struct TransposeChannels<T> {
     pub ahead: [usize; 2],
 }
 
-/// A [`TransposeChannels`] that may run: see [`TransposeChannels::promise`].
-pub struct CheckedTransposeChannels<T>(TransposeChannels<T>);
-
-impl<T: Element> TransposeChannels<T> {
-    /// Turns the description into a kernel.
-    ///
-    /// # Safety
-    /// Until it has run, every pixel's channels must be readable in `x` and writable in `y`, apart from each other.
-    #[inline]
-    pub unsafe fn promise(self) -> CheckedTransposeChannels<T> {
-        CheckedTransposeChannels(self)
-    }
-}
-
-impl<T: Element> Kernel for CheckedTransposeChannels<T> {
+impl<T: Element> Kernel for Promised<TransposeChannels<T>> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let TransposeChannels { mut x, mut y, steps, pixels, size, ahead } = self.0;
+        let TransposeChannels { mut x, mut y, steps, pixels, size, ahead } = self.into_inner();
         let [rows, columns] = size;
         for _ in 0..pixels {
             for channel in (0..rows * columns).step_by(line::<T>()) {
@@ -165,7 +145,7 @@ impl<T: Element> Kernel for CheckedTransposeChannels<T> {
                 }
             }
             // Along the longer side.
-            // SAFETY: promised to `promise`; the pixels exist.
+            // SAFETY: promised; the pixels exist.
             unsafe {
                 if rows < columns {
                     Transpose::scatter(size, x, columns, y, rows).ahead(0).run(isa);

@@ -17,7 +17,7 @@
 
 use crate::simd::element::Element;
 use crate::simd::mul_acc::Products;
-use crate::simd::{Isa, Kernel};
+use crate::simd::{Isa, Kernel, Promised};
 
 /// Steps' channels of a [`Block::Pieces`]' piece.
 pub const PIECE: usize = 4;
@@ -51,6 +51,9 @@ pub struct Source {
 
 /// `y[p][lane] = bias[lane] + sum over steps of weights[step][lane] * x[p][index[step][lane]]` for one vector of output
 /// channels.
+///
+/// # Safety
+/// Until it has run, every pixel's sources must be readable and its output channels writable.
 pub struct SideBySide<'a, T: Element, M> {
     /// How products are added up.
     pub products: M,
@@ -78,24 +81,17 @@ pub struct SideBySide<'a, T: Element, M> {
     pub ahead: [usize; 2],
 }
 
-/// A [`SideBySide`] that may run: see [`SideBySide::promise`].
-pub struct CheckedSideBySide<'a, T: Element, M>(SideBySide<'a, T, M>);
-
 impl<'a, T: Element, M: Products<T>> SideBySide<'a, T, M> {
-    /// Turns the description into a kernel.
-    ///
-    /// # Safety
-    /// Until it has run, every pixel's sources must be readable and its output channels writable.
-    #[inline]
-    pub unsafe fn promise(self) -> CheckedSideBySide<'a, T, M> {
+    /// What can be checked of a description.
+    #[inline(always)]
+    fn check(&self) {
         assert!(self.bias.is_none_or(|bias| bias.len() == self.columns), "bias");
-        CheckedSideBySide(self)
     }
 
     /// `R` pixels from those at `x` and `y` on.
     ///
     /// # Safety
-    /// As for [`SideBySide::promise`]; they must exist.
+    /// As for [`SideBySide`]; they must exist.
     #[inline(always)]
     unsafe fn tile<I: Isa, const R: usize>(&self, isa: I, x: *const T, y: *mut T) {
         let lanes = T::lanes::<I>();
@@ -156,7 +152,7 @@ impl<'a, T: Element, M: Products<T>> SideBySide<'a, T, M> {
     }
 }
 
-impl<T: Element, M: Products<T>> Kernel for CheckedSideBySide<'_, T, M> {
+impl<T: Element, M: Products<T>> Kernel for Promised<SideBySide<'_, T, M>> {
     type Output = ();
 
     #[inline(always)]
@@ -164,13 +160,14 @@ impl<T: Element, M: Products<T>> Kernel for CheckedSideBySide<'_, T, M> {
         if !const { T::PICKS && I::PICKS } {
             unreachable!("no instruction picks lanes");
         }
-        let Self(kernel) = self;
+        let kernel = self.into_inner();
+        kernel.check();
         let lanes = T::lanes::<I>();
         let steps: usize = kernel.sources.iter().map(|source| source.steps).sum();
         assert!(kernel.columns <= lanes && kernel.index.len() == steps * lanes, "indices");
         assert_eq!(kernel.weights.len(), steps * lanes, "weights");
         let (mut x, mut y, mut left) = (kernel.x, kernel.y, kernel.pixels);
-        // SAFETY: promised to `promise`; the pixels exist.
+        // SAFETY: promised; the pixels exist.
         unsafe {
             while left > 0 {
                 // With the values that they pick from, sums of eight pixels take 16 registers.
@@ -192,6 +189,9 @@ impl<T: Element, M: Products<T>> Kernel for CheckedSideBySide<'_, T, M> {
 }
 
 /// `sums[step][lane] += sum over pixels of b[p][lane] * a[p][index[step][lane]]` for one vector of channels.
+///
+/// # Safety
+/// Until it has run, `a` and `b` must be readable for all terms.
 pub struct SideBySideSums<'a, T: Element, M> {
     /// How products are added up.
     pub products: M,
@@ -215,24 +215,17 @@ pub struct SideBySideSums<'a, T: Element, M> {
     pub sums: &'a mut [T::Wide],
 }
 
-/// A [`SideBySideSums`] that may run: see [`SideBySideSums::promise`].
-pub struct CheckedSideBySideSums<'a, T: Element, M>(SideBySideSums<'a, T, M>);
-
 impl<'a, T: Element, M: Products<T>> SideBySideSums<'a, T, M> {
-    /// Turns the description into a kernel.
-    ///
-    /// # Safety
-    /// Until it has run, `a` and `b` must be readable for all terms.
-    #[inline]
-    pub unsafe fn promise(self) -> CheckedSideBySideSums<'a, T, M> {
+    /// What can be checked of a description.
+    #[inline(always)]
+    fn check(&self) {
         assert_eq!(self.index.len(), self.sums.len(), "indices");
-        CheckedSideBySideSums(self)
     }
 
     /// All terms with `S` steps, `U` terms at a time: their sums' additions overlap.
     ///
     /// # Safety
-    /// As for [`SideBySideSums::promise`]; there must be `S` vectors of indices and sums.
+    /// As for [`SideBySideSums`]; there must be `S` vectors of indices and sums.
     #[inline(always)]
     unsafe fn steps<I: Isa, const S: usize, const U: usize>(&mut self, isa: I) {
         let lanes = T::lanes::<I>();
@@ -273,7 +266,7 @@ impl<'a, T: Element, M: Products<T>> SideBySideSums<'a, T, M> {
     }
 }
 
-impl<T: Element, M: Products<T>> Kernel for CheckedSideBySideSums<'_, T, M> {
+impl<T: Element, M: Products<T>> Kernel for Promised<SideBySideSums<'_, T, M>> {
     type Output = ();
 
     #[inline(always)]
@@ -281,10 +274,11 @@ impl<T: Element, M: Products<T>> Kernel for CheckedSideBySideSums<'_, T, M> {
         if !const { T::PICKS && I::PICKS } {
             unreachable!("no instruction picks lanes");
         }
-        let Self(mut kernel) = self;
+        let mut kernel = self.into_inner();
+        kernel.check();
         let lanes = T::lanes::<I>();
         assert!(kernel.sums.len().is_multiple_of(lanes) && kernel.a.1.max(kernel.b.1) <= lanes, "sums");
-        // SAFETY: promised to `promise`; the number of vectors is known.
+        // SAFETY: promised; the number of vectors is known.
         unsafe {
             match kernel.sums.len() / lanes {
                 1 => kernel.steps::<I, 1, 8>(isa),

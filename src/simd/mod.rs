@@ -995,6 +995,26 @@ pub trait Kernel {
     fn run<I: Isa>(self, isa: I) -> Self::Output;
 }
 
+/// A [`Kernel`] over raw pointers, of which its caller has promised what its type's *Safety* section demands.
+pub struct Promised<K>(K);
+
+impl<K> Promised<K> {
+    /// The kernel, ready to run.
+    ///
+    /// # Safety
+    /// Until it has run, what the type's *Safety* section demands must be true.
+    #[inline(always)]
+    pub unsafe fn new_unchecked(kernel: K) -> Self {
+        Self(kernel)
+    }
+
+    /// The kernel, for its own `run`.
+    #[inline(always)]
+    pub(crate) fn into_inner(self) -> K {
+        self.0
+    }
+}
+
 /// The instruction sets that this build knows, each with the proof that it exists.
 #[derive(Clone, Copy, Debug)]
 pub enum Active {
