@@ -11,23 +11,11 @@ import keras
 import kconv.keras
 from kconv.cai._convolutions import check_ktype
 from kconv.models import Spec, create
+from kconv.models.activations import FUSED_ACTIVATIONS, SYNONYMS
 from kconv.weights import load_weights
 
 Tensor = Any
 ActivationFn = str | Callable[[Tensor], Tensor] | None
-
-_ACTIVATIONS = {
-    "relu": "relu",
-    "relu6": "relu6",
-    "sigmoid": "sigmoid",
-    "silu": "swish",
-    "swish": "swish",
-    "hard_sigmoid": "hard_sigmoid",
-    "hard_swish": "hard_swish",
-    "hard_silu": "hard_swish",
-    "HardSigmoid": "hard_sigmoid",
-    "HardSwish": "hard_swish",
-}
 
 
 def activation_name(function: ActivationFn, default: str = "relu") -> str:
@@ -39,9 +27,12 @@ def activation_name(function: ActivationFn, default: str = "relu") -> str:
     if function is None:
         return default
     name = function if isinstance(function, str) else getattr(function, "__name__", "")
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"unknown activation {function!r}; known are {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    known = SYNONYMS.get(name.lower())
+    if known not in FUSED_ACTIVATIONS:
+        raise ValueError(
+            f"unknown activation {function!r}; known are {', '.join(FUSED_ACTIVATIONS)}"
+        )
+    return known
 
 
 def refuse(described: str, **arguments: tuple[Any, Any]) -> None:

@@ -22,16 +22,12 @@ from kconv.keras.layers import (
     SumIntoHalfChannels,
 )
 from kconv.models import graph
+from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS, ActivationName
 
-__all__ = ["ACTIVATIONS", "CallGraph", "call_graph", "fingerprint", "lift", "same"]
+__all__ = ["ACTIVATION_NAMES", "CallGraph", "call_graph", "fingerprint", "lift", "same"]
 
-ACTIVATIONS: dict[Any, graph.ActivationName] = {
-    activations.relu: "relu",
-    activations.relu6: "relu6",
-    activations.silu: "swish",
-    activations.sigmoid: "sigmoid",
-    activations.hard_sigmoid: "hard_sigmoid",
-    activations.hard_silu: "hard_swish",
+ACTIVATION_NAMES: dict[Any, ActivationName] = {
+    getattr(activations, ACTIVATIONS[name].keras): name for name in FUSED_ACTIVATIONS
 }
 """kconv's names of Keras's activations, which are themselves meant and not their names."""
 
@@ -111,7 +107,7 @@ def _norm(read: Read, call: _Call) -> graph.Layer | None:
 
 
 def _activation(read: Read, call: _Call) -> graph.Layer | None:
-    known = [name for function, name in ACTIVATIONS.items() if function is read.activation]
+    known = [name for function, name in ACTIVATION_NAMES.items() if function is read.activation]
     return graph.Activation(**call.common, kind=known[0]) if known else None
 
 

@@ -17,6 +17,7 @@ from kconv.keras.layers import (
 )
 from kconv.keras.network import Network
 from kconv.models import graph
+from kconv.models.activations import ACTIVATIONS
 
 Tensor = Any
 
@@ -123,7 +124,7 @@ def _layer(layer: graph.Layer, name: str) -> keras.layers.Layer:
                 name=name,
             )
         case graph.Activation():
-            return layers.Activation(layer.kind, name=name)
+            return layers.Activation(ACTIVATIONS[layer.kind].keras, name=name)
         case graph.Pool():
             pool = layers.MaxPooling2D if layer.kind == "max" else layers.AveragePooling2D
             return pool(layer.pool_size, layer.strides, layer.padding, name=name)

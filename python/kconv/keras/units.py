@@ -9,10 +9,11 @@ from typing import Any
 import keras
 
 from kconv import ktypes
-from kconv.keras._graph import ACTIVATIONS
+from kconv.keras._graph import ACTIVATION_NAMES
 from kconv.keras._model import model_of
 from kconv.keras._native import LAYOUTS
 from kconv.models import graph
+from kconv.models.activations import ActivationName
 from kconv.models.blocks import conv_unit_graph, mbconv_graph
 
 __all__ = ["Block", "ConvUnit", "MBConv"]
@@ -106,8 +107,8 @@ class ConvUnit(Block):
         strides: in both directions; padding is "same".
         groups: divides the channels of input and output; as many as the input's channels make a
             depthwise convolution.
-        activation: "relu", "relu6", "swish", "sigmoid", "hard_sigmoid" or "hard_swish", or Keras's
-            own function of these; None for none.
+        activation: "swish" or another of ``kconv.models.FUSED_ACTIVATIONS``, or Keras's own
+            function of these; None for none.
         interleave: step of the interleave after the activation; 1 for none.
         residual: whether the input is added at the end.
         epsilon: of the batch norm.
@@ -224,13 +225,13 @@ class MBConv(Block):
         super().__init__(options, **kwargs)
 
 
-def _activation_name(activation: Activation) -> graph.ActivationName | None:
+def _activation_name(activation: Activation) -> ActivationName | None:
     """Kconv's name of one of Keras's activations."""
     function = keras.activations.get(activation)
     if function is keras.activations.linear:
         return None
-    for known, name in ACTIVATIONS.items():
+    for known, name in ACTIVATION_NAMES.items():
         if function is known:
             return name
-    names = ", ".join(ACTIVATIONS.values())
+    names = ", ".join(ACTIVATION_NAMES.values())
     raise ValueError(f"activation={activation!r} is neither Keras's function nor one of {names}")

@@ -9,6 +9,7 @@ Example:
 
 from __future__ import annotations
 
+from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS
 from kconv.models.builder import GraphBuilder
 from kconv.models.counting import Counts, count
 from kconv.models.densenet import DenseNet, KDenseNet
@@ -21,6 +22,8 @@ from kconv.models.spec import Spec, create, list_models
 from kconv.models.tables import ModelRow, PaperRow, paper_table, table
 
 __all__ = [
+    "ACTIVATIONS",
+    "FUSED_ACTIVATIONS",
     "Counts",
     "DenseNet",
     "EfficientNet",

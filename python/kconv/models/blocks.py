@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 
 from kconv import ktypes
 from kconv.models import options
+from kconv.models.activations import ActivationName
 from kconv.models.builder import GraphBuilder
-from kconv.models.graph import ActivationName, Graph, Initializer, Padding
+from kconv.models.graph import Graph, Initializer, Padding
 
 __all__ = [
     "Pointwise",

@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import Literal
 
 from kconv import ktypes
+from kconv.models.activations import ActivationName
 from kconv.models.graph import (
     Activation,
-    ActivationName,
     Add,
     BatchNorm,
     Concat,

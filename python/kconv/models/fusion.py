@@ -24,6 +24,7 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 from kconv.ktypes import interleave_index
+from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS
 from kconv.models.graph import (
     Activation,
     Add,
@@ -51,7 +52,6 @@ __all__ = ["Program", "Segment", "UnfitError", "partition"]
 
 WeightLayout = Literal["OI", "IO"]
 
-_ACTIVATIONS = ("relu", "relu6", "swish", "sigmoid", "hard_sigmoid", "hard_swish")
 _MAX_TERMS = 4
 """A sum of more terms is stored: each term costs every reader a pass over its value.
 
@@ -226,7 +226,7 @@ def _fusable(layer: Layer, readers: list[Layer]) -> bool:
                 for reader in readers
             )
         case Activation():
-            return layer.kind in _ACTIVATIONS
+            return layer.kind in FUSED_ACTIVATIONS
         case Dropout():
             return layer.per_sample
         case GlobalPool():
@@ -374,7 +374,8 @@ class _Lowering:
             case Activation():
                 if not x.disjoint or not all(term.linear for term in x.terms):
                     x = self._copy(x)
-                code = 1 + _ACTIVATIONS.index(layer.kind)
+                code = ACTIVATIONS[layer.kind].code
+                assert code is not None
                 return _each(x, lambda term: replace(term, activation=code))
             case Dropout():
                 if any(term.mask != -1 for term in x.terms):

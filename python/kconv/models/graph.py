@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kconv.models.activations import ActivationName
+
 Size = int | None
 Shape = tuple[Size, ...]
 Padding = Literal["same", "valid"]
@@ -25,9 +27,6 @@ Borders = tuple[tuple[int, int], tuple[int, int]]
 Initializer = Literal["glorot_uniform", "conv_normal", "dense_uniform"]
 """``conv_normal`` and ``dense_uniform`` are EfficientNet's VarianceScaling initializers:
 (scale 2, fan_out, truncated normal) and (scale 1/3, fan_out, uniform)."""
-ActivationName = Literal[
-    "relu", "relu6", "swish", "sigmoid", "hard_sigmoid", "hard_swish", "softmax"
-]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from kconv.models.activations import ACTIVATIONS
+
 __all__ = ["interpret"]
 
 Tensor = Any
@@ -51,6 +53,7 @@ class _Code:
 
 
 _CONVOLUTION, _COPY, _MEAN, _POOL = range(4)
+_ACTIVATIONS = {row.code: row.keras for row in ACTIVATIONS.values()}
 
 
 def interpret(
@@ -161,11 +164,7 @@ class _Run:
         if term.norm != -1:
             y = self._normalised(term, y)
         if term.activation:
-            functions = (
-                *(ops.relu, ops.relu6, ops.silu),
-                *(ops.sigmoid, ops.hard_sigmoid, ops.hard_silu),
-            )
-            y = functions[term.activation - 1](y)
+            y = getattr(ops, _ACTIVATIONS[term.activation])(y)
         if term.gate != -1:
             channels = tuple(channel + term.gate_offset for channel in term.channels)
             y = y * self._some(self.values[term.gate], channels)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kconv.models.activations import ActivationName
 from kconv.models.builder import GraphBuilder
-from kconv.models.graph import ActivationName, Graph
+from kconv.models.graph import Graph
 from kconv.models.options import Elementwise, Factor, Integer, KTypeOption, Rate, Whole
 from kconv.models.spec import Spec, register
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kconv.models.activations import ActivationName
 from kconv.models.builder import GraphBuilder, round_filters
-from kconv.models.graph import ActivationName, Graph
+from kconv.models.graph import Graph
 from kconv.models.options import Factor, KTypeOption, ModelSize, Rate
 from kconv.models.spec import Spec, register
 

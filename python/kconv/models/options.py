@@ -10,10 +10,11 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from kconv import ktypes
-from kconv.models.graph import ActivationName, Shape
+from kconv.models.activations import FUSED_ACTIVATIONS, ActivationName
+from kconv.models.graph import Shape
 
 Check = Callable[[str, Any], Any]
 
@@ -95,9 +96,7 @@ Rate = Annotated[float, _rate]
 ImageShape = Annotated[Shape, _image_shape]
 Pooling = Annotated[Literal["avg", "max"] | None, _one_of("avg", "max", None)]
 ModelSize = Annotated[Literal["large", "small"], _one_of("large", "small")]
-Elementwise = Annotated[
-    ActivationName, _one_of(*(name for name in get_args(ActivationName) if name != "softmax"))
-]
+Elementwise = Annotated[ActivationName, _one_of(*FUSED_ACTIVATIONS)]
 KTypeOption = Annotated[str | int, _ktype]
 OptionalKType = Annotated[str | int | None, _optional_ktype]
 KTypePaths = Annotated[str | int | Sequence[str | int], _ktype_paths]

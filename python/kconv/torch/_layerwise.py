@@ -6,29 +6,19 @@ are to be differentiated again come from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kconv.models import graph
+from kconv.models.activations import ACTIVATIONS
 from kconv.models.fusion import Program
 from kconv.torch._functions import add, concatenate, fold_halves
 from kconv.torch._scriptable import interleave_by_index, pad_explicit, same_padding
 
 __all__ = ["layerwise"]
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "swish": F.silu,
-    "sigmoid": torch.sigmoid,
-    "hard_sigmoid": F.hardsigmoid,
-    "hard_swish": F.hardswish,
-}
 
 
 def layerwise(
@@ -122,7 +112,7 @@ def _layer(layer: graph.Layer, inputs: list[Tensor], weights: dict[str, Tensor])
         case graph.ZeroPad():
             return pad_explicit(x, layer.padding, "zeros")
         case graph.Activation():
-            return _ACTIVATIONS[layer.kind](x)
+            return getattr(F, ACTIVATIONS[layer.kind].torch_function)(x)
         case graph.Interleave():
             return interleave_by_index(x, layer.step)
         case graph.CopyChannels():

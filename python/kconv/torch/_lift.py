@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from kconv.models import graph
+from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS, ActivationName
 from kconv.torch._functions import Call, add, concatenate, fold_halves
 from kconv.torch.layers import (
     AcceleratedConv2d,
@@ -275,7 +276,7 @@ def _batch_norm(norm: Any, common: Common, inputs: Inputs) -> graph.Layer | None
     return graph.BatchNorm(**common, shape=shape, epsilon=epsilon, scale=weight is not None)
 
 
-def _activation(kind: graph.ActivationName) -> Lifter:
+def _activation(kind: ActivationName) -> Lifter:
     def lift(module: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
         if isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) != (0, 6):
             return None
@@ -471,13 +472,10 @@ _kind(
     "_check_input_dim",
     parametrized=True,
 )
-_kind(nn.ReLU, _activation("relu"), "inplace")
-_kind(nn.ReLU6, _activation("relu6"), "inplace min_val max_val")
-_kind(nn.Hardtanh, _activation("relu6"), "inplace min_val max_val")
-_kind(nn.SiLU, _activation("swish"), "inplace")
-_kind(nn.Sigmoid, _activation("sigmoid"))
-_kind(nn.Hardsigmoid, _activation("hard_sigmoid"), "inplace")
-_kind(nn.Hardswish, _activation("hard_swish"), "inplace")
+_fused = {getattr(nn, ACTIVATIONS[name].torch_module): name for name in FUSED_ACTIVATIONS}
+for _cls, _name in {**_fused, nn.Hardtanh: "relu6"}.items():
+    # A class's __constants__ are the options that its forward reads.
+    _kind(_cls, _activation(_name), " ".join(getattr(_cls, "__constants__", ())))
 _kind(InterleaveChannels, _interleave, "step")
 _kind(nn.ZeroPad2d, _zero_pad, "padding value")
 _kind(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from math import prod, sqrt
 from typing import Any, Literal
 
@@ -13,8 +12,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from kconv.ktypes import KType
 from kconv.models import Graph, GraphBuilder, Layer, Spec, graph
+from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS, ActivationName
 from kconv.models.blocks import conv_unit_graph, mbconv_graph
-from kconv.models.graph import ActivationName, Initializer
+from kconv.models.graph import Initializer
 from kconv.torch._functions import Call, add, concatenate, fold_halves
 from kconv.torch._plan import Plan
 from kconv.torch.fused import FusedSegment, is_eager
@@ -164,8 +164,8 @@ class KPointwiseConv2d(ReadsAsConv2d, Network):
         in_channels: C_in.
         out_channels: C_out.
         ktype: a kType, its name or its number.
-        activation: after each batch norm: "relu", "relu6", "swish", "sigmoid", "hard_sigmoid",
-            "hard_swish" or "softmax"; None for none.
+        activation: after each batch norm: "swish" or another of
+            ``kconv.models.FUSED_ACTIVATIONS``, or "softmax"; None for none.
         use_bias: whether the convolutions have a bias.
         has_batch_norm: whether a batch norm follows each convolution.
         name: the name with which those of the block's layers begin.
@@ -187,10 +187,9 @@ class KPointwiseConv2d(ReadsAsConv2d, Network):
         *,
         fused: bool = True,
     ) -> None:
-        if activation is not None and activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"unknown activation {activation!r}; known are {', '.join(_ACTIVATIONS)}"
-            )
+        known = (*FUSED_ACTIVATIONS, "softmax")
+        if activation is not None and activation not in known:
+            raise ValueError(f"unknown activation {activation!r}; known are {', '.join(known)}")
         g = GraphBuilder(name, (None, None, in_channels))
         output = g.pointwise(
             name,
@@ -227,8 +226,7 @@ class ConvUnit(Network):
         stride: in both directions; the output has 1/stride of the pixels a side, rounded up
             (TensorFlow's "same" padding).
         groups: divides C_in and C_out; C_in groups make a depthwise convolution.
-        activation: "relu", "relu6", "swish", "sigmoid", "hard_sigmoid" or "hard_swish"; None for
-            none.
+        activation: "swish" or another of ``kconv.models.FUSED_ACTIVATIONS``; None for none.
         interleave: step of the interleave after the activation; 1 for none.
         residual: whether the input is added at the end.
         eps: of the batch norm.
@@ -294,8 +292,8 @@ class MBConv(Network):
         expand_ratio: inner channels for each of the input's; 1 for no expansion.
         se_ratio: channels of squeeze and excite for each of the input's; 0 for none.
         ktype: a kType, its name or its number; None for ordinary pointwise convolutions.
-        activation: "relu", "relu6", "swish", "sigmoid", "hard_sigmoid" or "hard_swish"; the
-            projecting convolution has none.
+        activation: "swish" or another of ``kconv.models.FUSED_ACTIVATIONS``; the projecting
+            convolution has none.
         drop_connect: rate at which an image's residual branch is dropped in training.
         fused: whether the layers run as one operation (see :class:`Network`).
 
@@ -333,17 +331,6 @@ class MBConv(Network):
         super().__init__(layers, fused=fused)
 
 
-_ACTIVATIONS: dict[ActivationName, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "swish": nn.SiLU,
-    "sigmoid": nn.Sigmoid,
-    "hard_sigmoid": nn.Hardsigmoid,
-    "hard_swish": nn.Hardswish,
-    "softmax": lambda: nn.Softmax(dim=1),
-}
-
-
 def _module(layer: Layer, padding: graph.ZeroPad | None) -> nn.Module:
     """The module for a layer, with the zero padding that it takes over."""
     match layer:
@@ -359,7 +346,9 @@ def _module(layer: Layer, padding: graph.ZeroPad | None) -> nn.Module:
                 norm.register_parameter("weight", None)
             return norm
         case graph.Activation():
-            return _ACTIVATIONS[layer.kind]()
+            function = ACTIVATIONS[layer.kind]
+            made: nn.Module = getattr(nn, function.torch_module)(**function.torch_options)
+            return made
         case graph.Interleave():
             return InterleaveChannels(layer.step)
         case graph.ZeroPad():

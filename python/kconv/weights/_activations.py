@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS, SYNONYMS
 from kconv.weights._layouts import snake_case
 from kconv.weights._matching import listed
 
@@ -14,33 +15,12 @@ __all__ = ["activation_kinds", "activations", "check_activations", "outside"]
 
 # PyTorch's classes.
 activation_kinds = {
-    "ReLU": "relu",
-    "ReLU6": "relu6",
-    "SiLU": "swish",
-    "Sigmoid": "sigmoid",
-    "Hardsigmoid": "hard_sigmoid",
-    "Hardswish": "hard_swish",
-    "GELU": "gelu",
-    "Mish": "mish",
-    "Tanh": "tanh",
-    "ELU": "elu",
-    "SELU": "selu",
-    "CELU": "celu",
-    "LeakyReLU": "leaky_relu",
-    "Softplus": "softplus",
-    "Softsign": "softsign",
+    row.torch_module: row.name for row in ACTIVATIONS.values() if row.name != "softmax"
 }
 # Those that the original's networks and kconv's have. Others are compared only where file and model
 # have an activation of the same name, as frameworks disagree on which are layers.
-_COMPARED = frozenset(("relu", "relu6", "swish", "sigmoid", "hard_sigmoid", "hard_swish"))
+_COMPARED = frozenset(FUSED_ACTIVATIONS)
 
-_SYNONYMS = {
-    "silu": "swish",
-    "hardswish": "hard_swish",
-    "hardsigmoid": "hard_sigmoid",
-    "hard_silu": "hard_swish",
-    "leakyrelu": "leaky_relu",
-}
 _LAYERS = ("ELU", "LeakyReLU", "PReLU", "Softmax")  # Keras's classes that are activations
 
 
@@ -71,7 +51,7 @@ def activations(layers: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, str]:
             activation = inner if isinstance(inner, str) else activation.get("class_name")
         if isinstance(activation, str):
             activation = activation.rpartition(">")[2].lower()
-            result[name] = _SYNONYMS.get(activation, activation)
+            result[name] = SYNONYMS.get(activation, activation)
     return {n: kind for n, kind in result.items() if kind not in ("linear", "softmax")}
 
 
