@@ -45,6 +45,7 @@ from kconv.models.graph import (
     Multiply,
     Pool,
     Reshape,
+    Shape,
     ZeroPad,
 )
 
@@ -165,50 +166,63 @@ class Segment:
 
 
 def partition(graph: Graph) -> list[Layer | Segment]:
-    """A graph's layers after the input, those in a row that can be fused as segments.
+    """A graph's layers after the input, the largest sets of them that can be fused as segments.
 
-    A segment may begin and end only where a single tensor is alive. Equal graphs share segments and
-    so their programs: a copy of a network makes none of its own.
+    A segment reads one image, and one tensor of it is read by others; what else is computed at the
+    same time, such as other branches or tensors for later, does not matter. It stands where its
+    last layer stood. Equal graphs share segments and so their programs: a copy of a network makes
+    none of its own.
     """
     return list(_partition(graph))
 
 
 @lru_cache(maxsize=64)
 def _partition(graph: Graph) -> tuple[Layer | Segment, ...]:
-    last_use = {source: layer.name for layer in graph.layers for source in layer.inputs}
     readers: dict[str, list[Layer]] = {layer.name: [] for layer in graph.layers}
     for layer in graph.layers:
         for source in layer.inputs:
             readers[source].append(layer)
-    alive: set[str] = {graph.layers[0].name}
-    parts: list[Layer | Segment] = []
-    fused: list[Layer] = []
-    block: list[Layer] = []
-
-    def close() -> None:
-        if any(isinstance(layer, Conv | DepthwiseConv) for layer in fused):
-            inside = {layer.name for layer in fused}
-            source = next(name for layer in fused for name in layer.inputs if name not in inside)
-            parts.append(Segment(tuple(fused), source, graph[source].channels))
-        else:
-            parts.extend(fused)
-        fused.clear()
-
-    for layer in graph.layers[1:]:
-        block.append(layer)
-        alive.add(layer.name)
-        alive -= {name for name in layer.inputs if last_use[name] == layer.name}
+    free = {layer.name: layer for layer in graph.layers[1:] if _fusable(layer, readers[layer.name])}
+    segments: dict[str, Segment] = {}
+    fused: set[str] = set()
+    shapes = {layer.name: layer.shape for layer in graph.layers}
+    order = {layer.name: index for index, layer in enumerate(graph.layers)}
+    for layer in reversed(graph.layers):
         # A padding belongs to the convolution after it.
-        waits = isinstance(layer, ZeroPad) and _fusable(layer, readers[layer.name])
-        if len(alive) == 1 and not waits:
-            if all(_fusable(x, readers[x.name]) for x in block):
-                fused += block
-            else:
-                close()
-                parts += block
-            block = []
-    close()
-    return (*parts, *block)
+        if layer.name not in free or isinstance(layer, ZeroPad):
+            continue
+        inside, source = _grown(layer, free, readers, order, shapes, graph.output)
+        if any(isinstance(free[name], Conv | DepthwiseConv) for name in inside):
+            parts = tuple(free.pop(name) for name in sorted(inside, key=order.__getitem__))
+            segments[layer.name] = Segment(parts, source, graph[source].channels)
+            fused |= inside
+    kept = (x for x in graph.layers[1:] if x.name in segments or x.name not in fused)
+    return tuple(segments.get(layer.name, layer) for layer in kept)
+
+
+def _grown(
+    last: Layer,
+    free: dict[str, Layer],
+    readers: dict[str, list[Layer]],
+    order: dict[str, int],
+    shapes: dict[str, Shape],
+    output: str,
+) -> tuple[set[str], str]:
+    """The largest set of free layers that ends in one and reads one image, and that image."""
+    found: tuple[set[str], str] = (set(), "")
+    inside: set[str] = set()
+    sources: set[str] = set()
+    name = last.name
+    while True:
+        inside.add(name)
+        sources.discard(name)
+        sources.update(free[name].inputs)
+        if len(sources) == 1 and len(shapes[next(iter(sources))]) == 3:
+            found = (set(inside), next(iter(sources)))
+        name = max(sources, key=order.__getitem__)  # all that read it stand after it
+        read_inside = all(reader.name in inside for reader in readers[name])
+        if name not in free or name == output or not read_inside:
+            return found
 
 
 def _fusable(layer: Layer, readers: list[Layer]) -> bool:
