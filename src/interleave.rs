@@ -8,8 +8,8 @@ use crate::microkernels::transpose::{self, BLOCK};
 use crate::parallel::{Shared, estimate};
 use crate::pool::{chunks, parallel_for, part, threads_for};
 use crate::shape::{Images, Order};
-use crate::simd::element::{Element, lanes, picks};
-use crate::simd::{Active, Promised};
+use crate::simd::element::{Element, has_permute, lanes};
+use crate::simd::{IsaKind, Promised};
 
 /// Tasks for each thread.
 const TASKS_PER_THREAD: usize = 4;
@@ -20,7 +20,7 @@ const TILE_BYTES: usize = 32 << 10;
 ///
 /// With [`interleave_sources`](crate::shape::interleave_sources) this interleaves, with
 /// [`interleave_places`](crate::shape::interleave_places) it undoes that (which is also the gradient).
-pub fn permute<T: Element>(isa: Active, sources: &[usize], images: Images, x: &[T], y: &mut [MaybeUninit<T>]) {
+pub fn permute<T: Element>(isa: IsaKind, sources: &[usize], images: Images, x: &[T], y: &mut [MaybeUninit<T>]) {
     let Images { count, pixels, channels, order } = images;
     assert_eq!((sources.len(), x.len(), y.len()), (channels, images.len(), images.len()));
     assert!(sources.iter().all(|&source| source < channels));
@@ -75,7 +75,7 @@ const HALF_BLOCK: f64 = 8.0;
 
 /// A permutation of each pixel's channels, by the faster way.
 pub(super) struct Permutation {
-    isa: Active,
+    isa: IsaKind,
     channels: usize,
     /// Channels that it takes these from, some of them perhaps not at all.
     pub sources: usize,
@@ -92,14 +92,14 @@ enum Way {
 impl Permutation {
     /// That which takes the channel at `sources[place]` to each place, if it is a matrix's or there are instructions for any, and
     /// if pixels are enough to be worth the while.
-    pub fn new<T: Element>(isa: Active, sources: &[usize], pixels: usize) -> Option<Self> {
+    pub fn new<T: Element>(isa: IsaKind, sources: &[usize], pixels: usize) -> Option<Self> {
         let lanes = lanes::<T>(isa);
         if pixels < lanes {
             return None;
         }
         let matrix = matrix(sources);
         let most = matrix.map_or(f64::INFINITY, matrix_cost);
-        let windows = if picks::<T>(isa) { Windows::new(sources, lanes, most) } else { None };
+        let windows = if has_permute::<T>(isa) { Windows::new(sources, lanes, most) } else { None };
         let way = windows.map(Way::Windows).or(matrix.map(Way::Matrix))?;
         Some(Self { isa, channels: sources.len(), sources: end(sources), way })
     }

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use half::bf16;
 
 use crate::shape::{Depthwise, Images, Order, Padding, Pointwise, WeightLayout, interleave_places, interleave_sources};
-use crate::simd::Active;
+use crate::simd::IsaKind;
 use crate::simd::element::Element;
 use crate::{conv1x1, dwconv, interleave};
 
@@ -57,7 +57,7 @@ fn place(images: Images, n: usize, p: usize, c: usize) -> usize {
     }
 }
 
-fn pointwise_case<T: Element>(isa: Active, shape: &Pointwise, images: Images) {
+fn pointwise_case<T: Element>(isa: IsaKind, shape: &Pointwise, images: Images) {
     let out = images.with_channels(shape.out_channels);
     let x = random::<T>(images.len(), 1);
     let weight = random::<T>(shape.weights(), 2);
@@ -164,7 +164,7 @@ fn pointwise_matches_the_reference() {
         // Weight gradients whose channels are put back to their groups all at once, by two threads.
         (1, 400, 96, 576, 24, 24),
     ];
-    for isa in Active::available() {
+    for isa in IsaKind::available() {
         for (count, pixels, c_in, c_out, groups, step) in shapes {
             // Miri has no time for the larger ones.
             if cfg!(miri) && count * pixels * c_in * c_out > 1000 {
@@ -190,7 +190,7 @@ fn the_largest_groups_match_the_reference() {
     for (pixels, c_in, c_out, step) in [(2, 1024, 1024, 1), (4100, 33, 36, 5), (1100, 42, 16, 1)] {
         let shape = Pointwise::new(c_in, c_out, 1, step, WeightLayout::Oi).unwrap();
         let images = Images { count: 1, pixels, channels: c_in, order: Order::Nchw };
-        for isa in Active::available() {
+        for isa in IsaKind::available() {
             pointwise_case::<bf16>(isa, &shape, images);
             pointwise_case::<f32>(isa, &shape, images);
             pointwise_case::<f64>(isa, &shape, images);
@@ -198,7 +198,7 @@ fn the_largest_groups_match_the_reference() {
     }
 }
 
-fn depthwise_case<T: Element>(isa: Active, shape: &Depthwise) {
+fn depthwise_case<T: Element>(isa: IsaKind, shape: &Depthwise) {
     let image = |vertical: usize, horizontal: usize| Images {
         count: shape.count,
         pixels: vertical * horizontal,
@@ -240,7 +240,7 @@ fn depthwise_case<T: Element>(isa: Active, shape: &Depthwise) {
 #[cfg_attr(miri, ignore = "hours; the next test is its small one")]
 fn depthwise_matches_the_reference() {
     let paddings = [Padding::Same, Padding::Valid, Padding::Explicit([0, 2], [1, 1])];
-    for isa in Active::available() {
+    for isa in IsaKind::available() {
         for (count, channels, size) in
             [(0, 3, [7, 7]), (2, 3, [0, 0]), (1, 1, [7, 8]), (2, 17, [9, 7]), (1, 33, [8, 19]), (1, 512, [7, 7])]
         {
@@ -263,7 +263,7 @@ fn depthwise_matches_the_reference() {
 /// One small shape for each stride, order and element type: what Miri has the time for.
 #[test]
 fn small_depthwise_matches_the_reference() {
-    let portable = Active::by_name("portable").unwrap();
+    let portable = IsaKind::by_name("portable").unwrap();
     for (stride, order) in [(1, Order::Nchw), (1, Order::Nhwc), (2, Order::Nchw), (2, Order::Nhwc)] {
         let shape = Depthwise::new([1, 2], [3, 3], 3, stride, Padding::Same, order, WeightLayout::Oi).unwrap();
         depthwise_case::<bf16>(portable, &shape);
@@ -274,7 +274,7 @@ fn small_depthwise_matches_the_reference() {
 
 #[test]
 fn permuting_back_gives_the_input() {
-    fn check<T: Element>(isa: Active, order: Order, pixels: usize, channels: usize, step: usize) {
+    fn check<T: Element>(isa: IsaKind, order: Order, pixels: usize, channels: usize, step: usize) {
         let images = Images { count: 2, pixels, channels, order };
         let x = random::<T>(images.len(), 1);
         let sources = interleave_sources(channels, step);
@@ -285,7 +285,7 @@ fn permuting_back_gives_the_input() {
         let places = interleave_places(channels, step);
         assert_eq!(run(x.len(), |out| interleave::permute(isa, &places, images, &y, out)), x);
     }
-    for isa in Active::available() {
+    for isa in IsaKind::available() {
         for (pixels, channels, step) in [
             (5, 7, 3),
             (5, 24, 4),

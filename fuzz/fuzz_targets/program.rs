@@ -4,7 +4,7 @@
 use std::mem::MaybeUninit;
 
 use kconv::fused::{Arguments, Inference, Program, backward, forward, infer};
-use kconv::isa::Active;
+use kconv::isa::IsaKind;
 use kconv::shape::Order;
 use libfuzzer_sys::fuzz_target;
 
@@ -42,7 +42,7 @@ fuzz_target!(|bytes: &[u8]| {
     if program.parameters() > SMALL || !program.workspace_len(3).is_ok_and(|len| len <= SMALL) {
         return;
     }
-    let (isa, order) = (Active::available()[0], [Order::Nchw, Order::Nhwc][usize::from(first / 3 % 2)]);
+    let (isa, order) = (IsaKind::available()[0], [Order::Nchw, Order::Nhwc][usize::from(first / 3 % 2)]);
     let [x, y] = program.sizes().map(|size| vec![0.5; count * size.iter().product::<usize>()]);
     let (parameters, masks) = (vec![0.5; program.parameters()], vec![0.5; program.masks() * count]);
     let (channels, workspace_len) = (program.norm_channels(), program.workspace_len(count).unwrap());

@@ -18,7 +18,7 @@ use pyo3::types::PyDict;
 use crate::error::Error;
 use crate::memory::{self, NoMemory};
 use crate::microkernels::probe::Multiply;
-use crate::simd::{self, Active};
+use crate::simd::{self, IsaKind};
 use crate::{lock, pool};
 
 impl From<Error> for PyErr {
@@ -61,7 +61,7 @@ fn follow_torch(py: Python<'_>) {
 }
 
 /// The instruction set of this process.
-fn active() -> PyResult<Active> {
+fn active() -> PyResult<IsaKind> {
     simd::active().map_err(|error| PyRuntimeError::new_err(error.to_string()))
 }
 
@@ -115,7 +115,7 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);
     info.set_item("version", env!("CARGO_PKG_VERSION"))?;
     info.set_item("isa", active()?.name())?;
-    info.set_item("isas", Active::available().iter().map(|isa| isa.name()).collect::<Vec<_>>())?;
+    info.set_item("isas", IsaKind::available().iter().map(|isa| isa.name()).collect::<Vec<_>>())?;
     info.set_item("threads", get_num_threads(py))?;
     Ok(info)
 }
@@ -154,7 +154,7 @@ fn _kconv(module: &Bound<'_, PyModule>) -> PyResult<()> {
     // Wrong settings are reported at import. What is found out once, and the fork handler, come while no other thread may fork.
     active()?;
     pool::check_environment()?;
-    simd::looks_ahead();
+    simd::has_stream_prefetcher();
     lock::generation();
     for function in [
         wrap_pyfunction!(set_num_threads, module)?,

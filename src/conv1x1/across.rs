@@ -14,7 +14,7 @@ use crate::pool::{chunks, parallel_for, part};
 use crate::scratch::{self, cut};
 use crate::shape::interleave_sources;
 use crate::simd::element::{Element, lanes};
-use crate::simd::{Active, LINE_BYTES};
+use crate::simd::{IsaKind, LINE_BYTES};
 
 /// Bytes of pixels' input channels that are transposed together. (From 8 to 32 KiB the time is the same.)
 const TILE_BYTES: usize = 16 << 10;
@@ -32,7 +32,7 @@ const ACROSS: f64 = 1.08;
 
 /// Vectors of interleaved channels across groups.
 pub(super) struct Across {
-    isa: Active,
+    isa: IsaKind,
     lanes: usize,
     /// Groups, input and output channels of each.
     size: [usize; 3],
@@ -64,7 +64,7 @@ impl Across {
     /// That of groups of so many input and output channels, of which either are interleaved to these places, if there is code for
     /// so many groups and pixels, and a group costs less than `most` multiply-adds of outer products a pixel.
     pub(super) fn new<T: Element>(
-        isa: Active,
+        isa: IsaKind,
         size @ [groups, k, m]: [usize; 3],
         places: [Option<&[usize]>; 2],
         pixels: usize,

@@ -13,8 +13,8 @@ use crate::microkernels::transpose::Transpose;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 use crate::simd::element::{Element, lanes, writable};
-use crate::simd::mul_acc::Products;
-use crate::simd::{Active, Promised, line};
+use crate::simd::mul_acc::MulAcc;
+use crate::simd::{IsaKind, Promised, line};
 
 /// Multiply-adds of outer products that take as long as one of [`DotRows`] over rows whose vectors are cache lines, and over
 /// others. (Fitted to 31 layers on AVX-512 of an Intel Xeon and to 22 of an AMD EPYC: the faster way is found where it is
@@ -35,7 +35,7 @@ const COPIED_ROWS: usize = 16;
 /// The products of `a` rows with `b` rows.
 #[derive(Clone, Copy)]
 pub(crate) struct RowProducts<T, M> {
-    isa: Active,
+    isa: IsaKind,
     products: M,
     values: PhantomData<T>,
     /// How many rows the sets have.
@@ -52,9 +52,9 @@ enum Way {
     Swapped,
 }
 
-impl<T: Element, M: Products<T>> RowProducts<T, M> {
+impl<T: Element, M: MulAcc<T>> RowProducts<T, M> {
     /// For so many `a` and `b` rows, at distances that are multiples of `pixels`.
-    pub fn new(isa: Active, products: M, rows: [usize; 2], pixels: usize) -> Self {
+    pub fn new(isa: IsaKind, products: M, rows: [usize; 2], pixels: usize) -> Self {
         let [a, b] = rows;
         let lanes = lanes::<T>(isa);
         let outer = |wide: usize, rows: usize| TRANSPOSE * wide as f64 + (rows * wide.div_ceil(lanes)) as f64;
@@ -214,7 +214,7 @@ impl<T: Element, M: Products<T>> RowProducts<T, M> {
 /// # Safety
 /// The rows must be readable over so many pixels.
 unsafe fn transpose<T: Element>(
-    isa: Active,
+    isa: IsaKind,
     base: *const T,
     offsets: &[usize],
     pixels: usize,
@@ -247,7 +247,7 @@ fn equidistant(places: &[usize]) -> impl Iterator<Item = (usize, usize, usize)> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::mul_acc::Single;
+    use crate::simd::mul_acc::Fma;
 
     #[test]
     fn rows_anywhere_give_the_sums_of_their_products() {
@@ -255,11 +255,11 @@ mod tests {
         // Two images of 40 rows, in no order and some twice.
         let values: Vec<f64> = (0..2 * 40 * PIXELS).map(|i| (i * 7919 % 13) as f64 - 6.0).collect();
         let offsets = |rows: usize, step: usize| (0..rows).map(|i| i * step % 40 * PIXELS).collect::<Vec<_>>();
-        for isa in Active::available() {
+        for isa in IsaKind::available() {
             for (m, k) in [(1, 1), (3, 2), (13, 37), (25, 9), (8, 40), (40, 16)] {
                 let (a_offsets, b_offsets) = (offsets(m, 3), offsets(k, 31));
                 for way in [Way::Dot, Way::Outer, Way::Swapped] {
-                    let row_products = RowProducts { way, ..RowProducts::new(isa, Single, [m, k], PIXELS) };
+                    let row_products = RowProducts { way, ..RowProducts::new(isa, Fma, [m, k], PIXELS) };
                     let rows = |offsets| Rows { base: values.as_ptr(), offsets, image_stride: 40 * PIXELS, ahead: 0 };
                     let mut memory = vec![0.0; row_products.memory()];
                     let mut sums = vec![f64::NAN; m * k];

@@ -18,9 +18,9 @@ use crate::parallel::{Shared, add_parts, estimate};
 use crate::pool::{chunks, is_worth_threads, parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Images, Order, Pointwise, interleave_places};
-use crate::simd::element::{Element, lanes, picks};
-use crate::simd::mul_acc::{Products, Single};
-use crate::simd::{Active, Promised, looks_ahead};
+use crate::simd::element::{Element, has_permute, lanes};
+use crate::simd::mul_acc::{Fma, MulAcc};
+use crate::simd::{IsaKind, Promised, has_stream_prefetcher};
 
 /// Pixels of a tile of a weight gradient in NHWC, at least: its sums go through memory once a tile.
 const OUTER_TERMS: usize = 48;
@@ -60,22 +60,22 @@ const BIAS_TILE: usize = 64;
 ///
 /// `images` is the geometry of `x`. The result does not depend on the number of threads.
 pub fn grad_weight<T: Element>(
-    isa: Active,
+    isa: IsaKind,
     shape: &Pointwise,
     images: Images,
     x: &[T],
     grad_output: &[T],
     grad_weight: &mut [MaybeUninit<T>],
 ) {
-    match T::pairs(isa) {
+    match T::bf16_dot(isa) {
         Some(pairs) => weight_grad(isa, pairs, shape, images, x, grad_output, grad_weight),
-        None => weight_grad(isa, Single, shape, images, x, grad_output, grad_weight),
+        None => weight_grad(isa, Fma, shape, images, x, grad_output, grad_weight),
     }
 }
 
 /// [`grad_weight`], with products added up in a certain way.
-fn weight_grad<T: Element, M: Products<T>>(
-    isa: Active,
+fn weight_grad<T: Element, M: MulAcc<T>>(
+    isa: IsaKind,
     products: M,
     shape: &Pointwise,
     images: Images,
@@ -140,8 +140,8 @@ struct Way {
 impl Way {
     /// The fastest one, by what a pixel of one group costs in multiply-adds of outer products; output channels may be `interleaved`
     /// to these places.
-    fn new<T: Element, M: Products<T>>(
-        isa: Active,
+    fn new<T: Element, M: MulAcc<T>>(
+        isa: IsaKind,
         shape: &Pointwise,
         interleaved: Option<&[usize]>,
         pixels: usize,
@@ -152,7 +152,7 @@ impl Way {
         let [by_input, by_output] = [m * k.div_ceil(lanes), k * m.div_ceil(lanes)];
         let mut way = Self { by_output: (by_output, k) < (by_input, m), ..Self::default() };
         let mut cost = by_input.min(by_output) as f64;
-        if k.min(m) <= MAX_STEPS && pixels >= DOT_TILE && picks::<T>(isa) {
+        if k.min(m) <= MAX_STEPS && pixels >= DOT_TILE && has_permute::<T>(isa) {
             let picked = |groups: &SideBySide| PICKED * per_group((groups.vectors.len() * k.min(m)) as f64);
             way.side_by_side = SideBySide::new([shape.groups, k.min(m), k.max(m)], lanes, 1)
                 .filter(|groups| groups.windows() && picked(groups) < cost);
@@ -182,7 +182,7 @@ impl Way {
 type Values<'a, T> = (&'a [<T as Element>::Wide], usize, usize);
 
 struct WeightGrad<'a, T, M> {
-    isa: Active,
+    isa: IsaKind,
     products: M,
     shape: &'a Pointwise,
     images: Images,
@@ -195,7 +195,7 @@ struct WeightGrad<'a, T, M> {
     grad_output: &'a [T],
 }
 
-impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
+impl<T: Element, M: MulAcc<T>> WeightGrad<'_, T, M> {
     /// All of it, as `parts` of the images or pixels times `group_parts` of the groups.
     fn run(&self, threads: usize, planes: bool, [parts, group_parts]: [usize; 2], grad_weight: &mut [MaybeUninit<T>]) {
         let Self { shape, images, way, .. } = self;
@@ -272,16 +272,17 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
                 continue;
             }
             // What comes next: pixels, images, or the next group. (0: nothing is asked for.)
-            let ahead = if looks_ahead() || size_of_val(self.x) + size_of_val(self.grad_output) <= CACHED_BYTES {
-                [0, 0]
-            } else if tile < pixels {
-                [tile; 2]
-            } else if batch < range.len() {
-                [c_out, c_in].map(|channels| batch * channels * pixels)
-            } else {
-                let next = self.places.get((g + 1) * m).copied().unwrap_or(c_out * pixels + self.places[0]);
-                [next.saturating_sub(places[0]), k * pixels]
-            };
+            let ahead =
+                if has_stream_prefetcher() || size_of_val(self.x) + size_of_val(self.grad_output) <= CACHED_BYTES {
+                    [0, 0]
+                } else if tile < pixels {
+                    [tile; 2]
+                } else if batch < range.len() {
+                    [c_out, c_in].map(|channels| batch * channels * pixels)
+                } else {
+                    let next = self.places.get((g + 1) * m).copied().unwrap_or(c_out * pixels + self.places[0]);
+                    [next.saturating_sub(places[0]), k * pixels]
+                };
             let row_products = RowProducts::<T, _>::new(self.isa, self.products, [m, k], pixels);
             scratch::with(row_products.memory(), |memory: &mut [T::Wide]| {
                 memory.fill(T::Wide::default());
@@ -437,7 +438,7 @@ impl<T: Element, M: Products<T>> WeightGrad<'_, T, M> {
 /// The gradient by the bias: the sums over images and pixels of `grad_output (N, C_out)`, whose channels are
 /// interleaved by `interleave`.
 pub fn grad_bias<T: Element>(
-    isa: Active,
+    isa: IsaKind,
     interleave: usize,
     images: Images,
     grad_output: &[T],

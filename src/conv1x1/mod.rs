@@ -21,8 +21,8 @@ use crate::pool::{parallel_for, part, threads_for};
 use crate::scratch;
 use crate::shape::{Images, Order, Pointwise};
 use crate::simd::element::{Element, lanes};
-use crate::simd::mul_acc::{Products, Single};
-use crate::simd::{Active, Promised};
+use crate::simd::mul_acc::{Fma, MulAcc};
+use crate::simd::{IsaKind, Promised};
 
 /// Values of a group's input rows that one pass in NCHW covers where the group needs several tiles of output rows, which
 /// read them again: they stay in the L2 cache.
@@ -53,7 +53,7 @@ const TASKS_PER_THREAD: usize = 4;
 /// * `images`: the input's geometry; `x` holds `(N, C_in)` images in that order, `y` receives `(N, C_out)`.
 /// * `weight`: in the layout that `shape` names; `bias`: `C_out` values.
 pub fn forward<T: Element>(
-    isa: Active,
+    isa: IsaKind,
     shape: &Pointwise,
     images: Images,
     x: &[T],
@@ -79,7 +79,7 @@ pub fn forward<T: Element>(
 ///
 /// `images` is the geometry of `grad_output`.
 pub fn grad_input<T: Element>(
-    isa: Active,
+    isa: IsaKind,
     shape: &Pointwise,
     images: Images,
     grad_output: &[T],
@@ -106,7 +106,7 @@ type Weights<'a, T> = (&'a [T], [usize; 3]);
 
 /// Rows of each group times that group's matrix.
 struct Product {
-    isa: Active,
+    isa: IsaKind,
     /// The input's geometry.
     images: Images,
     groups: usize,
@@ -145,14 +145,14 @@ impl Product {
         let y = Shared::new(y);
         // One pixel an image (squeeze-excite, dense layers) is the same memory in both orders.
         let planes = self.images.order == Order::Nchw && self.images.pixels > 1;
-        match T::pairs(self.isa) {
+        match T::bf16_dot(self.isa) {
             Some(pairs) => self.products(pairs, threads, x, weight, bias, planes, y),
-            None => self.products(Single, threads, x, weight, bias, planes, y),
+            None => self.products(Fma, threads, x, weight, bias, planes, y),
         }
     }
 
     /// All of it, with products added up in a certain way.
-    fn products<T: Element, M: Products<T>>(
+    fn products<T: Element, M: MulAcc<T>>(
         &self,
         products: M,
         threads: usize,
@@ -170,7 +170,7 @@ impl Product {
     }
 
     /// Calls `body` with packed weights, in blocks of output rows, which are of so many pixels.
-    fn packed<T: Element, M: Products<T>>(
+    fn packed<T: Element, M: MulAcc<T>>(
         &self,
         products: M,
         weight: Weights<'_, T>,
@@ -194,7 +194,7 @@ impl Product {
     }
 
     /// The weights of a group for some of its output channels: `[step][output channel]`.
-    fn pack<T: Element, M: Products<T>>(
+    fn pack<T: Element, M: MulAcc<T>>(
         &self,
         products: M,
         (weights, [group, out, input]): Weights<'_, T>,
@@ -213,7 +213,7 @@ impl Product {
     }
 
     /// NCHW: the rows are the image's own planes.
-    fn planes<T: Element, M: Products<T>>(&self, threads: usize, x: &[T], packed: Packed<'_, T, M>, y: Shared<T>) {
+    fn planes<T: Element, M: MulAcc<T>>(&self, threads: usize, x: &[T], packed: Packed<'_, T, M>, y: Shared<T>) {
         let Images { count, pixels, channels: c_in, .. } = self.images;
         let c_out = self.groups * self.group_out;
         let offsets = |channels: usize, places: &Option<Vec<usize>>| -> Vec<usize> {
@@ -277,7 +277,7 @@ impl Product {
     /// # Safety
     /// `x` and `y` must hold the group's rows at their offsets, `length` values each; rows of `y` are this caller's own.
     #[inline]
-    unsafe fn group<T: Element, M: Products<T>>(
+    unsafe fn group<T: Element, M: MulAcc<T>>(
         &self,
         [g, first]: [usize; 2],
         x: *const T,

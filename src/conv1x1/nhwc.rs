@@ -18,8 +18,8 @@ use crate::parallel::Shared;
 use crate::pool::{chunks, parallel_for, part};
 use crate::scratch::{self, cut};
 use crate::simd::Promised;
-use crate::simd::element::{Element, lanes, picks, writable};
-use crate::simd::mul_acc::Products;
+use crate::simd::element::{Element, has_permute, lanes, writable};
+use crate::simd::mul_acc::MulAcc;
 
 /// Pixels of a transposed tile: as many vectors of 16 as [`ConvRows`](crate::microkernels::conv1x1_nchw::ConvRows) takes at a time, where
 /// a step takes one row and where it takes two. (Two threads of an Intel Xeon: the forward passes of kEffNet-B0 D6v3_4ch at 32x32
@@ -76,7 +76,7 @@ enum Way {
 
 impl Product {
     /// NHWC, by the fastest way.
-    pub(super) fn pixels<T: Element, M: Products<T>>(
+    pub(super) fn pixels<T: Element, M: MulAcc<T>>(
         &self,
         products: M,
         threads: usize,
@@ -111,12 +111,12 @@ impl Product {
     }
 
     /// The fastest way, by what a pixel of one group costs in multiply-adds of outer products.
-    fn way<T: Element, M: Products<T>>(&self, permutation: Option<&Permutation>) -> Way {
+    fn way<T: Element, M: MulAcc<T>>(&self, permutation: Option<&Permutation>) -> Way {
         let (k, m, lanes) = (self.group_in, self.group_out, lanes::<T>(self.isa));
         if self.out_places.is_some() && permutation.is_none() {
             return Way::Transposed;
         }
-        let picks = picks::<T>(self.isa);
+        let picks = has_permute::<T>(self.isa);
         let pixels = self.images.count * self.images.pixels;
         if m == 1 && folds(k, picks) && self.in_places.is_none() {
             return Way::Folded(None);
@@ -278,7 +278,7 @@ impl Product {
     }
 
     /// Pixels as they are, or permuted by the first of the permutations, several groups in a vector; the second permutes these.
-    fn side_by_side<T: Element, M: Products<T>>(
+    fn side_by_side<T: Element, M: MulAcc<T>>(
         &self,
         products: M,
         threads: usize,
@@ -338,7 +338,7 @@ impl Product {
     }
 
     /// Pixels as they are, times matrices: for groups whose output channels fill vectors.
-    fn outer<T: Element, M: Products<T>>(
+    fn outer<T: Element, M: MulAcc<T>>(
         &self,
         products: M,
         threads: usize,
@@ -408,7 +408,7 @@ impl Product {
     }
 
     /// Tiles of so many pixels are transposed into rows and back: the input by [`CHANNEL_TILE`], the output by [`Chunk`].
-    fn transposed<T: Element, M: Products<T>>(
+    fn transposed<T: Element, M: MulAcc<T>>(
         &self,
         threads: usize,
         tile: usize,

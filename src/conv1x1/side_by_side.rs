@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::microkernels::side_by_side::{Block, MAX_PIECES, PIECE, Source};
 use crate::simd::element::{Element, WideElement};
-use crate::simd::mul_acc::Products;
+use crate::simd::mul_acc::MulAcc;
 
 /// One vector of output channels.
 #[derive(Debug)]
@@ -134,7 +134,7 @@ impl SideBySide {
 
     /// Each vector's weights for each step; those of group `g`, output channel `o` and input channel `i` are
     /// `weight(g, o, i)`.
-    pub fn pack<T: Element, M: Products<T>>(
+    pub fn pack<T: Element, M: MulAcc<T>>(
         &self,
         products: M,
         weight: impl Fn(usize, usize, usize) -> T,

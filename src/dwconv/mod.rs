@@ -13,14 +13,14 @@ use self::nchw::{PlaneConv, Taps};
 use self::nhwc::Strips;
 use self::polyphase::{Phase, sum_seen};
 use crate::microkernels::conv1x1_nchw::SumSlots;
-use crate::microkernels::dwconv_nhwc::{StripConv, StripSums};
+use crate::microkernels::dwconv_nhwc::{DwConvNhwc, DwConvNhwcGradWeight};
 use crate::microkernels::transpose::Transpose;
 use crate::parallel::{Shared, add_parts, estimate};
 use crate::pool::{chunks, parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
 use crate::shape::{Depthwise, Order, WeightLayout};
 use crate::simd::element::{Element, lanes};
-use crate::simd::{Active, Promised, line};
+use crate::simd::{IsaKind, Promised, line};
 
 /// Tasks for each thread, at least. (3x3 over 16 x 1024 planes of 7 x 7: 0.36 ms of two threads in 4 tasks of each, 0.28 in 32.)
 const TASKS_PER_THREAD: usize = 16;
@@ -39,7 +39,7 @@ const READ_PER_SUM: usize = 32;
 
 /// Convolution with one kernel for each channel.
 struct Correlation<'a, T> {
-    isa: Active,
+    isa: IsaKind,
     shape: &'a Depthwise,
     vertical: Vec<Phase>,
     horizontal: Vec<Phase>,
@@ -56,7 +56,7 @@ struct Correlation<'a, T> {
 /// * `x`: `(N, C, H, W)` images in the order of `shape`; `y`: `(N, C, H', W')`.
 /// * `weight`: in the layout of `shape`; `bias`: `C` values.
 pub fn forward<T: Element>(
-    isa: Active,
+    isa: IsaKind,
     shape: &Depthwise,
     x: &[T],
     weight: &[T],
@@ -72,7 +72,7 @@ pub fn forward<T: Element>(
 
 /// The gradient by the input: `(N, C, H, W)` from `grad_output (N, C, H', W')`.
 pub fn grad_input<T: Element>(
-    isa: Active,
+    isa: IsaKind,
     shape: &Depthwise,
     grad_output: &[T],
     weight: &[T],
@@ -87,7 +87,7 @@ pub fn grad_input<T: Element>(
 }
 
 fn correlate<T: Element>(
-    isa: Active,
+    isa: IsaKind,
     shape: &Depthwise,
     vertical: Vec<Phase>,
     horizontal: Vec<Phase>,
@@ -132,8 +132,8 @@ impl<T: Element> Correlation<'_, T> {
                     let ((tap_row, down), (tap_column, right)) = (vertical.first_tap(), horizontal.first_tap());
                     // SAFETY: pixels of image n of the output, each of which one task writes.
                     let kernel = unsafe {
-                        Promised::new_unchecked(StripConv {
-                            sight: strips.sight(x, (vertical, horizontal), rows.start, asks),
+                        Promised::new_unchecked(DwConvNhwc {
+                            window: strips.window(x, (vertical, horizontal), rows.start, asks),
                             weights,
                             kernel_taps: kernel * kernel,
                             first_tap: tap_row * kernel + tap_column,
@@ -197,7 +197,7 @@ impl<T: Element> Correlation<'_, T> {
 ///
 /// The result does not depend on the number of threads.
 pub fn grad_weight<T: Element>(
-    isa: Active,
+    isa: IsaKind,
     shape: &Depthwise,
     x: &[T],
     grad_output: &[T],
@@ -263,7 +263,7 @@ pub fn grad_weight<T: Element>(
 }
 
 struct WeightGrad<'a, T> {
-    isa: Active,
+    isa: IsaKind,
     shape: &'a Depthwise,
     vertical: &'a Phase,
     horizontal: &'a Phase,
@@ -303,8 +303,8 @@ impl<T: Element> WeightGrad<'_, T> {
             let (first, strides) = strips.results(phases, rows.start);
             // SAFETY: pixels of the gradient.
             let kernel = unsafe {
-                Promised::new_unchecked(StripSums {
-                    sight: strips.sight(x, phases, rows.start, asks),
+                Promised::new_unchecked(DwConvNhwcGradWeight {
+                    window: strips.window(x, phases, rows.start, asks),
                     g: g.as_ptr().add(first),
                     strides,
                     size: [rows.len(), self.horizontal.count],
@@ -346,7 +346,7 @@ impl<T: Element> WeightGrad<'_, T> {
 }
 
 /// Calls `body` with the weights of a kernel as `[vector of channels][tap][lane]`.
-fn with_vectors<T: Element>(isa: Active, shape: &Depthwise, weight: &[T], body: impl FnOnce(&[T::Wide])) {
+fn with_vectors<T: Element>(isa: IsaKind, shape: &Depthwise, weight: &[T], body: impl FnOnce(&[T::Wide])) {
     let (channels, taps, lanes) = (shape.channels, shape.kernel * shape.kernel, lanes::<T::Wide>(isa));
     let lens = [channels.div_ceil(lanes) * taps * lanes, weight.len()];
     scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
@@ -373,7 +373,7 @@ fn with_vectors<T: Element>(isa: Active, shape: &Depthwise, weight: &[T], body: 
 /// Calls `body` with some channels at a time, of `range`, of the planes of `[channels, pixels]` of some images: the channels,
 /// their planes as what is computed with, and the distance from one image's to the next's.
 fn with_wide<T: Element>(
-    isa: Active,
+    isa: IsaKind,
     x: &[T],
     [channels, pixels]: [usize; 2],
     range: Range<usize>,

@@ -16,13 +16,13 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::polyphase::{Phase, most_pixels};
-use crate::microkernels::dwconv_nchw::{Correlate, CorrelateSums, Results, View, tap_rows};
-use crate::microkernels::dwconv_nchw_s2_grad::{Spread, row_pairs, spread_taps};
+use crate::microkernels::dwconv_nchw::{DwConvNchw, DwConvNchwGradWeight, Results, TapView, tap_rows};
+use crate::microkernels::dwconv_nchw_s2_grad::{Stride2Grad, row_pairs, stride2_taps};
 use crate::microkernels::norm_act::{NarrowRows, SplitRows, WidenRows, ZipRows};
 use crate::parallel::Shared;
 use crate::pool::chunks;
 use crate::simd::element::{Element, lanes, writable};
-use crate::simd::{Active, line};
+use crate::simd::{IsaKind, line};
 
 /// How many values ahead of a plane to ask for others, at least, where planes follow each other, each too short for the
 /// processor to look ahead by itself. (A 5x5 depthwise convolution of 64 x 672 planes of 19 x 19 at stride 2 takes 15.7 ms of
@@ -131,14 +131,14 @@ impl Planes {
     }
 
     /// Writes the planes of images that follow each other, the first one's first.
-    pub(crate) fn write_all<T: Element>(&self, isa: Active, planes: &[T], padded: &mut [T::Wide]) {
+    pub(crate) fn write_all<T: Element>(&self, isa: IsaKind, planes: &[T], padded: &mut [T::Wide]) {
         for (image, plane) in planes.chunks_exact(self.input[0] * self.input[1]).enumerate() {
             self.write(isa, image, plane, padded);
         }
     }
 
     /// Writes an image's plane into the padded ones, which hold zeros where planes do not reach.
-    fn write<T: Element>(&self, isa: Active, image: usize, plane: &[T], padded: &mut [T::Wide]) {
+    fn write<T: Element>(&self, isa: IsaKind, image: usize, plane: &[T], padded: &mut [T::Wide]) {
         let (stride, [top, left], width) = (self.stride, self.before, self.input[1]);
         // What lies beyond the last tap of the last output pixel is not read.
         let rows = self.input[0].min((stride * self.rows()).saturating_sub(top));
@@ -171,7 +171,7 @@ impl Planes {
 pub(crate) struct Taps {
     /// Height and width of a plane.
     size: [usize; 2],
-    /// See [`View`].
+    /// See [`TapView`].
     step: usize,
     vector_rows: usize,
     top: isize,
@@ -214,8 +214,8 @@ impl Taps {
         [images, channels]: [(usize, usize); 2],
         rows: &Range<usize>,
         width: usize,
-    ) -> View<'a, T> {
-        View {
+    ) -> TapView<'a, T> {
+        TapView {
             x,
             size: self.size,
             images,
@@ -232,14 +232,14 @@ impl Taps {
     /// `size` by what the taps make of them, `steps` apart, to a cache line for each of the channels' taps.
     pub(crate) fn sum<T: Element>(
         &self,
-        isa: Active,
+        isa: IsaKind,
         x: &[T::Wide],
         planes: [(usize, usize); 2],
         (g, steps, size): (&[T], [usize; 2], [usize; 2]),
         slots: &mut [T::Wide],
     ) {
         for rows in bands(size, self.step) {
-            isa.run(CorrelateSums::<T> {
+            isa.run(DwConvNchwGradWeight::<T> {
                 view: self.view(x, planes, &rows, size[1]),
                 tap_rows: self.rows,
                 g: &g[rows.start * size[1]..],
@@ -256,8 +256,8 @@ pub(crate) enum PlaneConv {
     /// All results see through the same taps.
     Taps(Taps),
     /// The gradient at a stride of 2.
-    Spread {
-        /// See [`Spread::taps`](crate::microkernels::dwconv_nchw_s2_grad::Spread::taps).
+    Stride2Grad {
+        /// See [`Stride2Grad::taps`](crate::microkernels::dwconv_nchw_s2_grad::Stride2Grad::taps).
         taps: usize,
         /// Taps of the kernel, `[row][column]`; none where there is code for more of them than the kernel has.
         order: Vec<Option<usize>>,
@@ -269,7 +269,7 @@ pub(crate) enum PlaneConv {
 
 impl PlaneConv {
     /// That of a kernel of `width` columns.
-    pub(crate) fn new<T: Element>(isa: Active, vertical: &[Phase], horizontal: &[Phase], width: usize) -> Self {
+    pub(crate) fn new<T: Element>(isa: IsaKind, vertical: &[Phase], horizontal: &[Phase], width: usize) -> Self {
         if let ([vertical], [horizontal]) = (vertical, horizontal) {
             return Self::Taps(Taps::new(lanes::<T>(isa), vertical, horizontal, width));
         }
@@ -277,17 +277,22 @@ impl PlaneConv {
         let of_axis =
             |phases: &[Phase]| phases.iter().flat_map(|phase| &phase.taps).map(|tap| tap.0).collect::<Vec<_>>();
         let [rows, columns] = phases.map(of_axis);
-        let taps = spread_taps(rows.iter().chain(&columns).max().map_or(0, |tap| tap + 1));
+        let taps = stride2_taps(rows.iter().chain(&columns).max().map_or(0, |tap| tap + 1));
         let tap = |i, j| (rows.contains(&i) && columns.contains(&j)).then_some(i * width + j);
         let order = (0..taps).flat_map(|i| (0..taps).map(move |j| (i, j))).map(|(i, j)| tap(i, j)).collect();
-        Self::Spread { taps, order, before: phases.map(Phase::before), g_size: phases.map(|phases| phases[0].input) }
+        Self::Stride2Grad {
+            taps,
+            order,
+            before: phases.map(Phase::before),
+            g_size: phases.map(|phases| phases[0].input),
+        }
     }
 
     /// The taps of the kernel in the order of a channel's weights; none weighs nothing.
     pub(crate) fn order(&self) -> &[Option<usize>] {
         match self {
             Self::Taps(taps) => &taps.taps,
-            Self::Spread { order, .. } => order,
+            Self::Stride2Grad { order, .. } => order,
         }
     }
 
@@ -299,7 +304,7 @@ impl PlaneConv {
     /// The planes must be writable, and nobody else's.
     pub(crate) unsafe fn run<T: Element>(
         &self,
-        isa: Active,
+        isa: IsaKind,
         x: &[T::Wide],
         planes: [(usize, usize); 2],
         weights: &[T::Wide],
@@ -313,16 +318,16 @@ impl PlaneConv {
                     // SAFETY: the caller's promise.
                     let y = unsafe { Results::new(y.ptr().add(band.start * size[1]), last + band.len() * size[1]) };
                     let (view, size) = (taps.view(x, planes, &band, size[1]), [band.len(), size[1]]);
-                    isa.run(Correlate::<T> { view, tap_rows: taps.rows, weights, bias, y, y_steps: steps, size });
+                    isa.run(DwConvNchw::<T> { view, tap_rows: taps.rows, weights, bias, y, y_steps: steps, size });
                 }
             }
-            &Self::Spread { taps, before, g_size, .. } => {
+            &Self::Stride2Grad { taps, before, g_size, .. } => {
                 let [images, channels] = planes;
                 for pairs in bands([row_pairs(size[0], before[0]), size[1].div_ceil(2)], 2) {
                     // SAFETY: the caller's promise.
                     let y = unsafe { Results::new(y.ptr(), last + size[0] * size[1]) };
                     let ahead = [pairs.len() * g_size[1], 2 * pairs.len() * size[1]].map(ahead);
-                    isa.run(Spread::<T> {
+                    isa.run(Stride2Grad::<T> {
                         g: x,
                         g_size,
                         images,
@@ -346,7 +351,7 @@ impl PlaneConv {
 ///
 /// The sets are `set` values apart, their rows `pitch`. Asks for what stands `ahead` of what is written.
 pub(crate) fn merge<T: Element>(
-    isa: Active,
+    isa: IsaKind,
     (vertical, rows): (&Phase, Range<usize>),
     sets: usize,
     (results, set, pitch): (&[T::Wide], usize, usize),

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::polyphase::{Phase, most_pixels};
-use crate::microkernels::dwconv_nhwc::{ROWS, Sight};
+use crate::microkernels::dwconv_nhwc::{ROWS, Window};
 
 /// The results of vertical and horizontal phases of an image, in bands: a strip of each pair of phases.
 #[derive(Clone, Copy)]
@@ -53,10 +53,10 @@ impl<'a> Strips<'a> {
     }
 
     /// What the results of a pair of phases see of an image, from a row of them on.
-    pub(crate) fn sight<'x, T>(self, x: &'x [T], pair: (&Phase, &Phase), row: usize, asks: usize) -> Sight<'x, T> {
+    pub(crate) fn window<'x, T>(self, x: &'x [T], pair: (&Phase, &Phase), row: usize, asks: usize) -> Window<'x, T> {
         let (vertical, horizontal) = pair;
         let step = vertical.in_step;
-        Sight {
+        Window {
             x,
             size: [vertical.input, horizontal.input],
             channels: self.channels,

@@ -15,10 +15,10 @@ use crate::parallel::Shared;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 use crate::simd::element::{WideElement, lanes, writable};
-use crate::simd::{Active, line};
+use crate::simd::{IsaKind, line};
 
 /// What computes a depthwise convolution whose output has such a size.
-pub(super) fn forward<T: WideElement>(isa: Active, step: &Step, conv: &Conv, output: [usize; 2]) -> PlaneConv {
+pub(super) fn forward<T: WideElement>(isa: IsaKind, step: &Step, conv: &Conv, output: [usize; 2]) -> PlaneConv {
     let [vertical, horizontal] = Phases::new(step, conv, output).forward;
     PlaneConv::new::<T>(isa, &vertical, &horizontal, conv.kernel[1])
 }

@@ -47,7 +47,7 @@ use crate::parallel::Shared;
 use crate::pool::{chunks, num_threads, parallel_for, part};
 use crate::scratch;
 use crate::shape::Order;
-use crate::simd::Active;
+use crate::simd::IsaKind;
 use crate::simd::element::{WideElement, writable};
 
 /// Sets of partial sums (statistics, weight gradients), at most: a number that does not depend on the threads, so that
@@ -66,7 +66,7 @@ const INFERENCE_IMAGES: usize = 8;
 /// What a program computes with.
 pub struct Arguments<'a, T> {
     /// The instruction set.
-    pub isa: Active,
+    pub isa: IsaKind,
     /// The program.
     pub program: &'a Program,
     /// Number of images.
@@ -82,7 +82,7 @@ pub struct Arguments<'a, T> {
 /// A pass through a program.
 #[derive(Clone)]
 struct Pass<'a, T> {
-    isa: Active,
+    isa: IsaKind,
     program: &'a Program,
     count: usize,
     order: Order,
@@ -106,7 +106,7 @@ struct Pass<'a, T> {
 /// What inference computes with. Parameters and statistics may come in pieces, which follow each other.
 pub struct Inference<'a, T> {
     /// The instruction set.
-    pub isa: Active,
+    pub isa: IsaKind,
     /// The program.
     pub program: &'a Program,
     /// Number of images.

@@ -12,8 +12,8 @@ use crate::parallel::{Shared, add_parts};
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 use crate::simd::element::WideElement;
-use crate::simd::mul_acc::Single;
-use crate::simd::{Active, Promised};
+use crate::simd::mul_acc::Fma;
+use crate::simd::{IsaKind, Promised};
 
 /// Values of a group's rows in a tile, about: in float32 as much as the L2 cache holds, because each call of a kernel costs
 /// tens of nanoseconds. (The pointwise steps of a kEffNet-B0 at 32 x 32, 64 images, take 396, 311, 295, 285, 276 ms with 32,
@@ -50,7 +50,7 @@ pub(super) struct Packed<T> {
 impl<T: WideElement> Packed<T> {
     /// Packs `weight(group, output row, input row)`.
     pub fn new(
-        isa: Active,
+        isa: IsaKind,
         groups: usize,
         outputs: usize,
         inputs: usize,
@@ -62,7 +62,7 @@ impl<T: WideElement> Packed<T> {
     /// Packs `weight(group, output row, input channel, tap)`, an input row being a channel seen through one of `taps`; a
     /// tap that is none weighs nothing.
     pub fn of_taps(
-        isa: Active,
+        isa: IsaKind,
         groups: usize,
         outputs: usize,
         channels: usize,
@@ -153,7 +153,7 @@ impl<T: WideElement> Pass<'_, T> {
                         // SAFETY: rows of the source, and these pixels of the value's rows, which are this task's own.
                         let kernel = unsafe {
                             Promised::new_unchecked(ConvRows {
-                                products: Single,
+                                products: Fma,
                                 x,
                                 x_offsets: &x_offsets,
                                 weights: packed.block(g, block),
@@ -196,7 +196,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let mut partial = memory::filled(T::default(), parts * groups * m * k);
         let mut bias = vec![0.0; parts * groups * m];
         let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
-        let products = RowProducts::<T, _>::new(pass.isa, Single, [m, k], tile);
+        let products = RowProducts::<T, _>::new(pass.isa, Fma, [m, k], tile);
         let y_offsets: Vec<_> = (0..k).map(|i| i * tile).collect();
         self.give_back(&step.source, groups, parts, |this, g, images, p, sums| {
             let sizes = [products.memory(), k * tile, m * tile, k * tile, k * most * tile];
@@ -240,7 +240,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                         // SAFETY: the gradient's rows, and rows of `grad_x`.
                         let kernel = unsafe {
                             Promised::new_unchecked(ConvRows {
-                                products: Single,
+                                products: Fma,
                                 x: a,
                                 x_offsets: &a_offsets,
                                 weights: packed.block(g, block),

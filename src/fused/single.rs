@@ -12,7 +12,7 @@ use crate::pool::parallel_for;
 use crate::scratch;
 use crate::simd::Promised;
 use crate::simd::element::WideElement;
-use crate::simd::mul_acc::Single;
+use crate::simd::mul_acc::Fma;
 
 /// Weights of a convolution that are worth more than one thread. (Each is read once, about 0.2 ns; entering the pool costs 12
 /// to 16 us.)
@@ -72,7 +72,7 @@ impl<T: WideElement> Pass<'_, T> {
                 // SAFETY: the rows of the block's weights, and channels of the value that are this task's own.
                 let kernel = unsafe {
                     Promised::new_unchecked(ConvRows {
-                        products: Single,
+                        products: Fma,
                         x: packed.block(g, block).as_ptr(),
                         x_offsets: &starts[b],
                         weights: &x[g * k..][..k],

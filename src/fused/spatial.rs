@@ -21,8 +21,8 @@ use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 use crate::shape::Axis;
 use crate::simd::element::{WideElement, writable};
-use crate::simd::mul_acc::Single;
-use crate::simd::{Active, Promised};
+use crate::simd::mul_acc::Fma;
+use crate::simd::{IsaKind, Promised};
 
 /// The phases of a convolution's output and of its input's gradient, along both axes.
 pub(super) struct Phases {
@@ -90,7 +90,7 @@ impl<T: WideElement> Pass<'_, T> {
                         // SAFETY: views of `padded` end inside it, as the rows do inside `results`.
                         let kernel = unsafe {
                             Promised::new_unchecked(ConvRows {
-                                products: Single,
+                                products: Fma,
                                 x: padded.as_ptr(),
                                 x_offsets: &views,
                                 weights: packed.block(g, block),
@@ -154,7 +154,7 @@ struct PhaseKernel<T> {
 }
 
 impl<T: WideElement> PhaseKernel<T> {
-    fn new(isa: Active, conv: &Conv, planes: &Planes, [vertical, horizontal]: [&Phase; 2], weights: &[T]) -> Self {
+    fn new(isa: IsaKind, conv: &Conv, planes: &Planes, [vertical, horizontal]: [&Phase; 2], weights: &[T]) -> Self {
         let row = |&(y, _): &(usize, isize)| horizontal.taps.iter().map(move |&(x, _)| Some(y * conv.kernel[1] + x));
         let order: Vec<_> = vertical.taps.iter().flat_map(row).collect();
         let weight = |g, i, o, tap| weights[conv.index(g, o, i, tap)];
@@ -184,7 +184,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let a_offsets: Vec<_> = (0..m).map(|o| o * grad_planes.len::<T>() + first).collect();
         let sets = phases.backward[1].len();
         let rows = most_pixels(&phases.backward[0]);
-        let products = RowProducts::<T, _>::new(pass.isa, Single, [m, b_offsets.len()], 1);
+        let products = RowProducts::<T, _>::new(pass.isa, Fma, [m, b_offsets.len()], 1);
         let sizes = [
             products.memory(),
             k * planes.len::<T>(),
@@ -322,7 +322,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     // SAFETY: views of the planes end inside them; `results` hold the phase's rows.
                     let kernel = unsafe {
                         Promised::new_unchecked(ConvRows {
-                            products: Single,
+                            products: Fma,
                             x: grads.as_ptr(),
                             x_offsets: &kernel.views,
                             weights,

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 
 use super::{Arguments, Inference, Program, backward, forward, infer};
 use crate::shape::Order;
-use crate::simd::Active;
+use crate::simd::IsaKind;
 use crate::simd::element::WideElement;
 
 /// Values 0 to 7: the input (4 channels), a grouped convolution, a strided depthwise one of what a norm and swish make
@@ -91,7 +91,7 @@ impl<T: WideElement> Case<T> {
         [integers(), pooling()].map(|program| Self::new(Program::parse(&program).unwrap(), COUNT))
     }
 
-    fn arguments(&self, isa: Active) -> Arguments<'_, T> {
+    fn arguments(&self, isa: IsaKind) -> Arguments<'_, T> {
         Arguments {
             isa,
             program: &self.program,
@@ -103,7 +103,7 @@ impl<T: WideElement> Case<T> {
     }
 
     /// Output, statistics and workspace.
-    fn forward(&self, isa: Active) -> [Vec<T>; 3] {
+    fn forward(&self, isa: IsaKind) -> [Vec<T>; 3] {
         let arguments = self.arguments(isa);
         let (mut statistics, mut workspace) = (Vec::new(), Vec::new());
         let y = filled(self.weights.len(), |y| {
@@ -117,12 +117,12 @@ impl<T: WideElement> Case<T> {
     }
 
     /// The weighted sum of the output.
-    fn loss(&self, isa: Active) -> f64 {
+    fn loss(&self, isa: IsaKind) -> f64 {
         self.forward(isa)[0].iter().zip(&self.weights).map(|(&y, &w)| y.to_f64() * w.to_f64()).sum()
     }
 
     /// Gradients by input and parameters.
-    fn gradients(&self, isa: Active) -> [Vec<T>; 2] {
+    fn gradients(&self, isa: IsaKind) -> [Vec<T>; 2] {
         let [_, statistics, workspace] = self.forward(isa);
         let mut grad_parameters = Vec::new();
         let grad_x = filled(self.x.len(), |grad_x| {
@@ -143,7 +143,7 @@ fn gradients_are_finite_differences() {
 }
 
 fn finite_differences(mut case: Case<f64>) {
-    let isa = Active::available()[0];
+    let isa = IsaKind::available()[0];
     let [grad_x, grad_parameters] = case.gradients(isa);
     let h = 1e-6;
     for (i, grad) in grad_parameters.iter().enumerate() {
@@ -168,9 +168,9 @@ fn finite_differences(mut case: Case<f64>) {
 
 #[test]
 fn every_instruction_set_agrees() {
-    let portable = Active::by_name("portable").unwrap();
+    let portable = IsaKind::by_name("portable").unwrap();
     let cases = || Case::<f64>::all().into_iter().zip(Case::<f32>::all());
-    for (isa, (exact, case)) in Active::available().into_iter().flat_map(|isa| cases().map(move |case| (isa, case))) {
+    for (isa, (exact, case)) in IsaKind::available().into_iter().flat_map(|isa| cases().map(move |case| (isa, case))) {
         let expected = [exact.forward(portable)[0].clone(), exact.gradients(portable).concat()];
         for (found, expected) in [case.forward(isa)[0].clone(), case.gradients(isa).concat()].iter().zip(&expected) {
             for (found, expected) in found.iter().zip(expected) {
@@ -183,7 +183,7 @@ fn every_instruction_set_agrees() {
 #[test]
 fn inference_is_the_forward_pass_with_given_statistics() {
     let cases = |isa| Case::<f64>::all().map(|case| (isa, case));
-    for (isa, mut case) in Active::available().into_iter().flat_map(cases) {
+    for (isa, mut case) in IsaKind::available().into_iter().flat_map(cases) {
         case.masks.clear();
         let [y, statistics, _] = case.forward(isa);
         let Arguments { program, count, order, parameters, .. } = case.arguments(isa);
@@ -255,7 +255,7 @@ fn more_images_than_memory_are_an_error() {
 
 #[test]
 fn without_images_there_are_zeros() {
-    let isa = Active::available()[0];
+    let isa = IsaKind::available()[0];
     for case in [integers(), pooling()].map(|program| Case::<f32>::new(Program::parse(&program).unwrap(), 0)) {
         let [y, statistics, _] = case.forward(isa);
         assert!(y.is_empty() && statistics.iter().all(|&value| value == 0.0));
@@ -267,7 +267,7 @@ fn without_images_there_are_zeros() {
 #[test]
 #[cfg_attr(miri, ignore = "hours")]
 fn changed_programs_run_or_are_refused() {
-    let isas = Active::available();
+    let isas = IsaKind::available();
     let mut state = 1u64;
     let mut random = |end: usize| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -319,7 +319,7 @@ fn changed_programs_run_or_are_refused() {
 /// NaN at a pixel makes NaN of the weights' gradients that the pixel has a part in, and of no others.
 #[test]
 fn what_is_no_number_reaches_no_other_weight() {
-    let isa = Active::available()[0];
+    let isa = IsaKind::available()[0];
     let plain = |value: i64, channels: i64| vec![1, value, -1, 0, 0, -1, 0, -1, 0, 1, channels, 0, 1];
     for (stride, groups) in [(1, 2), (2, 2), (1, 1), (2, 1)] {
         // A 3 x 3 convolution of 2 channels of 5 x 6 to 2, with zeros above and at the left.

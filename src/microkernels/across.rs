@@ -18,7 +18,7 @@
 use std::marker::PhantomData;
 
 use crate::simd::element::Element;
-use crate::simd::{Active, Isa, Kernel, line};
+use crate::simd::{Isa, IsaKind, Kernel, line};
 
 /// Pixels that are computed together; of one or two vectors twice as many, whose sums else wait for each other. (Input gradients
 /// of 320 channels of 8 x 8 to 1280, 80 groups: 0.64 and 0.63 ms, of 80 of 16 x 16 to 184, 4 groups, 0.115 and 0.104.)
@@ -29,7 +29,7 @@ pub const VECTORS: usize = 6;
 /// Whether there is code for an instruction set: where a vector is picked from two by one instruction, and registers hold the
 /// sums of a tile. (With AVX2, 192 channels to 1152 in 12 groups take a thread 1.33 ms so, 0.78 permuted.)
 const fn has_code<T: Element, I: Isa>() -> bool {
-    T::PICKS && I::PICKS && I::REGISTER_COUNT > PIXELS * VECTORS + PIXELS + 2
+    T::PERMUTES && I::PERMUTES && I::REGISTER_COUNT > PIXELS * VECTORS + PIXELS + 2
 }
 
 struct HasCode<T>(PhantomData<T>);
@@ -64,7 +64,7 @@ pub(crate) fn needs_pick(groups: usize, lanes: usize, start: usize) -> bool {
 }
 
 /// Whether there is code for an instruction set.
-pub(crate) fn fits<T: Element>(isa: Active) -> bool {
+pub(crate) fn fits<T: Element>(isa: IsaKind) -> bool {
     isa.run(HasCode::<T>(PhantomData))
 }
 
@@ -121,10 +121,10 @@ unsafe fn row<T: Element, I: Isa, const MODE: usize>(
         match MODE {
             NEIGHBOURS => T::load(isa, row.wrapping_add(first as usize)),
             2 | 4 | 8 => T::load_repeated::<I, MODE>(isa, row, index),
-            ONE => T::pick(isa, T::load(isa, row), index),
+            ONE => T::permute(isa, T::load(isa, row), index),
             _ => {
                 let pair = [T::load(isa, row), T::load(isa, row.wrapping_add(T::lanes::<I>()))];
-                T::pick_two(isa, pair, index)
+                T::permute2(isa, pair, index)
             }
         }
     }
@@ -259,7 +259,7 @@ impl<'a, T: Element> Across<'a, T> {
         let ahead = x.wrapping_add(self.ahead[0]);
         for term in 1..=self.terms {
             while asked < term * self.x_steps[1] {
-                (0..P).for_each(|p| isa.prefetch_far(ahead.wrapping_add(p * self.x_steps[0] + asked)));
+                (0..P).for_each(|p| isa.prefetch_l2(ahead.wrapping_add(p * self.x_steps[0] + asked)));
                 asked += line::<T>();
             }
             let mut rows = [T::splat(isa, T::default()); P];
@@ -280,7 +280,7 @@ impl<'a, T: Element> Across<'a, T> {
         for (v, sums) in sums.into_iter().enumerate() {
             for (p, sum) in sums.into_iter().enumerate() {
                 let y = self.y.wrapping_add((pixel + p) * self.y_steps[0] + (vector + v) * self.y_steps[1]);
-                isa.prefetch_far(y.wrapping_add(self.ahead[1]));
+                isa.prefetch_l2(y.wrapping_add(self.ahead[1]));
                 // SAFETY: the caller's promise.
                 unsafe { T::store(isa, y, sum) };
             }
@@ -420,7 +420,7 @@ impl<'a, T: Element> AcrossSums<'a, T> {
                 let g = g.wrapping_add(v * self.g_steps[1]);
                 // The first rows ask for all. (All at once before them: 40 % slower.)
                 if term == 0 {
-                    isa.prefetch_far(g.wrapping_add(self.ahead));
+                    isa.prefetch_l2(g.wrapping_add(self.ahead));
                 }
                 // SAFETY: the caller's promise.
                 let gradient = unsafe { T::load(isa, g) };

@@ -2,7 +2,7 @@
 //!
 //! The exponential is a chain of dependent instructions, of which so few fit the processor's window that it mostly waits:
 //! swish took 17 ns for 16 values (AVX-512) with one vector's chain after the other's, and takes 8 ns with four side by
-//! side. So every step is done for `N` vectors before the next one, and [`Isa::hold_f32s`] keeps the compiler from putting
+//! side. So every step is done for `N` vectors before the next one, and [`Isa::optimization_barrier_f32s`] keeps the compiler from putting
 //! the chains one after the other again.
 
 use crate::simd::Isa;
@@ -190,7 +190,7 @@ fn sigmoid_by_table<I: Isa, const N: usize>(isa: I, mut x: [I::f32s; N]) -> [I::
         r = isa.mul_add_e_f32s(n, isa.splat_f32s(-LN2.1), r);
         let p = isa.mul_add_e_f32s(r, isa.splat_f32s(COEFFICIENTS[0]), isa.splat_f32s(COEFFICIENTS[1]));
         let p = isa.mul_add_e_f32s(p, r, one);
-        let e = isa.scale_f32s(isa.mul_f32s(p, isa.look_up_f32s(&POWERS, pulp::cast(shifted))), n);
+        let e = isa.scale_f32s(isa.mul_f32s(p, isa.lookup_f32s(&POWERS, pulp::cast(shifted))), n);
         // As below: exp(x) / (1 + exp(x)).
         let d = isa.add_f32s(one, e);
         let y = isa.estimate_reciprocal_f32s(d);
@@ -215,7 +215,7 @@ fn sigmoid_by_polynomial<I: Isa, const N: usize>(isa: I, x: [I::f32s; N]) -> [I:
         // This leaves the error's cube.
         y[i] = isa.mul_add_e_f32s(y[i], isa.mul_add_e_f32s(error, error, error), y[i]);
     }
-    y = isa.hold_f32s(y);
+    y = isa.optimization_barrier_f32s(y);
     for i in 0..N {
         // And this the square of that, of the quotient.
         s[i] = isa.mul_f32s(e[i], y[i]);
@@ -257,14 +257,14 @@ fn minus_exp_f32<I: Isa, const N: usize>(isa: I, x: [I::f32s; N]) -> [I::f32s; N
         r[i] = isa.mul_add_e_f32s(n, isa.splat_f32s(-LN2.0), r[i]);
         r[i] = isa.mul_add_e_f32s(n, isa.splat_f32s(-LN2.1), r[i]);
     }
-    r = isa.hold_f32s(r);
+    r = isa.optimization_barrier_f32s(r);
     let mut p = [isa.splat_f32s(-COEFFICIENTS[0]); N];
     for coefficient in &COEFFICIENTS[1..] {
         for i in 0..N {
             p[i] = isa.mul_add_e_f32s(p[i], r[i], isa.splat_f32s(-coefficient));
         }
     }
-    p = isa.hold_f32s(p);
+    p = isa.optimization_barrier_f32s(p);
     for i in 0..N {
         let power = pulp::cast(isa.wrapping_dyn_shl_u32s(pulp::cast(shifted[i]), isa.splat_u32s(23)));
         p[i] = isa.mul_f32s(isa.mul_f32s(p[i], power), isa.splat_f32s(2f32.powi(-OFFSET)));
@@ -275,7 +275,7 @@ fn minus_exp_f32<I: Isa, const N: usize>(isa: I, x: [I::f32s; N]) -> [I::f32s; N
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::{Active, Kernel};
+    use crate::simd::{IsaKind, Kernel};
 
     /// Exponential and sigmoid of 16 values.
     struct Both([f32; 16]);
@@ -301,7 +301,7 @@ mod tests {
     #[test]
     fn exponential_and_sigmoid_over_the_whole_range() {
         let step = if cfg!(miri) { 4_000_037 } else { 997 };
-        for isa in Active::available() {
+        for isa in IsaKind::available() {
             for first in (0..u32::MAX - 16 * step).step_by(16 * step as usize) {
                 let x: [f32; 16] = std::array::from_fn(|i| f32::from_bits(first + i as u32 * step));
                 let [exponentials, sigmoids] = isa.run(Both(x));

@@ -14,7 +14,7 @@
 //! multiply-adds, so from 2 x 2 on the arithmetic is the limit, not the loads.
 
 use crate::simd::element::{Element, WideElement};
-use crate::simd::mul_acc::Products;
+use crate::simd::mul_acc::MulAcc;
 use crate::simd::{Isa, Kernel, Promised, line};
 
 /// The most output rows of one [`ConvRows`] tile.
@@ -62,7 +62,7 @@ pub struct ConvRows<'a, T: Element, M> {
     pub x: *const T,
     /// One offset for each input row.
     pub x_offsets: &'a [usize],
-    /// Weights `[step][output row]`, packed by [`Products::pack`]: a step takes one input row or two.
+    /// Weights `[step][output row]`, packed by [`MulAcc::pack`]: a step takes one input row or two.
     pub weights: &'a [T::Wide],
     /// What sums start from.
     pub start: Start<'a, T>,
@@ -95,7 +95,7 @@ const fn paired(vectors: usize, tail: bool) -> usize {
     (vectors - tail as usize) / 2 * 2
 }
 
-impl<'a, T: Element, M: Products<T>> ConvRows<'a, T, M> {
+impl<'a, T: Element, M: MulAcc<T>> ConvRows<'a, T, M> {
     /// What can be checked of a description.
     #[inline(always)]
     fn check(&self) {
@@ -182,9 +182,9 @@ impl<'a, T: Element, M: Products<T>> ConvRows<'a, T, M> {
         if self.ahead[0] > 0 {
             for v in 0..V {
                 let ahead = p + v * lanes + self.ahead[0];
-                isa.prefetch_far(self.x.wrapping_add(row + ahead));
+                isa.prefetch_l2(self.x.wrapping_add(row + ahead));
                 if let Some(next) = next {
-                    isa.prefetch_far(self.x.wrapping_add(next + ahead));
+                    isa.prefetch_l2(self.x.wrapping_add(next + ahead));
                 }
             }
         }
@@ -286,7 +286,7 @@ impl<'a, T: Element, M: Products<T>> ConvRows<'a, T, M> {
                 unsafe {
                     let ptr = self.y.add(*self.y_offsets.get_unchecked(r) + p + v * lanes);
                     if self.ahead[1] > 0 {
-                        isa.prefetch_far(ptr.wrapping_add(self.ahead[1]));
+                        isa.prefetch_l2(ptr.wrapping_add(self.ahead[1]));
                     }
                     if v < paired {
                         if v % 2 == 0 {
@@ -301,7 +301,7 @@ impl<'a, T: Element, M: Products<T>> ConvRows<'a, T, M> {
     }
 }
 
-impl<T: Element, M: Products<T>> Kernel for Promised<ConvRows<'_, T, M>> {
+impl<T: Element, M: MulAcc<T>> Kernel for Promised<ConvRows<'_, T, M>> {
     type Output = ();
 
     #[inline(always)]
@@ -383,7 +383,7 @@ enum Load<M> {
     First(M),
 }
 
-impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
+impl<'a, T: Element, M: MulAcc<T>> DotRows<'a, T, M> {
     /// What can be checked of a description.
     #[inline(always)]
     fn check(&self) {
@@ -506,7 +506,7 @@ impl<'a, T: Element, M: Products<T>> DotRows<'a, T, M> {
     }
 }
 
-impl<T: Element, M: Products<T>> Kernel for Promised<DotRows<'_, T, M>> {
+impl<T: Element, M: MulAcc<T>> Kernel for Promised<DotRows<'_, T, M>> {
     type Output = ();
 
     #[inline(always)]

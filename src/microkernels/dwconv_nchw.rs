@@ -1,7 +1,7 @@
 //! The depthwise convolution over NCHW planes, pixels being the vector dimension.
 //!
-//! Both kernels go down a plane row by row and keep all results that a row of the input takes part in: [`Correlate`] the
-//! output rows that are not complete yet, [`CorrelateSums`] the rows of the gradient that it still meets.
+//! Both kernels go down a plane row by row and keep all results that a row of the input takes part in: [`DwConvNchw`] the
+//! output rows that are not complete yet, [`DwConvNchwGradWeight`] the rows of the gradient that it still meets.
 //!
 //! ```text
 //!                    y[t-2]  y[t-1]  y[t]        a kernel of 3 rows, stride 1
@@ -11,7 +11,7 @@
 //! ```
 //!
 //! So a value is loaded once for each column of the kernel, not once for each of its taps. Planes are read as they come:
-//! rows above and below them are left out, what a tap sees beside them is masked ([`View`]).
+//! rows above and below them are left out, what a tap sees beside them is masked ([`TapView`]).
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -23,7 +23,7 @@ use crate::simd::{Isa, Kernel, line};
 pub const MAX_TAP_ROWS: usize = 7;
 /// The most columns of a kernel.
 pub const MAX_COLUMNS: usize = 7;
-/// The most columns of a kernel in one [`CorrelateSums`].
+/// The most columns of a kernel in one [`DwConvNchwGradWeight`].
 const MAX_TAP_COLUMNS: usize = 5;
 
 /// How many rows of taps there is code for that `kernel` rows fit into; those beyond are zero.
@@ -64,7 +64,7 @@ macro_rules! with_rows {
 /// beside a plane is masked. At a step of 2, a vector is every other value of two. Where two rows fit into a vector, they go
 /// through it together, as at a stride of 2: the output's rows `2 t` and `2 t + 1` are one row of sums.
 #[derive(Clone)]
-pub struct View<'a, T> {
+pub struct TapView<'a, T> {
     /// The planes.
     pub x: &'a [T],
     /// Height and width of each.
@@ -85,7 +85,7 @@ pub struct View<'a, T> {
     pub ahead: [usize; 2],
 }
 
-impl<T: Element> View<'_, T> {
+impl<T: Element> TapView<'_, T> {
     /// Rows of the planes from one row of sums to the next.
     fn stride(&self) -> usize {
         self.step * self.rows
@@ -130,13 +130,13 @@ impl<T: Element> View<'_, T> {
     /// Asks for what will be read some time after so many vectors.
     #[inline(always)]
     fn ask<I: Isa>(&self, isa: I, x: *const T, vectors: usize) {
-        (0..vectors).for_each(|v| isa.prefetch_far(x.wrapping_add(self.ahead[0] + v * T::lanes::<I>())));
+        (0..vectors).for_each(|v| isa.prefetch_l2(x.wrapping_add(self.ahead[0] + v * T::lanes::<I>())));
     }
 
     /// Asks for the results that come some time after a vector.
     #[inline(always)]
     fn ask_results<I: Isa, Y>(&self, isa: I, y: *const Y) {
-        isa.prefetch_far(y.wrapping_add(self.ahead[1]));
+        isa.prefetch_l2(y.wrapping_add(self.ahead[1]));
     }
 
     /// Row 0, from a place in it on.
@@ -157,7 +157,7 @@ struct Layout {
 
 impl Layout {
     /// That of planes whose results are so far apart.
-    fn new<T>(view: &View<'_, T>, steps: [usize; 2]) -> Self {
+    fn new<T>(view: &TapView<'_, T>, steps: [usize; 2]) -> Self {
         let both = |(count, step), own| (count, [step, own]);
         Self { images: both(view.images, steps[0]), channels: both(view.channels, steps[1]) }
     }
@@ -235,7 +235,7 @@ impl<M: Copy, const C: usize> Masked<M, C> {
     #[inline(always)]
     fn new<T: Element<Mask<I> = M>, I: Isa>(
         isa: I,
-        view: &View<T::Wide>,
+        view: &TapView<T::Wide>,
         columns: &[isize],
         [rows, width]: [usize; 2],
         at: usize,
@@ -305,7 +305,7 @@ impl<M: Copy, const C: usize> Alternate<M, C> {
     #[inline(always)]
     fn new<T: Element<Mask<I> = M>, I: Isa>(
         isa: I,
-        view: &View<T::Wide>,
+        view: &TapView<T::Wide>,
         columns: &[isize],
         width: usize,
         at: usize,
@@ -368,9 +368,9 @@ impl<'a, T> Results<'a, T> {
 }
 
 /// `y[t][p] = start + sum over taps of weights[tap] * x[stride * t + tap row][p + its column's view]`.
-pub struct Correlate<'a, T: Element> {
+pub struct DwConvNchw<'a, T: Element> {
     /// The input.
-    pub view: View<'a, T::Wide>,
+    pub view: TapView<'a, T::Wide>,
     /// Rows of the kernel: what [`tap_rows`] says.
     pub tap_rows: usize,
     /// The channels' kernels, `[column][row]`.
@@ -393,7 +393,7 @@ const fn tile_vectors(registers: usize, rows: usize) -> usize {
     }
 }
 
-impl<T: Element> Correlate<'_, T> {
+impl<T: Element> DwConvNchw<'_, T> {
     /// `K` rows of taps at stride `S`: `J` rows of sums.
     #[inline(always)]
     fn rows<I: Isa, const K: usize, const J: usize, const S: usize>(&self, isa: I) {
@@ -425,7 +425,7 @@ impl<T: Element> Correlate<'_, T> {
     /// Vectors of the columns from `at` on, of all channels.
     ///
     /// # Safety
-    /// As for [`Correlate::tiles`].
+    /// As for [`DwConvNchw::tiles`].
     #[inline(always)]
     unsafe fn channels<I: Isa, const K: usize, const J: usize, const S: usize>(
         &self,
@@ -490,7 +490,7 @@ impl<T: Element> Correlate<'_, T> {
     /// returns how many vectors these are.
     ///
     /// # Safety
-    /// As for [`Correlate::tiles`].
+    /// As for [`DwConvNchw::tiles`].
     #[inline(always)]
     unsafe fn tile<
         I: Isa,
@@ -578,7 +578,7 @@ impl<T: Element> Correlate<'_, T> {
     }
 }
 
-impl<T: Element> Kernel for Correlate<'_, T> {
+impl<T: Element> Kernel for DwConvNchw<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -596,9 +596,9 @@ impl<T: Element> Kernel for Correlate<'_, T> {
 }
 
 /// `sums[tap] += sum over t and p of g[t][p] * x[stride * t + tap row][p + its column's view]`: the weight gradient.
-pub struct CorrelateSums<'a, T: Element> {
+pub struct DwConvNchwGradWeight<'a, T: Element> {
     /// The input.
-    pub view: View<'a, T::Wide>,
+    pub view: TapView<'a, T::Wide>,
     /// Rows of the kernel: what [`tap_rows`] says.
     pub tap_rows: usize,
     /// The gradient by the output.
@@ -620,7 +620,7 @@ const fn tile_columns(registers: usize, tap_rows: usize, rows: usize) -> usize {
     }
 }
 
-impl<T: Element> CorrelateSums<'_, T> {
+impl<T: Element> DwConvNchwGradWeight<'_, T> {
     /// `K` rows of taps at stride `S`: `J` rows of the gradient.
     #[inline(always)]
     fn rows<I: Isa, const K: usize, const J: usize, const S: usize>(&mut self, isa: I) {
@@ -676,7 +676,7 @@ impl<T: Element> CorrelateSums<'_, T> {
     /// Vectors of the columns from `at` on, of all channels.
     ///
     /// # Safety
-    /// As for [`CorrelateSums::tile`].
+    /// As for [`DwConvNchwGradWeight::tile`].
     #[inline(always)]
     unsafe fn channels<I: Isa, const K: usize, const J: usize, const S: usize, const C: usize>(
         &mut self,
@@ -717,7 +717,7 @@ impl<T: Element> CorrelateSums<'_, T> {
     /// One vector of columns, all rows, `starts` being its places in `x` and `g`.
     ///
     /// # Safety
-    /// As for [`CorrelateSums::tile`].
+    /// As for [`DwConvNchwGradWeight::tile`].
     #[inline(always)]
     unsafe fn vector<I: Isa, const K: usize, const J: usize, const S: usize, const C: usize, E: Edges<T, I>>(
         &self,
@@ -774,7 +774,7 @@ impl<T: Element> CorrelateSums<'_, T> {
     }
 }
 
-impl<T: Element> Kernel for CorrelateSums<'_, T> {
+impl<T: Element> Kernel for DwConvNchwGradWeight<'_, T> {
     type Output = ();
 
     #[inline(always)]

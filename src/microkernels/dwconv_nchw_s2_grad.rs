@@ -21,12 +21,12 @@ use crate::simd::{Isa, Kernel};
 
 /// The most vectors of the gradient's columns that an input's pixel sees.
 const MAX_SEEN: usize = MAX_COLUMNS.div_ceil(2);
-/// Pairs of the input's rows that share what is loaded. (5x5 over 16 x 672 planes of 17 x 17: 0.83 ms of a thread, 0.92 with one
+/// Bf16Dot of the input's rows that share what is loaded. (5x5 over 16 x 672 planes of 17 x 17: 0.83 ms of a thread, 0.92 with one
 /// pair; 3x3 over 16 x 512 of 15 x 15 0.43 with one or two, with four half as much again.)
 const PAIRS: usize = 2;
 
 /// How many rows and columns of taps there is code for that a kernel of so many fits into; those beyond are zero.
-pub const fn spread_taps(kernel: usize) -> usize {
+pub const fn stride2_taps(kernel: usize) -> usize {
     match kernel {
         0..=3 => 3,
         4..=5 => 5,
@@ -36,7 +36,7 @@ pub const fn spread_taps(kernel: usize) -> usize {
 
 /// `y[r][p] = sum over taps of weights[i][j] * g[(r + before - i) / 2][(p + before - j) / 2]`, where these are whole numbers,
 /// for planes of some channels of some images.
-pub struct Spread<'a, T: Element> {
+pub struct Stride2Grad<'a, T: Element> {
     /// The gradient by the output.
     pub g: &'a [T::Wide],
     /// Height and width of its planes.
@@ -45,7 +45,7 @@ pub struct Spread<'a, T: Element> {
     pub images: (usize, usize),
     /// Likewise channels.
     pub channels: (usize, usize),
-    /// Rows and columns of a kernel: what [`spread_taps`] says.
+    /// Rows and columns of a kernel: what [`stride2_taps`] says.
     pub taps: usize,
     /// The channels' kernels.
     pub weights: &'a [T::Wide],
@@ -78,7 +78,7 @@ struct Edges<M> {
     results: [M; 2],
 }
 
-impl<T: Element> Spread<'_, T> {
+impl<T: Element> Stride2Grad<'_, T> {
     /// That all planes can be read, and so many values from `y` on hold as many planes of results.
     fn check(&self) {
         let len = |[image, channel]: [usize; 2], [height, width]: [usize; 2]| {
@@ -154,7 +154,7 @@ impl<T: Element> Spread<'_, T> {
     /// `P` pairs of rows from `pair` on; returns how many these are.
     ///
     /// # Safety
-    /// As for [`Spread::rows`].
+    /// As for [`Stride2Grad::rows`].
     #[inline(always)]
     unsafe fn pairs<I: Isa, const K: usize, const J: usize, const ODD: usize, const P: usize, const EDGE: bool>(
         &self,
@@ -173,7 +173,7 @@ impl<T: Element> Spread<'_, T> {
             // The last pair's first tap sees the first of these rows.
             let Some(row) = (first + P - 1).checked_sub(seen).filter(|&row| row < height) else { continue };
             let g = g.wrapping_add(row * g_width);
-            isa.prefetch_far(g.wrapping_add(self.ahead[0]));
+            isa.prefetch_l2(g.wrapping_add(self.ahead[0]));
             for j in 0..J {
                 let ptr = g.wrapping_sub(j);
                 // SAFETY: a row of the gradient; the mask leaves out what is beside it.
@@ -198,7 +198,7 @@ impl<T: Element> Spread<'_, T> {
                 let y = y.wrapping_add(row * self.size[1]);
                 for (half, value) in T::zip(isa, even, odd).into_iter().enumerate() {
                     let y = y.wrapping_add(half * lanes);
-                    isa.prefetch_far(y.wrapping_add(self.ahead[1]));
+                    isa.prefetch_l2(y.wrapping_add(self.ahead[1]));
                     // SAFETY: a row of the result; the mask leaves out what is beside it.
                     unsafe {
                         if EDGE {
@@ -214,7 +214,7 @@ impl<T: Element> Spread<'_, T> {
     }
 }
 
-impl<T: Element> Kernel for Spread<'_, T> {
+impl<T: Element> Kernel for Stride2Grad<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -230,7 +230,7 @@ impl<T: Element> Kernel for Spread<'_, T> {
             (5, _) => self.columns::<I, 5, 3, 1>(isa),
             (7, 0) => self.columns::<I, 7, 4, 0>(isa),
             (7, _) => self.columns::<I, 7, 4, 1>(isa),
-            (taps, _) => unreachable!("{taps} rows of taps: see spread_taps"),
+            (taps, _) => unreachable!("{taps} rows of taps: see stride2_taps"),
         }
     }
 }

@@ -31,7 +31,7 @@ const fn strip_rows(registers: usize, columns: usize) -> usize {
 
 /// An NHWC image, and what some results see of it.
 #[derive(Clone, Copy)]
-pub struct Sight<'a, T> {
+pub struct Window<'a, T> {
     /// The image.
     pub x: &'a [T],
     /// Its height and width.
@@ -48,7 +48,7 @@ pub struct Sight<'a, T> {
     pub asks: usize,
 }
 
-impl<T: Element> Sight<'_, T> {
+impl<T: Element> Window<'_, T> {
     fn check(&self) {
         assert!(self.x.len() >= self.size[0] * self.size[1] * self.channels, "x");
         assert!(self.channels > 0 && (1..=2).contains(&self.step), "step");
@@ -79,7 +79,7 @@ impl<T: Element> Sight<'_, T> {
 #[inline(always)]
 fn ask<T: Element, I: Isa>(isa: I, ptr: &mut *const T, vectors: usize) {
     for _ in 0..vectors {
-        isa.prefetch_far(*ptr);
+        isa.prefetch_l2(*ptr);
         *ptr = ptr.wrapping_add(T::lanes::<I>());
     }
 }
@@ -88,9 +88,9 @@ fn ask<T: Element, I: Isa>(isa: I, ptr: &mut *const T, vectors: usize) {
 ///
 /// # Safety
 /// Until it has run, `channels` values must be writable at every result.
-pub struct StripConv<'a, T: Element> {
+pub struct DwConvNhwc<'a, T: Element> {
     /// What the results see.
-    pub sight: Sight<'a, T>,
+    pub window: Window<'a, T>,
     /// The weights of a kernel, `[vector of channels][tap][lane]`.
     pub weights: &'a [T::Wide],
     /// How many taps that kernel has.
@@ -111,21 +111,21 @@ pub struct StripConv<'a, T: Element> {
     pub ahead: [*const T; 2],
 }
 
-impl<'a, T: Element> StripConv<'a, T> {
+impl<'a, T: Element> DwConvNhwc<'a, T> {
     /// What can be checked of a description.
     #[inline(always)]
     fn check(&self) {
-        self.sight.check();
-        assert!(self.bias.is_none_or(|bias| bias.len() == self.sight.channels), "bias");
+        self.window.check();
+        assert!(self.bias.is_none_or(|bias| bias.len() == self.window.channels), "bias");
     }
 
     /// All results, through `K` columns of taps, of which one column of the image meets `F` at a step of `S`.
     ///
     /// # Safety
-    /// As for [`StripConv`]; the weights must have been checked.
+    /// As for [`DwConvNhwc`]; the weights must have been checked.
     #[inline(always)]
     unsafe fn all<I: Isa, const K: usize, const S: usize, const F: usize>(&mut self, isa: I) {
-        let (lanes, channels) = (T::lanes::<I>(), self.sight.channels);
+        let (lanes, channels) = (T::lanes::<I>(), self.window.channels);
         for c in (0..channels).step_by(lanes) {
             let mask = T::mask(isa, (channels - c).min(lanes));
             // SAFETY: the caller's promise; all these channels exist, but for those that the mask leaves out.
@@ -142,7 +142,7 @@ impl<'a, T: Element> StripConv<'a, T> {
     /// A vector of channels from `c`.
     ///
     /// # Safety
-    /// As for [`StripConv::all`]; the channels must exist, but for what `mask` leaves out.
+    /// As for [`DwConvNhwc::all`]; the channels must exist, but for what `mask` leaves out.
     #[inline(always)]
     unsafe fn channels<I: Isa, const TAIL: bool, const K: usize, const S: usize, const F: usize>(
         &mut self,
@@ -176,7 +176,7 @@ impl<'a, T: Element> StripConv<'a, T> {
     /// `J` rows of results from `row`.
     ///
     /// # Safety
-    /// As for [`StripConv::channels`]; the rows must exist.
+    /// As for [`DwConvNhwc::channels`]; the rows must exist.
     #[inline(always)]
     unsafe fn strip<I: Isa, const TAIL: bool, const K: usize, const S: usize, const F: usize, const J: usize>(
         &mut self,
@@ -185,7 +185,7 @@ impl<'a, T: Element> StripConv<'a, T> {
         mask: T::Mask<I>,
         row: usize,
     ) {
-        let (sight, [_, columns]) = (self.sight, self.size);
+        let (window, [_, columns]) = (self.window, self.size);
         let start = match self.bias {
             // SAFETY: the channels exist.
             Some(bias) => unsafe { load::<T, I, TAIL>(isa, mask, bias.as_ptr().wrapping_add(c)) },
@@ -203,7 +203,7 @@ impl<'a, T: Element> StripConv<'a, T> {
                 }
             }
             if t + 1 >= F {
-                ask::<T, I>(isa, &mut self.ahead[0], J * sight.asks);
+                ask::<T, I>(isa, &mut self.ahead[0], J * window.asks);
                 ask::<T, I>(isa, &mut self.ahead[1], J);
                 for (j, &sum) in sums[0].iter().enumerate() {
                     let y = y.wrapping_add(j * self.strides[0]);
@@ -222,7 +222,7 @@ impl<'a, T: Element> StripConv<'a, T> {
     /// Adds column `S * t + A` of the image to the sums of the results that see it.
     ///
     /// # Safety
-    /// As for [`StripConv::strip`].
+    /// As for [`DwConvNhwc::strip`].
     #[inline(always)]
     unsafe fn column<
         I: Isa,
@@ -241,18 +241,18 @@ impl<'a, T: Element> StripConv<'a, T> {
         t: usize,
         sums: &mut [[T::Vector<I>; J]; F],
     ) {
-        let (lanes, sight) = (T::lanes::<I>(), self.sight);
-        let Some(column) = sight.column(S * t + A) else { return };
+        let (lanes, window) = (T::lanes::<I>(), self.window);
+        let Some(column) = window.column(S * t + A) else { return };
         let [tap_row, tap_column] = self.tap_steps.map(|step| step * lanes as isize);
         let weights = self.weights.as_ptr().wrapping_add((c / lanes * self.kernel_taps + self.first_tap) * lanes);
-        let inside = sight.has_row(S * row) && sight.has_row(S * (row + J - 1) + sight.taps[0] - 1);
-        let x = sight.row(S * row, c).wrapping_add(column * sight.channels);
-        let row_len = sight.size[1] * sight.channels;
-        for tap in 0..sight.taps[0] {
+        let inside = window.has_row(S * row) && window.has_row(S * (row + J - 1) + window.taps[0] - 1);
+        let x = window.row(S * row, c).wrapping_add(column * window.channels);
+        let row_len = window.size[1] * window.channels;
+        for tap in 0..window.taps[0] {
             // Rows outside the image are zeros.
             let mut values = [T::splat(isa, T::default()); J];
             for (j, value) in values.iter_mut().enumerate() {
-                if inside || sight.has_row(S * (row + j) + tap) {
+                if inside || window.has_row(S * (row + j) + tap) {
                     let x = x.wrapping_add((S * j + tap) * row_len);
                     // SAFETY: a pixel of the image; the channels exist.
                     *value = unsafe { load::<T, I, TAIL>(isa, mask, x) };
@@ -282,15 +282,15 @@ unsafe fn load<T: Element, I: Isa, const TAIL: bool>(isa: I, mask: T::Mask<I>, p
     unsafe { if TAIL { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) } }
 }
 
-impl<T: Element> Kernel for Promised<StripConv<'_, T>> {
-    /// Where [`StripConv::ahead`] would go on.
+impl<T: Element> Kernel for Promised<DwConvNhwc<'_, T>> {
+    /// Where [`DwConvNhwc::ahead`] would go on.
     type Output = [*const T; 2];
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> [*const T; 2] {
         let mut conv = self.into_inner();
         conv.check();
-        let (Sight { taps: [rows, columns], step, channels, .. }, lanes) = (conv.sight, T::lanes::<I>());
+        let (Window { taps: [rows, columns], step, channels, .. }, lanes) = (conv.window, T::lanes::<I>());
         assert!(conv.weights.len() >= channels.div_ceil(lanes) * conv.kernel_taps * lanes, "weights");
         let [down, right] = [(rows, 0), (columns, 1)].map(|(taps, axis)| (taps as isize - 1) * conv.tap_steps[axis]);
         let corners = [0, down, right, down + right].map(|taps| conv.first_tap.wrapping_add_signed(taps));
@@ -318,9 +318,9 @@ impl<T: Element> Kernel for Promised<StripConv<'_, T>> {
 ///
 /// # Safety
 /// Until it has run, `channels` values must be readable at every pixel of `g`.
-pub struct StripSums<'a, T: Element> {
+pub struct DwConvNhwcGradWeight<'a, T: Element> {
     /// What the gradients' results see.
-    pub sight: Sight<'a, T>,
+    pub window: Window<'a, T>,
     /// The gradient by the output.
     pub g: *const T,
     /// From one row, and from one column, of it to the next.
@@ -329,7 +329,7 @@ pub struct StripSums<'a, T: Element> {
     pub size: [usize; 2],
     /// The sums, `[vector of channels][row of taps][column][lane]`.
     pub sums: &'a mut [T::Wide],
-    /// See [`StripConv::ahead`].
+    /// See [`DwConvNhwc::ahead`].
     pub ahead: [*const T; 2],
 }
 
@@ -342,21 +342,21 @@ const fn sum_rows(registers: usize, kernel: usize) -> usize {
     }
 }
 
-impl<'a, T: Element> StripSums<'a, T> {
+impl<'a, T: Element> DwConvNhwcGradWeight<'a, T> {
     /// What can be checked of a description.
     #[inline(always)]
     fn check(&self) {
-        self.sight.check();
-        assert_eq!(self.sight.taps[0], self.sight.taps[1], "taps");
+        self.window.check();
+        assert_eq!(self.window.taps[0], self.window.taps[1], "taps");
     }
 
     /// All channels, for a kernel of `K` rows and columns, of which one column of the image meets `F` at a step of `S`.
     ///
     /// # Safety
-    /// As for [`StripSums`]; the number of sums must have been checked.
+    /// As for [`DwConvNhwcGradWeight`]; the number of sums must have been checked.
     #[inline(always)]
     unsafe fn all<I: Isa, const K: usize, const S: usize, const F: usize>(&mut self, isa: I) {
-        let (lanes, channels) = (T::lanes::<I>(), self.sight.channels);
+        let (lanes, channels) = (T::lanes::<I>(), self.window.channels);
         for c in (0..channels).step_by(lanes) {
             let mask = T::mask(isa, (channels - c).min(lanes));
             // SAFETY: the caller's promise; all these channels exist, but for those that the mask leaves out.
@@ -373,7 +373,7 @@ impl<'a, T: Element> StripSums<'a, T> {
     /// A vector of channels from `c`.
     ///
     /// # Safety
-    /// As for [`StripSums::all`]; the channels must exist, but for what `mask` leaves out.
+    /// As for [`DwConvNhwcGradWeight::all`]; the channels must exist, but for what `mask` leaves out.
     #[inline(always)]
     unsafe fn channels<I: Isa, const TAIL: bool, const K: usize, const S: usize, const F: usize>(
         &mut self,
@@ -402,7 +402,7 @@ impl<'a, T: Element> StripSums<'a, T> {
     /// `R` rows of taps from `tap`; returns how many these are.
     ///
     /// # Safety
-    /// As for [`StripSums::channels`].
+    /// As for [`DwConvNhwcGradWeight::channels`].
     #[inline(always)]
     unsafe fn rows<I: Isa, const TAIL: bool, const K: usize, const S: usize, const F: usize, const R: usize>(
         &mut self,
@@ -413,7 +413,7 @@ impl<'a, T: Element> StripSums<'a, T> {
     ) -> usize {
         let (lanes, [rows, columns]) = (T::lanes::<I>(), self.size);
         // The first rows ask for all.
-        let asks = if tap == 0 { [self.sight.asks, 1] } else { [0, 0] };
+        let asks = if tap == 0 { [self.window.asks, 1] } else { [0, 0] };
         let mut sums = [[T::splat(isa, T::default()); K]; R];
         for row in 0..rows {
             for t in 0..columns + F - 1 {
@@ -442,7 +442,7 @@ impl<'a, T: Element> StripSums<'a, T> {
     /// Adds the products of column `S * t + A` of the image and the gradients of a row that see it.
     ///
     /// # Safety
-    /// As for [`StripSums::rows`].
+    /// As for [`DwConvNhwcGradWeight::rows`].
     #[inline(always)]
     unsafe fn column<
         I: Isa,
@@ -461,15 +461,15 @@ impl<'a, T: Element> StripSums<'a, T> {
         t: usize,
         sums: &mut [[T::Vector<I>; K]; R],
     ) {
-        let sight = self.sight;
-        let Some(column) = sight.column(S * t + A) else { return };
+        let window = self.window;
+        let Some(column) = window.column(S * t + A) else { return };
         let first = S * row + tap;
-        let x = sight.row(first, c).wrapping_add(column * sight.channels);
+        let x = window.row(first, c).wrapping_add(column * window.channels);
         let mut values = [T::splat(isa, T::default()); R];
         for (r, value) in values.iter_mut().enumerate() {
-            if sight.has_row(first + r) {
+            if window.has_row(first + r) {
                 // SAFETY: a pixel of the image; the channels exist.
-                *value = unsafe { load::<T, I, TAIL>(isa, mask, x.wrapping_add(r * sight.size[1] * sight.channels)) };
+                *value = unsafe { load::<T, I, TAIL>(isa, mask, x.wrapping_add(r * window.size[1] * window.channels)) };
             }
         }
         let g = self.g.wrapping_add(row * self.strides[0] + c);
@@ -485,14 +485,14 @@ impl<'a, T: Element> StripSums<'a, T> {
     }
 }
 
-impl<T: Element> Kernel for Promised<StripSums<'_, T>> {
+impl<T: Element> Kernel for Promised<DwConvNhwcGradWeight<'_, T>> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let mut grad = self.into_inner();
         grad.check();
-        let Sight { taps: [kernel, _], step, channels, .. } = grad.sight;
+        let Window { taps: [kernel, _], step, channels, .. } = grad.window;
         let lanes = T::lanes::<I>();
         assert_eq!(grad.sums.len(), channels.div_ceil(lanes) * kernel * kernel * lanes, "sums");
         // SAFETY: promised; the number of sums has just been checked.

@@ -92,10 +92,10 @@ impl<'a, T: Element> Folds<'a, T> {
         let (x, y) = (self.x.as_ptr().wrapping_add(at * K), self.y.wrapping_add(at));
         let weights = self.weights.as_ptr().wrapping_add(place * K * lanes);
         let mut products = [zero; K];
-        isa.prefetch_far(y.wrapping_byte_add(AHEAD));
+        isa.prefetch_l2(y.wrapping_byte_add(AHEAD));
         for (i, product) in products.iter_mut().enumerate() {
             let x = x.wrapping_add(i * lanes);
-            isa.prefetch_far(x.wrapping_byte_add(AHEAD));
+            isa.prefetch_l2(x.wrapping_byte_add(AHEAD));
             // SAFETY: the caller's promise; the mask leaves out what is behind the last value.
             unsafe {
                 let values = if TAIL {
@@ -152,11 +152,11 @@ fn fold_odd<T: Element, I: Isa, const L: usize>(isa: I, values: &[T::Vector<I>])
         // SAFETY: a vector of numbers, of which there are enough.
         let index = unsafe { places.as_ptr().cast::<I::u32s>().read_unaligned() };
         // What the last vector holds, and then, where they have the place, each two before it.
-        let mut picked = T::pick(isa, values[L - 1], index);
+        let mut picked = T::permute(isa, values[L - 1], index);
         for (i, pair) in values.as_chunks::<2>().0.iter().enumerate().rev() {
             let places = isa.sub_u32s(index, isa.splat_u32s((2 * i * lanes) as u32));
             let here = isa.less_than_u32s(places, isa.splat_u32s(2 * lanes as u32));
-            picked = T::select(isa, here, T::pick_two(isa, *pair, places), picked);
+            picked = T::select(isa, here, T::permute2(isa, *pair, places), picked);
         }
         sum = T::add_vectors(isa, sum, picked);
     }
@@ -193,10 +193,10 @@ impl<T: Element> Kernel for CheckedFolds<'_, T> {
                 2 => self.0.all::<I, 2>(isa),
                 4 => self.0.all::<I, 4>(isa),
                 8 => self.0.all::<I, 8>(isa),
-                3 if const { T::PICKS && I::PICKS } => self.0.all::<I, 3>(isa),
-                5 if const { T::PICKS && I::PICKS } => self.0.all::<I, 5>(isa),
-                6 if const { T::PICKS && I::PICKS } => self.0.all::<I, 6>(isa),
-                7 if const { T::PICKS && I::PICKS } => self.0.all::<I, 7>(isa),
+                3 if const { T::PERMUTES && I::PERMUTES } => self.0.all::<I, 3>(isa),
+                5 if const { T::PERMUTES && I::PERMUTES } => self.0.all::<I, 5>(isa),
+                6 if const { T::PERMUTES && I::PERMUTES } => self.0.all::<I, 6>(isa),
+                7 if const { T::PERMUTES && I::PERMUTES } => self.0.all::<I, 7>(isa),
                 group_in => unreachable!("groups of {group_in} input channels"),
             }
         }
@@ -264,16 +264,16 @@ impl<'a, T: Element> Unfolds<'a, T> {
     unsafe fn vector<I: Isa, const K: usize, const TAIL: bool>(&self, isa: I, at: usize, place: usize) {
         let (lanes, left) = (T::lanes::<I>(), self.x.len() - at);
         let (x, y) = (self.x.as_ptr().wrapping_add(at), self.y.wrapping_add(at * K));
-        isa.prefetch_far(x.wrapping_byte_add(AHEAD));
+        isa.prefetch_l2(x.wrapping_byte_add(AHEAD));
         // SAFETY: the values exist.
         let values = unsafe { if TAIL { T::load_masked(isa, T::mask(isa, left), x) } else { T::load(isa, x) } };
         for i in 0..K {
             let (y, first) = (y.wrapping_add(i * lanes), (place * K + i) * lanes);
-            isa.prefetch_far(y.wrapping_byte_add(AHEAD));
+            isa.prefetch_l2(y.wrapping_byte_add(AHEAD));
             // SAFETY: a vector of the places, the weights and the bias; the caller's promise for the results.
             unsafe {
                 let index = Sources::<K>::OF_RESULTS.as_flattened().as_ptr().add(i * lanes);
-                let value = T::pick(isa, values, index.cast::<I::u32s>().read_unaligned());
+                let value = T::permute(isa, values, index.cast::<I::u32s>().read_unaligned());
                 let mut result = T::mul_vectors(isa, value, T::load_wide(isa, self.weights.as_ptr().add(first)));
                 if let Some(bias) = self.bias {
                     result = T::add_vectors(isa, result, T::load_wide(isa, bias.as_ptr().add(first)));
@@ -310,7 +310,7 @@ impl<T: Element> Kernel for CheckedUnfolds<'_, T> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        if !const { T::PICKS && I::PICKS } {
+        if !const { T::PERMUTES && I::PERMUTES } {
             unreachable!("no instruction picks lanes");
         }
         // SAFETY: promised.

@@ -90,7 +90,7 @@ unsafe fn load<T: Element, I: Isa, const N: usize>(isa: I, x: *const T, lanes: L
 #[inline(always)]
 fn prefetch<T: Element, I: Isa, const N: usize>(isa: I, x: *const T, len: usize) {
     for i in 0..N {
-        isa.prefetch_far(x.wrapping_add(len + i * T::lanes::<I>()));
+        isa.prefetch_l2(x.wrapping_add(len + i * T::lanes::<I>()));
     }
 }
 
@@ -1027,11 +1027,11 @@ impl<T: Element, I: Isa> Body<T, I> for Total<T, T::Vector<I>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::Active;
+    use crate::simd::IsaKind;
 
     #[test]
     fn split_and_zipped_rows() {
-        for isa in Active::available() {
+        for isa in IsaKind::available() {
             let widths = (0..70usize).step_by(if cfg!(miri) { 23 } else { 1 });
             for (rows, width) in (1..4).flat_map(|rows| widths.clone().map(move |width| (rows, width))) {
                 let x: Vec<f32> = (0..rows * width).map(|i| i as f32).collect();
@@ -1081,7 +1081,7 @@ mod tests {
         let slope = |x: f64| (f(x + 1e-6) - f(x - 1e-6)) / 2e-6;
         let (activation, affine, moments) = (Activation::Swish, (1.5, -0.25), (0.3, 2.0));
         let z = |x: f64| 1.5 * x - 0.25;
-        for isa in Active::available() {
+        for isa in IsaKind::available() {
             for pixels in [1usize, 5, 16, 37] {
                 let x: Vec<f64> = (0..3 * pixels).map(|i| (i as f64 * 0.7).sin()).collect();
                 let grad: Vec<f64> = (0..3 * pixels).map(|i| (i as f64 * 0.3).cos()).collect();
@@ -1141,7 +1141,7 @@ mod tests {
 
     #[test]
     fn rows_of_all_lengths() {
-        for isa in Active::available() {
+        for isa in IsaKind::available() {
             for len in (0..150).step_by(if cfg!(miri) { 37 } else { 1 }) {
                 let x: Vec<f64> = (0..len).map(|i| (i as f64 * 0.7).sin() + 1e3).collect();
                 let count = len as f64;

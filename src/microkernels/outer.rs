@@ -14,7 +14,7 @@
 
 use crate::pool::part;
 use crate::simd::element::Element;
-use crate::simd::mul_acc::Products;
+use crate::simd::mul_acc::MulAcc;
 use crate::simd::{Isa, Kernel, Promised, line};
 
 /// The most rows of a tile. (14 of them take as long in NHWC; 12 in NCHW 7 % longer.)
@@ -95,7 +95,7 @@ pub struct Totals<T: Element> {
     pub row: usize,
 }
 
-impl<T: Element, M: Products<T>> Sums<T> for Pixels<'_, T, M> {
+impl<T: Element, M: MulAcc<T>> Sums<T> for Pixels<'_, T, M> {
     const VALUES: Values = Values::Pixels;
     type Value = M::Value;
 
@@ -123,7 +123,7 @@ impl<T: Element, M: Products<T>> Sums<T> for Pixels<'_, T, M> {
         unsafe {
             let ptr = self.y.add(row * self.row + column);
             if self.ahead > 0 {
-                isa.prefetch_far(ptr.wrapping_add(self.ahead));
+                isa.prefetch_l2(ptr.wrapping_add(self.ahead));
             }
             self.products.store(isa, mask, ptr, value);
         }
@@ -169,7 +169,7 @@ pub struct PlaneTotals<T: Element, M> {
     pub totals: Totals<T>,
 }
 
-impl<T: Element, M: Products<T>> Sums<T> for PlaneTotals<T, M> {
+impl<T: Element, M: MulAcc<T>> Sums<T> for PlaneTotals<T, M> {
     const VALUES: Values = Values::Planes;
     type Value = M::Value;
 
@@ -198,7 +198,7 @@ pub struct OuterProducts<'a, T: Element, M, S: Sums<T>> {
     /// How products are added up.
     pub products: M,
     /// The values of step `s` for row `r` stand at `a + s * a_step + a_rows[r]`: those of pixels and planes as
-    /// [`Products::Value`], others packed by [`Products::pack`].
+    /// [`MulAcc::Value`], others packed by [`MulAcc::pack`].
     pub a: *const S::Value,
     /// Distance from step to step of `a`.
     pub a_step: usize,
@@ -206,7 +206,7 @@ pub struct OuterProducts<'a, T: Element, M, S: Sums<T>> {
     pub a_rows: &'a [usize],
     /// Distance from what is read of `a` to what is asked for meanwhile, where rows are no pixels; of planes from the last tile's.
     pub a_ahead: usize,
-    /// Those of step `s` for column `c`, packed by [`Products::pack`], stand at `b + s * b_step + c`.
+    /// Those of step `s` for column `c`, packed by [`MulAcc::pack`], stand at `b + s * b_step + c`.
     pub b: *const T::Wide,
     /// Distance from step to step of `b`.
     pub b_step: usize,
@@ -220,7 +220,7 @@ pub struct OuterProducts<'a, T: Element, M, S: Sums<T>> {
     pub out: S,
 }
 
-impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
+impl<'a, T: Element, M: MulAcc<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
     /// All rows of `V` vectors of columns from `column` on.
     ///
     /// # Safety
@@ -268,7 +268,7 @@ impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
             for (v, value) in bs.iter_mut().enumerate() {
                 let ptr = b.add(v * lanes);
                 if S::VALUES == Values::Channels {
-                    isa.prefetch_far(ptr.wrapping_add(self.b_ahead));
+                    isa.prefetch_l2(ptr.wrapping_add(self.b_ahead));
                 }
                 *value = if v == V - 1 { T::load_wide_masked(isa, mask, ptr) } else { T::load_wide(isa, ptr) };
             }
@@ -315,18 +315,18 @@ impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
             while t < self.terms {
                 let unrolled = several && t + STEPS * M::TERMS <= self.terms;
                 match S::VALUES {
-                    Values::Channels => isa.prefetch_far(a.wrapping_add(rows[0] + self.a_ahead)),
+                    Values::Channels => isa.prefetch_l2(a.wrapping_add(rows[0] + self.a_ahead)),
                     Values::Pixels if column == 0 => {
                         // As many values as all rows hold for these steps.
                         asked += if unrolled { STEPS } else { 1 } * M::TERMS * R;
                         while ahead < asked {
-                            isa.prefetch_far(self.out.next().wrapping_add(ahead));
+                            isa.prefetch_l2(self.out.next().wrapping_add(ahead));
                             ahead += line;
                         }
                     }
                     Values::Planes if column == 0 && t % line == 0 => {
                         for row in rows {
-                            isa.prefetch_far(a.wrapping_add(row).wrapping_add(next));
+                            isa.prefetch_l2(a.wrapping_add(row).wrapping_add(next));
                         }
                     }
                     _ => {}
@@ -351,7 +351,7 @@ impl<'a, T: Element, M: Products<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
     }
 }
 
-impl<T: Element, M: Products<T>, S: Sums<T>> Kernel for Promised<OuterProducts<'_, T, M, S>> {
+impl<T: Element, M: MulAcc<T>, S: Sums<T>> Kernel for Promised<OuterProducts<'_, T, M, S>> {
     type Output = ();
 
     #[inline(always)]

@@ -53,20 +53,20 @@ impl<'a, T: Element> PermuteChannels<'a, T> {
                 let mut from = x.wrapping_add(first);
                 for value in &mut values {
                     if self.ahead[0] > 0 {
-                        isa.prefetch_far(from.wrapping_add(self.ahead[0]));
+                        isa.prefetch_l2(from.wrapping_add(self.ahead[0]));
                     }
                     let channels = match mask {
                         Some(mask) => T::load_masked(isa, mask, from),
                         None => T::load(isa, from),
                     };
-                    *value = T::select(isa, here, T::pick(isa, channels, place), *value);
+                    *value = T::select(isa, here, T::permute(isa, channels, place), *value);
                     from = from.wrapping_add(self.steps[0]);
                 }
             }
             let (lanes, mut to) = (T::lanes::<I>(), y);
             for value in values {
                 if self.ahead[1] > 0 {
-                    isa.prefetch_far(to.wrapping_add(self.ahead[1]));
+                    isa.prefetch_l2(to.wrapping_add(self.ahead[1]));
                 }
                 if self.columns < lanes {
                     T::store_masked(isa, T::mask(isa, self.columns), to, value);
@@ -84,7 +84,7 @@ impl<T: Element> Kernel for Promised<PermuteChannels<'_, T>> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        if !const { T::PICKS && I::PICKS } {
+        if !const { T::PERMUTES && I::PERMUTES } {
             unreachable!("no instruction picks lanes");
         }
         let kernel = self.into_inner();
@@ -138,10 +138,10 @@ impl<T: Element> Kernel for Promised<TransposeChannels<T>> {
         for _ in 0..pixels {
             for channel in (0..rows * columns).step_by(line::<T>()) {
                 if ahead[0] > 0 {
-                    isa.prefetch_far(x.wrapping_add(channel + ahead[0]));
+                    isa.prefetch_l2(x.wrapping_add(channel + ahead[0]));
                 }
                 if ahead[1] > 0 {
-                    isa.prefetch_far(y.wrapping_add(channel + ahead[1]));
+                    isa.prefetch_l2(y.wrapping_add(channel + ahead[1]));
                 }
             }
             // Along the longer side.

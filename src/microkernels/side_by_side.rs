@@ -16,7 +16,7 @@
 //! at a time of each. The weight gradient is the same sum over pixels instead of channels, one vector for each step.
 
 use crate::simd::element::Element;
-use crate::simd::mul_acc::Products;
+use crate::simd::mul_acc::MulAcc;
 use crate::simd::{Isa, Kernel, Promised};
 
 /// Steps' channels of a [`Block::Pieces`]' piece.
@@ -71,9 +71,9 @@ pub struct SideBySide<'a, T: Element, M> {
     pub columns: usize,
     /// Input channels in the order of steps.
     pub sources: &'a [Source],
-    /// For each step, for each lane, the places in the source's vector, as [`Products::pick`] takes them.
+    /// For each step, for each lane, the places in the source's vector, as [`MulAcc::permute`] takes them.
     pub index: &'a [u32],
-    /// For each step, for each lane, the weights, packed by [`Products::pack`].
+    /// For each step, for each lane, the weights, packed by [`MulAcc::pack`].
     pub weights: &'a [T::Wide],
     /// A value for each output channel.
     pub bias: Option<&'a [T]>,
@@ -81,7 +81,7 @@ pub struct SideBySide<'a, T: Element, M> {
     pub ahead: [usize; 2],
 }
 
-impl<'a, T: Element, M: Products<T>> SideBySide<'a, T, M> {
+impl<'a, T: Element, M: MulAcc<T>> SideBySide<'a, T, M> {
     /// What can be checked of a description.
     #[inline(always)]
     fn check(&self) {
@@ -109,7 +109,7 @@ impl<'a, T: Element, M: Products<T>> SideBySide<'a, T, M> {
                 if source.ask {
                     let mut ahead = x.wrapping_add(source.first + self.ahead[0]);
                     for _ in 0..R {
-                        isa.prefetch_far(ahead);
+                        isa.prefetch_l2(ahead);
                         ahead = ahead.wrapping_add(self.x_step);
                     }
                 }
@@ -126,7 +126,7 @@ impl<'a, T: Element, M: Products<T>> SideBySide<'a, T, M> {
                     Block::Pieces(places) => {
                         let mut from = x;
                         for value in &mut values {
-                            *value = self.products.load_pieces(isa, places.map(|place| from.wrapping_add(place)));
+                            *value = self.products.load_quads(isa, places.map(|place| from.wrapping_add(place)));
                             from = from.wrapping_add(self.x_step);
                         }
                     }
@@ -134,7 +134,7 @@ impl<'a, T: Element, M: Products<T>> SideBySide<'a, T, M> {
                 for _ in 0..source.steps {
                     let (places, weight) = (index.cast::<I::u32s>().read_unaligned(), T::load_wide(isa, weights));
                     for (sum, value) in sums.iter_mut().zip(values) {
-                        *sum = self.products.mul_add(isa, weight, self.products.pick(isa, value, places), *sum);
+                        *sum = self.products.mul_add(isa, weight, self.products.permute(isa, value, places), *sum);
                     }
                     (index, weights) = (index.add(lanes), weights.add(lanes));
                 }
@@ -143,7 +143,7 @@ impl<'a, T: Element, M: Products<T>> SideBySide<'a, T, M> {
             let mut to = y;
             for sum in sums {
                 if self.ahead[1] > 0 {
-                    isa.prefetch_far(to.wrapping_add(self.ahead[1]));
+                    isa.prefetch_l2(to.wrapping_add(self.ahead[1]));
                 }
                 self.products.store(isa, mask, to, sum);
                 to = to.wrapping_add(self.y_step);
@@ -152,12 +152,12 @@ impl<'a, T: Element, M: Products<T>> SideBySide<'a, T, M> {
     }
 }
 
-impl<T: Element, M: Products<T>> Kernel for Promised<SideBySide<'_, T, M>> {
+impl<T: Element, M: MulAcc<T>> Kernel for Promised<SideBySide<'_, T, M>> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        if !const { T::PICKS && I::PICKS } {
+        if !const { T::PERMUTES && I::PERMUTES } {
             unreachable!("no instruction picks lanes");
         }
         let kernel = self.into_inner();
@@ -195,7 +195,7 @@ impl<T: Element, M: Products<T>> Kernel for Promised<SideBySide<'_, T, M>> {
 pub struct SideBySideSums<'a, T: Element, M> {
     /// How products are added up.
     pub products: M,
-    /// The values that are picked from, packed by [`Products::pack`], in the first step's pixels, and their number.
+    /// The values that are picked from, packed by [`MulAcc::pack`], in the first step's pixels, and their number.
     pub a: (*const T::Wide, usize),
     /// Distance from step to step of `a`.
     pub a_step: usize,
@@ -215,7 +215,7 @@ pub struct SideBySideSums<'a, T: Element, M> {
     pub sums: &'a mut [T::Wide],
 }
 
-impl<'a, T: Element, M: Products<T>> SideBySideSums<'a, T, M> {
+impl<'a, T: Element, M: MulAcc<T>> SideBySideSums<'a, T, M> {
     /// What can be checked of a description.
     #[inline(always)]
     fn check(&self) {
@@ -243,15 +243,15 @@ impl<'a, T: Element, M: Products<T>> SideBySideSums<'a, T, M> {
                 let terms = if left >= U { U } else { 1 };
                 for sums in sums.iter_mut().take(terms) {
                     if self.a_ahead > 0 {
-                        isa.prefetch_far(a.wrapping_add(self.a_ahead));
+                        isa.prefetch_l2(a.wrapping_add(self.a_ahead));
                     }
                     if self.b_ahead > 0 {
-                        isa.prefetch_far(b.wrapping_add(self.b_ahead));
+                        isa.prefetch_l2(b.wrapping_add(self.b_ahead));
                     }
                     let x = T::load_wide_masked(isa, a_mask, a);
                     let y = T::load_wide_masked(isa, b_mask, b);
                     for (sum, &index) in sums.iter_mut().zip(&index) {
-                        *sum = self.products.mul_add(isa, T::pick(isa, x, index), y, *sum);
+                        *sum = self.products.mul_add(isa, T::permute(isa, x, index), y, *sum);
                     }
                     (a, b) = (a.wrapping_add(self.a_step), b.wrapping_add(self.b_step));
                 }
@@ -266,12 +266,12 @@ impl<'a, T: Element, M: Products<T>> SideBySideSums<'a, T, M> {
     }
 }
 
-impl<T: Element, M: Products<T>> Kernel for Promised<SideBySideSums<'_, T, M>> {
+impl<T: Element, M: MulAcc<T>> Kernel for Promised<SideBySideSums<'_, T, M>> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        if !const { T::PICKS && I::PICKS } {
+        if !const { T::PERMUTES && I::PERMUTES } {
             unreachable!("no instruction picks lanes");
         }
         let mut kernel = self.into_inner();

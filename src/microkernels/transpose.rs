@@ -77,9 +77,9 @@ impl<T: Element> Kernel for Transpose<T> {
                     if ahead > 0 && j % (2 * BLOCK) == 0 {
                         for line in 0..i_len {
                             if self.by_rows {
-                                isa.prefetch_far(src.wrapping_add(line * src_stride + ahead));
+                                isa.prefetch_l2(src.wrapping_add(line * src_stride + ahead));
                             } else {
-                                isa.prefetch_far(dst.wrapping_add(line * dst_stride + ahead));
+                                isa.prefetch_l2(dst.wrapping_add(line * dst_stride + ahead));
                             }
                         }
                     }
@@ -111,11 +111,11 @@ pub fn blocks(size: usize) -> impl Iterator<Item = (usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::Active;
+    use crate::simd::IsaKind;
 
     #[test]
     fn every_size_around_the_block() {
-        for isa in Active::available() {
+        for isa in IsaKind::available() {
             // Few under Miri, which needs a millisecond for each value.
             let sizes = (0..20).filter(|size| !cfg!(miri) || [0, 1, 5, 8, 12, 17].contains(size));
             for (rows, cols) in sizes.clone().flat_map(|r| sizes.clone().map(move |c| (r, c))) {

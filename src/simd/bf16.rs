@@ -4,9 +4,9 @@ use half::bf16;
 use pulp::Scalar;
 
 use super::element::{Element, f32_vectors, vectors};
-use super::mul_acc::{Products, Single};
+use super::mul_acc::{Fma, MulAcc};
 use crate::scratch;
-use crate::simd::{Active, Isa, Kernel};
+use crate::simd::{Isa, IsaKind, Kernel};
 
 /// Length of the matrices' common axis over which [`Element::gemm`] widens at once: a group's rows stay in the L2 cache.
 const WIDENED: usize = 256;
@@ -19,15 +19,15 @@ fn widened<I: Isa>(isa: I, bits: I::u32s) -> I::f32s {
 
 /// Two products at a time.
 #[derive(Clone, Copy)]
-pub struct Pairs(());
+pub struct Bf16Dot(());
 
-impl Pairs {
-    fn try_new(isa: Active) -> Option<Self> {
+impl Bf16Dot {
+    fn try_new(isa: IsaKind) -> Option<Self> {
         isa.bf16().then_some(Self(()))
     }
 }
 
-impl Products<bf16> for Pairs {
+impl MulAcc<bf16> for Bf16Dot {
     const TERMS: usize = 2;
     type Value = bf16;
     type Mask<I: Isa> = usize;
@@ -39,7 +39,7 @@ impl Products<bf16> for Pairs {
     #[inline(always)]
     fn mul_add<I: Isa>(self, isa: I, a: I::f32s, b: I::f32s, c: I::f32s) -> I::f32s {
         // SAFETY: to have `self` is to have the instructions.
-        unsafe { isa.add_pairs_bf16(isa.transmute_u32s_f32s(a), isa.transmute_u32s_f32s(b), c) }
+        unsafe { isa.dot_bf16(isa.transmute_u32s_f32s(a), isa.transmute_u32s_f32s(b), c) }
     }
     #[inline(always)]
     unsafe fn load<I: Isa>(self, isa: I, row: *const bf16, next: Option<*const bf16>) -> I::f32s {
@@ -65,12 +65,12 @@ impl Products<bf16> for Pairs {
         let load = |row: *const bf16| unsafe { row.cast::<I::u32s>().read_unaligned() };
         let next = next.map_or(isa.splat_u32s(0), load);
         // SAFETY: to have `self` is to have the instructions.
-        isa.transmute_f32s_u32s(unsafe { isa.pair_u16s(load(row), next) }[part])
+        isa.transmute_f32s_u32s(unsafe { isa.unpack_u16s(load(row), next) }[part])
     }
     #[inline(always)]
     unsafe fn store<I: Isa>(self, isa: I, mask: Option<<bf16 as Element>::Mask<I>>, ptr: *mut bf16, value: I::f32s) {
         // SAFETY: as above.
-        unsafe { Single.store(isa, mask, ptr, value) }
+        unsafe { Fma.store(isa, mask, ptr, value) }
     }
     #[inline(always)]
     unsafe fn splat<I: Isa>(self, isa: I, len: usize, ptr: *const bf16) -> I::f32s {
@@ -78,25 +78,25 @@ impl Products<bf16> for Pairs {
         let bits = unsafe { if len > 1 { ptr.cast::<u32>().read_unaligned() } else { u32::from((*ptr).to_bits()) } };
         isa.transmute_f32s_u32s(isa.splat_u32s(bits))
     }
-    fn steps<'a>(self, isa: Active, rows: &'a [bf16], len: usize, memory: &'a mut [f32]) -> &'a [f32] {
+    fn steps<'a>(self, isa: IsaKind, rows: &'a [bf16], len: usize, memory: &'a mut [f32]) -> &'a [f32] {
         let memory = &mut memory[..rows.len().div_ceil(2 * len) * len];
         isa.run(PackRows { pairs: self, rows, len, to: memory });
         memory
     }
     #[inline(always)]
-    fn pick<I: Isa>(self, isa: I, values: I::f32s, index: I::u32s) -> I::f32s {
+    fn permute<I: Isa>(self, isa: I, values: I::f32s, index: I::u32s) -> I::f32s {
         // SAFETY: to have `self` is to have the instructions.
-        isa.transmute_f32s_u32s(unsafe { isa.pick_u16s(isa.transmute_u32s_f32s(values), index) })
+        isa.transmute_f32s_u32s(unsafe { isa.permute_u16s(isa.transmute_u32s_f32s(values), index) })
     }
     #[inline(always)]
-    unsafe fn load_pieces<I: Isa>(self, isa: I, pieces: [*const bf16; 4]) -> I::f32s {
+    unsafe fn load_quads<I: Isa>(self, isa: I, pieces: [*const bf16; 4]) -> I::f32s {
         // SAFETY: the caller's promise: as many bytes.
-        unsafe { isa.load_pieces_f32s(pieces.map(<*const bf16>::cast)) }
+        unsafe { isa.load_quads_f32s(pieces.map(<*const bf16>::cast)) }
     }
     #[inline(always)]
     unsafe fn store_parts<I: Isa>(self, isa: I, ptr: *mut bf16, parts: [I::f32s; 2]) {
         // SAFETY: as above; to have `self` is to have the instructions.
-        unsafe { ptr.cast::<I::u32s>().write_unaligned(isa.round_parts_bf16(parts)) };
+        unsafe { ptr.cast::<I::u32s>().write_unaligned(isa.round_unpacked_bf16(parts)) };
     }
     #[inline(always)]
     fn mask<I: Isa>(_isa: I, len: usize) -> usize {
@@ -110,7 +110,7 @@ impl Products<bf16> for Pairs {
     #[inline(always)]
     unsafe fn load_row_masked<I: Isa>(self, isa: I, len: usize, ptr: *const bf16) -> I::f32s {
         // SAFETY: as above.
-        isa.transmute_f32s_u32s(unsafe { isa.load_pairs_u16s(len, ptr.cast()) })
+        isa.transmute_f32s_u32s(unsafe { isa.load_first_u16s(len, ptr.cast()) })
     }
     #[inline(always)]
     unsafe fn load_row_part<I: Isa>(self, isa: I, ptr: *const bf16, part: usize) -> I::f32s {
@@ -121,7 +121,7 @@ impl Products<bf16> for Pairs {
 
 /// Packs pairs of rows of `len` values, the last row alone if they are odd.
 struct PackRows<'a> {
-    pairs: Pairs,
+    pairs: Bf16Dot,
     rows: &'a [bf16],
     len: usize,
     to: &'a mut [f32],
@@ -143,8 +143,8 @@ impl Kernel for PackRows<'_> {
                 unsafe {
                     let row = rows.as_ptr().add(at);
                     let (next, to) = (next.map(|next| row.add(next)), to.as_mut_ptr().add(at));
-                    isa.prefetch_far(row.wrapping_add(ahead));
-                    isa.prefetch_far(row.wrapping_add(ahead + len));
+                    isa.prefetch_l2(row.wrapping_add(ahead));
+                    isa.prefetch_l2(row.wrapping_add(ahead + len));
                     if at + lanes <= len {
                         bf16::store_wide(isa, to, pairs.load(isa, row, next));
                     } else {
@@ -157,7 +157,7 @@ impl Kernel for PackRows<'_> {
     }
 }
 
-/// Pairs of numbers of 16 bits, each in the lower half of 32.
+/// Bf16Dot of numbers of 16 bits, each in the lower half of 32.
 #[inline(always)]
 fn paired<I: Isa>(isa: I, row: I::u32s, next: Option<I::u32s>) -> I::f32s {
     let upper = next.map_or(isa.splat_u32s(0), |next| isa.wrapping_dyn_shl_u32s(next, isa.splat_u32s(16)));
@@ -166,10 +166,10 @@ fn paired<I: Isa>(isa: I, row: I::u32s, next: Option<I::u32s>) -> I::f32s {
 
 impl Element for bf16 {
     f32_vectors!();
-    type Pairs = Pairs;
+    type Bf16Dot = Bf16Dot;
 
-    fn pairs(isa: Active) -> Option<Pairs> {
-        Pairs::try_new(isa)
+    fn bf16_dot(isa: IsaKind) -> Option<Bf16Dot> {
+        Bf16Dot::try_new(isa)
     }
     const ONE: Self = Self::ONE;
 
@@ -193,8 +193,8 @@ impl Element for bf16 {
         None
     }
     #[inline(always)]
-    fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self {
-        Self::narrow(self.widen().times_plus::<I>(a.widen(), b.widen()))
+    fn mul_add_scalar<I: Isa>(self, a: Self, b: Self) -> Self {
+        Self::narrow(self.widen().mul_add_scalar::<I>(a.widen(), b.widen()))
     }
     #[inline(always)]
     unsafe fn load<I: Isa>(isa: I, ptr: *const Self) -> I::f32s {
@@ -230,10 +230,10 @@ impl Element for bf16 {
     #[inline(always)]
     unsafe fn store_parts<I: Isa>(isa: I, ptr: *mut Self, parts: [I::f32s; 2]) {
         // SAFETY: the caller's promise; as many bytes.
-        unsafe { ptr.cast::<I::u32s>().write_unaligned(isa.round_places_bf16(parts)) };
+        unsafe { ptr.cast::<I::u32s>().write_unaligned(isa.round_even_odd_bf16(parts)) };
     }
     #[inline(always)]
-    unsafe fn load_pieces<I: Isa>(isa: I, pieces: [*const Self; 4]) -> I::f32s {
+    unsafe fn load_quads<I: Isa>(isa: I, pieces: [*const Self; 4]) -> I::f32s {
         let mut values = [[Self::ZERO; 4]; 4];
         for (to, piece) in values.iter_mut().zip(pieces).take(Self::lanes::<I>() / 4) {
             // SAFETY: the caller's promise.
@@ -254,7 +254,7 @@ impl Element for bf16 {
         unsafe { isa.transpose_u16::<R, C>(src.cast(), src_stride, dst.cast(), dst_stride) }
     }
     unsafe fn gemm(
-        isa: Active,
+        isa: IsaKind,
         [m, k, n]: [usize; 3],
         a: (*const Self, usize, usize),
         b: (*const Self, usize, usize),
@@ -348,7 +348,7 @@ mod tests {
         ];
         let numbers = (0..u32::MAX - 16 * step).step_by(16 * step as usize);
         let vectors = numbers.map(|first| std::array::from_fn(|i| first + i as u32 * step)).chain([edges]);
-        let all = Active::available();
+        let all = IsaKind::available();
         for x in vectors.map(|bits: [u32; 16]| bits.map(f32::from_bits)) {
             for isa in &all {
                 let (narrow, wide) = isa.run(There(x));

@@ -4,9 +4,9 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
-use super::mul_acc::{Products, Single};
+use super::mul_acc::{Fma, MulAcc};
 use crate::microkernels::norm_act::WidenRows;
-use crate::simd::{Active, Isa, Kernel};
+use crate::simd::{Isa, IsaKind, Kernel};
 
 /// A floating-point type that arrays hold, and how kernels compute with it: with its vectors on any instruction set.
 ///
@@ -35,14 +35,14 @@ pub trait Element:
     /// Some of a vector's values.
     type Mask<I: Isa>: Copy;
     /// What adds up two products at a time.
-    type Pairs: Products<Self>;
+    type Bf16Dot: MulAcc<Self>;
     /// One.
     const ONE: Self;
-    /// Whether [`Element::pick`] is there.
-    const PICKS: bool;
+    /// Whether [`Element::permute`] is there.
+    const PERMUTES: bool;
 
     /// What adds up two products at a time, if this machine has instructions for it.
-    fn pairs(_isa: Active) -> Option<Self::Pairs> {
+    fn bf16_dot(_isa: IsaKind) -> Option<Self::Bf16Dot> {
         None
     }
 
@@ -57,7 +57,7 @@ pub trait Element:
     /// The values themselves, if they are what is computed with.
     fn as_wide(values: &[Self]) -> Option<&[Self::Wide]>;
     /// The values themselves, where they need it in the first places of `memory`.
-    fn widened<'a>(isa: Active, values: &'a [Self], memory: &'a mut [Self::Wide]) -> &'a [Self::Wide] {
+    fn widened<'a>(isa: IsaKind, values: &'a [Self], memory: &'a mut [Self::Wide]) -> &'a [Self::Wide] {
         if let Some(values) = Self::as_wide(values) {
             return values;
         }
@@ -67,7 +67,7 @@ pub trait Element:
         &memory[..len]
     }
     /// `self * a + b`, in one step where there is an instruction for it.
-    fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self;
+    fn mul_add_scalar<I: Isa>(self, a: Self, b: Self) -> Self;
 
     /// A vector of equal values.
     #[inline(always)]
@@ -97,9 +97,9 @@ pub trait Element:
     /// The values of `a` and `b` in turns.
     fn zip<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> [Self::Vector<I>; 2];
     /// The value at place `index`, below the number of lanes, for each lane: of numbers of 32 bits.
-    fn pick<I: Isa>(isa: I, values: Self::Vector<I>, index: I::u32s) -> Self::Vector<I>;
-    /// As [`Element::pick`], from two vectors, whose places follow each other.
-    fn pick_two<I: Isa>(isa: I, values: [Self::Vector<I>; 2], index: I::u32s) -> Self::Vector<I>;
+    fn permute<I: Isa>(isa: I, values: Self::Vector<I>, index: I::u32s) -> Self::Vector<I>;
+    /// As [`Element::permute`], from two vectors, whose places follow each other.
+    fn permute2<I: Isa>(isa: I, values: [Self::Vector<I>; 2], index: I::u32s) -> Self::Vector<I>;
     /// What `yes` holds in the lanes that a mask selects, what `no` holds in the others: of numbers of 32 bits.
     fn select<I: Isa>(isa: I, mask: I::m32s, yes: Self::Vector<I>, no: Self::Vector<I>) -> Self::Vector<I>;
     /// The sum of a vector's values.
@@ -136,20 +136,20 @@ pub trait Element:
     /// # Safety
     /// The selected values must be writable at `ptr`.
     unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: Self::Vector<I>);
-    /// Loads `N` values again and again, as [`Element::pick`] does by their `index`; `N` is 2, 4 or 8.
+    /// Loads `N` values again and again, as [`Element::permute`] does by their `index`; `N` is 2, 4 or 8.
     ///
     /// # Safety
     /// A vector's values must be readable at `ptr`.
     #[inline(always)]
     unsafe fn load_repeated<I: Isa, const N: usize>(isa: I, ptr: *const Self, index: I::u32s) -> Self::Vector<I> {
         // SAFETY: the caller's promise.
-        Self::pick(isa, unsafe { Self::load(isa, ptr) }, index)
+        Self::permute(isa, unsafe { Self::load(isa, ptr) }, index)
     }
-    /// Loads four values from each of these places on, as many as fill a vector: of types with [`Element::PICKS`].
+    /// Loads four values from each of these places on, as many as fill a vector: of types with [`Element::PERMUTES`].
     ///
     /// # Safety
     /// They must be readable.
-    unsafe fn load_pieces<I: Isa>(isa: I, pieces: [*const Self; 4]) -> Self::Vector<I>;
+    unsafe fn load_quads<I: Isa>(isa: I, pieces: [*const Self; 4]) -> Self::Vector<I>;
     /// Loads part 0 or 1 of the values of two vectors: one half of them, in the order that is the fastest.
     ///
     /// # Safety
@@ -197,7 +197,7 @@ pub trait Element:
     /// # Safety
     /// The three matrices must be in bounds, and `c` must overlap neither of the others.
     unsafe fn gemm(
-        isa: Active,
+        isa: IsaKind,
         size: [usize; 3],
         a: (*const Self, usize, usize),
         b: (*const Self, usize, usize),
@@ -226,24 +226,24 @@ impl<T: Element> Kernel for Lanes<T> {
     }
 }
 
-struct Picks<T>(PhantomData<T>);
+struct HasPermute<T>(PhantomData<T>);
 
-impl<T: Element> Kernel for Picks<T> {
+impl<T: Element> Kernel for HasPermute<T> {
     type Output = bool;
 
     #[inline(always)]
     fn run<I: Isa>(self, _isa: I) -> bool {
-        T::PICKS && I::PICKS
+        T::PERMUTES && I::PERMUTES
     }
 }
 
-/// Whether [`Element::pick`] is there.
-pub(crate) fn picks<T: Element>(isa: Active) -> bool {
-    isa.run(Picks::<T>(PhantomData))
+/// Whether [`Element::permute`] is there.
+pub(crate) fn has_permute<T: Element>(isa: IsaKind) -> bool {
+    isa.run(HasPermute::<T>(PhantomData))
 }
 
 /// How many values an instruction set's vectors hold.
-pub(crate) fn lanes<T: Element>(isa: Active) -> usize {
+pub(crate) fn lanes<T: Element>(isa: IsaKind) -> usize {
     isa.run(Lanes::<T>(PhantomData))
 }
 
@@ -370,15 +370,15 @@ macro_rules! f32_vectors {
             zip_f32s,
             $crate::microkernels::activations::sigmoid_f32
         );
-        const PICKS: bool = true;
+        const PERMUTES: bool = true;
 
         #[inline(always)]
-        fn pick<I: Isa>(isa: I, values: I::f32s, index: I::u32s) -> I::f32s {
-            isa.pick_f32s(values, index)
+        fn permute<I: Isa>(isa: I, values: I::f32s, index: I::u32s) -> I::f32s {
+            isa.permute_f32s(values, index)
         }
         #[inline(always)]
-        fn pick_two<I: Isa>(isa: I, values: [I::f32s; 2], index: I::u32s) -> I::f32s {
-            isa.pick_two_f32s(values, index)
+        fn permute2<I: Isa>(isa: I, values: [I::f32s; 2], index: I::u32s) -> I::f32s {
+            isa.permute2_f32s(values, index)
         }
         #[inline(always)]
         fn select<I: Isa>(isa: I, mask: I::m32s, yes: I::f32s, no: I::f32s) -> I::f32s {
@@ -391,7 +391,7 @@ pub(crate) use {f32_vectors, vectors};
 /// The storage of an [`Element`] that is what it computes with.
 macro_rules! wide_storage {
     ($t:ident, $transpose:ident, $gemm:path) => {
-        type Pairs = Single;
+        type Bf16Dot = Fma;
         const ONE: Self = 1.0;
 
         #[inline(always)]
@@ -414,7 +414,7 @@ macro_rules! wide_storage {
             Some(values)
         }
         #[inline(always)]
-        fn times_plus<I: Isa>(self, a: Self, b: Self) -> Self {
+        fn mul_add_scalar<I: Isa>(self, a: Self, b: Self) -> Self {
             if I::FUSED_MULTIPLY_ADD { self.mul_add(a, b) } else { self * a + b }
         }
         #[inline(always)]
@@ -462,7 +462,7 @@ macro_rules! wide_storage {
             unsafe { isa.$transpose::<R, C>(src, src_stride, dst, dst_stride) }
         }
         unsafe fn gemm(
-            _isa: Active,
+            _isa: IsaKind,
             [m, k, n]: [usize; 3],
             a: (*const Self, usize, usize),
             b: (*const Self, usize, usize),
@@ -501,9 +501,9 @@ impl Element for f32 {
         unsafe { isa.load_repeated_f32s::<N>(ptr) }
     }
     #[inline(always)]
-    unsafe fn load_pieces<I: Isa>(isa: I, pieces: [*const Self; 4]) -> I::f32s {
+    unsafe fn load_quads<I: Isa>(isa: I, pieces: [*const Self; 4]) -> I::f32s {
         // SAFETY: the caller's promise.
-        unsafe { isa.load_pieces_f32s(pieces) }
+        unsafe { isa.load_quads_f32s(pieces) }
     }
 }
 
@@ -532,18 +532,18 @@ impl Element for f64 {
         crate::microkernels::activations::sigmoid_f64
     );
     wide_storage!(f64, transpose_f64, matrixmultiply::dgemm);
-    const PICKS: bool = false;
+    const PERMUTES: bool = false;
 
-    fn pick<I: Isa>(_isa: I, _values: I::f64s, _index: I::u32s) -> I::f64s {
+    fn permute<I: Isa>(_isa: I, _values: I::f64s, _index: I::u32s) -> I::f64s {
         unreachable!("no instruction")
     }
-    fn pick_two<I: Isa>(_isa: I, _values: [I::f64s; 2], _index: I::u32s) -> I::f64s {
+    fn permute2<I: Isa>(_isa: I, _values: [I::f64s; 2], _index: I::u32s) -> I::f64s {
         unreachable!("no instruction")
     }
     fn select<I: Isa>(_isa: I, _mask: I::m32s, _yes: I::f64s, _no: I::f64s) -> I::f64s {
         unreachable!("no instruction")
     }
-    unsafe fn load_pieces<I: Isa>(_isa: I, _pieces: [*const Self; 4]) -> I::f64s {
+    unsafe fn load_quads<I: Isa>(_isa: I, _pieces: [*const Self; 4]) -> I::f64s {
         unreachable!("no instruction")
     }
 }

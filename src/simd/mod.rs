@@ -1,7 +1,7 @@
 //! The instruction set, chosen once at run time.
 //!
 //! Kernels are generic over [`Isa`]; holding a value of such a type proves that the instructions
-//! exist, because the tokens come only from pulp's fallible constructors. [`Active::run`] is the one
+//! exist, because the tokens come only from pulp's fallible constructors. [`IsaKind::run`] is the one
 //! place where a [`Kernel`] is compiled for, and entered with, a particular instruction set.
 //!
 //! `KCONV_ISA` (`avx512_bf16`, `avx512`, `avx2`, `neon` or `portable`) forces one. A name that this machine lacks is an
@@ -29,11 +29,11 @@ pub const fn line<T>() -> usize {
 pub trait Isa: pulp::Simd {
     /// Whether there is an instruction for `a * b + c`; without one the compiler calls a function for it.
     const FUSED_MULTIPLY_ADD: bool;
-    /// Whether there are instructions for [`Isa::look_up_f32s`], [`Isa::scale_f32s`] and
+    /// Whether there are instructions for [`Isa::lookup_f32s`], [`Isa::scale_f32s`] and
     /// [`Isa::estimate_reciprocal_f32s`].
     const EXPONENTIALS: bool = false;
-    /// Whether there are instructions for [`Isa::pick_f32s`], [`Isa::pick_two_f32s`] and [`Isa::load_pieces_f32s`].
-    const PICKS: bool = false;
+    /// Whether there are instructions for [`Isa::permute_f32s`], [`Isa::permute2_f32s`] and [`Isa::load_quads_f32s`].
+    const PERMUTES: bool = false;
 
     /// Asks for the cache line at `ptr`, which need not be readable; nothing where there is no such instruction.
     #[inline(always)]
@@ -44,7 +44,7 @@ pub trait Isa: pulp::Simd {
     /// places where the first cache takes note of what it lacks (pixels of 144 channels transposed from memory: 170
     /// cycles each with [`Isa::prefetch`], 75 with this, 230 without either).
     #[inline(always)]
-    fn prefetch_far<T>(self, ptr: *const T) {
+    fn prefetch_l2<T>(self, ptr: *const T) {
         let _ = ptr;
     }
     /// The larger of `x` and `low`; NaN stays NaN, as x86's and ARM's instructions keep a second operand that is none.
@@ -69,12 +69,12 @@ pub trait Isa: pulp::Simd {
     }
     /// The vectors, with which the compiler may go on only when it has all of them.
     #[inline(always)]
-    fn hold_f32s<const N: usize>(self, vectors: [Self::f32s; N]) -> [Self::f32s; N] {
+    fn optimization_barrier_f32s<const N: usize>(self, vectors: [Self::f32s; N]) -> [Self::f32s; N] {
         if N > 1 { std::hint::black_box(vectors) } else { vectors }
     }
     /// `table[index % 32]` of each lane.
     #[inline(always)]
-    fn look_up_f32s(self, table: &[f32; 32], index: Self::u32s) -> Self::f32s {
+    fn lookup_f32s(self, table: &[f32; 32], index: Self::u32s) -> Self::f32s {
         let mut values = self.splat_f32s(0.0);
         let indices = cast_slice::<_, u32>(std::slice::from_ref(&index));
         for (value, index) in cast_slice_mut::<_, f32>(std::slice::from_mut(&mut values)).iter_mut().zip(indices) {
@@ -99,25 +99,25 @@ pub trait Isa: pulp::Simd {
     }
     /// The value of `values` at place `index`, modulo the number of lanes, for each lane.
     #[inline(always)]
-    fn pick_f32s(self, values: Self::f32s, index: Self::u32s) -> Self::f32s {
-        let mut picked = values;
+    fn permute_f32s(self, values: Self::f32s, index: Self::u32s) -> Self::f32s {
+        let mut chosen = values;
         let (values, indices) = (cast_slice::<_, f32>(std::slice::from_ref(&values)), [index]);
-        let picked_values = cast_slice_mut::<_, f32>(std::slice::from_mut(&mut picked));
-        for (value, &index) in picked_values.iter_mut().zip(cast_slice::<_, u32>(&indices)) {
+        let chosen_values = cast_slice_mut::<_, f32>(std::slice::from_mut(&mut chosen));
+        for (value, &index) in chosen_values.iter_mut().zip(cast_slice::<_, u32>(&indices)) {
             *value = values[index as usize % values.len()];
         }
-        picked
+        chosen
     }
-    /// As [`Isa::pick_f32s`], from two vectors, whose places follow each other.
+    /// As [`Isa::permute_f32s`], from two vectors, whose places follow each other.
     #[inline(always)]
-    fn pick_two_f32s(self, values: [Self::f32s; 2], index: Self::u32s) -> Self::f32s {
-        let mut picked = values[0];
+    fn permute2_f32s(self, values: [Self::f32s; 2], index: Self::u32s) -> Self::f32s {
+        let mut chosen = values[0];
         let (values, indices) = (cast_slice::<_, f32>(&values), [index]);
-        let picked_values = cast_slice_mut::<_, f32>(std::slice::from_mut(&mut picked));
-        for (value, &index) in picked_values.iter_mut().zip(cast_slice::<_, u32>(&indices)) {
+        let chosen_values = cast_slice_mut::<_, f32>(std::slice::from_mut(&mut chosen));
+        for (value, &index) in chosen_values.iter_mut().zip(cast_slice::<_, u32>(&indices)) {
             *value = values[index as usize % values.len()];
         }
-        picked
+        chosen
     }
     /// `N` values again and again, as many as fill a vector, where there is an instruction; `N` is 2, 4 or 8.
     ///
@@ -132,7 +132,7 @@ pub trait Isa: pulp::Simd {
     /// # Safety
     /// They must be readable.
     #[inline(always)]
-    unsafe fn load_pieces_f32s(self, pieces: [*const f32; 4]) -> Self::f32s {
+    unsafe fn load_quads_f32s(self, pieces: [*const f32; 4]) -> Self::f32s {
         let mut values = self.splat_f32s(0.0);
         for (i, value) in cast_slice_mut::<_, f32>(std::slice::from_mut(&mut values)).iter_mut().enumerate() {
             // SAFETY: the caller's promise.
@@ -199,35 +199,35 @@ pub trait Isa: pulp::Simd {
     /// Loads `len` numbers of 16 bits, at most twice as many as the vector has of 32; the others are zero.
     ///
     /// # Safety
-    /// [`Active::bf16`] must be true, and so many values readable at `ptr`.
+    /// [`IsaKind::bf16`] must be true, and so many values readable at `ptr`.
     #[inline(always)]
-    unsafe fn load_pairs_u16s(self, len: usize, ptr: *const u16) -> Self::u32s {
+    unsafe fn load_first_u16s(self, len: usize, ptr: *const u16) -> Self::u32s {
         unreachable!("no instruction for {len} at {ptr:?}")
     }
-    /// Pairs of the 16-bit numbers of `a`, in the lower halves, and those of `b` at the same places: one half of the
+    /// Bf16Dot of the 16-bit numbers of `a`, in the lower halves, and those of `b` at the same places: one half of the
     /// places and the other.
     ///
     /// # Safety
-    /// [`Active::bf16`] must be true.
+    /// [`IsaKind::bf16`] must be true.
     #[inline(always)]
-    unsafe fn pair_u16s(self, a: Self::u32s, b: Self::u32s) -> [Self::u32s; 2] {
+    unsafe fn unpack_u16s(self, a: Self::u32s, b: Self::u32s) -> [Self::u32s; 2] {
         unreachable!("no instruction for {a:?} and {b:?}")
     }
     /// The 16-bit number of `values` at place `index`, modulo their number, for each 16 bits.
     ///
     /// # Safety
-    /// [`Active::bf16`] must be true.
+    /// [`IsaKind::bf16`] must be true.
     #[inline(always)]
-    unsafe fn pick_u16s(self, values: Self::u32s, index: Self::u32s) -> Self::u32s {
+    unsafe fn permute_u16s(self, values: Self::u32s, index: Self::u32s) -> Self::u32s {
         unreachable!("no instruction for {values:?} and {index:?}")
     }
     /// `c` plus the products of the bfloat16 numbers in the lower halves of `a` and `b`, and in the upper ones; numbers too
     /// small to be normal are zero.
     ///
     /// # Safety
-    /// [`Active::bf16`] must be true.
+    /// [`IsaKind::bf16`] must be true.
     #[inline(always)]
-    unsafe fn add_pairs_bf16(self, a: Self::u32s, b: Self::u32s, c: Self::f32s) -> Self::f32s {
+    unsafe fn dot_bf16(self, a: Self::u32s, b: Self::u32s, c: Self::f32s) -> Self::f32s {
         unreachable!("no instruction for {a:?}, {b:?} and {c:?}")
     }
     /// The nearest bfloat16 numbers, those with an even last bit between two, in the lower halves; NaN stays NaN, and where there
@@ -238,15 +238,15 @@ pub trait Isa: pulp::Simd {
     }
     /// As [`Isa::round_bf16`], of values at even places, in the lower halves, and at odd ones, in the upper halves.
     #[inline(always)]
-    fn round_places_bf16(self, places: [Self::f32s; 2]) -> Self::u32s {
-        rounded_places(self, places)
+    fn round_even_odd_bf16(self, places: [Self::f32s; 2]) -> Self::u32s {
+        rounded_even_odd(self, places)
     }
-    /// As [`Isa::round_bf16`], of the values at the places of [`Isa::pair_u16s`], each to its own place.
+    /// As [`Isa::round_bf16`], of the values at the places of [`Isa::unpack_u16s`], each to its own place.
     ///
     /// # Safety
-    /// [`Active::bf16`] must be true.
+    /// [`IsaKind::bf16`] must be true.
     #[inline(always)]
-    unsafe fn round_parts_bf16(self, parts: [Self::f32s; 2]) -> Self::u32s {
+    unsafe fn round_unpacked_bf16(self, parts: [Self::f32s; 2]) -> Self::u32s {
         unreachable!("no instruction for {parts:?}")
     }
     /// Transposes a block of `R` rows of `C` values, 4 or 8 each.
@@ -355,9 +355,9 @@ fn rounded<I: Isa>(isa: I, x: I::f32s) -> I::u32s {
     isa.wrapping_dyn_shr_u32s(rounded_upper(isa, x), isa.splat_u32s(16))
 }
 
-/// [`Isa::round_places_bf16`] without an instruction for it.
+/// [`Isa::round_even_odd_bf16`] without an instruction for it.
 #[inline(always)]
-fn rounded_places<I: Isa>(isa: I, [even, odd]: [I::f32s; 2]) -> I::u32s {
+fn rounded_even_odd<I: Isa>(isa: I, [even, odd]: [I::f32s; 2]) -> I::u32s {
     let odd = isa.and_u32s(rounded_upper(isa, odd), isa.splat_u32s(0xffff_0000));
     isa.or_u32s(rounded(isa, even), odd)
 }
@@ -430,7 +430,7 @@ mod x86 {
 
     use pulp::cast;
 
-    use super::{Isa, rounded, rounded_places};
+    use super::{Isa, rounded, rounded_even_odd};
 
     /// Four values at `row` and the four that stand four rows below.
     ///
@@ -544,13 +544,13 @@ mod x86 {
         }
     }
 
-    /// [`Isa::hold_f32s`] without leaving the registers.
+    /// [`Isa::optimization_barrier_f32s`] without leaving the registers.
     ///
     /// # Safety
     /// AVX-512 must be there.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn hold_512([mut a, mut b, mut c, mut d]: [__m512; 4]) -> [__m512; 4] {
+    unsafe fn barrier_512([mut a, mut b, mut c, mut d]: [__m512; 4]) -> [__m512; 4] {
         // SAFETY: no instruction at all.
         unsafe {
             std::arch::asm!(
@@ -565,7 +565,7 @@ mod x86 {
         [a, b, c, d]
     }
 
-    /// [`Isa::add_pairs_bf16`]. (Not the compiler's own function, which code for AVX-512 alone would have to call.)
+    /// [`Isa::dot_bf16`]. (Not the compiler's own function, which code for AVX-512 alone would have to call.)
     ///
     /// # Safety
     /// AVX512-BF16 must be there.
@@ -666,7 +666,7 @@ mod x86 {
                     unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr.cast()) }
                 }
                 #[inline(always)]
-                fn prefetch_far<T>(self, ptr: *const T) {
+                fn prefetch_l2<T>(self, ptr: *const T) {
                     // SAFETY: as above.
                     unsafe { _mm_prefetch::<_MM_HINT_T1>(ptr.cast()) }
                 }
@@ -707,16 +707,16 @@ mod x86 {
         };
     }
     avx!(pulp::x86::V3 {
-        const PICKS: bool = true;
+        const PERMUTES: bool = true;
 
         #[inline(always)]
-        fn pick_f32s(self, values: Self::f32s, index: Self::u32s) -> Self::f32s {
+        fn permute_f32s(self, values: Self::f32s, index: Self::u32s) -> Self::f32s {
             // SAFETY: the token proves AVX2.
             cast(unsafe { _mm256_permutevar8x32_ps(cast(values), cast(index)) })
         }
         #[inline(always)]
-        fn pick_two_f32s(self, values: [Self::f32s; 2], index: Self::u32s) -> Self::f32s {
-            let (first, second) = (cast(self.pick_f32s(values[0], index)), cast(self.pick_f32s(values[1], index)));
+        fn permute2_f32s(self, values: [Self::f32s; 2], index: Self::u32s) -> Self::f32s {
+            let (first, second) = (cast(self.permute_f32s(values[0], index)), cast(self.permute_f32s(values[1], index)));
             // SAFETY: the token proves AVX2.
             unsafe {
                 // Places from 8 on: that bit becomes the sign, which selects.
@@ -725,7 +725,7 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn load_pieces_f32s(self, [a, b, ..]: [*const f32; 4]) -> Self::f32s {
+        unsafe fn load_quads_f32s(self, [a, b, ..]: [*const f32; 4]) -> Self::f32s {
             // SAFETY: the token proves AVX2; the values are readable, by the caller's promise.
             unsafe {
                 let low = _mm256_castps128_ps256(_mm_loadu_ps(a));
@@ -737,7 +737,7 @@ mod x86 {
             // SAFETY: the token proves AVX2.
             unsafe {
                 let (a, b) = (cast(a), cast(b));
-                // Pairs of values come out as a0 b0 a1 b1.
+                // Bf16Dot of values come out as a0 b0 a1 b1.
                 let pairs = [_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b)];
                 pairs.map(|v| cast(_mm256_permute4x64_epi64::<0xd8>(_mm256_castps_si256(v))))
             }
@@ -782,16 +782,16 @@ mod x86 {
     });
     avx!(pulp::x86::V4 {
         const EXPONENTIALS: bool = true;
-        const PICKS: bool = true;
+        const PERMUTES: bool = true;
 
         #[inline(always)]
-        unsafe fn load_pairs_u16s(self, len: usize, ptr: *const u16) -> Self::u32s {
+        unsafe fn load_first_u16s(self, len: usize, ptr: *const u16) -> Self::u32s {
             let mask = u32::MAX.checked_shr(32 - len as u32).unwrap_or(0);
             // SAFETY: the token proves AVX-512; the rest is the caller's promise.
             cast(unsafe { _mm512_maskz_loadu_epi16(mask, ptr.cast()) })
         }
         #[inline(always)]
-        unsafe fn pair_u16s(self, a: Self::u32s, b: Self::u32s) -> [Self::u32s; 2] {
+        unsafe fn unpack_u16s(self, a: Self::u32s, b: Self::u32s) -> [Self::u32s; 2] {
             // Places 0 to 3 of each eight, and 4 to 7.
             // SAFETY: the token proves AVX-512.
             unsafe {
@@ -800,7 +800,7 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn add_pairs_bf16(self, a: Self::u32s, b: Self::u32s, c: Self::f32s) -> Self::f32s {
+        unsafe fn dot_bf16(self, a: Self::u32s, b: Self::u32s, c: Self::f32s) -> Self::f32s {
             // SAFETY: the caller's promise.
             cast(unsafe { dot_512(cast(a), cast(b), cast(c)) })
         }
@@ -816,23 +816,23 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn round_places_bf16(self, [even, odd]: [Self::f32s; 2]) -> Self::u32s {
+        fn round_even_odd_bf16(self, [even, odd]: [Self::f32s; 2]) -> Self::u32s {
             const PLACES: [u16; 32] = in_turns(1);
             if !has_bf16() {
-                return rounded_places(self, [even, odd]);
+                return rounded_even_odd(self, [even, odd]);
             }
             // SAFETY: asked above; the token proves AVX-512.
             unsafe { cast(_mm512_permutexvar_epi16(cast(PLACES), round_512(cast(even), cast(odd)))) }
         }
         #[inline(always)]
-        unsafe fn round_parts_bf16(self, [first, second]: [Self::f32s; 2]) -> Self::u32s {
+        unsafe fn round_unpacked_bf16(self, [first, second]: [Self::f32s; 2]) -> Self::u32s {
             const PLACES: [u16; 32] = in_turns(4);
             // SAFETY: the caller's promise.
             unsafe { cast(_mm512_permutexvar_epi16(cast(PLACES), round_512(cast(first), cast(second)))) }
         }
 
         #[inline(always)]
-        fn look_up_f32s(self, table: &[f32; 32], index: Self::u32s) -> Self::f32s {
+        fn lookup_f32s(self, table: &[f32; 32], index: Self::u32s) -> Self::f32s {
             // SAFETY: the token proves AVX-512; the table has two vectors' values.
             unsafe {
                 let (low, high) = (_mm512_loadu_ps(table.as_ptr()), _mm512_loadu_ps(table.as_ptr().add(16)));
@@ -840,12 +840,12 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn pick_f32s(self, values: Self::f32s, index: Self::u32s) -> Self::f32s {
+        fn permute_f32s(self, values: Self::f32s, index: Self::u32s) -> Self::f32s {
             // SAFETY: the token proves AVX-512.
             cast(unsafe { _mm512_permutexvar_ps(cast(index), cast(values)) })
         }
         #[inline(always)]
-        fn pick_two_f32s(self, [a, b]: [Self::f32s; 2], index: Self::u32s) -> Self::f32s {
+        fn permute2_f32s(self, [a, b]: [Self::f32s; 2], index: Self::u32s) -> Self::f32s {
             // SAFETY: the token proves AVX-512.
             cast(unsafe { _mm512_permutex2var_ps(cast(a), cast(index), cast(b)) })
         }
@@ -862,7 +862,7 @@ mod x86 {
             })
         }
         #[inline(always)]
-        unsafe fn load_pieces_f32s(self, [a, b, c, d]: [*const f32; 4]) -> Self::f32s {
+        unsafe fn load_quads_f32s(self, [a, b, c, d]: [*const f32; 4]) -> Self::f32s {
             // SAFETY: the token proves AVX-512; the values are readable, by the caller's promise.
             unsafe {
                 let low = _mm512_castps128_ps512(_mm_loadu_ps(a));
@@ -872,7 +872,7 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn pick_u16s(self, values: Self::u32s, index: Self::u32s) -> Self::u32s {
+        unsafe fn permute_u16s(self, values: Self::u32s, index: Self::u32s) -> Self::u32s {
             // SAFETY: the token proves AVX-512.
             cast(unsafe { _mm512_permutexvar_epi16(cast(index), cast(values)) })
         }
@@ -887,11 +887,11 @@ mod x86 {
             cast(unsafe { _mm512_rcp14_ps(cast(x)) })
         }
         #[inline(always)]
-        fn hold_f32s<const N: usize>(self, mut vectors: [Self::f32s; N]) -> [Self::f32s; N] {
+        fn optimization_barrier_f32s<const N: usize>(self, mut vectors: [Self::f32s; N]) -> [Self::f32s; N] {
             // `black_box` goes through memory: 10 instead of 8 ns for a vector's swish.
             if let Some(four) = vectors.first_chunk_mut::<4>() {
                 // SAFETY: the token proves AVX-512.
-                *four = unsafe { hold_512(four.map(cast)) }.map(cast);
+                *four = unsafe { barrier_512(four.map(cast)) }.map(cast);
             }
             vectors
         }
@@ -1017,7 +1017,7 @@ impl<K> Promised<K> {
 
 /// The instruction sets that this build knows, each with the proof that it exists.
 #[derive(Clone, Copy, Debug)]
-pub enum Active {
+pub enum IsaKind {
     /// The next, and products of pairs of bfloat16 numbers (AVX512-BF16), of which pulp knows nothing.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16(pulp::x86::V4),
@@ -1044,7 +1044,7 @@ impl<I: Isa, K: Kernel> pulp::NullaryFnOnce for Call<I, K> {
     }
 }
 
-impl Active {
+impl IsaKind {
     /// Compiles and runs `kernel` for this instruction set.
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -1134,12 +1134,12 @@ impl Active {
 }
 
 /// The instruction set of this process: `KCONV_ISA` where it is set, else the best there is.
-pub fn active() -> Result<Active> {
-    static ACTIVE: OnceLock<Result<Active>> = OnceLock::new();
+pub fn active() -> Result<IsaKind> {
+    static ACTIVE: OnceLock<Result<IsaKind>> = OnceLock::new();
     ACTIVE
         .get_or_init(|| match std::env::var("KCONV_ISA") {
-            Ok(name) if !name.is_empty() => Active::by_name(&name),
-            _ => Ok(Active::available()[0]),
+            Ok(name) if !name.is_empty() => IsaKind::by_name(&name),
+            _ => Ok(IsaKind::available()[0]),
         })
         .clone()
 }
@@ -1147,9 +1147,9 @@ pub fn active() -> Result<Active> {
 /// Whether the processor looks ahead by itself where rows and pixels are read in order, as Intel's do.
 ///
 /// Then asking takes only what it could use itself: the few places where the L1 cache takes note of what it lacks, in which
-/// [`Isa::prefetch_far`] waits there too. (Two threads of an Intel Xeon: the weight gradients of the pointwise layers of
+/// [`Isa::prefetch_l2`] waits there too. (Two threads of an Intel Xeon: the weight gradients of the pointwise layers of
 /// kEffNet-B0 at 32x32 take 37 ms asking, 30 without. On an AMD EPYC asking pays: see there.)
-pub fn looks_ahead() -> bool {
+pub fn has_stream_prefetcher() -> bool {
     is_intel()
 }
 
@@ -1190,7 +1190,7 @@ mod tests {
     fn transposes<const R: usize, const C: usize>() {
         let (mut a, mut b, mut c): (Vec<u16>, Vec<f32>, Vec<f64>) =
             (0..72).map(|i| (i, f32::from(i), f64::from(i))).collect();
-        for isa in Active::available() {
+        for isa in IsaKind::available() {
             let (mut d, mut e, mut f) = (vec![99; 72], vec![99.0; 72], vec![99.0; 72]);
             isa.run(Transpose::<R, C>([&mut a, &mut d], [&mut b, &mut e], [&mut c, &mut f]));
             for (column, row) in (0..8).flat_map(|i| (0..8).map(move |j| (i, j))) {
@@ -1234,7 +1234,7 @@ mod tests {
     #[test]
     fn halves_of_any_number() {
         let from: Vec<u16> = (0..40).map(|i| 1000 + i).collect();
-        for (isa, len) in Active::available().into_iter().flat_map(|isa| (0..40).map(move |len| (isa, len))) {
+        for (isa, len) in IsaKind::available().into_iter().flat_map(|isa| (0..40).map(move |len| (isa, len))) {
             let mut to = vec![7; 40];
             isa.run(Copy(&from, &mut to, len));
             let (copied, rest) = to.split_at(len);
@@ -1254,7 +1254,7 @@ mod tests {
                 let numbers: [f32; 16] = std::array::from_fn(|i| (at + i) as f32);
                 let bits: [u32; 16] = std::array::from_fn(|i| (at + i) as u32);
                 let numbers: I::f32s = cast_slice(&numbers)[0];
-                let value = isa.look_up_f32s(table, cast_slice(&bits)[0]);
+                let value = isa.lookup_f32s(table, cast_slice(&bits)[0]);
                 let powers = isa.sub_f32s(numbers, isa.splat_f32s(150.5));
                 let results = [value, isa.scale_f32s(value, powers), isa.estimate_reciprocal_f32s(numbers)];
                 for (to, result) in [&mut *found, &mut *scaled, &mut *reciprocals].into_iter().zip(results) {
@@ -1268,7 +1268,7 @@ mod tests {
     #[test]
     fn tables_powers_and_reciprocals() {
         let table: [f32; 32] = std::array::from_fn(|i| 1.0 + i as f32 / 32.0);
-        for isa in Active::available() {
+        for isa in IsaKind::available() {
             let (mut found, mut scaled, mut reciprocals) = ([0.0; 192], [0.0; 192], [0.0; 192]);
             isa.run(Exponentials(&table, [&mut found, &mut scaled, &mut reciprocals]));
             for i in 0..192 {
@@ -1283,6 +1283,6 @@ mod tests {
 
     #[test]
     fn unknown_names_are_refused() {
-        assert!(Active::by_name("mmx").unwrap_err().to_string().contains("portable"));
+        assert!(IsaKind::by_name("mmx").unwrap_err().to_string().contains("portable"));
     }
 }

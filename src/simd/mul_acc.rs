@@ -2,20 +2,20 @@
 //! instructions for it.
 
 use super::element::Element;
-use crate::simd::{Active, Isa};
+use crate::simd::{Isa, IsaKind};
 
 /// A way to add up products of values of type `T`. To have one is to have its instructions.
 ///
-/// A step of [`crate::microkernels::conv1x1_nchw::ConvRows`] multiplies [`Products::TERMS`] rows by their weights, one of
+/// A step of [`crate::microkernels::conv1x1_nchw::ConvRows`] multiplies [`MulAcc::TERMS`] rows by their weights, one of
 /// [`crate::microkernels::conv1x1_nchw::DotRows`] so many times a vector's values of two rows.
-pub trait Products<T: Element>: Copy + Send + Sync {
-    /// Products that a step adds to each sum: 1 or 2.
+pub trait MulAcc<T: Element>: Copy + Send + Sync {
+    /// MulAcc that a step adds to each sum: 1 or 2.
     const TERMS: usize;
-    /// What [`Products::splat`] reads: values as they are, or as they are computed with.
+    /// What [`MulAcc::splat`] reads: values as they are, or as they are computed with.
     type Value: Copy;
-    /// Whether [`Products::splat`] reads copies of values, which [`crate::microkernels::norm_act::WidenRows`] makes.
+    /// Whether [`MulAcc::splat`] reads copies of values, which [`crate::microkernels::norm_act::WidenRows`] makes.
     const COPIES: bool = size_of::<Self::Value>() > size_of::<T>();
-    /// A mask over the first values of [`Products::load_row`].
+    /// A mask over the first values of [`MulAcc::load_row`].
     type Mask<I: Isa>: Copy;
 
     /// The weights of one step, in the bits of one number.
@@ -28,7 +28,7 @@ pub trait Products<T: Element>: Copy + Send + Sync {
     /// # Safety
     /// A vector's values must be readable in the rows.
     unsafe fn load<I: Isa>(self, isa: I, row: *const T, next: Option<*const T>) -> T::Vector<I>;
-    /// As [`Products::load`], of the values that `mask` selects; the others are zero.
+    /// As [`MulAcc::load`], of the values that `mask` selects; the others are zero.
     ///
     /// # Safety
     /// The selected values must be readable in the rows.
@@ -39,7 +39,7 @@ pub trait Products<T: Element>: Copy + Send + Sync {
         row: *const T,
         next: Option<*const T>,
     ) -> T::Vector<I>;
-    /// As [`Products::load`], part 0 or 1 of the values of two vectors: one half of them, in the order that is the fastest.
+    /// As [`MulAcc::load`], part 0 or 1 of the values of two vectors: one half of them, in the order that is the fastest.
     ///
     /// # Safety
     /// Two vectors' values must be readable in the rows.
@@ -49,7 +49,7 @@ pub trait Products<T: Element>: Copy + Send + Sync {
     /// # Safety
     /// They must be writable at `ptr`.
     unsafe fn store<I: Isa>(self, isa: I, mask: Option<T::Mask<I>>, ptr: *mut T, value: T::Vector<I>);
-    /// Stores the sums of the two parts that [`Products::load_part`] loads.
+    /// Stores the sums of the two parts that [`MulAcc::load_part`] loads.
     ///
     /// # Safety
     /// Two vectors' values must be writable at `ptr`.
@@ -60,31 +60,31 @@ pub trait Products<T: Element>: Copy + Send + Sync {
     /// # Safety
     /// They must be readable at `ptr`.
     unsafe fn splat<I: Isa>(self, isa: I, len: usize, ptr: *const Self::Value) -> T::Vector<I>;
-    /// For each lane, the values that one step multiplies, from [`Products::load_row`]'s or [`Products::load_pieces`]'s: places
-    /// modulo their number, the second one's in the upper half. For types with [`Element::PICKS`].
-    fn pick<I: Isa>(self, isa: I, values: T::Vector<I>, index: I::u32s) -> T::Vector<I>;
+    /// For each lane, the values that one step multiplies, from [`MulAcc::load_row`]'s or [`MulAcc::load_quads`]'s: places
+    /// modulo their number, the second one's in the upper half. For types with [`Element::PERMUTES`].
+    fn permute<I: Isa>(self, isa: I, values: T::Vector<I>, index: I::u32s) -> T::Vector<I>;
     /// Four steps' neighbouring values from each of these places on, as many as fill a vector: for types with
-    /// [`Element::PICKS`].
+    /// [`Element::PERMUTES`].
     ///
     /// # Safety
     /// They must be readable.
-    unsafe fn load_pieces<I: Isa>(self, isa: I, pieces: [*const T; 4]) -> T::Vector<I>;
-    /// Packs rows of `len` values, a step's rows into one as [`Products::pack`] does: in the first places of `memory`, or
+    unsafe fn load_quads<I: Isa>(self, isa: I, pieces: [*const T; 4]) -> T::Vector<I>;
+    /// Packs rows of `len` values, a step's rows into one as [`MulAcc::pack`] does: in the first places of `memory`, or
     /// where they are if they need not be packed.
-    fn steps<'a>(self, isa: Active, rows: &'a [T], len: usize, memory: &'a mut [T::Wide]) -> &'a [T::Wide];
-    /// Selects the first `len` values of [`Products::load_row`].
+    fn steps<'a>(self, isa: IsaKind, rows: &'a [T], len: usize, memory: &'a mut [T::Wide]) -> &'a [T::Wide];
+    /// Selects the first `len` values of [`MulAcc::load_row`].
     fn mask<I: Isa>(isa: I, len: usize) -> Self::Mask<I>;
-    /// The values of a row that one step multiplies, in any order: [`Products::TERMS`] vectors of sums need them.
+    /// The values of a row that one step multiplies, in any order: [`MulAcc::TERMS`] vectors of sums need them.
     ///
     /// # Safety
     /// They must be readable at `ptr`.
     unsafe fn load_row<I: Isa>(self, isa: I, ptr: *const T) -> T::Vector<I>;
-    /// As [`Products::load_row`], of the values that `mask` selects; the others are zero.
+    /// As [`MulAcc::load_row`], of the values that `mask` selects; the others are zero.
     ///
     /// # Safety
     /// The selected values must be readable at `ptr`.
     unsafe fn load_row_masked<I: Isa>(self, isa: I, mask: Self::Mask<I>, ptr: *const T) -> T::Vector<I>;
-    /// As [`Products::load_row`], part 0 or 1 of two steps' values.
+    /// As [`MulAcc::load_row`], part 0 or 1 of two steps' values.
     ///
     /// # Safety
     /// Two steps' values must be readable at `ptr`.
@@ -93,9 +93,9 @@ pub trait Products<T: Element>: Copy + Send + Sync {
 
 /// One product at a time, as an [`Element`] computes.
 #[derive(Clone, Copy)]
-pub struct Single;
+pub struct Fma;
 
-impl<T: Element> Products<T> for Single {
+impl<T: Element> MulAcc<T> for Fma {
     const TERMS: usize = 1;
     type Value = T::Wide;
     type Mask<I: Isa> = T::Mask<I>;
@@ -145,15 +145,15 @@ impl<T: Element> Products<T> for Single {
         T::splat_wide(isa, unsafe { *ptr })
     }
     #[inline(always)]
-    fn pick<I: Isa>(self, isa: I, values: T::Vector<I>, index: I::u32s) -> T::Vector<I> {
-        T::pick(isa, values, index)
+    fn permute<I: Isa>(self, isa: I, values: T::Vector<I>, index: I::u32s) -> T::Vector<I> {
+        T::permute(isa, values, index)
     }
     #[inline(always)]
-    unsafe fn load_pieces<I: Isa>(self, isa: I, pieces: [*const T; 4]) -> T::Vector<I> {
+    unsafe fn load_quads<I: Isa>(self, isa: I, pieces: [*const T; 4]) -> T::Vector<I> {
         // SAFETY: as above.
-        unsafe { T::load_pieces(isa, pieces) }
+        unsafe { T::load_quads(isa, pieces) }
     }
-    fn steps<'a>(self, isa: Active, rows: &'a [T], _len: usize, memory: &'a mut [T::Wide]) -> &'a [T::Wide] {
+    fn steps<'a>(self, isa: IsaKind, rows: &'a [T], _len: usize, memory: &'a mut [T::Wide]) -> &'a [T::Wide] {
         T::widened(isa, rows, memory)
     }
     #[inline(always)]
