@@ -19,8 +19,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
+
+from kconv._geometry import interleave_order
 
 __all__ = [
     "INPUT",
@@ -130,9 +131,7 @@ def interleave_index(channels: int, step: int) -> tuple[int, ...]:
     Raises:
         ValueError: if ``step`` is below 1.
     """
-    if step < 1:
-        raise ValueError(f"step={step}: an interleave needs a step of at least 1")
-    return tuple(chain.from_iterable(range(s, channels, step) for s in range(min(step, channels))))
+    return tuple(interleave_order(channels, step))
 
 
 @dataclass(frozen=True, kw_only=True)

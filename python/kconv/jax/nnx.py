@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kconv._geometry import interleave_order
 from kconv._versions import warn_of_version
 from kconv.jax import ops
-from kconv.ktypes import interleave_index
 
 __all__ = ["DepthwiseConv", "InterleaveChannels", "PointwiseConv"]
 
@@ -222,7 +222,7 @@ class InterleaveChannels(nnx.Module):
 def _interleaved(x: jax.Array, step: int) -> jax.Array:
     """x: (..., C) of any dtype."""
     if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.take(x, jnp.array(interleave_index(x.shape[-1], step)), axis=-1)
+        return jnp.take(x, jnp.array(interleave_order(x.shape[-1], step)), axis=-1)
     return _like(x, ops.interleave(_images(x), step, layout="NHWC"))
 
 

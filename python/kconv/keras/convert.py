@@ -19,6 +19,7 @@ import keras
 from keras import layers
 
 from kconv import ktypes
+from kconv._geometry import interleave_order
 from kconv._report import Report
 from kconv.keras._clone import Changes, Exchange, Graph, Plan, clone, copied, from_config
 from kconv.keras._initialize import call_new_layer
@@ -397,7 +398,7 @@ def _interleave(x: Tensor, step: int, axis: int) -> Tensor:
     if not 1 < step < channels:
         return x
     if None in x.shape[1:]:  # a reshape leaves one size open, which is the batch's
-        return keras.ops.take(x, ktypes.interleave_index(channels, step), axis=axis)
+        return keras.ops.take(x, interleave_order(channels, step), axis=axis)
     # Else by transposing a table, which exports everywhere: its rows are of ``step``
     # channels, and the columns are taken one by one. Where the last row is not full, the columns
     # that it lengthens are a table of their own.

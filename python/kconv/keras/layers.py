@@ -11,8 +11,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from kconv._geometry import interleave_order
 from kconv.keras._native import LAYOUTS, SUPPORTS_JIT, is_dense, native
-from kconv.ktypes import interleave_index
 
 __all__ = [
     "CopyChannels",
@@ -190,7 +190,7 @@ def _interleaved(x: Tensor, step: int, axis: int) -> Tensor:
     """Channels s, s + step, ... for s = 0 .. step - 1 in turn, of any dtype."""
     if keras.backend.standardize_dtype(x.dtype) in FLOATS:
         return native.interleave(x, step, layout="NHWC" if axis == 3 else "NCHW")
-    return ops.take(x, interleave_index(x.shape[axis], step), axis=axis)
+    return ops.take(x, interleave_order(x.shape[axis], step), axis=axis)
 
 
 class _ChannelLayer(keras.layers.Layer):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from kconv.ktypes import interleave_index
+from kconv._geometry import interleave_order, same_padding
 from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS
 from kconv.models.graph import (
     Activation,
@@ -436,7 +436,7 @@ class _Lowering:
     def _interleave(self, x: Tensor, step: int) -> Tensor:
         if not x.whole:
             x = self._copy(x)
-        order = interleave_index(x.channels, step)
+        order = interleave_order(x.channels, step)
         return _each(x, lambda term: replace(term, channels=tuple(term.channels[i] for i in order)))
 
     def _conv(
@@ -449,17 +449,17 @@ class _Lowering:
         groups: int,
     ) -> Tensor:
         borders = padding.padding if padding else layer.padding
-        if isinstance(borders, tuple):
-            before = [sides[0] for sides in borders]
-            total = [sum(sides) for sides in borders]
-        elif borders == "same":
-            sizes = zip(x.size, kernel, strict=True)
-            total = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in sizes]
-            before = [pixels // 2 for pixels in total]
-        else:
-            before = total = [0, 0]
+        if borders == "same":
+            rows, columns = (
+                same_padding(n, k, stride) for n, k in zip(x.size, kernel, strict=True)
+            )
+            borders = rows, columns
+        elif isinstance(borders, str):
+            borders = _NO_BORDERS
+        before = [sides[0] for sides in borders]
         height, width = (
-            (n + pad - k) // stride + 1 for n, pad, k in zip(x.size, total, kernel, strict=True)
+            (n + sum(sides) - k) // stride + 1
+            for n, sides, k in zip(x.size, borders, kernel, strict=True)
         )
         geometry = [0, *kernel, stride, *before, groups, int(layer.use_bias)]
         return self._step(geometry, x, layer.channels, (height, width))

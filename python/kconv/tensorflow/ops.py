@@ -12,7 +12,7 @@ from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 import kconv
-from kconv.ktypes import interleave_index
+from kconv._geometry import interleave_order
 from kconv.tensorflow._library import kernels
 
 __all__ = ["deinterleave", "depthwise_conv", "interleave", "pointwise_conv"]
@@ -320,5 +320,5 @@ def _by_index(x: Tensor, step: int, layout: Layout, *, inverse: bool = False) ->
     if step == 1:
         return x
     axis = layout.index("C")
-    index = np.array(interleave_index(x.shape[axis], step))
+    index = np.array(interleave_order(x.shape[axis], step))
     return tf.gather(x, np.argsort(index) if inverse else index, axis=axis)

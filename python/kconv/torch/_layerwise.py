@@ -12,11 +12,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from kconv._geometry import same_padding
 from kconv.models import graph
 from kconv.models.activations import ACTIVATIONS
 from kconv.models.fusion import Program
 from kconv.torch._functions import add, concatenate, fold_halves
-from kconv.torch._scriptable import interleave_by_index, pad_explicit, same_padding
+from kconv.torch._scriptable import interleave_by_index, pad_explicit
 
 __all__ = ["layerwise"]
 
@@ -139,8 +140,7 @@ def _convolve(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, groups
     borders = layer.padding
     if borders == "same":
         sizes = zip(x.shape[2:], weight.shape[2:], strides, strict=True)
-        totals = [same_padding(size, kernel, stride) for size, kernel, stride in sizes]
-        borders = [(total // 2, total - total // 2) for total in totals]
+        borders = [same_padding(size, kernel, stride) for size, kernel, stride in sizes]
     if borders != "valid":
         x = pad_explicit(x, borders, "zeros")
     return F.conv2d(x, weight, bias, strides, groups=groups)

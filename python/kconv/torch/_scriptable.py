@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from kconv._geometry import interleave_order, same_padding
+
 __all__ = [
     "DropConnect",
     "IndexedInterleave",
@@ -18,7 +20,6 @@ __all__ = [
     "interleave_by_index",
     "pad_explicit",
     "pointwise_repr",
-    "same_padding",
 ]
 
 
@@ -185,9 +186,9 @@ def pad_same(
     """Pads an image so that a convolution puts out 1/stride of its pixels, rounded up."""
     height = (weight.shape[2] - 1) * dilation[0] + 1
     width = (weight.shape[3] - 1) * dilation[1] + 1
-    rows = same_padding(x.shape[-2], height, stride[0])
-    columns = same_padding(x.shape[-1], width, stride[1])
-    sides = [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]
+    top, bottom = same_padding(x.shape[-2], height, stride[0])
+    left, right = same_padding(x.shape[-1], width, stride[1])
+    sides = [left, right, top, bottom]
     return F.pad(x, sides, "constant" if mode == "zeros" else mode)
 
 
@@ -196,22 +197,8 @@ def interleave_by_index(x: Tensor, step: int) -> Tensor:
 
     The index is a constant for exporters: thousands of nodes that compute it would slow each run.
     """
-    if step < 1:
-        raise ValueError(f"step must be at least 1, got {step}")
-    channels: list[int] = []
-    for start in range(min(step, x.shape[-3])):
-        for channel in range(start, x.shape[-3], step):
-            channels.append(channel)
-    return x if step == 1 else x.index_select(-3, torch.tensor(channels, device=x.device))
-
-
-def same_padding(size: int, kernel: int, stride: int) -> int:
-    """The pixels that TensorFlow's "same" adds, for size / stride outputs, rounded up."""
-    # Not -(-size // stride): in ONNX the quotient of a negative number is cut off, not rounded
-    # down.
-    total = ((size + stride - 1) // stride - 1) * stride + kernel - size
-    # Only then can it be negative; and exporters would bind themselves to sizes as they are.
-    return max(total, 0) if kernel < stride else total
+    order = interleave_order(x.shape[-3], step)
+    return x if step == 1 else x.index_select(-3, torch.tensor(order, device=x.device))
 
 
 def pointwise_repr(layer: Any) -> str:

@@ -21,9 +21,9 @@ from torch._C import _get_tracing_state
 from torch._C import _to_dlpack as to_dlpack
 
 from kconv import _kconv
-from kconv.ktypes import interleave_index
+from kconv._geometry import interleave_order, same_padding
 from kconv.torch._dispatch import KernelOp
-from kconv.torch._scriptable import interleave_by_index, same_padding
+from kconv.torch._scriptable import interleave_by_index
 
 __all__ = [
     "Padding",
@@ -301,8 +301,8 @@ def borders(
         case "same":
             if _get_tracing_state():  # of torch.jit, where sizes are tensors
                 size, kernel = [int(n) for n in size], [int(k) for k in kernel]
-            height, width = (same_padding(n, k, stride) for n, k in zip(size, kernel, strict=True))
-            return height // 2, height - height // 2, width // 2, width - width // 2
+            rows, columns = (same_padding(n, k, stride) for n, k in zip(size, kernel, strict=True))
+            return *rows, *columns
         case ((top, bottom), (left, right)):
             return top, bottom, left, right
     raise ValueError(
@@ -429,7 +429,7 @@ def _deinterleave_native(x: Tensor, step: int) -> Tensor:
 
 def _order(channels: int, step: int, device: torch.device) -> Tensor:
     """(channels,): the channel that each one of the interleaved tensor comes from."""
-    return torch.tensor(interleave_index(channels, step), device=device)
+    return torch.tensor(interleave_order(channels, step), device=device)
 
 
 # Their shapes, for tensors without data.
