@@ -17,9 +17,9 @@ Example:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from kconv._geometry import interleave_order
 
@@ -35,10 +35,13 @@ __all__ = [
     "Plan",
     "Step",
     "Unit",
+    "group_conv",
     "interleave_index",
     "plan",
     "resolve",
 ]
+
+T = TypeVar("T")
 
 Scheme = Literal["conv", "K", "K+interleave", "D6", "D6+kT3", "D10", "D8", "D6v3", "kT3v3"]
 
@@ -240,6 +243,34 @@ class Plan:
         """The steps that hold parameters."""
         return tuple(step for step in self.steps if isinstance(step, Unit))
 
+    @property
+    def first_units(self) -> tuple[Unit, ...]:
+        """The units that read the block's input, all of it or some of its channels."""
+        unconvolved = {INPUT}
+        for step in self.steps:
+            if not isinstance(step, Unit) and unconvolved.issuperset(step.inputs):
+                unconvolved.add(step.name)
+        return tuple(unit for unit in self.units if unconvolved.issuperset(unit.inputs))
+
+    def walk(self, x: T, apply: Callable[[Step, list[T]], T]) -> T:
+        """What the block makes of its input.
+
+        Example:
+            >>> plan("D6_16ch", 32, 48, "a").walk("x", lambda step, xs: f"{step.name}({xs[0]})")
+            'a_group_interleaved(a(x))'
+
+        Args:
+            x: the block's input: a tensor, a name, or whatever ``apply`` takes.
+            apply: the result of a step, from those of the steps that it reads.
+
+        Returns:
+            The last step's result.
+        """
+        results = {INPUT: x}
+        for step in self.steps:
+            results[step.name] = apply(step, [results[name] for name in step.inputs])
+        return results[self.output]
+
 
 def plan(ktype: KType | str | int, c_in: int, c_out: int, name: str = "") -> Plan:
     """The steps that replace a pointwise convolution of ``c_in`` to ``c_out`` channels.
@@ -273,6 +304,30 @@ def plan(ktype: KType | str | int, c_in: int, c_out: int, name: str = "") -> Pla
         _plan_v2(builder, ktype, c_in, c_out, name)
     else:
         _plan_v1(builder, ktype, c_in, c_out, name)
+    return Plan(ktype, c_in, tuple(builder.steps))
+
+
+def group_conv(c_in: int, c_out: int, channels: int, name: str = "") -> Plan:
+    """The steps of one grouped convolution of any numbers of channels (V2).
+
+    Example:
+        >>> [(unit.conv_name, unit.groups) for unit in group_conv(50, 36, 16).units]
+        [('m4_conv', 4)]
+
+    Args:
+        c_in: channels of the input.
+        c_out: channels (filters) of the convolution.
+        channels: input channels of each group.
+        name: with which the steps' names begin.
+
+    Raises:
+        ValueError: if a channel count is below 1.
+        TypeError: if a channel count is not a whole number.
+    """
+    c_in, c_out = _positive("c_in", c_in), _positive("c_out", c_out)
+    builder = _Builder(c_in)
+    _group_conv(builder, INPUT, c_out, _positive("channels", channels), name, "same")
+    ktype = KType(f"kT3v3_{channels}ch", -1, "kT3v3", channels)
     return Plan(ktype, c_in, tuple(builder.steps))
 
 

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import keras
 
 from kconv import ktypes
-from kconv.keras import CopyChannels, InterleaveChannels, SumIntoHalfChannels, blocks
+from kconv.keras import blocks
 
 Tensor = Any
 Activation = str | Callable[[Tensor], Tensor] | None
@@ -362,20 +361,21 @@ def kGroupConv2D(
     Returns:
         The result, like ``last_tensor`` with ``filters`` channels, and the number of groups.
     """
-    block = ktypes._Builder(last_tensor.shape[channel_axis])
-    _, groups = ktypes._group_conv(
-        block, ktypes.INPUT, filters, channels_per_group, name or "", "same"
+    plan = ktypes.group_conv(
+        last_tensor.shape[channel_axis], filters, channels_per_group, name or ""
     )
-    unit = partial(
-        _unit,
-        channel_axis=channel_axis,
-        activation=activation,
-        has_batch_norm=has_batch_norm,
-        has_batch_scale=has_batch_scale,
-        use_bias=use_bias,
-        window=(kernel_size, stride_size, padding),
+    y = _apply(
+        plan,
+        last_tensor,
+        channel_axis,
+        bool(name),
+        activation,
+        has_batch_norm,
+        has_batch_scale,
+        use_bias,
+        (kernel_size, stride_size, padding),
     )
-    return _assemble(block.steps, last_tensor, channel_axis, bool(name), unit), groups
+    return y, plan.units[0].groups
 
 
 def _ktype(scheme: ktypes.Scheme, channels: int) -> ktypes.KType:
@@ -411,85 +411,55 @@ def _kconv(
             use_bias,
             ktype,
         )
-    unit = partial(
-        _unit,
-        channel_axis=channel_axis,
-        activation=activation,
-        has_batch_norm=has_batch_norm,
-        has_batch_scale=has_batch_scale,
-        use_bias=use_bias,
-        window=(kernel_size, stride_size, padding),
-    )
     plan = ktypes.plan(ktype, last_tensor.shape[channel_axis], filters, name or "")
-    return _assemble(plan, last_tensor, channel_axis, bool(name), unit)
+    return _apply(
+        plan,
+        last_tensor,
+        channel_axis,
+        bool(name),
+        activation,
+        has_batch_norm,
+        has_batch_scale,
+        use_bias,
+        (kernel_size, stride_size, padding),
+    )
 
 
-def _unit(
-    step: ktypes.Unit,
-    x: Tensor,
-    reads_input: bool,
-    named: bool,
-    *,
+def _apply(
+    plan: ktypes.Plan,
+    last_tensor: Tensor,
     channel_axis: int,
+    has_name: bool,
     activation: Activation,
     has_batch_norm: bool,
     has_batch_scale: bool,
     use_bias: bool,
     window: tuple[int, int, str],
 ) -> Tensor:
-    """A convolution unit; only the first ones have a window of more than a pixel."""
-    kernel_size, strides, padding = window if reads_input else (1, 1, "same")
-    x = keras.layers.Conv2D(
-        step.channels,
-        kernel_size,
-        strides,
-        padding=padding,
-        groups=step.groups,
-        use_bias=use_bias,
-        data_format=data_format_of(channel_axis),
-        name=step.conv_name if named else None,
-    )(x)
-    if has_batch_norm:
-        x = keras.layers.BatchNormalization(
-            axis=channel_axis, scale=has_batch_scale, name=step.bn_name if named else None
-        )(x)
-    if activation is not None:
-        name = step.activation_name if named else None
-        x = keras.layers.Activation(activation, name=name)(x)
-    return x
-
-
-def _assemble(
-    steps: Iterable[ktypes.Step],
-    last_tensor: Tensor,
-    channel_axis: int,
-    named: bool,
-    unit: Callable[[ktypes.Unit, Tensor, bool, bool], Tensor],
-) -> Tensor:
-    """The layers of a block's steps, of which ``unit`` makes the convolutions."""
+    """A block whose first convolutions have a window (kernel size, strides, padding)."""
     data_format = data_format_of(channel_axis)
-    results, unconvolved = {ktypes.INPUT: last_tensor}, {ktypes.INPUT}
-    y = last_tensor
-    for step in steps:
-        inputs = [results[source] for source in step.inputs]
-        name = step.name if named and not step.auto else None
-        reads_input = unconvolved.issuperset(step.inputs)
-        match step:
-            case ktypes.Unit():
-                y = unit(step, inputs[0], reads_input, named)
-            case ktypes.Interleave():
-                y = InterleaveChannels(step.step, data_format=data_format, name=name)(inputs[0])
-            case ktypes.CopyChannels():
-                y = CopyChannels(step.start, step.channels, data_format=data_format, name=name)(
-                    inputs[0]
-                )
-            case ktypes.FoldHalves():
-                y = SumIntoHalfChannels(data_format=data_format, name=name)(inputs[0])
-            case ktypes.Concat():
-                y = keras.layers.Concatenate(axis=channel_axis, name=name)(inputs)
-            case ktypes.Add():
-                y = keras.layers.Add(name=name)(inputs)
-        if reads_input and not isinstance(step, ktypes.Unit):
-            unconvolved.add(step.name)
-        results[step.name] = y
-    return y
+
+    def named(layer_name: str) -> str | None:
+        return layer_name if has_name else None
+
+    def unit(step: ktypes.Unit, x: Tensor) -> Tensor:
+        kernel_size, strides, padding = window if step in plan.first_units else (1, 1, "same")
+        x = keras.layers.Conv2D(
+            step.channels,
+            kernel_size,
+            strides,
+            padding=padding,
+            groups=step.groups,
+            use_bias=use_bias,
+            data_format=data_format,
+            name=named(step.conv_name),
+        )(x)
+        if has_batch_norm:
+            x = keras.layers.BatchNormalization(
+                axis=channel_axis, scale=has_batch_scale, name=named(step.bn_name)
+            )(x)
+        if activation is not None:
+            x = keras.layers.Activation(activation, name=named(step.activation_name))(x)
+        return x
+
+    return blocks.apply_plan(plan, last_tensor, unit, data_format, named)

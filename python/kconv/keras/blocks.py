@@ -100,25 +100,24 @@ def apply_plan(
     Returns:
         Like ``x``, with the channels of the block's last step.
     """
-    channel_axis = 3 if data_format == "channels_last" else 1
-    results = {ktypes.INPUT: x}
-    for step in plan:
-        inputs = [results[source] for source in step.inputs]
-        layer_name = None if step.auto else named(step.name)
+
+    def apply(step: ktypes.Step, inputs: list[Tensor]) -> Tensor:
+        options = {"name": None if step.auto else named(step.name)}
+        of_images = {**options, "data_format": data_format}
         match step:
             case ktypes.Unit():
-                y = unit(step, *inputs)
+                return unit(step, *inputs)
             case ktypes.Interleave():
-                y = InterleaveChannels(step.step, data_format=data_format, name=layer_name)(*inputs)
+                return InterleaveChannels(step.step, **of_images)(*inputs)
             case ktypes.CopyChannels():
-                y = CopyChannels(
-                    step.start, step.channels, data_format=data_format, name=layer_name
-                )(*inputs)
+                return CopyChannels(step.start, step.channels, **of_images)(*inputs)
             case ktypes.FoldHalves():
-                y = SumIntoHalfChannels(data_format=data_format, name=layer_name)(*inputs)
+                return SumIntoHalfChannels(**of_images)(*inputs)
             case ktypes.Concat():
-                y = keras.layers.Concatenate(axis=channel_axis, name=layer_name)(inputs)
+                axis = 3 if data_format == "channels_last" else 1
+                return keras.layers.Concatenate(axis=axis, **options)(inputs)
             case ktypes.Add():
-                y = keras.layers.Add(name=layer_name)(inputs)
-        results[step.name] = y
-    return results[plan.output]
+                return keras.layers.Add(**options)(inputs)
+        raise TypeError(f"step {step.name!r}: a {type(step).__name__} has no Keras layer")
+
+    return plan.walk(x, apply)

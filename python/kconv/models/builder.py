@@ -216,36 +216,38 @@ class GraphBuilder:
             The name of the block's output.
         """
         plan = ktypes.plan(ktype, self.channels(x), filters, name)
-        outputs = {ktypes.INPUT: x}
-        for step in plan:
-            inputs = [outputs[source] for source in step.inputs]
-            step_name = None if step.auto else step.name
+
+        def unit(step: ktypes.Unit, source: str) -> str:
+            y = self.conv(
+                step.conv_name,
+                source,
+                step.channels,
+                groups=step.groups,
+                padding=step.padding,
+                use_bias=use_bias,
+            )
+            if batch_norm:
+                y = self.batch_norm(step.bn_name, y, scale=scale)
+            return self.activation(step.activation_name, y, activation) if activation else y
+
+        def apply(step: ktypes.Step, inputs: list[str]) -> str:
+            name = None if step.auto else step.name
             match step:
                 case ktypes.Unit():
-                    y = self.conv(
-                        step.conv_name,
-                        inputs[0],
-                        step.channels,
-                        groups=step.groups,
-                        padding=step.padding,
-                        use_bias=use_bias,
-                    )
-                    if batch_norm:
-                        y = self.batch_norm(step.bn_name, y, scale=scale)
-                    if activation:
-                        y = self.activation(step.activation_name, y, activation)
+                    return unit(step, inputs[0])
                 case ktypes.Interleave():
-                    y = self.interleave(step_name, inputs[0], step.step)
+                    return self.interleave(name, inputs[0], step.step)
                 case ktypes.CopyChannels():
-                    y = self.copy_channels(step_name, inputs[0], step.start, step.channels)
+                    return self.copy_channels(name, inputs[0], step.start, step.channels)
                 case ktypes.FoldHalves():
-                    y = self.fold_halves(step_name, inputs[0])
+                    return self.fold_halves(name, inputs[0])
                 case ktypes.Concat():
-                    y = self.concat(step_name, inputs)
+                    return self.concat(name, inputs)
                 case ktypes.Add():
-                    y = self.add(step_name, inputs)
-            outputs[step.name] = y
-        return outputs[plan.output]
+                    return self.add(name, inputs)
+            raise TypeError(f"step {step.name!r}: a {type(step).__name__} has no layer")
+
+        return plan.walk(x, apply)
 
     # Channels.
 
