@@ -1,7 +1,7 @@
 //! Tiles of NHWC memory to rows of pixels and back, through registers in blocks of 8 x 8, or halves of them.
 
 use crate::simd::element::Element;
-use crate::simd::{Isa, Kernel};
+use crate::simd::{Isa, Kernel, TransposeBlock};
 
 /// Rows and columns of a block.
 pub const BLOCK: usize = 8;
@@ -83,11 +83,12 @@ impl<T: Element> Kernel for Transpose<T> {
                             }
                         }
                     }
+                    let block = TransposeBlock { src, src_stride, dst, dst_stride };
                     match (height, width) {
-                        (BLOCK, BLOCK) => T::transpose::<I, BLOCK, BLOCK>(isa, src, src_stride, dst, dst_stride),
-                        (BLOCK, _) => T::transpose::<I, BLOCK, HALF>(isa, src, src_stride, dst, dst_stride),
-                        (_, BLOCK) => T::transpose::<I, HALF, BLOCK>(isa, src, src_stride, dst, dst_stride),
-                        _ => T::transpose::<I, HALF, HALF>(isa, src, src_stride, dst, dst_stride),
+                        (BLOCK, BLOCK) => T::transpose::<I, BLOCK, BLOCK>(isa, block),
+                        (BLOCK, _) => T::transpose::<I, BLOCK, HALF>(isa, block),
+                        (_, BLOCK) => T::transpose::<I, HALF, BLOCK>(isa, block),
+                        _ => T::transpose::<I, HALF, HALF>(isa, block),
                     }
                 }
             }

@@ -1,4 +1,5 @@
-//! bfloat16, the upper half of a float32: storage of half the bytes, for kernels that compute in float32.
+//! bfloat16, the upper half of a float32: storage of half the bytes, for kernels that compute in
+//! float32.
 
 use half::bf16;
 use pulp::Scalar;
@@ -6,9 +7,10 @@ use pulp::Scalar;
 use super::element::{Element, f32_vectors, vectors};
 use super::mul_acc::{Fma, MulAcc};
 use crate::scratch;
-use crate::simd::{Isa, IsaKind, Kernel};
+use crate::simd::{Isa, IsaKind, Kernel, TransposeBlock};
 
-/// Length of the matrices' common axis over which [`Element::gemm`] widens at once: a group's rows stay in the L2 cache.
+/// Length of the matrices' common axis over which [`Element::gemm`] widens at once: a group's rows
+/// stay in the L2 cache.
 const WIDENED: usize = 256;
 
 /// Floats from the bits of bfloat16 values.
@@ -89,9 +91,9 @@ impl MulAcc<bf16> for Bf16Dot {
         isa.transmute_f32s_u32s(unsafe { isa.permute_u16s(isa.transmute_u32s_f32s(values), index) })
     }
     #[inline(always)]
-    unsafe fn load_quads<I: Isa>(self, isa: I, pieces: [*const bf16; 4]) -> I::f32s {
+    unsafe fn load_quads<I: Isa>(self, isa: I, quads: [*const bf16; 4]) -> I::f32s {
         // SAFETY: the caller's promise: as many bytes.
-        unsafe { isa.load_quads_f32s(pieces.map(<*const bf16>::cast)) }
+        unsafe { isa.load_quads_f32s(quads.map(<*const bf16>::cast)) }
     }
     #[inline(always)]
     unsafe fn store_parts<I: Isa>(self, isa: I, ptr: *mut bf16, parts: [I::f32s; 2]) {
@@ -216,8 +218,9 @@ impl Element for bf16 {
         // SAFETY: the caller's promise.
         unsafe { isa.store_masked_u16s(mask, ptr.cast(), isa.round_bf16(value)) }
     }
-    // The values at even places are the lower halves of 32 bits, those at odd ones the upper halves: either is one
-    // instruction away, where loading them in order takes two and one of them a shuffle.
+    // The values at even indices are the lower halves of 32 bits, those at odd ones the upper
+    // halves: either is one instruction away, where loading them in order takes two and one of them
+    // a shuffle.
     #[inline(always)]
     unsafe fn load_part<I: Isa>(isa: I, ptr: *const Self, part: usize) -> I::f32s {
         // SAFETY: the caller's promise; as many bytes.
@@ -233,9 +236,9 @@ impl Element for bf16 {
         unsafe { ptr.cast::<I::u32s>().write_unaligned(isa.round_even_odd_bf16(parts)) };
     }
     #[inline(always)]
-    unsafe fn load_quads<I: Isa>(isa: I, pieces: [*const Self; 4]) -> I::f32s {
+    unsafe fn load_quads<I: Isa>(isa: I, quads: [*const Self; 4]) -> I::f32s {
         let mut values = [[Self::ZERO; 4]; 4];
-        for (to, piece) in values.iter_mut().zip(pieces).take(Self::lanes::<I>() / 4) {
+        for (to, piece) in values.iter_mut().zip(quads).take(Self::lanes::<I>() / 4) {
             // SAFETY: the caller's promise.
             *to = unsafe { piece.cast::<[Self; 4]>().read_unaligned() };
         }
@@ -243,15 +246,11 @@ impl Element for bf16 {
         unsafe { Self::load(isa, values.as_ptr().cast()) }
     }
     #[inline(always)]
-    unsafe fn transpose<I: Isa, const R: usize, const C: usize>(
-        isa: I,
-        src: *const Self,
-        src_stride: usize,
-        dst: *mut Self,
-        dst_stride: usize,
-    ) {
+    unsafe fn transpose<I: Isa, const R: usize, const C: usize>(isa: I, block: TransposeBlock<Self>) {
+        let TransposeBlock { src, src_stride, dst, dst_stride } = block;
+        let block = TransposeBlock { src: src.cast(), src_stride, dst: dst.cast(), dst_stride };
         // SAFETY: the caller's promise.
-        unsafe { isa.transpose_u16::<R, C>(src.cast(), src_stride, dst.cast(), dst_stride) }
+        unsafe { isa.transpose_u16::<R, C>(block) }
     }
     unsafe fn gemm(
         isa: IsaKind,
@@ -265,7 +264,8 @@ impl Element for bf16 {
                 let len = WIDENED.min(k - start);
                 let (wide_a, rest) = memory.split_at_mut(m * len);
                 let wide_b = &mut rest[..n * len];
-                // SAFETY: the caller's promise: columns `start..` of a, rows `start..` of b, and all of c.
+                // SAFETY: the caller's promise: columns `start..` of a, rows `start..` of b, and
+                // all of c.
                 unsafe {
                     let a = isa.run(Widen { size: [m, len], from: (a.0.add(start * a.2), a.1, a.2), to: wide_a });
                     let b = isa.run(Widen { size: [len, n], from: (b.0.add(start * b.1), b.1, b.2), to: wide_b });
@@ -276,8 +276,8 @@ impl Element for bf16 {
     }
 }
 
-/// Copies a matrix of `size`, readable as [`Element::gemm`] promises, into a dense one of float32, in the order of axes in
-/// which it lies in memory; gives the place and strides of that.
+/// Copies a matrix of `size`, readable as [`Element::gemm`] promises, into a dense one of float32,
+/// in the order of axes in which it lies in memory; returns its pointer and strides.
 struct Widen<'a> {
     size: [usize; 2],
     from: (*const bf16, usize, usize),
@@ -340,7 +340,8 @@ mod tests {
     #[test]
     fn every_instruction_set_rounds_to_the_nearest() {
         let step = if cfg!(miri) { 4_000_037 } else { 997 };
-        // Between two values, by a little less and more than half; the largest and the smallest; infinities and NaN.
+        // Between two values, by a little less and more than half; the largest and the smallest;
+        // infinities and NaN.
         #[rustfmt::skip]
         let edges = [
             0x3f80_7fff, 0x3f80_8000, 0x3f80_8001, 0x3f81_7fff, 0x3f81_8000, 0x3f81_8001, 0x7f7f_7fff, 0x7f7f_8000, 1,

@@ -6,13 +6,15 @@ use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
 use super::mul_acc::{Fma, MulAcc};
 use crate::microkernels::norm_act::WidenRows;
-use crate::simd::{Isa, IsaKind, Kernel};
+use crate::simd::{Isa, IsaKind, Kernel, TransposeBlock};
 
-/// A floating-point type that arrays hold, and how kernels compute with it: with its vectors on any instruction set.
+/// A floating-point type that arrays hold, and how kernels compute with it: with its vectors on any
+/// instruction set.
 ///
-/// bfloat16 is storage only: its vectors are those of float32, into which loads widen and from which stores round. So
-/// kernels know nothing of it but that sums which wait in memory, and weights that are packed anyway, are of type
-/// [`Element::Wide`]. Only sums of products may take it as it is: see [`products`].
+/// bfloat16 is storage only: its vectors are those of float32, into which loads widen and from
+/// which stores round. So kernels know nothing of it but that sums which wait in memory, and
+/// weights that are packed anyway, are of type [`Element::Wide`]. Only sums of products may take it
+/// as it is: see [`products`].
 pub trait Element:
     Copy
     + Send
@@ -56,7 +58,7 @@ pub trait Element:
     fn narrow(value: Self::Wide) -> Self;
     /// The values themselves, if they are what is computed with.
     fn as_wide(values: &[Self]) -> Option<&[Self::Wide]>;
-    /// The values themselves, where they need it in the first places of `memory`.
+    /// The values themselves, widened into the start of `memory` where they have to be.
     fn widened<'a>(isa: IsaKind, values: &'a [Self], memory: &'a mut [Self::Wide]) -> &'a [Self::Wide] {
         if let Some(values) = Self::as_wide(values) {
             return values;
@@ -92,15 +94,16 @@ pub trait Element:
     fn select_less<I: Isa>(isa: I, a_b_yes_no: [Self::Vector<I>; 4]) -> Self::Vector<I>;
     /// `1 / (1 + exp(-x))` of vectors whose instructions may overlap.
     fn sigmoid<I: Isa, const N: usize>(isa: I, x: [Self::Vector<I>; N]) -> [Self::Vector<I>; N];
-    /// The values of `a` and `b` at even places, and those at odd ones.
+    /// The values of `a` and `b` at even indices, and those at odd ones.
     fn split<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> [Self::Vector<I>; 2];
     /// The values of `a` and `b` in turns.
     fn zip<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> [Self::Vector<I>; 2];
-    /// The value at place `index`, below the number of lanes, for each lane: of numbers of 32 bits.
+    /// The value at `index`, below the number of lanes, for each lane: of numbers of 32 bits.
     fn permute<I: Isa>(isa: I, values: Self::Vector<I>, index: I::u32s) -> Self::Vector<I>;
-    /// As [`Element::permute`], from two vectors, whose places follow each other.
+    /// As [`Element::permute`], from two vectors, the second one's indices behind the first's.
     fn permute2<I: Isa>(isa: I, values: [Self::Vector<I>; 2], index: I::u32s) -> Self::Vector<I>;
-    /// What `yes` holds in the lanes that a mask selects, what `no` holds in the others: of numbers of 32 bits.
+    /// What `yes` holds in the lanes that a mask selects, what `no` holds in the others: of numbers
+    /// of 32 bits.
     fn select<I: Isa>(isa: I, mask: I::m32s, yes: Self::Vector<I>, no: Self::Vector<I>) -> Self::Vector<I>;
     /// The sum of a vector's values.
     fn sum<I: Isa>(isa: I, a: Self::Vector<I>) -> Self::Wide;
@@ -136,7 +139,8 @@ pub trait Element:
     /// # Safety
     /// The selected values must be writable at `ptr`.
     unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: Self::Vector<I>);
-    /// Loads `N` values again and again, as [`Element::permute`] does by their `index`; `N` is 2, 4 or 8.
+    /// Loads `N` values again and again, as [`Element::permute`] does by their `index`; `N` is 2, 4
+    /// or 8.
     ///
     /// # Safety
     /// A vector's values must be readable at `ptr`.
@@ -145,12 +149,14 @@ pub trait Element:
         // SAFETY: the caller's promise.
         Self::permute(isa, unsafe { Self::load(isa, ptr) }, index)
     }
-    /// Loads four values from each of these places on, as many as fill a vector: of types with [`Element::PERMUTES`].
+    /// Loads four values from each of these pointers, as many as fill a vector: of types with
+    /// [`Element::PERMUTES`].
     ///
     /// # Safety
     /// They must be readable.
-    unsafe fn load_quads<I: Isa>(isa: I, pieces: [*const Self; 4]) -> Self::Vector<I>;
-    /// Loads part 0 or 1 of the values of two vectors: one half of them, in the order that is the fastest.
+    unsafe fn load_quads<I: Isa>(isa: I, quads: [*const Self; 4]) -> Self::Vector<I>;
+    /// Loads part 0 or 1 of the values of two vectors: one half of them, in the order that is the
+    /// fastest.
     ///
     /// # Safety
     /// Two vectors' values must be readable at `ptr`.
@@ -183,16 +189,10 @@ pub trait Element:
     /// Transposes a block of `R` rows of `C` values, 4 or 8 each.
     ///
     /// # Safety
-    /// As for [`Isa::transpose_f32`].
-    unsafe fn transpose<I: Isa, const R: usize, const C: usize>(
-        isa: I,
-        src: *const Self,
-        src_stride: usize,
-        dst: *mut Self,
-        dst_stride: usize,
-    );
-    /// `c += a * b` for matrices of `[m, k, n]` with strides `(row, column)`: matrixmultiply's GEMM, which chooses the
-    /// instruction set itself; `isa` is for what is to be widened before.
+    /// As for [`Isa::transpose_u16`].
+    unsafe fn transpose<I: Isa, const R: usize, const C: usize>(isa: I, block: TransposeBlock<Self>);
+    /// `c += a * b` for matrices of `[m, k, n]` with strides `(row, column)`: matrixmultiply's
+    /// GEMM, which chooses the instruction set itself; `isa` is for what is to be widened before.
     ///
     /// # Safety
     /// The three matrices must be in bounds, and `c` must overlap neither of the others.
@@ -255,9 +255,29 @@ pub(crate) fn writable<T: Element>(values: &mut [T]) -> &mut [MaybeUninit<T>] {
 
 /// The vectors of an [`Element`] and the arithmetic on them, by pulp's functions.
 macro_rules! vectors {
-    ($wide:ident, $vector:ident, $mask:ident, $len:ident, $splat:ident, $mul_add:ident, $add:ident, $sum:ident,
-     $sub:ident, $mul:ident, $at_least:ident, $at_most:ident, $less:ident, $select:ident, $between:ident, $or_masks:ident,
-     $load_masked:ident, $store_masked:ident, $split:ident, $zip:ident, $sigmoid:path) => {
+    (
+        wide: $wide:ident,
+        vector: $vector:ident,
+        mask: $mask:ident,
+        len: $len:ident,
+        splat: $splat:ident,
+        mul_add: $mul_add:ident,
+        add: $add:ident,
+        sum: $sum:ident,
+        sub: $sub:ident,
+        mul: $mul:ident,
+        at_least: $at_least:ident,
+        at_most: $at_most:ident,
+        less: $less:ident,
+        select: $select:ident,
+        between: $between:ident,
+        or_masks: $or_masks:ident,
+        load_masked: $load_masked:ident,
+        store_masked: $store_masked:ident,
+        split: $split:ident,
+        zip: $zip:ident,
+        sigmoid: $sigmoid:path,
+    ) => {
         type Wide = $wide;
         type Vector<I: Isa> = I::$vector;
         type Mask<I: Isa> = I::$mask;
@@ -334,7 +354,8 @@ macro_rules! vectors {
         }
         #[inline(always)]
         unsafe fn load_wide_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *const $wide) -> I::$vector {
-            // SAFETY: the caller's promise. `new` goes without pulp's jump table: the plain masked instructions are wanted.
+            // SAFETY: the caller's promise. `new` goes without pulp's jump table: the plain masked
+            // instructions are wanted.
             unsafe { isa.$load_masked(pulp::MemMask::new(mask), ptr) }
         }
         #[inline(always)]
@@ -348,27 +369,27 @@ macro_rules! vectors {
 macro_rules! f32_vectors {
     () => {
         vectors!(
-            f32,
-            f32s,
-            m32s,
-            u32,
-            splat_f32s,
-            mul_add_e_f32s,
-            add_f32s,
-            reduce_sum_f32s,
-            sub_f32s,
-            mul_f32s,
-            at_least_f32s,
-            at_most_f32s,
-            less_than_f32s,
-            select_f32s,
-            mask_between_m32s,
-            or_m32s,
-            mask_load_ptr_f32s,
-            mask_store_ptr_f32s,
-            split_f32s,
-            zip_f32s,
-            $crate::microkernels::activations::sigmoid_f32
+            wide: f32,
+            vector: f32s,
+            mask: m32s,
+            len: u32,
+            splat: splat_f32s,
+            mul_add: mul_add_e_f32s,
+            add: add_f32s,
+            sum: reduce_sum_f32s,
+            sub: sub_f32s,
+            mul: mul_f32s,
+            at_least: at_least_f32s,
+            at_most: at_most_f32s,
+            less: less_than_f32s,
+            select: select_f32s,
+            between: mask_between_m32s,
+            or_masks: or_m32s,
+            load_masked: mask_load_ptr_f32s,
+            store_masked: mask_store_ptr_f32s,
+            split: split_f32s,
+            zip: zip_f32s,
+            sigmoid: $crate::microkernels::activations::sigmoid_f32,
         );
         const PERMUTES: bool = true;
 
@@ -390,7 +411,7 @@ pub(crate) use {f32_vectors, vectors};
 
 /// The storage of an [`Element`] that is what it computes with.
 macro_rules! wide_storage {
-    ($t:ident, $transpose:ident, $gemm:path) => {
+    (transpose: $transpose:ident, gemm: $gemm:path) => {
         type Bf16Dot = Fma;
         const ONE: Self = 1.0;
 
@@ -451,15 +472,9 @@ macro_rules! wide_storage {
             }
         }
         #[inline(always)]
-        unsafe fn transpose<I: Isa, const R: usize, const C: usize>(
-            isa: I,
-            src: *const Self,
-            src_stride: usize,
-            dst: *mut Self,
-            dst_stride: usize,
-        ) {
+        unsafe fn transpose<I: Isa, const R: usize, const C: usize>(isa: I, block: TransposeBlock<Self>) {
             // SAFETY: the caller's promise.
-            unsafe { isa.$transpose::<R, C>(src, src_stride, dst, dst_stride) }
+            unsafe { isa.$transpose::<R, C>(block) }
         }
         unsafe fn gemm(
             _isa: IsaKind,
@@ -493,7 +508,7 @@ macro_rules! wide_storage {
 
 impl Element for f32 {
     f32_vectors!();
-    wide_storage!(f32, transpose_f32, matrixmultiply::sgemm);
+    wide_storage!(transpose: transpose_f32, gemm: matrixmultiply::sgemm);
 
     #[inline(always)]
     unsafe fn load_repeated<I: Isa, const N: usize>(isa: I, ptr: *const Self, _index: I::u32s) -> I::f32s {
@@ -501,37 +516,37 @@ impl Element for f32 {
         unsafe { isa.load_repeated_f32s::<N>(ptr) }
     }
     #[inline(always)]
-    unsafe fn load_quads<I: Isa>(isa: I, pieces: [*const Self; 4]) -> I::f32s {
+    unsafe fn load_quads<I: Isa>(isa: I, quads: [*const Self; 4]) -> I::f32s {
         // SAFETY: the caller's promise.
-        unsafe { isa.load_quads_f32s(pieces) }
+        unsafe { isa.load_quads_f32s(quads) }
     }
 }
 
 impl Element for f64 {
     vectors!(
-        f64,
-        f64s,
-        m64s,
-        u64,
-        splat_f64s,
-        mul_add_e_f64s,
-        add_f64s,
-        reduce_sum_f64s,
-        sub_f64s,
-        mul_f64s,
-        at_least_f64s,
-        at_most_f64s,
-        less_than_f64s,
-        select_f64s,
-        mask_between_m64s,
-        or_m64s,
-        mask_load_ptr_f64s,
-        mask_store_ptr_f64s,
-        split_f64s,
-        zip_f64s,
-        crate::microkernels::activations::sigmoid_f64
+        wide: f64,
+        vector: f64s,
+        mask: m64s,
+        len: u64,
+        splat: splat_f64s,
+        mul_add: mul_add_e_f64s,
+        add: add_f64s,
+        sum: reduce_sum_f64s,
+        sub: sub_f64s,
+        mul: mul_f64s,
+        at_least: at_least_f64s,
+        at_most: at_most_f64s,
+        less: less_than_f64s,
+        select: select_f64s,
+        between: mask_between_m64s,
+        or_masks: or_m64s,
+        load_masked: mask_load_ptr_f64s,
+        store_masked: mask_store_ptr_f64s,
+        split: split_f64s,
+        zip: zip_f64s,
+        sigmoid: crate::microkernels::activations::sigmoid_f64,
     );
-    wide_storage!(f64, transpose_f64, matrixmultiply::dgemm);
+    wide_storage!(transpose: transpose_f64, gemm: matrixmultiply::dgemm);
     const PERMUTES: bool = false;
 
     fn permute<I: Isa>(_isa: I, _values: I::f64s, _index: I::u32s) -> I::f64s {

@@ -1,19 +1,21 @@
-//! How sums of products take values from memory and add them up: one product at a time, or two where there are
-//! instructions for it.
+//! How sums of products take values from memory and add them up: one product at a time, or two
+//! where there are instructions for it.
 
 use super::element::Element;
 use crate::simd::{Isa, IsaKind};
 
 /// A way to add up products of values of type `T`. To have one is to have its instructions.
 ///
-/// A step of [`crate::microkernels::conv1x1_nchw::ConvRows`] multiplies [`MulAcc::TERMS`] rows by their weights, one of
-/// [`crate::microkernels::conv1x1_nchw::DotRows`] so many times a vector's values of two rows.
+/// A step of [`crate::microkernels::conv1x1_nchw::ConvRows`] multiplies [`MulAcc::TERMS`] rows by
+/// their weights, one of [`crate::microkernels::conv1x1_nchw::DotRows`] `TERMS` times a vector's
+/// values of two rows.
 pub trait MulAcc<T: Element>: Copy + Send + Sync {
     /// MulAcc that a step adds to each sum: 1 or 2.
     const TERMS: usize;
     /// What [`MulAcc::splat`] reads: values as they are, or as they are computed with.
     type Value: Copy;
-    /// Whether [`MulAcc::splat`] reads copies of values, which [`crate::microkernels::norm_act::WidenRows`] makes.
+    /// Whether [`MulAcc::splat`] reads copies of values, which
+    /// [`crate::microkernels::norm_act::WidenRows`] makes.
     const COPIES: bool = size_of::<Self::Value>() > size_of::<T>();
     /// A mask over the first values of [`MulAcc::load_row`].
     type Mask<I: Isa>: Copy;
@@ -23,7 +25,8 @@ pub trait MulAcc<T: Element>: Copy + Send + Sync {
     /// `c` plus the products of one step.
     fn mul_add<I: Isa>(self, isa: I, a: T::Vector<I>, b: T::Vector<I>, c: T::Vector<I>) -> T::Vector<I>;
 
-    /// One step's values of a row and of the next, if a step takes two rows; zeros where it has none.
+    /// One step's values of a row and of the next, if a step takes two rows; zeros where it has
+    /// none.
     ///
     /// # Safety
     /// A vector's values must be readable in the rows.
@@ -39,7 +42,8 @@ pub trait MulAcc<T: Element>: Copy + Send + Sync {
         row: *const T,
         next: Option<*const T>,
     ) -> T::Vector<I>;
-    /// As [`MulAcc::load`], part 0 or 1 of the values of two vectors: one half of them, in the order that is the fastest.
+    /// As [`MulAcc::load`], part 0 or 1 of the values of two vectors: one half of them, in the
+    /// order that is the fastest.
     ///
     /// # Safety
     /// Two vectors' values must be readable in the rows.
@@ -55,26 +59,29 @@ pub trait MulAcc<T: Element>: Copy + Send + Sync {
     /// Two vectors' values must be writable at `ptr`.
     unsafe fn store_parts<I: Isa>(self, isa: I, ptr: *mut T, parts: [T::Vector<I>; 2]);
 
-    /// One step's neighbouring values, of which there are `len` or more than a step takes, for every sum.
+    /// One step's neighbouring values, of which there are `len` or more than a step takes, for
+    /// every sum.
     ///
     /// # Safety
     /// They must be readable at `ptr`.
     unsafe fn splat<I: Isa>(self, isa: I, len: usize, ptr: *const Self::Value) -> T::Vector<I>;
-    /// For each lane, the values that one step multiplies, from [`MulAcc::load_row`]'s or [`MulAcc::load_quads`]'s: places
-    /// modulo their number, the second one's in the upper half. For types with [`Element::PERMUTES`].
+    /// For each lane, the values that one step multiplies, from [`MulAcc::load_row`]'s or
+    /// [`MulAcc::load_quads`]'s: indices modulo their number, the second one's in the upper half.
+    /// For types with [`Element::PERMUTES`].
     fn permute<I: Isa>(self, isa: I, values: T::Vector<I>, index: I::u32s) -> T::Vector<I>;
-    /// Four steps' neighbouring values from each of these places on, as many as fill a vector: for types with
-    /// [`Element::PERMUTES`].
+    /// Four steps' neighbouring values from each of these pointers, as many as fill a vector: for
+    /// types with [`Element::PERMUTES`].
     ///
     /// # Safety
     /// They must be readable.
-    unsafe fn load_quads<I: Isa>(self, isa: I, pieces: [*const T; 4]) -> T::Vector<I>;
-    /// Packs rows of `len` values, a step's rows into one as [`MulAcc::pack`] does: in the first places of `memory`, or
-    /// where they are if they need not be packed.
+    unsafe fn load_quads<I: Isa>(self, isa: I, quads: [*const T; 4]) -> T::Vector<I>;
+    /// Packs rows of `len` values, a step's rows into one as [`MulAcc::pack`] does: at the start
+    /// of `memory`, or where they are if they need not be packed.
     fn steps<'a>(self, isa: IsaKind, rows: &'a [T], len: usize, memory: &'a mut [T::Wide]) -> &'a [T::Wide];
     /// Selects the first `len` values of [`MulAcc::load_row`].
     fn mask<I: Isa>(isa: I, len: usize) -> Self::Mask<I>;
-    /// The values of a row that one step multiplies, in any order: [`MulAcc::TERMS`] vectors of sums need them.
+    /// The values of a row that one step multiplies, in any order: [`MulAcc::TERMS`] vectors of
+    /// sums need them.
     ///
     /// # Safety
     /// They must be readable at `ptr`.
@@ -149,9 +156,9 @@ impl<T: Element> MulAcc<T> for Fma {
         T::permute(isa, values, index)
     }
     #[inline(always)]
-    unsafe fn load_quads<I: Isa>(self, isa: I, pieces: [*const T; 4]) -> T::Vector<I> {
+    unsafe fn load_quads<I: Isa>(self, isa: I, quads: [*const T; 4]) -> T::Vector<I> {
         // SAFETY: as above.
-        unsafe { T::load_quads(isa, pieces) }
+        unsafe { T::load_quads(isa, quads) }
     }
     fn steps<'a>(self, isa: IsaKind, rows: &'a [T], _len: usize, memory: &'a mut [T::Wide]) -> &'a [T::Wide] {
         T::widened(isa, rows, memory)
