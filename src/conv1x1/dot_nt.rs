@@ -7,8 +7,8 @@
 use std::marker::PhantomData;
 
 use crate::microkernels::conv1x1_nchw::{DotRows, DotWidth, MAX_DOT_A, MAX_SINGLE_B, Rows, SumSlots};
-use crate::microkernels::norm_act::WidenRows;
 use crate::microkernels::outer::{OuterProducts, PlaneTotals, Totals};
+use crate::microkernels::row_copy::WidenRows;
 use crate::microkernels::transpose::Transpose;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};

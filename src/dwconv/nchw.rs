@@ -16,9 +16,10 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::polyphase::{Phase, most_pixels};
-use crate::microkernels::dwconv_nchw::{DwConvNchw, DwConvNchwGradWeight, Results, TapView, tap_rows};
+use crate::microkernels::dwconv_nchw::{DwConvNchw, DwConvNchwGradWeight, Results, tap_rows};
 use crate::microkernels::dwconv_nchw_s2_grad::{Stride2Grad, row_pairs, stride2_taps};
-use crate::microkernels::norm_act::{NarrowRows, SplitRows, WidenRows, ZipRows};
+use crate::microkernels::row_copy::{NarrowRows, SplitRows, WidenRows, ZipRows};
+use crate::microkernels::tap_view::TapView;
 use crate::parallel::Shared;
 use crate::pool::chunks;
 use crate::simd::element::{Element, lanes, writable};

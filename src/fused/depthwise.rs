@@ -10,7 +10,7 @@ use crate::dwconv::nchw::{PlaneConv, Taps, planes_together};
 use crate::dwconv::polyphase::sum_seen;
 use crate::memory;
 use crate::microkernels::conv1x1_nchw::SumSlots;
-use crate::microkernels::norm_act::Sum;
+use crate::microkernels::reduce::Sum;
 use crate::parallel::Shared;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};

@@ -7,7 +7,7 @@ use super::{PARTS, Pass, Statistics, Tape, merge};
 use crate::conv1x1::dot_nt::RowProducts;
 use crate::memory;
 use crate::microkernels::conv1x1_nchw::{ConvHeight, ConvRows, Rows, Start};
-use crate::microkernels::norm_act::Sum;
+use crate::microkernels::reduce::Sum;
 use crate::parallel::{Shared, add_parts};
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};

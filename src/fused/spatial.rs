@@ -15,7 +15,7 @@ use crate::dwconv::nchw::{Planes, ahead, merge, planes_together};
 use crate::dwconv::polyphase::{Phase, most_pixels, sum_seen};
 use crate::memory;
 use crate::microkernels::conv1x1_nchw::{ConvRows, Rows, Start};
-use crate::microkernels::norm_act::Sum;
+use crate::microkernels::reduce::Sum;
 use crate::parallel::Shared;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};

@@ -15,7 +15,8 @@
 
 use std::ops::Range;
 
-use super::dwconv_nchw::{MAX_COLUMNS, Results, seen};
+use super::dwconv_nchw::{MAX_COLUMNS, Results};
+use super::tap_view::seen;
 use crate::simd::element::Element;
 use crate::simd::{Isa, Kernel};
 

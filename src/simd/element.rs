@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
 use super::mul_acc::{Fma, MulAcc};
-use crate::microkernels::norm_act::WidenRows;
+use crate::microkernels::row_copy::WidenRows;
 use crate::simd::{Isa, IsaKind, Kernel, TransposeBlock};
 
 /// A floating-point type that arrays hold, and how kernels compute with it: with its vectors on any

@@ -15,7 +15,7 @@ pub trait MulAcc<T: Element>: Copy + Send + Sync {
     /// What [`MulAcc::splat`] reads: values as they are, or as they are computed with.
     type Value: Copy;
     /// Whether [`MulAcc::splat`] reads copies of values, which
-    /// [`crate::microkernels::norm_act::WidenRows`] makes.
+    /// [`crate::microkernels::row_copy::WidenRows`] makes.
     const COPIES: bool = size_of::<Self::Value>() > size_of::<T>();
     /// A mask over the first values of [`MulAcc::load_row`].
     type Mask<I: Isa>: Copy;
