@@ -3,7 +3,6 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::across::Across;
 use super::nhwc::{PERMUTED, outer_tile};
 use super::side_by_side::SideBySide;
 use super::{TASKS_PER_THREAD, constant_stride, images_work};
@@ -93,13 +92,13 @@ fn weight_grad<T: Element, M: MulAcc<T>>(
     let work = images_work::<T>(images, out, shape.group_in());
     let threads = threads_for(work);
     let interleaved = shape.out_places();
-    let mut way = if planes { Way::default() } else { Way::new::<T, M>(isa, shape, interleaved.as_deref(), pixels) };
+    let mut way = if planes { Way::default() } else { Way::new::<T>(isa, shape, interleaved.as_deref(), pixels) };
     // The parts depend on the problem alone, so that the sums do too; the division into groups does not change them.
     let most = if planes { images.count } else { pixels.div_ceil(DOT_TILE) };
-    let least = if way.permutation.is_some() || way.across.is_some() { PERMUTED_PARTS } else { 1 };
+    let least = if way.permutation.is_some() { PERMUTED_PARTS } else { 1 };
     let worth = PART_NANOSECONDS.max(NANOSECONDS_PER_SUM * shape.weights() as f64);
     let parts = ((work / worth) as usize).max(least).min(most).clamp(1, MAX_PARTS);
-    let wanted = if threads == 1 || way.across.is_some() { 1 } else { (threads * TASKS_PER_THREAD).div_ceil(parts) };
+    let wanted = if threads == 1 { 1 } else { (threads * TASKS_PER_THREAD).div_ceil(parts) };
     let group_parts = wanted.min(way.side_by_side.as_ref().map_or(shape.groups, |groups| groups.vectors.len()));
     let (mut places, sources) = match interleaved {
         Some(places) if way.permutation.is_none() => (places, None),
@@ -129,8 +128,6 @@ fn weight_grad<T: Element, M: MulAcc<T>>(
 struct Way {
     /// What puts the channels of a pixel of `grad_output` into their groups first.
     permutation: Option<Permutation>,
-    /// Vectors of interleaved channels, across groups.
-    across: Option<Across>,
     /// Several groups in a vector.
     side_by_side: Option<SideBySide>,
     /// Whether sums of a group are `[input channel][output channel]`.
@@ -140,12 +137,7 @@ struct Way {
 impl Way {
     /// The fastest one, by what a pixel of one group costs in multiply-adds of outer products; output channels may be `interleaved`
     /// to these places.
-    fn new<T: Element, M: MulAcc<T>>(
-        isa: IsaKind,
-        shape: &Pointwise,
-        interleaved: Option<&[usize]>,
-        pixels: usize,
-    ) -> Self {
+    fn new<T: Element>(isa: IsaKind, shape: &Pointwise, interleaved: Option<&[usize]>, pixels: usize) -> Self {
         let (k, m, lanes) = (shape.group_in(), shape.group_out(), lanes::<T>(isa));
         let per_group = |cost: f64| cost / shape.groups as f64;
         // Which of a group's channels fill more of the vectors.
@@ -165,15 +157,6 @@ impl Way {
         let scattered = by_input as f64 + LINE * lines as f64;
         way.permutation = Permutation::new::<T>(isa, sources, pixels)
             .filter(|permutation| cost + per_group(PERMUTED * permutation.cost()) < scattered);
-        let permuted = way.permutation.as_ref().map(|permutation| cost + per_group(PERMUTED * permutation.cost()));
-        // (Reductions so: up to 15 % slower.)
-        if M::TERMS == 1 && m >= k {
-            let most = permuted.unwrap_or(scattered);
-            let across = Across::new::<T>(isa, [shape.groups, k, m], [None, interleaved], pixels, most);
-            if across.is_some() {
-                return Self { across, ..Self::default() };
-            }
-        }
         if way.permutation.is_some() { way } else { Self::default() }
     }
 }
@@ -213,13 +196,6 @@ impl<T: Element, M: MulAcc<T>> WeightGrad<'_, T, M> {
                 });
                 return;
             }
-            if let Some(across) = &way.across {
-                let len = shape.weights();
-                // SAFETY: tasks differ in part: no two share sums.
-                let sums = unsafe { std::slice::from_raw_parts_mut(shared.at(task * len).ptr(), len) };
-                across.sums(self.x, self.grad_output, part(pixels, parts, task), sums);
-                return;
-            }
             let groups = part(shape.groups, group_parts, group_task);
             let (first, len) = (task * shape.weights() + groups.start * m * k, groups.len() * m * k);
             // SAFETY: tasks differ in part or in groups: no two share sums.
@@ -232,12 +208,6 @@ impl<T: Element, M: MulAcc<T>> WeightGrad<'_, T, M> {
         });
         let sums = add_parts(&mut partial, shape.weights());
         let [group, out, input] = shape.weight_steps();
-        if let Some(across) = &way.across {
-            across.weights(|place, [g, o, i]| {
-                grad_weight[g * group + o * out + i * input].write(T::narrow(sums[place]));
-            });
-            return;
-        }
         // Those side by side are put in the places that the others have.
         let transposed = way.by_output && way.side_by_side.is_none();
         let [o_step, i_step] = if transposed { [1, m] } else { [k, 1] };

@@ -5,7 +5,6 @@
 //! places for the output rows (forward) or the input rows (backward) and costs nothing in NCHW, whose planes are such rows
 //! ([`Product::planes`]). NHWC has ways of its own ([`nhwc`]). Weight and bias gradients are in [`grad_weight`].
 
-mod across;
 pub(crate) mod dot_nt;
 mod grad_weight;
 mod nhwc;

@@ -1,11 +1,10 @@
 //! Grouped pointwise convolution and its input gradient in NHWC, whose pixels have all channels side by side.
 //!
-//! Five ways lead through them ([`Way`]), of which each is the fastest for some groups. Where the output is permuted, pixels are
+//! Four ways lead through them ([`Way`]), of which each is the fastest for some groups. Where the output is permuted, pixels are
 //! computed in a cache and permuted from there; transposed rows go to their places by themselves.
 
 use std::ops::Range;
 
-use super::across::Across;
 use super::side_by_side::SideBySide;
 use super::{Packed, Product, TASKS_PER_THREAD, Weights, constant_stride, gcd, interleaved_by_group};
 use crate::interleave::Permutation;
@@ -53,7 +52,7 @@ const PICKED_PIXELS: usize = 128;
 /// Pixels, at least, for which it is worth while to make out permutations that other ways do without. (Input gradients of one image
 /// of 14 x 14 to 28 x 28, 40 to 112 interleaved channels: 1.2 to 1.4 times the time to try it in vain. 144 channels of 56 x 56 to 24, 8
 /// groups, 0.64 times, as they are then side by side.)
-pub(super) const PERMUTED_PIXELS: usize = 1024;
+const PERMUTED_PIXELS: usize = 1024;
 /// Multiply-adds of outer products that take as long as a unit of [`Permutation::cost`]. (The forward passes of the 61 layers of
 /// kEffNet-B0 D6_16ch and D6v3_4ch at 32x32, interleaved, take 46.5 ms with 0.8, 1.2 or 2, 47.1 all transposed; 80 channels of
 /// 16 x 16 to 80, 20 groups, 0.23 permuted, 0.28 transposed, 24 of 31 x 31 to 24, 6 groups, 0.36 and 0.28: Intel Xeon.)
@@ -66,8 +65,6 @@ enum Way {
     Folded(Option<Permutation>),
     /// Groups side by side in vectors, of an input that may be permuted.
     SideBySide(SideBySide, Option<Permutation>),
-    /// Vectors of interleaved channels, across groups.
-    Across(Across),
     /// Pixels as they are, times matrices: where each group's first input channel stands, and the distance to the next one.
     Outer(Vec<[usize; 2]>),
     /// Transposed to rows and back.
@@ -93,7 +90,6 @@ impl Product {
             Way::SideBySide(groups, before) => {
                 self.side_by_side(products, threads, x, weight, bias, &groups, [before.as_ref(), permutation], y);
             }
-            Way::Across(across) => self.across(threads, x, weight, bias, &across, y),
             Way::Outer(places) => self.outer(products, threads, x, weight, bias, &places, permutation, y),
             Way::Transposed => {
                 let tile = PIXEL_TILES[M::TERMS - 1].min(pixels.next_multiple_of(8));
@@ -132,7 +128,7 @@ impl Product {
         let steps = k.div_ceil(M::TERMS);
         let outer = ((steps + STORE) * m.div_ceil(lanes)) as f64 + permuted;
         let transposed = SHORT_ROWS * (steps * m) as f64 / lanes as f64 + TRANSPOSE * (k + m) as f64;
-        let (mut best, mut way) = (outer.min(transposed), None);
+        let best = outer.min(transposed);
         if picks && pixels >= if self.in_places.is_some() { PERMUTED_PIXELS } else { PICKED_PIXELS } {
             let cost = |vectors: usize| PICKED * per_group((vectors * (steps + STORE)) as f64) + permuted;
             // So many vectors there are at least.
@@ -145,18 +141,9 @@ impl Product {
                 let before_cost = before.as_ref().map_or(0.0, |before| per_group(PERMUTED * before.cost()));
                 Some((cost(groups.vectors.len()) + before_cost, Way::SideBySide(groups, before)))
             });
-            if let Some((cost, found)) = found.flatten().filter(|(cost, _)| *cost < best) {
-                (best, way) = (cost, Some(found));
+            if let Some((_, found)) = found.flatten().filter(|(cost, _)| *cost < best) {
+                return found;
             }
-        }
-        if M::TERMS == 1 {
-            let places = [self.in_places.as_deref(), self.out_places.as_deref()];
-            if let Some(across) = Across::new::<T>(self.isa, [self.groups, k, m], places, pixels, best) {
-                return Way::Across(across);
-            }
-        }
-        if let Some(way) = way {
-            return way;
         }
         if outer > transposed {
             return Way::Transposed;
@@ -175,7 +162,7 @@ impl Product {
 
     /// Calls `body` for tiles of at most `tile` of this part's pixels, with where to write the first one's channels and how far
     /// ahead to ask: the output itself or, with a permutation, memory from which they go there permuted.
-    pub(super) fn tiles<T: Element>(
+    fn tiles<T: Element>(
         &self,
         range: Range<usize>,
         tile: usize,

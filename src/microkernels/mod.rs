@@ -4,10 +4,9 @@
 //! `offsets[r]` values after a base pointer. NCHW memory is such a set as it stands; a tile of NHWC memory becomes one by
 //! transposing it in the L1 cache ([`transpose`]). Pixels are the vector dimension, so any group size runs at full width, and
 //! permuting channels (the interleave) is only another table of offsets. Where transposing costs more than it saves, NHWC
-//! pixels are computed with as they are, channels being the vector dimension ([`outer`], [`side_by_side`], [`across`],
-//! [`folds`], [`dwconv_nhwc`]), and permuted ([`permute`]).
+//! pixels are computed with as they are, channels being the vector dimension ([`outer`], [`side_by_side`], [`folds`],
+//! [`dwconv_nhwc`]), and permuted ([`permute`]).
 
-pub mod across;
 pub mod activations;
 pub mod conv1x1_nchw;
 pub mod dwconv_nchw;
