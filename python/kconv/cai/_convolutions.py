@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -131,196 +132,99 @@ def kConv2D(
     )
 
 
-def _of_number(number: int, what: str) -> Callable[..., Tensor]:
-    """The function of a kType that has a number and no other arguments."""
-
-    def convolution(
-        last_tensor: Tensor,
-        filters: int = 32,
-        channel_axis: int = 3,
-        name: str | None = None,
-        activation: Activation = None,
-        has_batch_norm: bool = True,
-        has_batch_scale: bool = True,
-        use_bias: bool = True,
-        kernel_size: int = 1,
-        stride_size: int = 1,
-        padding: str = "same",
-    ) -> Tensor:
-        return _kconv(
-            number,
-            last_tensor,
-            filters,
-            channel_axis,
-            name,
-            activation,
-            has_batch_norm,
-            has_batch_scale,
-            use_bias,
-            kernel_size,
-            stride_size,
-            padding,
-        )
-
-    convolution.__name__ = convolution.__qualname__ = f"kConv2DType{number}"
-    convolution.__doc__ = f":func:`kConv2D` with kType {number}: {what}."
-    return convolution
+_SHARED = {
+    "filters": 32,
+    "channel_axis": 3,
+    "name": None,
+    "activation": None,
+    "has_batch_norm": True,
+    "has_batch_scale": True,
+    "use_bias": True,
+}
+_WINDOW = {"kernel_size": 1, "stride_size": 1, "padding": "same"}
+_GROUP = {"min_channels_per_group": 16}
 
 
-kConv2DType0 = _of_number(0, "the ordinary convolution")
-kConv2DType1 = _of_number(1, "grouped and interleaved")
-kConv2DType4 = _of_number(4, "D6_16ch, then kT3_16ch")
-kConv2DType5 = _of_number(5, "as D6_16ch, with the skip connection after the interleave")
-kConv2DType6 = _of_number(6, "as D6_16ch, both halves folded and concatenated")
+def _number(number: int) -> Callable[[], int]:
+    return lambda: number
 
 
-def _not_in_kconv(number: int) -> Callable[..., NoReturn]:
-    """The function of one of the original's experiments."""
-
-    def convolution(
-        last_tensor: Tensor,
-        filters: int = 32,
-        channel_axis: int = 3,
-        name: str | None = None,
-        activation: Activation = None,
-        has_batch_norm: bool = True,
-        has_batch_scale: bool = True,
-        use_bias: bool = True,
-        min_channels_per_group: int = 16,
-        kernel_size: int = 1,
-        stride_size: int = 1,
-        padding: str = "same",
-        always_intergroup: bool = False,
-    ) -> NoReturn:
+def _missing(number: int) -> Callable[..., NoReturn]:
+    def raises(**options: Any) -> NoReturn:
         raise left_out(number)
 
-    convolution.__name__ = convolution.__qualname__ = f"kConv2DType{number}"
-    convolution.__doc__ = """Not in kconv.
+    return raises
 
-    Raises:
-        NotImplementedError: always.
-    """
+
+def _channels(scheme: ktypes.Scheme) -> Callable[[int], ktypes.KType]:
+    """A kType that may have no number of its own."""
+    return lambda min_channels_per_group: ktypes.KType(
+        f"{scheme}_{min_channels_per_group}ch", -1, scheme, min_channels_per_group
+    )
+
+
+def _v2(min_channels_per_group: int, never_intergroup: bool) -> ktypes.KType:
+    return _channels("kT3v3" if never_intergroup else "D6v3")(min_channels_per_group)
+
+
+# By number: the arguments after the shared ones, the kType from those that are not the window's,
+# and what the function is.
+_TYPES: dict[int, tuple[dict[str, Any], Callable[..., Any], str]] = {
+    0: (_WINDOW, _number(0), "the ordinary convolution"),
+    1: (_WINDOW, _number(1), "grouped and interleaved"),
+    2: (_GROUP | _WINDOW, _channels("D6"), "D6 (V1), with any number of channels per group"),
+    3: (_WINDOW | _GROUP, _channels("K"), "kT3, grouped alone"),
+    4: (_WINDOW, _number(4), "D6_16ch, then kT3_16ch"),
+    5: (_WINDOW, _number(5), "as D6_16ch, with the skip connection after the interleave"),
+    6: (_WINDOW, _number(6), "as D6_16ch, both halves folded and concatenated"),
+    7: ({"bin_conv_count": 4} | _WINDOW, _missing(7), ""),
+    8: (_GROUP | _WINDOW | {"always_intergroup": False}, _missing(8), ""),
+    9: (_GROUP | _WINDOW | {"always_intergroup": False}, _missing(9), ""),
+    10: (
+        _GROUP | _WINDOW | {"never_intergroup": False},
+        _v2,
+        "D6v3 (V2), or kT3v3 with ``never_intergroup``",
+    ),
+}
+
+
+def _of_type(number: int) -> Callable[..., Tensor]:
+    """The original's function of a kType, with its arguments in their order."""
+    own, ktype, what = _TYPES[number]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    tensor = inspect.Parameter("last_tensor", kind)
+    rest = [inspect.Parameter(n, kind, default=v) for n, v in (_SHARED | own).items()]
+    signature = inspect.Signature([tensor, *rest])
+
+    def convolution(*args: Any, **kwargs: Any) -> Tensor:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"kConv2DType{number}() {error}") from None
+        bound.apply_defaults()
+        options = bound.arguments
+        of_ktype = {name: options.pop(name) for name in own if name not in _WINDOW}
+        return _kconv(ktype(**of_ktype), **options)
+
+    convolution.__name__ = convolution.__qualname__ = f"kConv2DType{number}"
+    convolution.__signature__ = signature  # type: ignore[attr-defined]
+    convolution.__doc__ = f":func:`kConv2D` with kType {number}: {what}."
+    if not what:
+        convolution.__doc__ = "Not in kconv.\n\nRaises:\n    NotImplementedError: always.\n"
     return convolution
 
 
-kConv2DType8 = _not_in_kconv(8)
-kConv2DType9 = _not_in_kconv(9)
-
-
-def kConv2DType2(
-    last_tensor: Tensor,
-    filters: int = 32,
-    channel_axis: int = 3,
-    name: str | None = None,
-    activation: Activation = None,
-    has_batch_norm: bool = True,
-    has_batch_scale: bool = True,
-    use_bias: bool = True,
-    min_channels_per_group: int = 16,
-    kernel_size: int = 1,
-    stride_size: int = 1,
-    padding: str = "same",
-) -> Tensor:
-    """:func:`kConv2D` of the kind D6 (V1), with any number of channels per group."""
-    return _kconv(
-        _ktype("D6", min_channels_per_group),
-        last_tensor,
-        filters,
-        channel_axis,
-        name,
-        activation,
-        has_batch_norm,
-        has_batch_scale,
-        use_bias,
-        kernel_size,
-        stride_size,
-        padding,
-    )
-
-
-def kConv2DType3(
-    last_tensor: Tensor,
-    filters: int = 32,
-    channel_axis: int = 3,
-    name: str | None = None,
-    activation: Activation = None,
-    has_batch_norm: bool = True,
-    has_batch_scale: bool = True,
-    use_bias: bool = True,
-    kernel_size: int = 1,
-    stride_size: int = 1,
-    padding: str = "same",
-    min_channels_per_group: int = 16,
-) -> Tensor:
-    """:func:`kConv2D` of the kind kT3: grouped alone."""
-    return _kconv(
-        _ktype("K", min_channels_per_group),
-        last_tensor,
-        filters,
-        channel_axis,
-        name,
-        activation,
-        has_batch_norm,
-        has_batch_scale,
-        use_bias,
-        kernel_size,
-        stride_size,
-        padding,
-    )
-
-
-def kConv2DType7(
-    last_tensor: Tensor,
-    filters: int = 32,
-    channel_axis: int = 3,
-    name: str | None = None,
-    activation: Activation = None,
-    has_batch_norm: bool = True,
-    has_batch_scale: bool = True,
-    use_bias: bool = True,
-    bin_conv_count: int = 4,
-    kernel_size: int = 1,
-    stride_size: int = 1,
-    padding: str = "same",
-) -> NoReturn:
-    """Not in kconv.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise left_out(7)
-
-
-def kConv2DType10(
-    last_tensor: Tensor,
-    filters: int = 32,
-    channel_axis: int = 3,
-    name: str | None = None,
-    activation: Activation = None,
-    has_batch_norm: bool = True,
-    has_batch_scale: bool = True,
-    use_bias: bool = True,
-    min_channels_per_group: int = 16,
-    kernel_size: int = 1,
-    stride_size: int = 1,
-    padding: str = "same",
-    never_intergroup: bool = False,
-) -> Tensor:
-    """:func:`kConv2D` of the kind D6v3 (V2), or kT3v3 with ``never_intergroup``."""
-    return _kconv(
-        _ktype("kT3v3" if never_intergroup else "D6v3", min_channels_per_group),
-        last_tensor,
-        filters,
-        channel_axis,
-        name,
-        activation,
-        has_batch_norm,
-        has_batch_scale,
-        use_bias,
-        kernel_size,
-        stride_size,
-        padding,
-    )
+kConv2DType0 = _of_type(0)
+kConv2DType1 = _of_type(1)
+kConv2DType2 = _of_type(2)
+kConv2DType3 = _of_type(3)
+kConv2DType4 = _of_type(4)
+kConv2DType5 = _of_type(5)
+kConv2DType6 = _of_type(6)
+kConv2DType7 = _of_type(7)
+kConv2DType8 = _of_type(8)
+kConv2DType9 = _of_type(9)
+kConv2DType10 = _of_type(10)
 
 
 def kGroupConv2D(
@@ -376,11 +280,6 @@ def kGroupConv2D(
         (kernel_size, stride_size, padding),
     )
     return y, plan.units[0].groups
-
-
-def _ktype(scheme: ktypes.Scheme, channels: int) -> ktypes.KType:
-    """A kType that may have no number of its own."""
-    return ktypes.KType(f"{scheme}_{channels}ch", -1, scheme, channels)
 
 
 def _kconv(
