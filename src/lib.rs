@@ -9,7 +9,8 @@
 //! | [`error`], [`shape`] | what can be wrong with a call; geometry that has been validated once |
 //! | [`simd`], [`lock`], [`pool`], [`scratch`], [`memory`] | the instruction set, locks, the threads, small and large memory |
 //! | [`microkernels`] | numbers only: rows in, rows out, one thread, one instruction set |
-//! | [`conv1x1`], [`dwconv`], [`interleave`] | an operation = geometry + kernels + division of the work over threads |
+//! | [`plan`] | which algorithm: tables of candidates and what they cost |
+//! | [`conv1x1`], [`dwconv`], [`interleave`] | an operation = geometry + plan + kernels + division of the work over threads |
 //! | [`fused`] | whole chains of convolutions, batch norms and activations as one operation |
 //! | `bindings` | NumPy, XLA and TensorFlow: conversion and error mapping (feature `python`) |
 #![warn(missing_docs)]
@@ -23,6 +24,7 @@ pub mod lock;
 pub mod memory;
 pub mod microkernels;
 mod parallel;
+pub mod plan;
 pub mod pool;
 pub mod scratch;
 pub mod shape;
