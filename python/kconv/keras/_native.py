@@ -64,9 +64,9 @@ def runs_natively(x: Any) -> bool:
     if keras.distribution.distribution() is not None:
         return False
     if BACKEND == "torch":
-        from torch.nn.modules.module import _has_any_global_hook
+        from kconv.torch._private import has_any_global_hook
 
-        return not _has_any_global_hook() and bool(_fused.is_eager(x))
+        return not has_any_global_hook() and bool(_fused.is_eager(x))
     return bool(_fused.runs_natively(x))
 
 

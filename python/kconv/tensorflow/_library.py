@@ -12,10 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.core.framework import op_def_pb2
-from tensorflow.python.framework import _pywrap_python_op_gen, op_def_registry
 
 from kconv import _kconv
+from kconv.tensorflow._private import OpList, op_definition, python_wrappers
 
 __all__ = ["attributes", "kernels"]
 
@@ -25,12 +24,12 @@ Tensor = Any
 def _register() -> ModuleType:
     """Registers the operations, and makes a module of functions that call them."""
     (library,) = Path(tf.sysconfig.get_lib()).glob("libtensorflow_framework.*")
-    definitions = op_def_pb2.OpList()
+    definitions = OpList()
     for name in _kconv.register_tensorflow_ops(str(library)):
-        definitions.op.append(op_def_registry.get(name))
+        definitions.op.append(op_definition(name))
     module = ModuleType("kconv.tensorflow.kernels")
     # What tf.load_op_library does too, with the operations of a library that it loads itself.
-    exec(_pywrap_python_op_gen.GetPythonWrappers(definitions.SerializeToString()), vars(module))
+    exec(python_wrappers(definitions.SerializeToString()), vars(module))
     return module
 
 

@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.framework.ops import get_default_graph
-from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 import kconv
 from kconv._geometry import interleave_order
 from kconv.tensorflow._library import kernels
+from kconv.tensorflow._private import in_xla_context
 
 __all__ = ["deinterleave", "depthwise_conv", "interleave", "pointwise_conv"]
 
@@ -277,7 +276,7 @@ def _invalid(message: str) -> Exception:
 
 def inside_xla() -> bool:
     """Whether TensorFlow is to compile what is called now, as for ``jit_compile=True``."""
-    return not tf.executing_eagerly() and bool(GraphOrParentsInXlaContext(get_default_graph()))
+    return not tf.executing_eagerly() and in_xla_context()
 
 
 def _check_layouts(layout: str, weight_layout: str) -> None:

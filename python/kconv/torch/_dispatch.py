@@ -19,22 +19,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
-from torch._C import (
-    _AutoDispatchBelowAutograd,
-    _dispatch_keys,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-)
-from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import peek_interpreter_stack
-from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
-    enable_single_level_autograd_function,
-)
 from torch.autograd import forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
 from torch.nn import Parameter
+
+from kconv.torch._private import (
+    SingleLevelFunction,
+    below_autograd,
+    dispatch_keys,
+    enable_single_level_autograd_function,
+    len_dispatch_stack,
+    peek_interpreter_stack,
+    profiler_enabled,
+    set_fwd_grad_enabled,
+    tracing_state,
+)
 
 __all__ = ["KernelOp"]
 
@@ -53,7 +52,7 @@ def _ordinary_keys() -> frozenset[int]:
     outside = torch.empty(0)
     with torch.inference_mode():
         made = outside, torch.empty(0)
-    return frozenset(_dispatch_keys(tensor).raw_repr() for tensor in made)
+    return frozenset(dispatch_keys(tensor).raw_repr() for tensor in made)
 
 
 _ORDINARY = _ordinary_keys()
@@ -117,7 +116,7 @@ class KernelOp:
     def __call__(self, *args: Any) -> Tensor:
         """Applies the operator, all its arguments given, by the fastest way that all can follow."""
         tensors = args[: self._leading]
-        if is_compiling() or _profiler_enabled() or not _is_plain(tensors):
+        if is_compiling() or profiler_enabled() or not _is_plain(tensors):
             if self.native is not None and not all(map(_is_known, tensors)):
                 return self.native(*args)
             return self.overload(*args)
@@ -162,14 +161,14 @@ class KernelOp:
             return self._compute(*args)
         if any(map(_is_distributed, tensors)):
             import kconv.torch._sharding  # noqa: F401  registers, the first time
-        with _AutoDispatchBelowAutograd():
+        with below_autograd():
             return self.overload(*args)
 
     def _with_grad_below(self, *args: Any) -> Tensor:
         """For torch.func, whose transforms may differentiate on a level below this one."""
         if peek_interpreter_stack() is None:
             return self._below_autograd(*args)
-        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+        with torch.enable_grad(), set_fwd_grad_enabled(True):
             return self._below_autograd(*args)
 
     def _autocast(self, *args: Any) -> Tensor:
@@ -222,11 +221,9 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
         if kind is Parameter:
             if not tensor.is_cpu or tensor.is_neg():
                 return False
-        elif kind is not Tensor or _dispatch_keys(tensor).raw_repr() not in _ORDINARY:
+        elif kind is not Tensor or dispatch_keys(tensor).raw_repr() not in _ORDINARY:
             return False
-    return not (
-        _len_torch_dispatch_stack() or peek_interpreter_stack() is not None or _get_tracing_state()
-    )
+    return not (len_dispatch_stack() or peek_interpreter_stack() is not None or tracing_state())
 
 
 def _is_known(tensor: Tensor | None) -> bool:
@@ -266,7 +263,7 @@ def _to_autocast(arg: Any, dtype: torch.dtype) -> Any:
     return arg.to(dtype) if eligible else arg
 
 
-class _Backward(_SingleLevelFunction):
+class _Backward(SingleLevelFunction):
     """Differentiates a :class:`KernelOp`; applied to it, its geometry, and its tensors.
 
     The dispatcher has taken torch.func's transforms down to one level by the time it is called, so

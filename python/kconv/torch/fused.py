@@ -10,18 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_function_stack
-from torch._C import _to_dlpack as to_dlpack
-from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from kconv._kconv import FusedProgram
 from kconv.models.fusion import Program, Segment, UnfitError
 from kconv.models.graph import BatchNorm, Dropout
 from kconv.torch._layerwise import layerwise
+from kconv.torch._private import (
+    DeviceContext,
+    dispatch_mode_stack,
+    flatten_dense_tensors,
+    function_mode_stack,
+    is_legacy_batchedtensor,
+    is_tracing,
+    len_function_stack,
+    peek_interpreter_stack,
+    profiler_enabled,
+    to_dlpack,
+)
 
 __all__ = ["FusedSegment", "fused", "is_eager"]
 
@@ -119,7 +124,7 @@ class FusedSegment:
         if training and len(x) * min(program.norm_pixels) == 1:
             return None
         masks = _masks(self._drops, x)
-        if not _profiler_enabled():
+        if not profiler_enabled():
             return self._run(program, x, parameters, masks, statistics, training)
         with torch.autograd.profiler.record_function(f"kconv::fused {self.segment.name}"):
             return self._run(program, x, parameters, masks, statistics, training)
@@ -137,7 +142,7 @@ class FusedSegment:
         if not training and masks is None and not _need_grad([x, *parameters]):
             y = _infer(program, "NCHW", x, parameters, statistics)
         else:
-            flat = torch._utils._flatten_dense_tensors(parameters)
+            flat = flatten_dense_tensors(parameters)
             rows = None if training else torch.cat([x.new_empty(0), *statistics]).view(2, -1)
             y, used = fused(program, "NCHW", x, flat, masks, rows)
             if training:
@@ -177,19 +182,19 @@ def is_eager(x: Tensor) -> bool:
         and x.layout is torch.strided
         and x.dim() == 4
         and not x.is_neg()
-        and not torch._C._is_tracing()
+        and not is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and not peek_interpreter_stack()
         and not is_legacy_batchedtensor(x)
-        and not _get_current_dispatch_mode_stack()
+        and not dispatch_mode_stack()
         and not torch.autograd.forward_ad._current_level >= 0
-        and not (_len_torch_function_stack() and _function_modes())
+        and not (len_function_stack() and _function_modes())
     )
 
 
 def _function_modes() -> bool:
     """Whether there is a mode that functions ask, beside that of a default device."""
-    modes = _get_current_function_mode_stack()
+    modes = function_mode_stack()
     return any(type(mode) is not DeviceContext for mode in modes)
 
 

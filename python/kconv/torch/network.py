@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from kconv.ktypes import KType
 from kconv.models import Graph, GraphBuilder, Layer, Spec, graph
@@ -17,6 +16,7 @@ from kconv.models.blocks import conv_unit_graph, mbconv_graph
 from kconv.models.graph import Initializer
 from kconv.torch._functions import Call, add, concatenate, fold_halves
 from kconv.torch._plan import Plan
+from kconv.torch._private import has_any_global_hook
 from kconv.torch.fused import FusedSegment, is_eager
 from kconv.torch.layers import (
     DepthwiseConv2d,
@@ -102,7 +102,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the output of the last layer."""
-        if self._fuses and is_eager(x) and not _has_any_global_hook():
+        if self._fuses and is_eager(x) and not has_any_global_hook():
             return self._current_plan().run(self, x)
         values = {self._input: x}
         for name, inputs, finished in self._steps:

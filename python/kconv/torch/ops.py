@@ -16,13 +16,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._C import _from_dlpack as from_dlpack
-from torch._C import _get_tracing_state
-from torch._C import _to_dlpack as to_dlpack
 
 from kconv import _kconv
 from kconv._geometry import interleave_order, same_padding
 from kconv.torch._dispatch import KernelOp
+from kconv.torch._private import from_dlpack, to_dlpack, tracing_state
 from kconv.torch._scriptable import interleave_by_index
 
 __all__ = [
@@ -157,7 +155,7 @@ def _is_unpadded(padding: Any) -> bool:
 
 def _sizes(weight: Tensor) -> Sequence[int]:
     """A weight's shape in numbers."""
-    if not _get_tracing_state():
+    if not tracing_state():
         return weight.shape
     with warnings.catch_warnings():  # that these are tensors to torch.jit, and become constants
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
@@ -299,7 +297,7 @@ def borders(
         case int():
             return padding, padding, padding, padding
         case "same":
-            if _get_tracing_state():  # of torch.jit, where sizes are tensors
+            if tracing_state():  # of torch.jit, where sizes are tensors
                 size, kernel = [int(n) for n in size], [int(k) for k in kernel]
             rows, columns = (same_padding(n, k, stride) for n, k in zip(size, kernel, strict=True))
             return *rows, *columns
