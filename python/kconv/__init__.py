@@ -37,6 +37,8 @@ from kconv._kconv import (
 if TYPE_CHECKING:  # read by tools that pack an application, too
     from kconv import ktypes as ktypes
     from kconv import models as models
+    from kconv.models import list_models
+    from kconv.runtime import load
     from kconv.weights import load_weights, save_weights
 
 __version__: str = build_info()["version"]
@@ -50,6 +52,8 @@ __all__ = [
     "depthwise_conv_grad_weight",
     "get_num_threads",
     "interleave",
+    "list_models",
+    "load",
     "load_weights",
     "memory_stats",
     "pointwise_conv",
@@ -68,19 +72,29 @@ _SUBMODULES = {
     "keras",
     "ktypes",
     "models",
+    "runtime",
     "tensorflow",
     "torch",
     "training",
 }
 
 
+_HOMES = {
+    "list_models": "kconv.models",
+    "load": "kconv.runtime",
+    "load_weights": "kconv.weights",
+    "save_weights": "kconv.weights",
+}
+"""Where the functions are that are imported when first used."""
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("load_weights", "save_weights"):
-        return getattr(import_module("kconv.weights"), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     if name in _SUBMODULES:
         return import_module(f"kconv.{name}")
     raise AttributeError(f"module 'kconv' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    return sorted({*__all__, *_SUBMODULES})

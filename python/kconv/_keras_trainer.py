@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -20,8 +19,6 @@ from kconv.models import Spec
 
 class KerasTrainer:
     """A model of ``kconv.keras``; see :class:`kconv.training.Trainer`."""
-
-    best_name = "best.keras"
 
     def __init__(self, spec: Spec, seed: int) -> None:
         keras.config.set_image_data_format("channels_last")  # as the images come
@@ -61,12 +58,6 @@ class KerasTrainer:
     def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         for name, variable in self._variables().items():
             variable.assign(state[name])
-
-    def save_model(self, path: Path) -> None:
-        self.model.save(path)
-
-    def load_model(self, path: Path) -> None:
-        self.model.load_weights(path)
 
     def _variables(self) -> dict[str, keras.Variable]:
         # Numbered by their order: a seed generator's own name counts up from model to model.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,8 +52,6 @@ class RMSprop(torch.optim.Optimizer):
 
 class TorchTrainer:
     """A model of ``kconv.torch``; see :class:`kconv.training.Trainer`."""
-
-    best_name = "best.pt"
 
     def __init__(self, spec: Spec, seed: int) -> None:
         torch.manual_seed(seed)
@@ -114,12 +111,6 @@ class TorchTrainer:
         for name, mean_square in self._mean_squares().items():
             mean_square.copy_(tensors[f"optimizer/{name}"])
         torch.set_rng_state(tensors["random"])
-
-    def save_model(self, path: Path) -> None:
-        torch.save(self.model.state_dict(), path)
-
-    def load_model(self, path: Path) -> None:
-        self.model.load_state_dict(torch.load(path, weights_only=True))
 
     def _mean_squares(self) -> dict[str, torch.Tensor]:
         return {

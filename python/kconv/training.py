@@ -1,9 +1,10 @@
 """Training from the command line: one loop, the same for every framework.
 
-A run lives in a folder: ``last.npz`` (everything needed to go on, written after each epoch),
-``best.keras`` or ``best.pt`` (the model of the lowest validation loss), ``history.csv``,
-``curves.png`` and ``report.txt``. Every file is replaced as a whole or not at all. While it goes on
-it holds a lock on the folder's ``.lock``, which the system releases even where a run is killed.
+A run lives in a folder, which is a model: ``model.safetensors`` and ``config.json`` are the state
+of the lowest validation loss, as :func:`kconv.load` opens it. Beside them are ``last.npz``
+(everything needed to go on, written after each epoch), ``results.csv``, ``curves.png``,
+``report.txt`` and ``confusion.png``. Every file is replaced as a whole or not at all. While it goes
+on it holds a lock on the folder's ``.lock``, which the system releases even where it is killed.
 
 Example:
     >>> [round(learning_rate("cyclic25", epoch), 5) for epoch in (0, 6, 7, 24, 25)]
@@ -34,9 +35,13 @@ from numpy.typing import NDArray
 from kconv import augment, datasets, models, release_memory
 from kconv._files import remove_leftovers, replacing
 from kconv._memory import peak_memory
+from kconv._model_folder import WEIGHTS, ImageInput, ModelConfig, write_config
 from kconv._npz import read_npz
 from kconv._require import require
 from kconv.datasets import Dataset, Images, Labels
+from kconv.evaluation import confusion_matrix, report_of
+from kconv.weights import load_weights, save_weights
+from kconv.weights._finetune import load_pretrained
 
 FRAMEWORKS = ("keras", "torch")
 SCHEDULES = ("cyclic25", "constant")
@@ -76,6 +81,8 @@ class Config:
             evaluation; None does so for runs of fewer than ``SHORT_RUN_STEPS`` steps.
         seed: Fixes the initial weights, the order of the images, and all chance.
         framework: One of ``FRAMEWORKS``.
+        weights: A file, or the folder of a run, whose weights to start from; None starts from
+            random ones. The classifier starts anew if the number of classes differs.
     """
 
     model: str = "keffnet_b0"
@@ -96,6 +103,7 @@ class Config:
     recalibrate_bn: bool | None = None
     seed: int = 0
     framework: str = "keras"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values that nothing else checks.
@@ -186,8 +194,8 @@ class Result:
 class Trainer(Protocol):
     """A model and its optimizer in some framework; images come as (N, H, W, C) float32."""
 
-    best_name: str
-    """File name of the saved model."""
+    model: Any
+    """Of the framework, as :func:`kconv.load_weights` takes it."""
 
     def train_step(
         self, images: NDArray[np.float32], labels: Labels, learning_rate: float
@@ -205,12 +213,6 @@ class Trainer(Protocol):
 
     def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Put back what :meth:`state` returned."""
-
-    def save_model(self, path: Path) -> None:
-        """Write the model in the framework's own format."""
-
-    def load_model(self, path: Path) -> None:
-        """Read the weights of :meth:`save_model`'s file."""
 
 
 def show(line: str) -> None:
@@ -284,9 +286,14 @@ def _train(config: Config, output: Path, resume: bool, log: Callable[[str], None
 
     trainer = _make_trainer(config, spec)
     history: list[Epoch] = []
+    best = _Best(output, config, spec, data)
     if checkpoint:
+        best.take_over(trainer)
         history = _restore(trainer, *checkpoint)
     else:
+        if config.weights is not None:
+            whole = load_pretrained(trainer.model, Path(config.weights), spec.graph())
+            log(f"weights      {config.weights}" + ("" if whole else ", with a new classifier"))
         _save_checkpoint(output / "last.npz", config, trainer, history)
     counts = models.count(spec)
     log(f"model        {spec.name}: {counts.trainable:,} trainable parameters")
@@ -301,7 +308,6 @@ def _train(config: Config, output: Path, resume: bool, log: Callable[[str], None
             "batch norm   moving statistics are estimated anew before each evaluation "
             "(--no-recalibrate-bn turns this off)"
         )
-    best_model = output / trainer.best_name
     best_loss = min((epoch.val_loss for epoch in history), default=np.inf)
     for epoch in range(len(history), config.epochs):
         rate = learning_rate(config.lr_schedule, epoch, config.lr)
@@ -314,17 +320,16 @@ def _train(config: Config, output: Path, resume: bool, log: Callable[[str], None
             )
         val_loss, val_accuracy, _ = evaluate(trainer, x_val, y_val, config.batch_size)
         history.append(Epoch(epoch + 1, rate, loss, accuracy, val_loss, val_accuracy, speed))
-        if val_loss < best_loss or not best_model.exists():
+        if val_loss < best_loss or not best.exists():
             best_loss = val_loss
-            with replacing(best_model) as temporary:
-                trainer.save_model(temporary)
-        _write_history(output / "history.csv", history)
+            best.save(trainer, history[-1])
+        _write_history(output / "results.csv", history)
         _save_checkpoint(output / "last.npz", config, trainer, history)
         log(
             f"epoch {epoch + 1:3d}/{config.epochs}  loss {loss:.4f}  accuracy {accuracy:.4f}  "
             f"val_loss {val_loss:.4f}  val_accuracy {val_accuracy:.4f}  {speed:.1f} images/s"
         )
-    return _finish(config, output, trainer, data, history, log)
+    return _finish(config, output, trainer, best, history, log)
 
 
 def learning_rate(schedule: str, epoch: int, start: float = 0.001) -> float:
@@ -361,46 +366,6 @@ def evaluate(
     found = probabilities.argmax(axis=1)
     loss = float(-np.log(np.maximum(of_truth, 1e-7)).mean())
     return loss, float((found == labels).mean()), found
-
-
-def classification_report(labels: Labels, found: Labels, class_names: Iterable[str]) -> str:
-    """Precision, recall and F1 of every class, as a table.
-
-    Example:
-        >>> truth, found = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
-        >>> print(classification_report(truth, found, ["cat", "dog"]))
-        class    precision  recall      F1  images
-        cat         1.0000  0.5000  0.6667       2
-        dog         0.6667  1.0000  0.8000       2
-        mean        0.8333  0.7500  0.7333       4
-
-    Args:
-        labels: (N,) what the images are.
-        found: (N,) what the model takes them for.
-        class_names: One name for each label.
-
-    Returns:
-        The table, ending without a newline.
-    """
-    names = list(class_names)
-    confusion = np.zeros((len(names), len(names)))
-    np.add.at(confusion, (labels, found), 1)
-    right = np.diag(confusion)
-    images, claimed = confusion.sum(axis=1), confusion.sum(axis=0)
-    precision = right / np.maximum(claimed, 1)
-    recall = right / np.maximum(images, 1)
-    f1 = 2 * right / np.maximum(images + claimed, 1)
-    table = np.stack([precision, recall, f1], axis=1)
-    width = max(map(len, [*names, "class"])) + 3
-    lines = [f"{'class':{width}} precision  recall      F1  images"]
-    for name, row, count in zip(
-        [*names, "mean"],
-        [*table, table.mean(axis=0)],
-        [*images, images.sum()],
-        strict=True,
-    ):
-        lines.append(f"{name:{width}} {row[0]:9.4f}  {row[1]:.4f}  {row[2]:.4f}  {int(count):6d}")
-    return "\n".join(lines)
 
 
 def load_config(run: Path) -> Config:
@@ -568,32 +533,95 @@ def _train_epoch(
     return loss, accuracy, timed * config.batch_size / (time.perf_counter() - first_done)
 
 
+@dataclass
+class _Best:
+    """The best state of a run: ``model.safetensors`` and ``config.json`` in its folder."""
+
+    output: Path
+    config: Config
+    spec: models.Spec
+    data: Dataset
+
+    @property
+    def path(self) -> Path:
+        return self.output / WEIGHTS
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def save(self, trainer: Trainer, epoch: Epoch) -> None:
+        save_weights(trainer.model, self.path)
+        names = ("epoch", "val_loss", "val_accuracy")
+        self.describe({name: getattr(epoch, name) for name in names})
+
+    def describe(self, metrics: Mapping[str, float]) -> None:
+        """Write the configuration, with what is known of the model."""
+        height, width, channels = self.data.image_shape
+        image = ImageInput(
+            height=height,
+            width=width,
+            channels=channels,
+            interpolation=self.config.interpolation,  # type: ignore[arg-type]  # it is checked
+        )
+        model = ModelConfig(
+            network=self.spec,
+            class_names=self.data.class_names,
+            image=image,
+            metrics=metrics,
+            dataset=self.data.name,
+        )
+        write_config(self.output, model)
+
+    def take_over(self, trainer: Trainer) -> None:
+        """Read the best state of a run of kconv 0.1.0, which had a file of its framework's."""
+        for name in ("best.keras", "best.pt"):
+            old = self.output / name
+            if old.exists() and not self.exists():
+                load_weights(trainer.model, old)
+                save_weights(trainer.model, self.path)
+
+
 def _finish(
     config: Config,
     output: Path,
     trainer: Trainer,
-    data: Dataset,
+    best: _Best,
     history: list[Epoch],
     log: Callable[[str], None],
 ) -> Result:
     from kconv import plots
 
-    best_model = output / trainer.best_name
-    trainer.load_model(best_model)
+    data = best.data
+    load_weights(trainer.model, best.path)
     _, accuracy, found = evaluate(trainer, data.x_test, data.y_test, config.batch_size)
-    table = classification_report(data.y_test, found, data.class_names)
+    which = min(history, key=lambda epoch: epoch.val_loss)
+    best.describe(
+        {
+            "epoch": which.epoch,
+            "val_loss": which.val_loss,
+            "val_accuracy": which.val_accuracy,
+            "test_accuracy": accuracy,
+        }
+    )
+    confusion = confusion_matrix(data.y_test, found, len(data.class_names))
+    table = report_of(confusion, data.class_names)
+    title = f"{best.spec.name}{f' {config.ktype}' if config.ktype else ''}, {data.name}"
     with replacing(output / "report.txt") as temporary:
         temporary.write_text(f"test accuracy {accuracy:.4f}\n\n{table}\n", encoding="utf-8")
+    with replacing(output / "confusion.png") as temporary:
+        plots.confusion_picture(confusion, data.class_names, title, temporary)
     with replacing(output / "curves.png") as temporary:
-        plots.training_curves([dataclasses.asdict(epoch) for epoch in history], temporary)
+        epochs = [dataclasses.asdict(epoch) for epoch in history]
+        plots.training_curves(epochs, temporary, title=title, test_accuracy=accuracy)
     log(f"\n{table}\n")
     log(f"test accuracy      {accuracy:.4f} ({len(found):,} images)")
     log(f"peak memory        {peak_memory() / 1e9:.2f} GB")
-    log(f"best model         {best_model}")
-    log(f"per-class report   {output / 'report.txt'}")
+    log(f"best model         {best.path}")
+    log(f"per-class report   {output / 'report.txt'}, {output / 'confusion.png'}")
     log(f"training curves    {output / 'curves.png'}")
-    log(f"history            {output / 'history.csv'}")
-    return Result(history, accuracy, table, best_model)
+    log(f"results by epoch   {output / 'results.csv'}")
+    log(f"try it             kconv predict {output} IMAGE")
+    return Result(history, accuracy, table, best.path)
 
 
 def _write_history(path: Path, history: list[Epoch]) -> None:
@@ -601,6 +629,7 @@ def _write_history(path: Path, history: list[Epoch]) -> None:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Epoch)])
         writer.writeheader()
         writer.writerows(dataclasses.asdict(epoch) for epoch in history)
+    path.with_name("history.csv").unlink(missing_ok=True)  # its name in kconv 0.1.0
 
 
 # The checkpoint: an .npz file without pickles: the trainer's arrays, and "meta", a JSON text.
@@ -637,7 +666,7 @@ def _checkpoint_of(path: Path, config: Config) -> tuple[dict[str, Any], dict[str
     meta, state = _read_checkpoint(path)
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
     for option, value in meta["config"].items():
-        if option != "epochs" and value != wanted.get(option):
+        if option not in ("epochs", "weights") and value != wanted.get(option):
             raise ValueError(
                 f"{path} is of a run with {option}={value!r}, which cannot go on with "
                 f"{option}={wanted.get(option)!r}"

@@ -227,15 +227,17 @@ def test_train_and_go_on_after_ctrl_c(tmp_path: Path) -> None:
         "interrupted; go on with: kconv train --resume runs/kdensenet_bc_l100-fashion_mnist_mini-1"
     )
     run = tmp_path / "runs/kdensenet_bc_l100-fashion_mnist_mini-1"
-    epochs = len((run / "history.csv").read_text().splitlines()) - 1
+    epochs = len((run / "results.csv").read_text().splitlines()) - 1
     assert epochs >= 2
 
     go_on = kconv("train", "--resume", str(run), "--epochs", str(epochs + 1))
     done = subprocess.run(go_on, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"test accuracy +0\.\d{4} \(20 images\)", done.stdout)
-    assert len((run / "history.csv").read_text().splitlines()) == epochs + 2
-    assert {"best.pt", "curves.png", "report.txt"} <= {path.name for path in run.iterdir()}
+    assert len((run / "results.csv").read_text().splitlines()) == epochs + 2
+    assert {"model.safetensors", "curves.png", "report.txt"} <= {
+        path.name for path in run.iterdir()
+    }
 
     other = kconv("train", "--resume", str(run), "--batch-size", "6")
     done = subprocess.run(other, capture_output=True, text=True)

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
+import kconv
 from kconv import datasets, models, training
 from kconv._files import remove_leftovers, replacing
 from kconv.training import Config, learning_rate
@@ -57,16 +59,6 @@ def test_cyclic_schedule_is_the_papers() -> None:
     assert rates == pytest.approx(expected * 2, rel=1e-12)
     assert learning_rate("cyclic25", 1, 0.01) == pytest.approx(0.015)
     assert learning_rate("constant", 30, 0.01) == 0.01
-
-
-def test_report_counts_as_by_hand() -> None:
-    labels, found = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 1])
-    rows = training.classification_report(labels, found, ["a", "b", "c"]).splitlines()
-    values = {row.split()[0]: [float(v) for v in row.split()[1:]] for row in rows[1:]}
-    assert values["a"] == pytest.approx([1, 2 / 3, 0.8, 3], abs=1e-4)
-    assert values["b"] == pytest.approx([1 / 3, 1 / 2, 0.4, 2], abs=1e-4)
-    assert values["c"] == [0, 0, 0, 1]  # never found rightly: no division by zero
-    assert values["mean"] == pytest.approx([4 / 9, 7 / 18, 0.4, 6], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -178,12 +170,11 @@ def test_recalibration_forgets_and_averages(framework: str) -> None:
 
 
 def test_run_writes_everything(finished: tuple[Config, Path, training.Result]) -> None:
-    config, output, result = finished
-    best = {"keras": "best.keras", "torch": "best.pt"}[config.framework]
-    names = {"last.npz", best, "history.csv", "curves.png", "report.txt"}
-    assert {path.name for path in output.iterdir()} == names
-    assert result.best_model == output / best
-    with (output / "history.csv").open() as file:
+    _config, output, result = finished
+    names = {"model.safetensors", "config.json", "last.npz", "results.csv", "report.txt"}
+    assert {path.name for path in output.iterdir()} == names | {"curves.png", "confusion.png"}
+    assert result.best_model == output / "model.safetensors"
+    with (output / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == [1, 2]
     assert [float(row["learning_rate"]) for row in rows] == pytest.approx([0.003, 0.0045])
@@ -193,31 +184,113 @@ def test_run_writes_everything(finished: tuple[Config, Path, training.Result]) -
     ]
     assert (output / "report.txt").read_text().startswith("test accuracy 0.")
     assert "Ankle boot" in result.report
-    assert Image.open(output / "curves.png").size == (1200, 480)
+    assert Image.open(output / "curves.png").size == (1500, 450)
+    assert Image.open(output / "confusion.png").size == (750, 750)
+    known = json.loads((output / "config.json").read_text())
+    assert known["architecture"] == "kdensenet_bc_l100"
+    assert known["label_names"][0] == "T-shirt/top"
+    assert known["spec"]["growth_rate"] == 4
+    assert known["image"] == {
+        "height": 8,
+        "width": 8,
+        "channels": 1,
+        "interpolation": "bilinear",
+        "scale": 1 / 64,
+        "offset": -2,
+    }
+    best = min(rows, key=lambda row: float(row["val_loss"]))
+    assert known["metrics"] == {
+        "epoch": int(best["epoch"]),
+        "val_loss": float(best["val_loss"]),
+        "val_accuracy": float(best["val_accuracy"]),
+        "test_accuracy": result.test_accuracy,
+    }
+    assert known["kconv_version"] == kconv.__version__
 
 
 def test_best_model_gives_the_reported_accuracy(
     finished: tuple[Config, Path, training.Result],
 ) -> None:
+    """By the framework's own computation, and by NumPy alone."""
     config, output, result = finished
     data = datasets.load("fashion_mnist_mini", image_size=8, test_images=20)
     images = training.augment.scale(data.x_test)
     if config.framework == "keras":
-        import keras
+        from kconv.keras import build
 
-        model = keras.models.load_model(output / "best.keras")
+        model = build(config.spec(data), fused=False)
+        kconv.load_weights(model, output)
         found = model.predict(images, verbose=0)
     else:
         import torch
 
-        import kconv.torch
+        from kconv.torch import build
 
-        network = kconv.torch.build(config.spec(data))
-        network.load_state_dict(torch.load(output / "best.pt", weights_only=True))
+        network = build(config.spec(data), kernels="torch")
+        network.load_state_dict(load_file(output / "model.safetensors"))
         with torch.no_grad():
-            found = network.eval()(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+            logits = network.eval()(torch.tensor(images).permute(0, 3, 1, 2))
+        found = logits.softmax(1).numpy()
+    net = kconv.load(output)
+    np.testing.assert_allclose(net(data.x_test), found, atol=1e-5)
+    assert net.class_names == data.class_names
     accuracy = (found.argmax(1) == data.y_test).mean()
     assert accuracy == pytest.approx(result.test_accuracy)
+
+
+def test_run_of_an_older_kconv_goes_on(
+    finished: tuple[Config, Path, training.Result], tmp_path: Path
+) -> None:
+    """Which had its best state in a file of the framework's, and no configuration."""
+    config, output, result = finished
+    (tmp_path / "last.npz").write_bytes((output / "last.npz").read_bytes())
+    (tmp_path / "history.csv").touch()
+    data = datasets.load("fashion_mnist_mini", image_size=8, test_images=20)
+    if config.framework == "keras":
+        from kconv.keras import build
+
+        model = build(config.spec(data))
+        kconv.load_weights(model, output)
+        model.save(tmp_path / "best.keras")
+    else:
+        import torch
+
+        torch.save(load_file(output / "model.safetensors"), tmp_path / "best.pt")
+    with pytest.raises(ValueError, match=r"kconv train --resume .* writes it"):
+        kconv.load(tmp_path)
+    resumed = training.train(config, tmp_path, resume=True, log=quiet)
+    assert resumed.test_accuracy == result.test_accuracy
+    np.testing.assert_array_equal(
+        kconv.load(tmp_path)(data.x_test), kconv.load(output)(data.x_test)
+    )
+
+
+def test_weights_to_start_from(
+    finished: tuple[Config, Path, training.Result], tmp_path: Path
+) -> None:
+    """Those of the other framework's run, with a new classifier as there are fewer classes."""
+    config, output, _ = finished
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        (folder := tmp_path / "data" / label).mkdir(parents=True)
+        for number in range(12):
+            pixels = rng.integers(0, 256, (8, 8), np.uint8)
+            Image.fromarray(pixels).convert("RGB").save(folder / f"{number}.png")
+    other = {"keras": "torch", "torch": "keras"}[config.framework]
+    tuned = dataclasses.replace(
+        config, framework=other, epochs=1, lr=1e-9, weights=str(output), recalibrate_bn=False
+    )
+    lines: list[str] = []
+    training.train(tuned, tmp_path / "same", log=lines.append)
+    assert f"weights      {output}" in lines
+    old, new = (load_file(folder / "model.safetensors") for folder in (output, tmp_path / "same"))
+    name = "softmax.weight"
+    np.testing.assert_allclose(new[name], old[name], atol=1e-6)
+
+    two = dataclasses.replace(tuned, dataset=str(tmp_path / "data"), image_size=8, batch_size=8)
+    with pytest.raises(ValueError, match=r"first_conv.*\(8, 3, 3, 3\)|conv.*in the model"):
+        training.train(two, tmp_path / "colours", log=quiet)  # as those images have three channels
+    assert not (tmp_path / "colours").exists()
 
 
 def test_resumed_run_equals_uninterrupted(
@@ -371,7 +444,7 @@ def test_full_disk_is_one_error_and_keeps_the_files(framework: str, tmp_path: Pa
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"cannot write .*(best|last)\."):
+        with pytest.raises(OSError, match=r"cannot write .*(model|last)\."):
             training.train(dataclasses.replace(config, epochs=2), tmp_path, resume=True, log=quiet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

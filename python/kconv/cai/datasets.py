@@ -27,7 +27,7 @@ from kconv.cai._image_files import (
 from kconv.cai._pixels import Array, Images
 from kconv.cai.models import load_kereas_model
 from kconv.cai.util import create_image_generator
-from kconv.training import classification_report
+from kconv.evaluation import classification_report
 
 __all__ = [
     "add_padding_to_make_img_array_squared",

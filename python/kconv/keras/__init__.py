@@ -12,6 +12,7 @@ Example:
 import keras as _keras
 
 from kconv._versions import warn_of_version
+from kconv.keras._freeze import freeze
 from kconv.keras.blocks import kPointwiseConv2D
 from kconv.keras.builder import build
 from kconv.keras.convert import accelerate, compress, report, to_native
@@ -39,6 +40,7 @@ __all__ = [
     "accelerate",
     "build",
     "compress",
+    "freeze",
     "kPointwiseConv2D",
     "report",
     "to_native",

@@ -13,6 +13,7 @@ import torch as _torch
 
 from kconv._versions import warn_of_version
 from kconv.torch import _flops as _flops  # FlopCounterMode knows the operators
+from kconv.torch._freeze import freeze
 from kconv.torch.convert import accelerate, compress, report, restore
 from kconv.torch.layers import (
     AcceleratedConv2d,
@@ -40,6 +41,7 @@ __all__ = [
     "compress",
     "deinterleave",
     "depthwise_conv",
+    "freeze",
     "interleave",
     "pointwise_conv",
     "report",

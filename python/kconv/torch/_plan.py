@@ -61,6 +61,9 @@ class Plan:
     Containers that only call their children are looked into. A plan holds good as long as
     :meth:`holds` says so.
 
+    Attributes:
+        graph: the modules' layers; plain ones stand for those that run by themselves.
+
     Args:
         root: the module that owns them.
         steps: the names of modules in the root and what they read, in the order of their calls.
@@ -80,7 +83,8 @@ class Plan:
         watched = [*self._modules.values(), *(container for container, _ in self._containers)]
         # Made before the modules are lifted, so that no change goes unseen between.
         self._watch = Watch([module for module in watched if module is not None])
-        self._parts = self._partition(self._graph())
+        self.graph = self._graph()
+        self._parts = self._partition(self.graph)
 
     def _add(self, call: _Call, module: nn.Module | None, path: str) -> None:
         """A module, or those in a container, of which the last has the container's name."""
@@ -97,7 +101,7 @@ class Plan:
             inputs = (name,)
 
     def _graph(self) -> graph.Graph:
-        """The modules' layers; plain ones stand for those that run by themselves."""
+        """See :attr:`graph`."""
         readers = Counter(name for call in self._calls.values() for name in call.inputs)
         layers: dict[str, graph.Layer] = {
             self._source: graph.Input(name=self._source, inputs=(), shape=UNKNOWN)
@@ -130,6 +134,11 @@ class Plan:
         for i, made in enumerate(parts):
             made.finished = tuple(name for name in set(made.inputs) if last[name] == i)
         return parts
+
+    @property
+    def modules(self) -> dict[str, nn.Module | None]:
+        """The modules of the graph's layers, by their names there."""
+        return dict(self._modules)
 
     @property
     def segments(self) -> dict[str, FusedSegment]:

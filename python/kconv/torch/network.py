@@ -84,7 +84,7 @@ class Network(nn.Module):
 
     def __init__(self, graph: Graph, *, fused: bool = True) -> None:
         super().__init__()
-        self._input, self._output = graph.layers[0].name, graph.output
+        self._name, self._input, self._output = graph.name, graph.layers[0].name, graph.output
         paddings = _mergeable_paddings(graph)
         steps: list[tuple[str, tuple[str, ...]]] = []
         for layer in graph.layers[1:]:

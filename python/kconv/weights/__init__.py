@@ -48,14 +48,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kconv._files import replacing
 from kconv.weights._activations import activations, check_activations, outside
 from kconv.weights._keras_file import KerasFile, config_layers
 from kconv.weights._matching import MismatchError, Pairs
 from kconv.weights._models import Target, adapt
 from kconv.weights._reading import Candidate, TorchFile, described, read
+from kconv.weights._safetensors import write_safetensors
 
 __all__ = ["LoadReport", "load_weights", "save_weights"]
 
@@ -113,18 +112,21 @@ def load_weights(model: Any, path: StrPath) -> LoadReport:
     with ExitStack() as stack:
         # An archive of Keras's has an optimizer's state beside the weights, and a configuration.
         file = read(path, stack, room=16 * target.nbytes + (1 << 26))
-        try:
-            if isinstance(file, KerasFile):
-                return _load_keras(target, file)
-            return _load_torch(target, file, path)
-        except MismatchError as error:
-            raise ValueError(f"the weights of {path} are not the model's: {error}") from None
-        except (ImportError, MemoryError):
-            raise
-        except Exception as error:  # whatever a library or a user's class says
-            raise ValueError(
-                f"{path} cannot be loaded into the model: {described(error)}"
-            ) from error
+        return fill(target, file, path)
+
+
+def fill(target: Target, file: TorchFile | KerasFile, path: Path) -> LoadReport:
+    """Fill a model with the weights of a file that has been opened; see :func:`load_weights`."""
+    try:
+        if isinstance(file, KerasFile):
+            return _load_keras(target, file)
+        return _load_torch(target, file, path)
+    except MismatchError as error:
+        raise ValueError(f"the weights of {path} are not the model's: {error}") from None
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever a library or a user's class says
+        raise ValueError(f"{path} cannot be loaded into the model: {described(error)}") from error
 
 
 def _load_keras(target: Target, file: KerasFile) -> LoadReport:
@@ -179,15 +181,9 @@ def save_weights(model: Any, path: StrPath) -> None:
         OSError: if the file cannot be written; one that was there before is still there.
         TypeError: if the model is of no known framework.
     """
-    from safetensors.numpy import save
-
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{str(path)!r} does not end in .safetensors, the format that is written")
     arrays, metadata = adapt(model).arrays()
-    whole = {
-        name: np.require(array, requirements="C").reshape(array.shape)
-        for name, array in arrays.items()
-    }
     with replacing(path) as temporary:
-        temporary.write_bytes(save(whole, metadata={"format": "pt", **metadata}))
+        write_safetensors(temporary, arrays, {"format": "pt", **metadata})

@@ -1,4 +1,7 @@
-"""Safetensors and ``.npz``: a header or a directory of arrays, checked before any is read."""
+"""Safetensors and ``.npz``: a header or a directory of arrays, checked before any is read.
+
+Reading and writing take NumPy and nothing else, so that a served model needs no other package.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import math
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import numpy as np
 
 from kconv.weights._entries import Array, Entry, decode, nbytes
 
-__all__ = ["npz_entries", "safetensors_entries", "safetensors_header"]
+__all__ = ["npz_entries", "safetensors_entries", "safetensors_header", "write_safetensors"]
 
 _DTYPES = {
     "F64": "float64",
@@ -33,7 +37,44 @@ _DTYPES = {
     "BOOL": "bool",
     "C64": "complex64",
 }
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # the format's own limit
+
+
+def write_safetensors(
+    path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays; the caller sees to it that the file appears whole or not at all.
+
+    Args:
+        path: the file.
+        arrays: of NumPy's own types, of any shape and strides.
+        metadata: further texts for the header.
+
+    Raises:
+        ValueError: if the format has no such type.
+        OSError: if the file cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    # The widest types first, so that each array lies at a multiple of its items' size.
+    ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    for name, array in ordered:
+        if array.dtype.name not in _CODES:
+            raise ValueError(f"{name!r} is of type {array.dtype}, which the format does not have")
+        end = begin + array.nbytes
+        header[name] = {
+            "dtype": _CODES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, array in ordered:
+            file.write(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
