@@ -1,6 +1,7 @@
 """kconv's kernels beside their peers and the machine's limits, in one process.
 
     python benches/compare.py pointwise|interleave|depthwise|memory|frameworks [--layout NHWC] ...
+    python benches/compare.py against OLD_WHEEL ...    # this kconv beside an older one
 
 Every result is checked against the peers' before anything is timed. Then kconv and the peers take
 turns; figures are comparable within one run only. As the peers do, kconv allocates its result
@@ -29,6 +30,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import against
 import frameworks
 import networks
 import numpy as np
@@ -620,6 +622,8 @@ def versions(libraries: bool = True) -> str:
 
 def main() -> None:
     """Parses the command line and runs."""
+    if sys.argv[1:2] == ["against"]:
+        sys.exit(against.main(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
