@@ -32,7 +32,7 @@ def pointwise_conv(
     layout: Layout = "NCHW",
     weight_layout: WeightLayout = "OI",
 ) -> Tensor:
-    """Grouped 1x1 convolution, its output channels interleaved by ``interleave`` (V1).
+    """Grouped pointwise (1x1) convolution, its output interleaved.
 
     Example:
         >>> x, weight = tf.ones((2, 8, 5, 5)), tf.ones((6, 4))
@@ -43,11 +43,11 @@ def pointwise_conv(
         x: (N, C_in, H, W), or (N, H, W, C_in) with ``layout="NHWC"``; any size may be unknown.
         weight: (C_out, C_in/groups[, 1, 1]), or ([1, 1,] C_in/groups, C_out) with
             ``weight_layout="IO"``.
-        bias: (C_out,), added before the interleave.
+        bias: (C_out,) or None; added before the interleave.
         groups: number of groups; divides C_in and C_out.
-        interleave: step of the interleave that follows the convolution; 1 keeps the order.
-        layout: order of the axes of ``x`` and of the result.
-        weight_layout: order of the axes of ``weight``.
+        interleave: step by which the output's channels are interleaved; 1 leaves them.
+        layout: "NCHW" or "NHWC"; of ``x`` and of the result.
+        weight_layout: "OI" (PyTorch's order) or "IO" (Keras's).
 
     Returns:
         Like ``x`` with C_out channels. bfloat16 is summed in float32, float16 computed in it.
@@ -101,7 +101,7 @@ def depthwise_conv(
     layout: Layout = "NCHW",
     weight_layout: WeightLayout = "OI",
 ) -> Tensor:
-    """Depthwise k x k convolution.
+    """Depthwise convolution: each channel with a k x k kernel of its own.
 
     Example:
         >>> x, weight = tf.ones((2, 9, 9, 4)), tf.ones((3, 3, 4))
@@ -110,13 +110,15 @@ def depthwise_conv(
 
     Args:
         x: (N, C, H, W), or (N, H, W, C) with ``layout="NHWC"``; any size may be unknown.
-        weight: (C, k, k) or (C, 1, k, k), or (k, k, C[, 1]) with ``weight_layout="IO"``.
-        bias: (C,).
-        stride: step between the pixels of the output.
-        padding: "same" (asymmetric at stride 2), "valid", the pixels added on every side, or
-            ((top, bottom), (left, right)).
-        layout: order of the axes of ``x`` and of the result.
-        weight_layout: order of the axes of ``weight``.
+        weight: (C, k, k) or (C, 1, k, k), or (k, k, C[, 1]) with ``weight_layout="IO"``; k is 3, 5
+            or 7.
+        bias: (C,) or None.
+        stride: 1 or 2.
+        padding: "same" (TensorFlow's: ceil(size / stride) outputs, an odd pixel of padding at the
+            bottom and right), "valid" (none), an integer, or ((top, bottom), (left, right)); each
+            less than k.
+        layout: "NCHW" or "NHWC"; of ``x`` and of the result.
+        weight_layout: "OI" or "IO".
 
     Returns:
         (N, C, H_out, W_out), or (N, H_out, W_out, C). bfloat16 is summed in float32, float16
@@ -181,8 +183,8 @@ def interleave(x: Tensor, step: int, *, layout: Layout = "NCHW") -> Tensor:
 
     Args:
         x: (N, C, H, W), or (N, H, W, C) with ``layout="NHWC"``.
-        step: the distance of channels that become neighbours; it need not divide C.
-        layout: order of the axes.
+        step: at least 1; 1 leaves the channels where they are. It need not divide C.
+        layout: "NCHW" or "NHWC".
 
     Returns:
         Like ``x``.
@@ -196,7 +198,7 @@ def interleave(x: Tensor, step: int, *, layout: Layout = "NCHW") -> Tensor:
 
 
 def deinterleave(x: Tensor, step: int, *, layout: Layout = "NCHW") -> Tensor:
-    """The inverse, and so also the gradient, of :func:`interleave`.
+    """Undoes :func:`interleave` (and is its gradient).
 
     Example:
         >>> x = tf.reshape(tf.constant([0.0, 3, 1, 4, 2, 5]), (1, 6, 1, 1))
@@ -205,8 +207,8 @@ def deinterleave(x: Tensor, step: int, *, layout: Layout = "NCHW") -> Tensor:
 
     Args:
         x: (N, C, H, W), or (N, H, W, C) with ``layout="NHWC"``.
-        step: the step of the interleave to undo.
-        layout: order of the axes.
+        step: at least 1; that of the interleave to undo.
+        layout: "NCHW" or "NHWC".
 
     Returns:
         Like ``x``.

@@ -39,7 +39,7 @@ Padding = int | Literal["same", "valid"] | tuple[tuple[int, int], tuple[int, int
 def pointwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int = 1, interleave: int = 1
 ) -> Tensor:
-    """Grouped 1x1 convolution whose output channels may be interleaved in the same pass.
+    """Grouped pointwise (1x1) convolution, its output interleaved.
 
     Example:
         >>> x, weight = torch.randn(2, 32, 7, 5), torch.randn(24, 8, 1, 1)
@@ -49,9 +49,9 @@ def pointwise_conv(
     Args:
         x: (N, C_in, H, W), or (C_in, H, W).
         weight: (C_out, C_in / groups, 1, 1), or (C_out, C_in / groups).
-        bias: (C_out,).
-        groups: divides C_in and C_out.
-        interleave: the step by which the output is interleaved after the convolution (1: not).
+        bias: (C_out,) or None; added before the interleave.
+        groups: number of groups; divides C_in and C_out.
+        interleave: step by which the output's channels are interleaved; 1 leaves them.
 
     Returns:
         (N, C_out, H, W), or (C_out, H, W).
@@ -91,12 +91,12 @@ def conv2d(
     Args:
         x: (N, C_in, H, W), or (C_in, H, W).
         weight: (C_out, C_in / groups, k, k).
-        bias: (C_out,).
+        bias: (C_out,) or None; added before the interleave.
         stride: as PyTorch's.
         padding: as PyTorch's, or ((top, bottom), (left, right)).
         dilation: as PyTorch's.
-        groups: divides C_in and C_out.
-        interleave: the step by which the output is interleaved after the convolution (1: not).
+        groups: number of groups; divides C_in and C_out.
+        interleave: step by which the output's channels are interleaved; 1 leaves them.
 
     Returns:
         (N, C_out, H_out, W_out), or (C_out, H_out, W_out).
@@ -200,7 +200,7 @@ def depthwise_conv(
     stride: int = 1,
     padding: Padding = "same",
 ) -> Tensor:
-    """Depthwise convolution: every channel with its own k x k kernel.
+    """Depthwise convolution: each channel with a k x k kernel of its own.
 
     Example:
         >>> x, weight = torch.randn(2, 6, 9, 9), torch.randn(6, 1, 3, 3)
@@ -210,9 +210,11 @@ def depthwise_conv(
     Args:
         x: (N, C, H, W), or (C, H, W).
         weight: (C, 1, k, k), or (C, k, k), with k 3, 5 or 7.
-        bias: (C,).
+        bias: (C,) or None.
         stride: 1 or 2.
-        padding: see :data:`Padding`; "same" at stride 2 is asymmetric, as TensorFlow's.
+        padding: "same" (TensorFlow's: ceil(size / stride) outputs, an odd pixel of padding at the
+            bottom and right), "valid" (none), an integer, or ((top, bottom), (left, right)); each
+            less than k.
 
     Returns:
         (N, C, H_out, W_out), or (C, H_out, W_out).
@@ -231,7 +233,7 @@ def depthwise_conv(
 
 
 def interleave(x: Tensor, step: int) -> Tensor:
-    """Takes every ``step``-th channel, from each of the first ``step`` ones in turn.
+    """Channels s, s + step, s + 2 step, ... for s = 0 .. step - 1 in turn (V1).
 
     The output's channels are 0, step, 2 step, ..., 1, 1 + step, ... (section 3 of V1,
     MENDEL 28(1), 2022). It is a permutation for every number of channels.
@@ -242,7 +244,7 @@ def interleave(x: Tensor, step: int) -> Tensor:
 
     Args:
         x: (N, C, H, W), or (C, H, W).
-        step: at least 1; 1 is the identity.
+        step: at least 1; 1 leaves the channels where they are.
 
     Returns:
         A tensor of x's shape.
@@ -254,7 +256,7 @@ def interleave(x: Tensor, step: int) -> Tensor:
 
 
 def deinterleave(x: Tensor, step: int) -> Tensor:
-    """Undoes :func:`interleave`.
+    """Undoes :func:`interleave` (and is its gradient).
 
     Example:
         >>> deinterleave(torch.tensor([0.0, 2, 4, 1, 3, 5]).reshape(1, 6, 1, 1), 2).flatten()
@@ -262,7 +264,7 @@ def deinterleave(x: Tensor, step: int) -> Tensor:
 
     Args:
         x: (N, C, H, W), or (C, H, W).
-        step: at least 1; 1 is the identity.
+        step: at least 1; that of the interleave to undo.
 
     Returns:
         A tensor of x's shape.
