@@ -34,6 +34,7 @@ lint: $(DEV) ## Check format, style and types
 	cargo fmt --check
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/python tools/check_words.py
 	cargo clippy --quiet --all-targets -- --deny warnings
 	cargo clippy --quiet --all-targets --features python -- --deny warnings
 	$(BIN)/mypy

@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, help="images (default: the network's)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--layers", type=int, help="only the first so many of each network")
+    parser.add_argument("--layers", type=int, help="how many of each network, the first ones")
     parser.add_argument("--limit", type=float, help="default: 1.03 for kernels, 1.02 for networks")
     options = parser.parse_args(arguments)
     if unknown := [what for what in options.what if what not in LIMITS]:

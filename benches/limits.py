@@ -33,7 +33,7 @@ class Limits:
     gbytes: float
 
     def milliseconds(self, multiply_adds: float, size: float) -> float:
-        """The least time for so many multiply-adds and bytes."""
+        """The least time for these multiply-adds and bytes."""
         return max(2 * multiply_adds / self.gflops, size / self.gbytes) / 1e6
 
 

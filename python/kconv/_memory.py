@@ -41,7 +41,7 @@ def return_freed_memory() -> bool:
 def return_memory_of_compilers() -> None:
     """Call :func:`return_freed_memory` after each long compilation by JAX, before its result runs.
 
-    XLA's compiler leaves so many small holes in the heap that 0.7 GB stay with the process, of a
+    XLA's compiler leaves the heap full of small holes: 0.7 GB stay with the process, of a
     kEffNet-B0 whose training step needs 1.1 GB of its own.
     """
     from jax import monitoring

@@ -110,11 +110,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--train-images",
-        "use so many training images, balanced over classes",
+        "use N training images, balanced over classes",
         type=int,
         metavar="N",
     )
-    add("--test-images", "test on so many images, likewise", type=int, metavar="N")
+    add("--test-images", "test on N images, likewise", type=int, metavar="N")
     add(
         "--image-size",
         "resize images to this height and width (default: 224 for the last four of these, else 32)",

@@ -49,7 +49,7 @@ RUNS = Path("runs")
 """Where the folders of runs are made that are given none."""
 VALIDATION_SHARE = 0.1
 SHORT_RUN_STEPS = 2000
-"""Below so many steps, moving statistics of momentum 0.99 lag too far behind the weights."""
+"""In fewer steps, moving statistics of momentum 0.99 lag too far behind the weights."""
 RECALIBRATION_IMAGES = 2048
 SMALL_IMAGE = 64
 """Images of no more pixels a side keep the first strides' pixels, as the papers' 32x32 do."""
@@ -67,8 +67,8 @@ class Config:
         model_options: Further fields of the model's spec.
         dataset: A name of ``kconv.datasets.names()``, or a folder or archive of images.
         data_dir: Where the data set's original files are; None downloads them, of some.
-        train_images: Use only so many training images, as many of each class.
-        test_images: Use only so many test images, likewise.
+        train_images: How many training images to use, as many of each class.
+        test_images: How many test images to use, likewise.
         image_size: Height and width that images are resized to; None is 224 for
             ``kconv.datasets.PHOTOGRAPHS`` and 32 for others.
         interpolation: One of ``kconv.datasets.INTERPOLATIONS``.

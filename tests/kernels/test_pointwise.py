@@ -168,7 +168,7 @@ def test_nan_and_infinity_pass_through() -> None:
 
 
 def test_bfloat16_is_rounded_once() -> None:
-    """Products of two have 16 bits; these are rounded to 8, ties to even, as ml_dtypes rounds.
+    """A product of two has 16 bits; these are rounded to 8, ties to even, as ml_dtypes rounds.
 
     AVX512-BF16, where it is there, takes numbers too small to be normal, and gives them, as zero.
     """

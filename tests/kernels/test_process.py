@@ -108,7 +108,7 @@ TASKS = Path("/proc/self/task")
 
 
 def _tasks(most: int) -> int:
-    """Threads of this process, once there are at most so many or three seconds have passed."""
+    """Threads of this process, once there are at most ``most`` or three seconds have passed."""
     end = time.monotonic() + 3
     while (count := sum(1 for _ in TASKS.iterdir())) > most and time.monotonic() < end:
         time.sleep(0.01)
@@ -203,7 +203,7 @@ def expect_no_memory(call, *arguments):
     else:
         raise AssertionError("there was memory")
 
-# Convolutions of 1 to 64 channels and back to 1, and the same with a mask that asks for a backward.
+# Convolutions of 1 to 64 channels and back to 1, and the same with a mask, to be run backward.
 def program(side):
     plain = [-1, 0, 0, -1, 0, -1, 0, 1]
     return _kconv.FusedProgram(

@@ -41,7 +41,7 @@ def values(model) -> list[np.ndarray]:
 
 
 def write(path: Path) -> None:
-    """A good file, of whichever format the name asks for."""
+    """A good file, of the format that the name says."""
     model = torch_model()
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     match path.name:

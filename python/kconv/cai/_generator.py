@@ -199,7 +199,7 @@ class ImageGenerator:
 
     def _centered(self, name: str) -> None:
         if not getattr(self, name):
-            warnings.warn(f"{name}=True comes with the normalization asked for", stacklevel=4)
+            warnings.warn(f"{name}=True comes with the normalization", stacklevel=4)
             setattr(self, name, True)
 
     def fit(

@@ -74,7 +74,7 @@ def load_images_from_files(
         One array (height, width, 3) for each file.
 
     Raises:
-        ValueError: if an integer ``dtype`` cannot hold what is asked for.
+        ValueError: if an integer ``dtype`` cannot hold the values.
         OSError: if a file cannot be read, or holds no image.
     """
     if (lab or rescale) and not np.issubdtype(dtype, np.floating):

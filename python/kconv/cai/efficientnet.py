@@ -187,8 +187,8 @@ def kEfficientNet(
     Args:
         width_coefficient: factor on all filters.
         depth_coefficient: factor on the repeats of each stage.
-        skip_stride_cnt: for small images: from 0 on the stem has stride 1, and so have the first
-            so many stages.
+        skip_stride_cnt: for small images: from 0 on the stem has stride 1, and so have that
+            many stages after it.
         dropout_rate: before the classifier.
         drop_connect_rate: at which the last residual branches are dropped.
         depth_divisor: of which all filters are multiples.

@@ -49,7 +49,7 @@ class GradientAscent:
         self.model = model
 
     def __call__(self, img: ArrayLike, steps: int, step_size: float) -> tuple[float, Image]:
-        """Take so many steps from an image (H, W, C).
+        """Take ``steps`` steps from an image (H, W, C).
 
         Args:
             img: the start, from -1 to 1.

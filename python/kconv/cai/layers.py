@@ -220,7 +220,7 @@ def FitChannelCountTo(
     has_interleaving: bool = False,
     channel_axis: int = 3,
 ) -> Tensor:
-    """Append copies of the channels, the last one cut, until there are so many.
+    """Append copies of the channels, the last one cut, up to ``next_channel_count``.
 
     Example:
         >>> FitChannelCountTo(keras.Input((8, 8, 3)), 7).shape

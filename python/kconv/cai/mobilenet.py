@@ -118,8 +118,8 @@ def kMobileNet(
         kType: the kType's number or name.
         l_ratio: 0, as there are no two-path networks in kconv.
         ab_ratio: likewise.
-        skip_stride_cnt: for small images: from 0 on the stem has stride 1, and so have the first
-            so many of the blocks that halve the image.
+        skip_stride_cnt: for small images: from 0 on the stem has stride 1, and so have that
+            many of the blocks that halve the image, the first ones.
 
     Returns:
         The model, not compiled.

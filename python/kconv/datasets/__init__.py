@@ -116,8 +116,8 @@ def load(
             default the papers' photographs are resized to 224, and others are not.
         interpolation: One of ``INTERPOLATIONS``; "nearest" repeats the pixels of small images, as
             the papers do with those of CIFAR at 224.
-        train_images: Take only so many training images, the first of each class in turn.
-        test_images: Take only so many test images, likewise, and so many for validation.
+        train_images: How many training images to take, the first of each class in turn.
+        test_images: How many test images to take, likewise, and for validation.
         data_dir: Folder with the known data set's original files or archives, or one of these
             itself. Without it, ``fashion_mnist``, ``mnist``, ``cifar10`` and ``cifar100`` are taken
             from Keras's cache, or Keras downloads them.

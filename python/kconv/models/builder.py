@@ -47,8 +47,8 @@ from kconv.models.graph import (
 class GraphBuilder:
     """Collects the layers of a graph; each method adds one (or a few) and returns its name.
 
-    A ``name`` of None asks for the name Keras would give: the layer's type in snake case, numbered
-    in the order of creation ("conv2d", "conv2d_1", ...).
+    A ``name`` of None stands for Keras's own: the layer's type in snake case, numbered in the
+    order of creation ("conv2d", "conv2d_1", ...).
 
     Args:
         name: the model's name.

@@ -45,8 +45,8 @@ class EfficientNet(Spec):
         width: factor on all filters, which are rounded to multiples of 8.
         depth: factor on the repeats of each stage, rounded up.
         once: whether each stage has a single block.
-        skip_stride_cnt: for small images: from 0 on the stem has stride 1, and so have the
-            first so many stages.
+        skip_stride_cnt: for small images: from 0 on the stem has stride 1, and so have
+            that many stages after it.
         dropout: rate before the classifier.
         drop_connect: rate at which residual branches are dropped, growing from 0 over the depth.
         activation: of all convolutions but the last of a block.

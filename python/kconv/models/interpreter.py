@@ -2,7 +2,7 @@
 
 What the native operation does not give, these have: derivatives of every order, forward mode,
 batching. The fused operations' own derivatives come from here where gradients of gradients are
-asked for.
+wanted.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ class MobileNet(Spec):
     Attributes:
         alpha: factor on all filters.
         depth_multiplier: outputs of a depthwise convolution per channel.
-        skip_stride_cnt: for small images: from 0 on the stem has stride 1, and so have the
-            first so many of the blocks that halve the image.
+        skip_stride_cnt: for small images: from 0 on the stem has stride 1, and so have
+            that many of the blocks that halve the image, the first ones.
         dropout: rate before the classifier.
         conv1_activation: after the stem.
         d_separable_activation: after the depthwise convolutions.

@@ -402,7 +402,7 @@ def _pair(value: Any) -> Any:
 
 
 def _is_image(layer: graph.Layer, channels: int | None = None) -> bool:
-    """Whether a layer's output is an image and can have so many channels."""
+    """Whether a layer's output is an image and can have this number of channels."""
     known = layer.shape[-1]
     return len(layer.shape) == 3 and (None in (known, channels) or known == channels)
 

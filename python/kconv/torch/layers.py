@@ -121,7 +121,7 @@ class PointwiseConv2d(_KernelConv2d):
 
     Raises:
         ValueError: if the groups do not divide the channels, the step is below 1, or a subclass
-            asks for a step above 1.
+            is given a step above 1.
     """
 
     interleave = 1

@@ -47,7 +47,7 @@ class Pairs:
 
 
 def listed(items: list[str], most: int = 20) -> str:
-    """The items, of which only so many are named."""
+    """The items, of which only the first ``most`` are named."""
     rest = len(items) - most
     return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")
 
