@@ -18,8 +18,8 @@ const TILE_BYTES: usize = 32 << 10;
 
 /// `y[place] = x[sources[place]]` for the channels of every pixel.
 ///
-/// With [`interleave_sources`](crate::shape::interleave_sources) this interleaves, with
-/// [`interleave_places`](crate::shape::interleave_places) it undoes that (which is also the gradient).
+/// With [`interleave_src_index`](crate::shape::interleave_src_index) this interleaves, with
+/// [`interleave_dst_index`](crate::shape::interleave_dst_index) it undoes that (which is also the gradient).
 pub fn permute<T: Element>(isa: IsaKind, sources: &[usize], images: Images, x: &[T], y: &mut [MaybeUninit<T>]) {
     let Images { count, pixels, channels, order } = images;
     assert_eq!((sources.len(), x.len(), y.len()), (channels, images.len(), images.len()));

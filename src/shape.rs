@@ -50,6 +50,27 @@ impl Images {
     }
 }
 
+/// Height and width, in pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size2 {
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+}
+
+impl Size2 {
+    /// As many rows as columns.
+    pub const fn square(side: usize) -> Self {
+        Self { height: side, width: side }
+    }
+
+    /// How many pixels there are.
+    pub fn pixels(self) -> usize {
+        self.height * self.width
+    }
+}
+
 /// Checks a step; on success it is at least 1.
 pub fn check_step(name: &str, step: i64) -> Result<usize> {
     match usize::try_from(step) {
@@ -66,19 +87,20 @@ pub fn check_kernel(kernel: i64) -> Result<usize> {
     }
 }
 
-/// Where each channel goes when channels are interleaved by `step`: channel `c` to place `places[c]`.
+/// Where each channel goes when channels are interleaved by `step`: channel `c` to `dst_index[c]`.
 ///
 /// Interleaving concatenates, over `s = 0..step`, the channels `s, s + step, s + 2 * step, ...`.
-pub fn interleave_places(channels: usize, step: usize) -> Vec<usize> {
-    let mut places = vec![0; channels];
-    for (place, source) in interleave_sources(channels, step).into_iter().enumerate() {
-        places[source] = place;
+pub fn interleave_dst_index(channels: usize, step: usize) -> Vec<usize> {
+    let mut dst_index = vec![0; channels];
+    for (dst, src) in interleave_src_index(channels, step).into_iter().enumerate() {
+        dst_index[src] = dst;
     }
-    places
+    dst_index
 }
 
-/// Where each channel comes from when channels are interleaved by `step`: the inverse of [`interleave_places`].
-pub fn interleave_sources(channels: usize, step: usize) -> Vec<usize> {
+/// Where each channel comes from when channels are interleaved by `step`: the inverse of
+/// [`interleave_dst_index`].
+pub fn interleave_src_index(channels: usize, step: usize) -> Vec<usize> {
     (0..step.min(channels)).flat_map(|s| (s..channels).step_by(step)).collect()
 }
 
@@ -137,43 +159,85 @@ impl Pointwise {
         self.out_channels * self.group_in()
     }
 
-    /// Distances in memory of the weights of neighbouring groups, of a group's neighbouring output channels and of its
-    /// neighbouring input channels.
-    pub fn weight_steps(&self) -> [usize; 3] {
+    /// Where the weights lie in memory.
+    pub fn weight_strides(&self) -> WeightStrides {
+        let (group_in, group_out) = (self.group_in(), self.group_out());
         match self.weight_layout {
-            WeightLayout::Oi => [self.group_out() * self.group_in(), self.group_in(), 1],
-            WeightLayout::Io => [self.group_out(), 1, self.out_channels],
+            WeightLayout::Oi => WeightStrides { group: group_out * group_in, output: group_in, input: 1 },
+            WeightLayout::Io => WeightStrides { group: group_out, output: 1, input: self.out_channels },
         }
     }
 
-    /// Where each output channel is stored; `None` where that is its own place.
-    pub fn out_places(&self) -> Option<Vec<usize>> {
+    /// Where each output channel is stored; `None` where that is its own index.
+    pub fn dst_index(&self) -> Option<Vec<usize>> {
         // A step of 1 and one of all channels or more leave every channel where it is.
         (self.interleave > 1 && self.interleave < self.out_channels)
-            .then(|| interleave_places(self.out_channels, self.interleave))
+            .then(|| interleave_dst_index(self.out_channels, self.interleave))
+    }
+}
+
+/// Distances in memory of the weights of a grouped pointwise convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WeightStrides {
+    /// Between the first weights of neighbouring groups.
+    pub group: usize,
+    /// Between a group's neighbouring output channels.
+    pub output: usize,
+    /// Between a group's neighbouring input channels.
+    pub input: usize,
+}
+
+impl WeightStrides {
+    /// Those of the input gradient, where output and input channels change roles.
+    pub fn transposed(self) -> Self {
+        Self { output: self.input, input: self.output, ..self }
+    }
+}
+
+/// Pixels at the sides of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sides {
+    /// Above the first row.
+    pub top: usize,
+    /// Below the last row.
+    pub bottom: usize,
+    /// Before the first column.
+    pub left: usize,
+    /// After the last column.
+    pub right: usize,
+}
+
+impl Sides {
+    /// The same number at each side.
+    pub const fn all(pixels: usize) -> Self {
+        Self { top: pixels, bottom: pixels, left: pixels, right: pixels }
     }
 }
 
 /// Zero padding of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Padding {
-    /// TensorFlow's: the output has `ceil(size / stride)` pixels, an odd pixel of padding goes to the bottom and right.
+    /// TensorFlow's: the output has `ceil(size / stride)` pixels, an odd pixel of padding goes to the
+    /// bottom and right.
     Same,
     /// None.
     Valid,
-    /// `[top, bottom]` and `[left, right]`.
-    Explicit([usize; 2], [usize; 2]),
+    /// As many pixels.
+    Explicit(Sides),
 }
 
 impl Padding {
-    /// The padding before and after an axis (0: vertical, 1: horizontal) of `size` pixels.
-    fn resolve(self, axis: usize, size: usize, kernel: usize, stride: usize) -> [usize; 2] {
+    /// The padding of an image of `size` pixels.
+    fn resolve(self, size: Size2, kernel: usize, stride: usize) -> Sides {
         match self {
-            Self::Valid => [0, 0],
-            Self::Explicit(vertical, horizontal) => [vertical, horizontal][axis],
+            Self::Valid => Sides::all(0),
+            Self::Explicit(sides) => sides,
             Self::Same => {
-                let total = (size.div_ceil(stride).saturating_sub(1) * stride + kernel).saturating_sub(size);
-                [total / 2, total - total / 2]
+                let total =
+                    |size: usize| (size.div_ceil(stride).saturating_sub(1) * stride + kernel).saturating_sub(size);
+                let (rows, columns) = (total(size.height), total(size.width));
+                let (top, left) = (rows / 2, columns / 2);
+                Sides { top, bottom: rows - top, left, right: columns - left }
             }
         }
     }
@@ -188,6 +252,22 @@ pub struct Axis {
     pub output: usize,
     /// Zeros before the input.
     pub before: usize,
+}
+
+impl Axis {
+    /// An axis of `input` pixels with zeros `before` and `after` it.
+    fn new(name: &str, input: usize, before: usize, after: usize, kernel: usize, stride: usize) -> Result<Self> {
+        // Padding a whole kernel or more makes outputs that see no pixel at all: a mistake.
+        if before >= kernel || after >= kernel {
+            bail!("padding={:?} of the {name}, expected less than kernel_size={kernel}", [before, after]);
+        }
+        if input > 0 && input + before + after < kernel {
+            let padding = [before, after];
+            bail!("{name}={input} with padding {padding:?} is smaller than kernel_size={kernel}");
+        }
+        let output = if input == 0 { 0 } else { (input + before + after - kernel) / stride + 1 };
+        Ok(Self { input, output, before })
+    }
 }
 
 /// A depthwise convolution.
@@ -214,8 +294,9 @@ pub struct Depthwise {
 impl Depthwise {
     /// Checks kernel size, stride and that the padded image holds a kernel.
     pub fn new(
-        [count, channels]: [usize; 2],
-        size: [usize; 2],
+        count: usize,
+        channels: usize,
+        size: Size2,
         kernel: usize,
         stride: i64,
         padding: Padding,
@@ -230,21 +311,20 @@ impl Depthwise {
         if channels == 0 {
             bail!("channels=0, expected at least 1");
         }
-        let axis = |axis: usize, name: &str| {
-            let input = size[axis];
-            let [before, after] = padding.resolve(axis, input, kernel, stride);
-            // Padding a whole kernel or more makes outputs that see no pixel at all: a mistake.
-            if before >= kernel || after >= kernel {
-                bail!("padding={:?} of the {name}, expected less than kernel_size={kernel}", [before, after]);
-            }
-            if input > 0 && input + before + after < kernel {
-                bail!("{name}={input} with padding {:?} is smaller than kernel_size={kernel}", [before, after]);
-            }
-            let output = if input == 0 { 0 } else { (input + before + after - kernel) / stride + 1 };
-            Ok(Axis { input, output, before })
-        };
-        let (vertical, horizontal) = (axis(0, "height")?, axis(1, "width")?);
+        let sides = padding.resolve(size, kernel, stride);
+        let vertical = Axis::new("height", size.height, sides.top, sides.bottom, kernel, stride)?;
+        let horizontal = Axis::new("width", size.width, sides.left, sides.right, kernel, stride)?;
         Ok(Self { count, channels, vertical, horizontal, kernel, stride, order, weight_layout })
+    }
+
+    /// Height and width of the input.
+    pub fn input_size(&self) -> Size2 {
+        Size2 { height: self.vertical.input, width: self.horizontal.input }
+    }
+
+    /// Height and width of the output.
+    pub fn output_size(&self) -> Size2 {
+        Size2 { height: self.vertical.output, width: self.horizontal.output }
     }
 
     /// How many values the input holds.
@@ -277,18 +357,18 @@ mod tests {
 
     #[test]
     fn interleave_is_a_permutation() {
-        assert_eq!(interleave_sources(7, 3), [0, 3, 6, 1, 4, 2, 5]);
+        assert_eq!(interleave_src_index(7, 3), [0, 3, 6, 1, 4, 2, 5]);
         for (channels, step) in (0..12).flat_map(|c| (1..15).map(move |s| (c, s))) {
-            let (places, sources) = (interleave_places(channels, step), interleave_sources(channels, step));
-            assert!((0..channels).all(|c| sources[places[c]] == c), "{channels} by {step}");
+            let (dst, src) = (interleave_dst_index(channels, step), interleave_src_index(channels, step));
+            assert!((0..channels).all(|c| src[dst[c]] == c), "{channels} by {step}");
         }
     }
 
     #[test]
     fn same_padding_is_tensorflows() {
         let axis = |size, kernel, stride| {
-            let shape =
-                Depthwise::new([1, 1], [size, size], kernel, stride, Padding::Same, Order::Nchw, WeightLayout::Oi);
+            let (size, layout) = (Size2::square(size), WeightLayout::Oi);
+            let shape = Depthwise::new(1, 1, size, kernel, stride, Padding::Same, Order::Nchw, layout);
             shape.unwrap().vertical
         };
         assert_eq!(axis(8, 3, 2), Axis { input: 8, output: 4, before: 0 });

@@ -4,7 +4,10 @@ use std::mem::MaybeUninit;
 
 use half::bf16;
 
-use crate::shape::{Depthwise, Images, Order, Padding, Pointwise, WeightLayout, interleave_places, interleave_sources};
+use crate::shape::{
+    Depthwise, Images, Order, Padding, Pointwise, Sides, Size2, WeightLayout, WeightStrides, interleave_dst_index,
+    interleave_src_index,
+};
 use crate::simd::IsaKind;
 use crate::simd::element::Element;
 use crate::{conv1x1, dwconv, interleave};
@@ -63,11 +66,11 @@ fn pointwise_case<T: Element>(isa: IsaKind, shape: &Pointwise, images: Images) {
     let weight = random::<T>(shape.weights(), 2);
     let bias = random::<T>(shape.out_channels, 3);
     let grad = random::<T>(out.len(), 4);
-    let places = interleave_places(shape.out_channels, shape.interleave);
+    let places = interleave_dst_index(shape.out_channels, shape.interleave);
     let mut y = vec![0.0; out.len()];
     let (mut grad_x, mut grad_w) = (vec![0.0; images.len()], vec![0.0; shape.weights()]);
     let mut grad_b = vec![0.0; shape.out_channels];
-    let [group, out_step, in_step] = shape.weight_steps();
+    let WeightStrides { group, output: out_step, input: in_step } = shape.weight_strides();
     for (n, p) in (0..images.count).flat_map(|n| (0..images.pixels).map(move |p| (n, p))) {
         for (g, o) in (0..shape.groups).flat_map(|g| (0..shape.group_out()).map(move |o| (g, o))) {
             let c_out = g * shape.group_out() + o;
@@ -239,17 +242,18 @@ fn depthwise_case<T: Element>(isa: IsaKind, shape: &Depthwise) {
 #[test]
 #[cfg_attr(miri, ignore = "hours; the next test is its small one")]
 fn depthwise_matches_the_reference() {
-    let paddings = [Padding::Same, Padding::Valid, Padding::Explicit([0, 2], [1, 1])];
+    let paddings = [Padding::Same, Padding::Valid, Padding::Explicit(Sides { top: 0, bottom: 2, left: 1, right: 1 })];
     for isa in IsaKind::available() {
         for (count, channels, size) in
             [(0, 3, [7, 7]), (2, 3, [0, 0]), (1, 1, [7, 8]), (2, 17, [9, 7]), (1, 33, [8, 19]), (1, 512, [7, 7])]
         {
+            let size = Size2 { height: size[0], width: size[1] };
             for (kernel, stride) in [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1), (7, 2)] {
                 for order in [Order::Nchw, Order::Nhwc] {
                     for padding in paddings {
                         let layout = WeightLayout::Io;
                         let shape =
-                            Depthwise::new([count, channels], size, kernel, stride, padding, order, layout).unwrap();
+                            Depthwise::new(count, channels, size, kernel, stride, padding, order, layout).unwrap();
                         depthwise_case::<bf16>(isa, &shape);
                         depthwise_case::<f32>(isa, &shape);
                         depthwise_case::<f64>(isa, &shape);
@@ -265,7 +269,7 @@ fn depthwise_matches_the_reference() {
 fn small_depthwise_matches_the_reference() {
     let portable = IsaKind::by_name("portable").unwrap();
     for (stride, order) in [(1, Order::Nchw), (1, Order::Nhwc), (2, Order::Nchw), (2, Order::Nhwc)] {
-        let shape = Depthwise::new([1, 2], [3, 3], 3, stride, Padding::Same, order, WeightLayout::Oi).unwrap();
+        let shape = Depthwise::new(1, 2, Size2::square(3), 3, stride, Padding::Same, order, WeightLayout::Oi).unwrap();
         depthwise_case::<bf16>(portable, &shape);
         depthwise_case::<f32>(portable, &shape);
         depthwise_case::<f64>(portable, &shape);
@@ -277,12 +281,12 @@ fn permuting_back_gives_the_input() {
     fn check<T: Element>(isa: IsaKind, order: Order, pixels: usize, channels: usize, step: usize) {
         let images = Images { count: 2, pixels, channels, order };
         let x = random::<T>(images.len(), 1);
-        let sources = interleave_sources(channels, step);
+        let sources = interleave_src_index(channels, step);
         let y = run(x.len(), |out| interleave::permute(isa, &sources, images, &x, out));
         for (n, p, c) in (0..2).flat_map(|n| (0..pixels).flat_map(move |p| (0..channels).map(move |c| (n, p, c)))) {
             assert_eq!(y[place(images, n, p, c)], x[place(images, n, p, sources[c])], "{} {images:?}", isa.name());
         }
-        let places = interleave_places(channels, step);
+        let places = interleave_dst_index(channels, step);
         assert_eq!(run(x.len(), |out| interleave::permute(isa, &places, images, &y, out)), x);
     }
     for isa in IsaKind::available() {

@@ -18,7 +18,7 @@ use super::call::Float;
 use super::dlpack;
 use crate::error::{Error, Result, bail};
 use crate::memory::{Memory, RECYCLED};
-use crate::shape::{Images, Order, Padding, WeightLayout};
+use crate::shape::{Images, Order, Padding, Sides, WeightLayout};
 
 /// The dtypes of the arrays that a call may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,10 +181,10 @@ pub fn padding(value: &Bound<'_, PyAny>) -> PyResult<Padding> {
         };
     }
     if let Ok(all) = value.extract::<usize>() {
-        return Ok(Padding::Explicit([all, all], [all, all]));
+        return Ok(Padding::Explicit(Sides::all(all)));
     }
     match value.extract::<((usize, usize), (usize, usize))>() {
-        Ok(((top, bottom), (left, right))) => Ok(Padding::Explicit([top, bottom], [left, right])),
+        Ok(((top, bottom), (left, right))) => Ok(Padding::Explicit(Sides { top, bottom, left, right })),
         Err(_) => {
             let found = format!("{value:?}").replace('\n', "");
             Err(PyValueError::new_err(format!("padding={found}, {expected}")))

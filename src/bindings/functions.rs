@@ -12,7 +12,8 @@ use super::arrays::{layout, weight_layout};
 use super::call::{Array, Attribute, Buffer, Call, Float, Output};
 use crate::error::{Result, bail};
 use crate::shape::{
-    Depthwise, Images, Order, Padding, Pointwise, WeightLayout, check_step, interleave_places, interleave_sources,
+    Depthwise, Images, Order, Padding, Pointwise, Sides, Size2, WeightLayout, check_step, interleave_dst_index,
+    interleave_src_index,
 };
 use crate::simd;
 use crate::{conv1x1, dwconv, interleave};
@@ -85,11 +86,11 @@ pub fn depthwise_conv_grad_weight<T: Float>(call: &Call<'_>, output: Output<'_>)
 }
 
 pub fn interleave<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
-    permute::<T>(call, output, interleave_sources)
+    permute::<T>(call, output, interleave_src_index)
 }
 
 pub fn deinterleave<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
-    permute::<T>(call, output, interleave_places)
+    permute::<T>(call, output, interleave_dst_index)
 }
 
 fn permute<T: Float>(call: &Call<'_>, output: Output<'_>, sources: fn(usize, usize) -> Vec<usize>) -> Result<()> {
@@ -180,9 +181,10 @@ fn depthwise_shape(call: &Call<'_>, x: &Array, weight: &Array) -> Result<Depthwi
     let padding = match call.attribute("padding")? {
         Attribute::Text("same") | Attribute::Integers(&[]) => Padding::Same,
         Attribute::Text("valid") => Padding::Valid,
-        Attribute::Integer(side @ 0..) => Padding::Explicit([side as usize; 2], [side as usize; 2]),
+        Attribute::Integer(side @ 0..) => Padding::Explicit(Sides::all(side as usize)),
         Attribute::Integers(&[top, bottom, left, right]) if top.min(bottom).min(left).min(right) >= 0 => {
-            Padding::Explicit([top as usize, bottom as usize], [left as usize, right as usize])
+            let [top, bottom, left, right] = [top, bottom, left, right].map(|side| side as usize);
+            Padding::Explicit(Sides { top, bottom, left, right })
         }
         other => bail!("padding={other:?}, expected \"same\", \"valid\" or the pixels of each side"),
     };
@@ -198,7 +200,7 @@ fn depthwise_shape(call: &Call<'_>, x: &Array, weight: &Array) -> Result<Depthwi
     };
     expect("weight", [a, b, c], weight_dims)?;
     let stride = call.integer("stride")?;
-    Depthwise::new([count, channels], [height, width], kernel, stride, padding, order(call)?, layout)
+    Depthwise::new(count, channels, Size2 { height, width }, kernel, stride, padding, order(call)?, layout)
 }
 
 fn output_dims(shape: &Depthwise) -> [usize; 4] {

@@ -9,8 +9,8 @@ use super::arrays::{
 use super::{active, compute};
 use crate::error::{Error, Result, bail};
 use crate::shape::{
-    Depthwise, Images, Order, Padding, Pointwise, WeightLayout, check_kernel, check_step, interleave_places,
-    interleave_sources,
+    Depthwise, Images, Order, Padding, Pointwise, Size2, WeightLayout, check_kernel, check_step, interleave_dst_index,
+    interleave_src_index,
 };
 
 type Any<'py> = Bound<'py, PyAny>;
@@ -397,7 +397,7 @@ fn interleave<'py>(
     layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!(dtype("x", x)?, T => permute::<T>(py, x, step, layout, out, interleave_sources))
+    by_dtype!(dtype("x", x)?, T => permute::<T>(py, x, step, layout, out, interleave_src_index))
 }
 
 /// Undoes :func:`interleave` (and is its gradient).
@@ -428,7 +428,7 @@ fn deinterleave<'py>(
     layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!(dtype("x", x)?, T => permute::<T>(py, x, step, layout, out, interleave_places))
+    by_dtype!(dtype("x", x)?, T => permute::<T>(py, x, step, layout, out, interleave_dst_index))
 }
 
 fn permute<'py, T: ArrayElement>(
@@ -466,7 +466,7 @@ fn depthwise_shape(
     weight_layout: WeightLayout,
 ) -> Result<Depthwise> {
     let [height, width, channels] = image_axes(shape, layout);
-    Depthwise::new([shape[0], channels], [height, width], kernel, stride, padding, order, weight_layout)
+    Depthwise::new(shape[0], channels, Size2 { height, width }, kernel, stride, padding, order, weight_layout)
 }
 
 /// The kernel size of a depthwise weight for so many channels.

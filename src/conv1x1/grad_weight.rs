@@ -16,7 +16,7 @@ use crate::microkernels::side_by_side::{Block, MAX_STEPS, SideBySideSums, Source
 use crate::parallel::{Shared, add_parts, estimate};
 use crate::pool::{chunks, is_worth_threads, parallel_for, part, threads_for};
 use crate::scratch::{self, cut};
-use crate::shape::{Images, Order, Pointwise, interleave_places};
+use crate::shape::{Images, Order, Pointwise, WeightStrides, interleave_dst_index};
 use crate::simd::element::{Element, has_permute, lanes};
 use crate::simd::mul_acc::{Fma, MulAcc};
 use crate::simd::{IsaKind, Promised, has_stream_prefetcher};
@@ -91,7 +91,7 @@ fn weight_grad<T: Element, M: MulAcc<T>>(
     let pixels = images.count * images.pixels;
     let work = images_work::<T>(images, out, shape.group_in());
     let threads = threads_for(work);
-    let interleaved = shape.out_places();
+    let interleaved = shape.dst_index();
     let mut way = if planes { Way::default() } else { Way::new::<T>(isa, shape, interleaved.as_deref(), pixels) };
     // The parts depend on the problem alone, so that the sums do too; the division into groups does not change them.
     let most = if planes { images.count } else { pixels.div_ceil(DOT_TILE) };
@@ -207,7 +207,7 @@ impl<T: Element, M: MulAcc<T>> WeightGrad<'_, T, M> {
             }
         });
         let sums = add_parts(&mut partial, shape.weights());
-        let [group, out, input] = shape.weight_steps();
+        let WeightStrides { group, output: out, input } = shape.weight_strides();
         // Those side by side are put in the places that the others have.
         let transposed = way.by_output && way.side_by_side.is_none();
         let [o_step, i_step] = if transposed { [1, m] } else { [k, 1] };
@@ -417,7 +417,7 @@ pub fn grad_bias<T: Element>(
     assert_eq!(grad_output.len(), images.len());
     assert_eq!(grad_bias.len(), images.channels);
     let Images { count, pixels, channels, .. } = images;
-    let places = interleave_places(channels, interleave);
+    let places = interleave_dst_index(channels, interleave);
     let work = estimate(0, size_of_val(grad_output));
     let threads = threads_for(work);
     let shared = Shared::new(grad_bias);

@@ -18,7 +18,7 @@ use crate::microkernels::conv1x1_nchw::{ConvHeight, ConvRows, Start};
 use crate::parallel::{Shared, estimate};
 use crate::pool::{parallel_for, part, threads_for};
 use crate::scratch;
-use crate::shape::{Images, Order, Pointwise};
+use crate::shape::{Images, Order, Pointwise, WeightStrides};
 use crate::simd::element::{Element, lanes};
 use crate::simd::mul_acc::{Fma, MulAcc};
 use crate::simd::{IsaKind, Promised};
@@ -69,9 +69,9 @@ pub fn forward<T: Element>(
         group_in: shape.group_in(),
         group_out: shape.group_out(),
         in_places: None,
-        out_places: shape.out_places(),
+        out_places: shape.dst_index(),
     }
-    .run(x, (weight, shape.weight_steps()), bias, y);
+    .run(x, (weight, shape.weight_strides()), bias, y);
 }
 
 /// The gradient by the input: `(N, C_in)` from `grad_output (N, C_out)`, the gradient of the interleaved output.
@@ -87,21 +87,20 @@ pub fn grad_input<T: Element>(
 ) {
     assert_eq!(images.channels, shape.out_channels);
     assert_eq!(weight.len(), shape.weights());
-    let [group, out, input] = shape.weight_steps();
     Product {
         isa,
         images,
         groups: shape.groups,
         group_in: shape.group_out(),
         group_out: shape.group_in(),
-        in_places: shape.out_places(),
+        in_places: shape.dst_index(),
         out_places: None,
     }
-    .run(grad_output, (weight, [group, input, out]), None, grad_x);
+    .run(grad_output, (weight, shape.weight_strides().transposed()), None, grad_x);
 }
 
-/// Weights, and the distances of those of neighbouring groups, output channels and input channels.
-type Weights<'a, T> = (&'a [T], [usize; 3]);
+/// Weights, and where they lie.
+type Weights<'a, T> = (&'a [T], WeightStrides);
 
 /// Rows of each group times that group's matrix.
 struct Product {
@@ -196,7 +195,7 @@ impl Product {
     fn pack<T: Element, M: MulAcc<T>>(
         &self,
         products: M,
-        (weights, [group, out, input]): Weights<'_, T>,
+        (weights, WeightStrides { group, output: out, input }): Weights<'_, T>,
         g: usize,
         block: Range<usize>,
         packed: &mut [T::Wide],

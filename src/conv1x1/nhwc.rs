@@ -16,6 +16,7 @@ use crate::microkernels::transpose::Transpose;
 use crate::parallel::Shared;
 use crate::pool::{chunks, parallel_for, part};
 use crate::scratch::{self, cut};
+use crate::shape::WeightStrides;
 use crate::simd::Promised;
 use crate::simd::element::{Element, has_permute, lanes, writable};
 use crate::simd::mul_acc::MulAcc;
@@ -193,7 +194,7 @@ impl Product {
         &self,
         threads: usize,
         x: &[T],
-        (weights, [group, out, input]): Weights<'_, T>,
+        (weights, WeightStrides { group, output: out, input }): Weights<'_, T>,
         bias: Option<&[T]>,
         permutation: Option<&Permutation>,
         y: Shared<T>,
@@ -270,7 +271,7 @@ impl Product {
         products: M,
         threads: usize,
         x: &[T],
-        (weights, [group, out, input]): Weights<'_, T>,
+        (weights, WeightStrides { group, output: out, input }): Weights<'_, T>,
         bias: Option<&[T]>,
         groups: &SideBySide,
         [before, permutation]: [Option<&Permutation>; 2],
