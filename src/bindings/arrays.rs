@@ -9,16 +9,17 @@ use half::bf16;
 use numpy::{
     Element as NumpyElement, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods,
 };
-use pyo3::exceptions::{PyMemoryError, PyOverflowError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 use smallvec::SmallVec;
 
 use super::call::Float;
 use super::dlpack;
-use crate::error::{Error, Result, bail};
+use super::operation::expect_shape;
+use crate::error::{Result, bail};
 use crate::memory::{Memory, RECYCLED};
-use crate::shape::{Images, Order, Padding, Sides, WeightLayout};
+use crate::shape::Order;
 
 /// The dtypes of the arrays that a call may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,86 +111,9 @@ pub fn dtype(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Dtype> {
     Err(PyTypeError::new_err(format!("{name} is {what}, expected a NumPy array of float32, float64 or bfloat16")))
 }
 
-/// Parses the logical order of an image's axes.
-pub fn layout(value: &str) -> Result<Order> {
-    match value {
-        "NCHW" => Ok(Order::Nchw),
-        "NHWC" => Ok(Order::Nhwc),
-        _ => bail!("layout={value:?}, expected \"NCHW\" or \"NHWC\""),
-    }
-}
-
-/// Parses the order of a weight's axes.
-pub fn weight_layout(value: &str) -> Result<WeightLayout> {
-    match value {
-        "OI" => Ok(WeightLayout::Oi),
-        "IO" => Ok(WeightLayout::Io),
-        _ => bail!("weight_layout={value:?}, expected \"OI\" or \"IO\""),
-    }
-}
-
-/// Parses the integer argument `name`.
-fn integer(name: &str, value: &Bound<'_, PyAny>) -> PyResult<i64> {
-    value.extract::<i64>().map_err(|error| {
-        if error.is_instance_of::<PyOverflowError>(value.py()) {
-            PyValueError::new_err(format!("{name}={value}, expected an integer of 64 bits"))
-        } else {
-            PyTypeError::new_err(format!("{name} is {}, expected an integer", type_name(value)))
-        }
-    })
-}
-
 /// The name of a value's type, for messages.
-fn type_name(value: &Bound<'_, PyAny>) -> String {
+pub fn type_name(value: &Bound<'_, PyAny>) -> String {
     value.get_type().name().map_or_else(|_| "an object".into(), |name| name.to_string())
-}
-
-/// [`integer`] for each argument that is one, as PyO3's own message names neither argument nor value.
-pub mod integers {
-    use super::{Bound, PyAny, PyResult, integer};
-
-    macro_rules! named {
-        ($($name:ident)*) => {
-            $(pub fn $name(value: &Bound<'_, PyAny>) -> PyResult<i64> {
-                integer(stringify!($name), value)
-            })*
-        };
-    }
-    named!(groups interleave kernel_size step stride threads);
-}
-
-/// Parses `input_size`: (height, width).
-pub fn input_size(value: &Bound<'_, PyAny>) -> PyResult<(usize, usize)> {
-    let (height, width) = value
-        .extract::<(Bound<'_, PyAny>, Bound<'_, PyAny>)>()
-        .map_err(|_| PyTypeError::new_err(format!("input_size is {}, expected (height, width)", type_name(value))))?;
-    let side = |side| match integer("input_size", side)? {
-        pixels @ 0.. => Ok(pixels as usize),
-        pixels => Err(PyValueError::new_err(format!("input_size has {pixels}, expected sizes from 0"))),
-    };
-    Ok((side(&height)?, side(&width)?))
-}
-
-/// Parses `padding`: "same", "valid", an integer or ((top, bottom), (left, right)).
-pub fn padding(value: &Bound<'_, PyAny>) -> PyResult<Padding> {
-    let expected = "expected \"same\", \"valid\", an integer from 0 or ((top, bottom), (left, right))";
-    if let Ok(name) = value.extract::<String>() {
-        return match name.as_str() {
-            "same" => Ok(Padding::Same),
-            "valid" => Ok(Padding::Valid),
-            _ => Err(PyValueError::new_err(format!("padding={name:?}, {expected}"))),
-        };
-    }
-    if let Ok(all) = value.extract::<usize>() {
-        return Ok(Padding::Explicit(Sides::all(all)));
-    }
-    match value.extract::<((usize, usize), (usize, usize))>() {
-        Ok(((top, bottom), (left, right))) => Ok(Padding::Explicit(Sides { top, bottom, left, right })),
-        Err(_) => {
-            let found = format!("{value:?}").replace('\n', "");
-            Err(PyValueError::new_err(format!("padding={found}, {expected}")))
-        }
-    }
 }
 
 /// The most bytes that an array may have.
@@ -242,14 +166,6 @@ fn axes(logical: Order, memory: Order) -> [usize; 4] {
         (Order::Nchw, Order::Nhwc) => [0, 2, 3, 1],
         (Order::Nhwc, Order::Nchw) => [0, 3, 1, 2],
         _ => [0, 1, 2, 3],
-    }
-}
-
-/// Height, width and channels of images of logical order `layout`.
-pub fn image_axes(shape: &[usize], layout: Order) -> [usize; 3] {
-    match layout {
-        Order::Nchw => [shape[2], shape[3], shape[1]],
-        Order::Nhwc => [shape[1], shape[2], shape[3]],
     }
 }
 
@@ -331,22 +247,13 @@ impl<'py, T: ArrayElement> Input<'py, T> {
         self.owner.is_instance_of::<PyCapsule>()
     }
 
-    /// The order of these images in memory: their logical one, unless the memory is contiguous in the other.
-    fn memory_order(&self, layout: Order) -> Order {
+    /// The order of these images in memory: their logical one, unless the memory is contiguous in the
+    /// other.
+    pub fn memory_order(&self, layout: Order) -> Order {
         let other = if layout == Order::Nchw { Order::Nhwc } else { Order::Nchw };
         let contiguous = |order| self.view.is_contiguous(&axes(layout, order));
-        if !contiguous(layout) && contiguous(other) { other } else { layout }
-    }
-
-    /// The geometry of these images, in the order in which they lie in memory.
-    pub fn images(&self, layout: Order) -> Result<Images> {
-        let shape = self.shape();
-        if shape.len() != 4 {
-            let expected = if layout == Order::Nchw { "(N, C, H, W)" } else { "(N, H, W, C)" };
-            bail!("{} has shape {shape:?}, expected {expected}", self.name);
-        }
-        let [height, width, channels] = image_axes(shape, layout);
-        Ok(Images { count: shape[0], pixels: height * width, channels, order: self.memory_order(layout) })
+        let is_other = self.shape().len() == 4 && !contiguous(layout) && contiguous(other);
+        if is_other { other } else { layout }
     }
 
     /// The images in `order`; a copy where they do not lie so.
@@ -423,13 +330,13 @@ impl<'py, T: ArrayElement> Output<'py, T> {
     /// Images of this logical shape, in memory in `order`.
     pub fn images(
         py: Python<'py>,
-        shape: [usize; 4],
+        shape: &[usize],
         layout: Order,
         order: Order,
         out: Option<&Bound<'py, PyAny>>,
-        inputs: &[&Input<'py, T>],
+        inputs: &[Input<'py, T>],
     ) -> PyResult<Self> {
-        Self::new(py, &shape, &axes(layout, order), out, inputs)
+        Self::new(py, shape, &axes(layout, order), out, inputs)
     }
 
     /// An array of this shape in C order.
@@ -437,7 +344,7 @@ impl<'py, T: ArrayElement> Output<'py, T> {
         py: Python<'py>,
         shape: &[usize],
         out: Option<&Bound<'py, PyAny>>,
-        inputs: &[&Input<'py, T>],
+        inputs: &[Input<'py, T>],
     ) -> PyResult<Self> {
         let axes: Axes<_> = (0..shape.len()).collect();
         Self::new(py, shape, &axes, out, inputs)
@@ -448,7 +355,7 @@ impl<'py, T: ArrayElement> Output<'py, T> {
         shape: &[usize],
         axes: &[usize],
         out: Option<&Bound<'py, PyAny>>,
-        inputs: &[&Input<'py, T>],
+        inputs: &[Input<'py, T>],
     ) -> PyResult<Self> {
         let axes = Axes::from(axes);
         let Some(out) = out else {
@@ -471,9 +378,7 @@ impl<'py, T: ArrayElement> Output<'py, T> {
             return Err(PyValueError::new_err("out is not writable, expected a writable array"));
         }
         let out = Input::<T>::new("out", out)?;
-        if out.shape() != shape {
-            return Err(Error::new(format!("out has shape {:?}, expected {shape:?}", out.shape())).into());
-        }
+        expect_shape("out", out.shape(), shape)?;
         let overlaps = inputs.iter().any(|input| overlap(&input.view, &out.view));
         let detour = if overlaps || !out.view.is_contiguous(&axes) {
             let mut values = room("out", shape)?;

@@ -3,6 +3,7 @@
 //! Buffers are dense and row-major, so the logical order of axes is the order in memory.
 
 use std::ffi::c_void;
+use std::fmt;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Deref;
@@ -67,6 +68,16 @@ pub enum Attribute<'a> {
     Text(&'a str),
 }
 
+impl fmt::Display for Attribute<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Integer(value) => write!(f, "{value}"),
+            Self::Integers(values) => write!(f, "{values:?}"),
+            Self::Text(text) => write!(f, "{text:?}"),
+        }
+    }
+}
+
 /// The attributes of a call.
 pub trait Attributes {
     /// The attribute of that name.
@@ -93,9 +104,9 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// The number of operands.
-    pub fn operand_count(&self) -> usize {
-        self.operands.len()
+    /// All operands.
+    pub fn operand_list(&self) -> &'a [Buffer<'a>] {
+        self.operands
     }
 
     /// The attribute of that name.
@@ -107,7 +118,7 @@ impl<'a> Call<'a> {
     pub fn integer(&self, name: &str) -> Result<i64> {
         match self.attribute(name)? {
             Attribute::Integer(value) => Ok(value),
-            other => bail!("attribute {name}={other:?}, expected an integer"),
+            other => bail!("attribute {name}={other}, expected an integer"),
         }
     }
 
@@ -115,7 +126,7 @@ impl<'a> Call<'a> {
     pub fn integers(&self, name: &str) -> Result<&'a [i64]> {
         match self.attribute(name)? {
             Attribute::Integers(values) => Ok(values),
-            other => bail!("attribute {name}={other:?}, expected integers"),
+            other => bail!("attribute {name}={other}, expected integers"),
         }
     }
 
@@ -123,7 +134,7 @@ impl<'a> Call<'a> {
     pub fn text(&self, name: &str) -> Result<&'a str> {
         match self.attribute(name)? {
             Attribute::Text(value) => Ok(value),
-            other => bail!("attribute {name}={other:?}, expected a string"),
+            other => bail!("attribute {name}={other}, expected a string"),
         }
     }
 }
@@ -144,16 +155,8 @@ impl Array {
         self.dtype
     }
 
-    /// The sizes of the axes, of which there must be as many as `N`.
-    pub fn dims<const N: usize>(&self) -> Result<[usize; N]> {
-        match self.all_dims().try_into() {
-            Ok(dims) => Ok(dims),
-            Err(_) => bail!("expected an array of {N} axes, got {}", self.rank),
-        }
-    }
-
     /// The sizes of the axes.
-    pub fn all_dims(&self) -> &[usize] {
+    pub fn shape(&self) -> &[usize] {
         &self.dims[..self.rank]
     }
 

@@ -1,208 +1,195 @@
-//! The operations for frameworks that call the kernels on their own buffers.
+//! The functions for frameworks that call the kernels on their own buffers.
 //!
 //! They take the arguments of the NumPy functions of the same name: arrays as operands, keyword
-//! arguments as attributes (64-bit integers, or strings).
+//! arguments as attributes (64-bit integers, or strings). An argument that only tells the shape of
+//! the result is read from there.
 
 mod fused;
 
-pub use self::fused::{
-    fused_backward, fused_backward_results, fused_forward, fused_forward_results, fused_infer, fused_infer_result,
+use smallvec::SmallVec;
+
+use self::fused::Pass;
+use super::arrays::{Axes, by_dtype, by_wide_dtype};
+use super::call::{Attribute, Call, Float, Output};
+use super::operation::{
+    Arguments, Batch, EXPECTED_PADDING, Function, depthwise_axes, layout, named_padding, padding_of_sides,
+    weight_layout,
 };
-use super::arrays::{layout, weight_layout};
-use super::call::{Array, Attribute, Buffer, Call, Float, Output};
-use crate::error::{Result, bail};
-use crate::shape::{
-    Depthwise, Images, Order, Padding, Pointwise, Sides, Size2, WeightLayout, check_step, interleave_dst_index,
-    interleave_src_index,
-};
+use crate::error::{Error, Result, bail};
+use crate::shape::{Padding, WeightLayout};
 use crate::simd;
-use crate::{conv1x1, dwconv, interleave};
 
-pub fn pointwise_conv<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
-    let (x, weight, bias) = weighted(call)?;
-    let (images, out) = (images(call, &x)?, images(call, &output)?);
-    let shape = pointwise_shape(call, images.channels, out.channels)?;
-    bias.map_or(Ok(()), |bias| expect("bias", bias.dims()?, [out.channels]))?;
-    expect("weight", pointwise_weight(call, &weight)?, weight_dims(&shape))?;
-    expect("output", [out.count, out.pixels], [images.count, images.pixels])?;
-    let bias = bias.map(|bias| bias.read()).transpose()?;
-    conv1x1::forward::<T>(simd::active()?, &shape, images, x.read()?, weight.read()?, bias, output.write()?);
-    Ok(())
+/// A function as frameworks see it.
+pub struct Signature {
+    /// The NumPy function's name.
+    pub name: &'static str,
+    /// The names of the operands; "bias" may be missing.
+    pub operands: &'static [&'static str],
+    /// The attributes with their types in TensorFlow.
+    pub attributes: &'static [&'static str],
+    /// The names of the results.
+    pub results: &'static [&'static str],
+    kernel: Kernel,
 }
 
-pub fn pointwise_conv_grad_input<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
-    let [grad, weight] = call.operands()?;
-    let (images, input) = (images(call, &grad)?, images(call, &output)?);
-    let shape = pointwise_shape(call, input.channels, images.channels)?;
-    expect("weight", pointwise_weight(call, &weight)?, weight_dims(&shape))?;
-    expect("output", [input.count, input.pixels], [images.count, images.pixels])?;
-    conv1x1::grad_input::<T>(simd::active()?, &shape, images, grad.read()?, weight.read()?, output.write()?);
-    Ok(())
+#[derive(Clone, Copy)]
+enum Kernel {
+    Single(Function),
+    Fused(Pass),
 }
 
-pub fn pointwise_conv_grad_weight<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
-    let [x, grad] = call.operands()?;
-    let (images, out) = (images(call, &x)?, images(call, &grad)?);
-    let shape = pointwise_shape(call, images.channels, out.channels)?;
-    expect("weight", pointwise_weight(call, &output)?, weight_dims(&shape))?;
-    expect("grad_output", [out.count, out.pixels], [images.count, images.pixels])?;
-    conv1x1::grad_weight::<T>(simd::active()?, &shape, images, x.read()?, grad.read()?, output.write()?);
-    Ok(())
+const POINTWISE: &[&str] = &["groups: int", "interleave: int", "layout: string", "weight_layout: string"];
+/// In TensorFlow `padding` is empty for "same", or has the pixels at the top, bottom, left and right.
+const DEPTHWISE: &[&str] = &["stride: int", "padding: list(int)", "layout: string", "weight_layout: string"];
+const BIAS: &[&str] = &["interleave: int", "layout: string"];
+const PERMUTATION: &[&str] = &["step: int", "layout: string"];
+
+const fn single(name: &'static str, function: Function, attributes: &'static [&'static str]) -> Signature {
+    let (operands, kernel) = (function.operands(), Kernel::Single(function));
+    Signature { name, operands, attributes, results: &["output"], kernel }
 }
 
-pub fn pointwise_conv_grad_bias<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
-    let [grad] = call.operands()?;
-    let images = images(call, &grad)?;
-    expect("bias", output.dims()?, [images.channels])?;
-    let step = check_step("interleave", call.integer("interleave")?)?;
-    conv1x1::grad_bias::<T>(simd::active()?, step, images, grad.read()?, output.write()?);
-    Ok(())
+const fn fused(name: &'static str, pass: Pass, attributes: &'static [&'static str]) -> Signature {
+    Signature { name, operands: pass.operands(), attributes, results: pass.results(), kernel: Kernel::Fused(pass) }
 }
 
-pub fn depthwise_conv<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
-    let (x, weight, bias) = weighted(call)?;
-    let shape = depthwise_shape(call, &x, &weight)?;
-    bias.map_or(Ok(()), |bias| expect("bias", bias.dims()?, [shape.channels]))?;
-    expect("output", nchw(call, &output)?, output_dims(&shape))?;
-    let bias = bias.map(|bias| bias.read()).transpose()?;
-    dwconv::forward::<T>(simd::active()?, &shape, x.read()?, weight.read()?, bias, output.write()?);
-    Ok(())
-}
+/// All of them.
+pub static SIGNATURES: [Signature; 12] = [
+    single("pointwise_conv", Function::PointwiseConv, POINTWISE),
+    single("pointwise_conv_grad_input", Function::PointwiseConvGradInput, POINTWISE),
+    single("pointwise_conv_grad_weight", Function::PointwiseConvGradWeight, POINTWISE),
+    single("pointwise_conv_grad_bias", Function::PointwiseConvGradBias, BIAS),
+    single("depthwise_conv", Function::DepthwiseConv, DEPTHWISE),
+    single("depthwise_conv_grad_input", Function::DepthwiseConvGradInput, DEPTHWISE),
+    single("depthwise_conv_grad_weight", Function::DepthwiseConvGradWeight, DEPTHWISE),
+    single("interleave", Function::Interleave, PERMUTATION),
+    single("deinterleave", Function::Deinterleave, PERMUTATION),
+    fused("fused_forward", Pass::Forward, &["program: list(int)", "layout: string"]),
+    fused("fused_infer", Pass::Infer, &["program: list(int)", "layout: string"]),
+    fused("fused_backward", Pass::Backward, &["program: list(int)", "layout: string", "frozen: int"]),
+];
 
-pub fn depthwise_conv_grad_input<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
-    let [grad, weight] = call.operands()?;
-    let shape = depthwise_shape(call, &output, &weight)?;
-    expect("grad_output", nchw(call, &grad)?, output_dims(&shape))?;
-    dwconv::grad_input::<T>(simd::active()?, &shape, grad.read()?, weight.read()?, output.write()?);
-    Ok(())
+/// The instances for all [`SIGNATURES`] of a function that is generic over the index in that table.
+macro_rules! for_each_signature {
+    ($f:ident) => {{
+        use $f as f;
+        [f::<0>, f::<1>, f::<2>, f::<3>, f::<4>, f::<5>, f::<6>, f::<7>, f::<8>, f::<9>, f::<10>, f::<11>]
+    }};
 }
+pub(super) use for_each_signature;
 
-pub fn depthwise_conv_grad_weight<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
-    let [x, grad] = call.operands()?;
-    let shape = depthwise_shape(call, &x, &output)?;
-    expect("grad_output", nchw(call, &grad)?, output_dims(&shape))?;
-    dwconv::grad_weight::<T>(simd::active()?, &shape, x.read()?, grad.read()?, output.write()?);
-    Ok(())
-}
-
-pub fn interleave<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
-    permute::<T>(call, output, interleave_src_index)
-}
-
-pub fn deinterleave<T: Float>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
-    permute::<T>(call, output, interleave_dst_index)
-}
-
-fn permute<T: Float>(call: &Call<'_>, output: Output<'_>, sources: fn(usize, usize) -> Vec<usize>) -> Result<()> {
-    let [x] = call.operands()?;
-    let images = images(call, &x)?;
-    expect("output", output.dims()?, x.dims::<4>()?)?;
-    let step = check_step("step", call.integer("step")?)?;
-    interleave::permute::<T>(simd::active()?, &sources(images.channels, step), images, x.read()?, output.write()?);
-    Ok(())
-}
-
-/// The sizes of the result of [`pointwise_conv`].
-pub fn pointwise_conv_result(call: &Call<'_>) -> Result<Vec<Vec<usize>>> {
-    let (x, weight, _) = weighted(call)?;
-    let [a, b] = pointwise_weight(call, &weight)?;
-    let channels = if weight_layout(call.text("weight_layout")?)? == WeightLayout::Oi { a } else { b };
-    let [count, _, height, width] = nchw(call, &x)?;
-    Ok(vec![in_order(order(call)?, [count, channels, height, width]).to_vec()])
-}
-
-/// The sizes of the result of [`depthwise_conv`].
-pub fn depthwise_conv_result(call: &Call<'_>) -> Result<Vec<Vec<usize>>> {
-    let (x, weight, _) = weighted(call)?;
-    let shape = depthwise_shape(call, &x, &weight)?;
-    Ok(vec![in_order(shape.order, output_dims(&shape)).to_vec()])
-}
-
-fn in_order(order: Order, [count, channels, height, width]: [usize; 4]) -> [usize; 4] {
-    match order {
-        Order::Nchw => [count, channels, height, width],
-        Order::Nhwc => [count, height, width, channels],
+impl Signature {
+    /// The name of TensorFlow's operation: the function's in CamelCase.
+    pub fn operation(&self) -> String {
+        // Saved models have this one by a shorter name.
+        let name = if self.name == "pointwise_conv_grad_bias" { "grad_bias" } else { self.name };
+        let capitalized = |word: &str| word[..1].to_uppercase() + &word[1..];
+        format!("Kconv{}", name.split('_').map(capitalized).collect::<String>())
     }
-}
 
-/// Image, weight and, if there is a third operand, bias.
-fn weighted<'a>(call: &Call<'a>) -> Result<(Buffer<'a>, Buffer<'a>, Option<Buffer<'a>>)> {
-    if call.operand_count() == 2 {
-        call.operands().map(|[x, weight]| (x, weight, None))
-    } else {
-        call.operands().map(|[x, weight, bias]| (x, weight, Some(bias)))
-    }
-}
-
-fn expect<const N: usize>(what: &str, found: [usize; N], expected: [usize; N]) -> Result<()> {
-    if found == expected { Ok(()) } else { bail!("{what} has the sizes {found:?}, expected {expected:?}") }
-}
-
-/// The order of an image's axes.
-fn order(call: &Call<'_>) -> Result<Order> {
-    layout(call.text("layout")?)
-}
-
-/// Number, channels, height and width of a batch of images.
-fn nchw(call: &Call<'_>, array: &Array) -> Result<[usize; 4]> {
-    let [a, b, c, d] = array.dims()?;
-    Ok(match order(call)? {
-        Order::Nchw => [a, b, c, d],
-        Order::Nhwc => [a, d, b, c],
-    })
-}
-
-fn images(call: &Call<'_>, array: &Array) -> Result<Images> {
-    let [count, channels, height, width] = nchw(call, array)?;
-    Ok(Images { count, pixels: height * width, channels, order: order(call)? })
-}
-
-fn pointwise_shape(call: &Call<'_>, in_channels: usize, out_channels: usize) -> Result<Pointwise> {
-    let (groups, step) = (call.integer("groups")?, call.integer("interleave")?);
-    Pointwise::new(in_channels, out_channels, groups, step, weight_layout(call.text("weight_layout")?)?)
-}
-
-/// A pointwise weight's axes without those of its one pixel.
-fn pointwise_weight(call: &Call<'_>, weight: &Array) -> Result<[usize; 2]> {
-    match (weight_layout(call.text("weight_layout")?)?, weight.all_dims()) {
-        (WeightLayout::Oi, &[a, b, 1, 1]) | (WeightLayout::Io, &[1, 1, a, b]) => Ok([a, b]),
-        _ => weight.dims(),
-    }
-}
-
-fn weight_dims(shape: &Pointwise) -> [usize; 2] {
-    match shape.weight_layout {
-        WeightLayout::Oi => [shape.out_channels, shape.group_in()],
-        WeightLayout::Io => [shape.group_in(), shape.out_channels],
-    }
-}
-
-fn depthwise_shape(call: &Call<'_>, x: &Array, weight: &Array) -> Result<Depthwise> {
-    let padding = match call.attribute("padding")? {
-        Attribute::Text("same") | Attribute::Integers(&[]) => Padding::Same,
-        Attribute::Text("valid") => Padding::Valid,
-        Attribute::Integer(side @ 0..) => Padding::Explicit(Sides::all(side as usize)),
-        Attribute::Integers(&[top, bottom, left, right]) if top.min(bottom).min(left).min(right) >= 0 => {
-            let [top, bottom, left, right] = [top, bottom, left, right].map(|side| side as usize);
-            Padding::Explicit(Sides { top, bottom, left, right })
+    /// Where a framework that asks for the result's shape learns it.
+    pub fn result_like(&self) -> ResultLike {
+        match self.kernel {
+            Kernel::Single(Function::Interleave | Function::Deinterleave) => ResultLike::Operand,
+            Kernel::Single(Function::PointwiseConv | Function::DepthwiseConv) | Kernel::Fused(_) => ResultLike::Nothing,
+            Kernel::Single(_) => ResultLike::Unknown,
         }
-        other => bail!("padding={other:?}, expected \"same\", \"valid\" or the pixels of each side"),
-    };
-    let [count, channels, height, width] = nchw(call, x)?;
-    let layout = weight_layout(call.text("weight_layout")?)?;
-    let [a, b, c] = match (layout, weight.all_dims()) {
-        (WeightLayout::Oi, &[a, 1, b, c]) | (WeightLayout::Io, &[a, b, c, 1]) => [a, b, c],
-        _ => weight.dims()?,
-    };
-    let (kernel, weight_dims) = match layout {
-        WeightLayout::Oi => (b, [channels, b, b]),
-        WeightLayout::Io => (a, [a, a, channels]),
-    };
-    expect("weight", [a, b, c], weight_dims)?;
-    let stride = call.integer("stride")?;
-    Depthwise::new(count, channels, Size2 { height, width }, kernel, stride, padding, order(call)?, layout)
+    }
+
+    /// The shapes of the results, which for gradients the caller knows.
+    pub fn result_shapes(&self, call: &Call<'_>) -> Result<Vec<Axes<usize>>> {
+        match self.kernel {
+            Kernel::Single(function) => {
+                let arguments = read(function, call, None)?;
+                Ok(vec![arguments.job(&shapes(call), arguments.layout)?.result])
+            }
+            Kernel::Fused(pass) => fused::result_shapes(pass, call),
+        }
+    }
+
+    /// Computes the results.
+    pub fn run(&self, call: &Call<'_>, outputs: Vec<Output<'_>>) -> Result<()> {
+        if outputs.len() != self.results.len() {
+            bail!("got {} results, expected {}", outputs.len(), self.results.join(", "));
+        }
+        let dtype = outputs[0].dtype();
+        match self.kernel {
+            Kernel::Single(function) => by_dtype!(dtype, T => run_single::<T>(function, call, outputs)),
+            Kernel::Fused(pass) => by_wide_dtype!(dtype, T => fused::run::<T>(pass, call, outputs)),
+        }
+    }
 }
 
-fn output_dims(shape: &Depthwise) -> [usize; 4] {
-    [shape.count, shape.channels, shape.vertical.output, shape.horizontal.output]
+/// What has the shape of a function's result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResultLike {
+    /// The only operand.
+    Operand,
+    /// Nothing that the function reads: the caller must say.
+    Unknown,
+    /// Nothing; it follows from operands and attributes.
+    Nothing,
+}
+
+fn shapes<'a>(call: &'a Call<'_>) -> SmallVec<[&'a [usize]; 3]> {
+    call.operand_list().iter().map(|operand| operand.shape()).collect()
+}
+
+fn run_single<T: Float>(function: Function, call: &Call<'_>, outputs: Vec<Output<'_>>) -> Result<()> {
+    let Ok([output]) = <[Output<'_>; 1]>::try_from(outputs) else { bail!("expected one result") };
+    let arguments = read(function, call, Some(output.shape()))?;
+    let job = arguments.job(&shapes(call), arguments.layout)?;
+    arguments.expect_result(output.shape(), &job.result)?;
+    let operands = call.operand_list().iter().map(|operand| operand.read::<T>());
+    let operands = operands.collect::<Result<SmallVec<[_; 3]>>>()?;
+    job.run(simd::active()?, &operands, output.write()?);
+    Ok(())
+}
+
+/// Reads a function's arguments from a call's attributes and the shape of its result.
+fn read(function: Function, call: &Call<'_>, output: Option<&[usize]>) -> Result<Arguments> {
+    let layout = layout(call.text("layout")?)?;
+    let weight_layout = || weight_layout(call.text("weight_layout")?);
+    let mut arguments = Arguments::new(function, layout, WeightLayout::Oi);
+    match function {
+        Function::PointwiseConv | Function::PointwiseConvGradInput | Function::PointwiseConvGradWeight => {
+            arguments.weight_layout = weight_layout()?;
+            arguments.groups = call.integer("groups")?;
+            arguments.step = call.integer("interleave")?;
+        }
+        Function::PointwiseConvGradBias => arguments.step = call.integer("interleave")?,
+        Function::Interleave | Function::Deinterleave => arguments.step = call.integer("step")?,
+        Function::DepthwiseConv | Function::DepthwiseConvGradInput | Function::DepthwiseConvGradWeight => {
+            arguments.weight_layout = weight_layout()?;
+            arguments.stride = call.integer("stride")?;
+            arguments.padding = padding(call)?;
+        }
+    }
+    match (function, output) {
+        (Function::DepthwiseConvGradInput, Some(shape)) => {
+            arguments.input_size = Batch::new("output", shape, layout)?.size;
+        }
+        (Function::DepthwiseConvGradWeight, Some(shape)) => {
+            let kernel = depthwise_axes(shape, arguments.weight_layout).map(|(_, rows, _)| rows);
+            let unknown = || Error::new(format!("output has shape {shape:?}, expected that of a weight"));
+            arguments.kernel_size = kernel.ok_or_else(unknown)? as i64;
+        }
+        _ => {}
+    }
+    Ok(arguments)
+}
+
+fn padding(call: &Call<'_>) -> Result<Padding> {
+    let found = call.attribute("padding")?;
+    let padding = match found {
+        Attribute::Text(name) => named_padding(name),
+        Attribute::Integer(all) => padding_of_sides([all; 4]),
+        Attribute::Integers(&[]) => Some(Padding::Same),
+        Attribute::Integers(&[top, bottom, left, right]) => padding_of_sides([top, bottom, left, right]),
+        Attribute::Integers(_) => None,
+    };
+    match padding {
+        Some(padding) => Ok(padding),
+        None => bail!("padding={found}, {EXPECTED_PADDING}"),
+    }
 }

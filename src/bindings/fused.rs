@@ -3,9 +3,10 @@
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
-use super::arrays::{ArrayElement, Input, Output, Values, by_wide_dtype, dtype, layout, memory_array};
+use super::arrays::{ArrayElement, Input, Output, Values, by_wide_dtype, dtype, memory_array};
+use super::operation::{Batch, expect_images, expect_values, layout};
 use super::{active, compute};
-use crate::error::{Result, bail};
+use crate::error::Result;
 use crate::fused::{self, Arguments, Inference, Program};
 use crate::memory::{self, Memory};
 use crate::shape::Order;
@@ -137,19 +138,16 @@ impl FusedProgram {
     }
 }
 
-/// That arrays have so many values together.
-fn expect_values<T: ArrayElement>(name: &str, arrays: &[Input<'_, T>], len: usize) -> Result<()> {
-    let found = arrays.iter().fold(0usize, |sum, array| sum.saturating_add(array.shape().iter().product()));
-    if found != len {
-        bail!("{name} has {found} values, expected {len}");
-    }
-    Ok(())
+/// Checks the number of values that arrays have together.
+fn expect_len<T: ArrayElement>(name: &str, arrays: &[Input<'_, T>], len: usize) -> Result<()> {
+    let values = |array: &Input<'_, T>| array.shape().iter().product();
+    expect_values(name, arrays.iter().map(values).fold(0, usize::saturating_add), len)
 }
 
 /// An array of a known number of values.
 fn flat<'py, T: ArrayElement>(name: &'static str, value: &Any<'py>, len: usize) -> PyResult<Values<T>> {
     let input = Input::<T>::new(name, value)?;
-    expect_values(name, std::slice::from_ref(&input), len)?;
+    expect_len(name, std::slice::from_ref(&input), len)?;
     input.values()
 }
 
@@ -167,7 +165,7 @@ impl<'py, T: ArrayElement> Pieces<'py, T> {
             Ok(list) => list.iter().map(|item| Input::new(name, &item)).collect::<PyResult<Vec<_>>>()?,
             Err(_) => vec![Input::new(name, value)?],
         };
-        expect_values(name, &arrays, len)?;
+        expect_len(name, &arrays, len)?;
         Ok(Self { values: arrays.iter().map(Input::values).collect::<PyResult<_>>()?, _arrays: arrays })
     }
 
@@ -176,21 +174,9 @@ impl<'py, T: ArrayElement> Pieces<'py, T> {
     }
 }
 
-/// An image's shape in a layout.
-fn shape(count: usize, [channels, height, width]: [usize; 3], layout: Order) -> [usize; 4] {
-    match layout {
-        Order::Nchw => [count, channels, height, width],
-        Order::Nhwc => [count, height, width, channels],
-    }
-}
-
-/// The number and the order in memory of images that must have a size.
+/// The number of images that must have a size, and their order in memory.
 fn images<T: ArrayElement>(name: &str, x: &Input<'_, T>, size: [usize; 3], layout: Order) -> Result<(usize, Order)> {
-    let images = x.images(layout)?;
-    if x.shape() != shape(images.count, size, layout) {
-        bail!("{name} has shape {:?}, expected {:?}", x.shape(), shape(images.count, size, layout));
-    }
-    Ok((images.count, images.order))
+    Ok((expect_images(name, x.shape(), layout, size)?, x.memory_order(layout)))
 }
 
 impl FusedProgram {
@@ -211,7 +197,8 @@ impl FusedProgram {
         let parameters = flat::<T>("parameters", parameters, program.parameters())?;
         let masks = masks.map(|masks| flat::<T>("masks", masks, program.masks() * count)).transpose()?;
         let given = statistics.map(|given| flat::<T>("statistics", given, 2 * program.norm_channels())).transpose()?;
-        let mut y = Output::images(py, shape(count, output, layout), layout, order, None, &[&x])?;
+        let mut y =
+            Output::images(py, &Batch::of(count, output).shape(layout), layout, order, None, std::slice::from_ref(&x))?;
         let mut statistics = Output::<T>::array(py, &[2, program.norm_channels()], None, &[])?;
         let (x, mut y_memory, mut statistics_memory) =
             (x.image_values(layout, order)?, y.memory(), statistics.memory());
@@ -247,7 +234,8 @@ impl FusedProgram {
         program.workspace_len(count)?;
         let parameters = Pieces::<T>::new("parameters", parameters, program.parameters())?;
         let statistics = Pieces::<T>::new("statistics", statistics, 2 * program.norm_channels())?;
-        let mut y = Output::images(py, shape(count, output, layout), layout, order, None, &[&x])?;
+        let mut y =
+            Output::images(py, &Batch::of(count, output).shape(layout), layout, order, None, std::slice::from_ref(&x))?;
         let (x, mut memory) = (x.image_values(layout, order)?, y.memory());
         let (parameters, statistics) = (&parameters.slices()[..], &statistics.slices()[..]);
         compute(py, || {
@@ -277,7 +265,7 @@ impl FusedProgram {
         let statistics = flat::<T>("statistics", statistics, 2 * program.norm_channels())?;
         let workspace = flat::<T>("workspace", workspace, program.workspace_len(count)?)?;
         let mut grad_x = match program.input_grad() {
-            true => Some(Output::<T>::images(py, shape(count, input, layout), layout, order, None, &[])?),
+            true => Some(Output::<T>::images(py, &Batch::of(count, input).shape(layout), layout, order, None, &[])?),
             false => None,
         };
         let mut grad_parameters = Output::<T>::array(py, &[program.parameters()], None, &[])?;

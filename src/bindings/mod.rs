@@ -6,6 +6,8 @@ mod dlpack;
 mod functions;
 mod fused;
 mod numpy;
+mod operation;
+mod parse;
 mod tensorflow;
 mod xla;
 
@@ -82,7 +84,7 @@ fn active() -> PyResult<IsaKind> {
 ///     >>> kconv.get_num_threads()
 ///     2
 #[pyfunction]
-fn set_num_threads(#[pyo3(from_py_with = arrays::integers::threads)] threads: i64) -> PyResult<()> {
+fn set_num_threads(#[pyo3(from_py_with = parse::integers::threads)] threads: i64) -> PyResult<()> {
     // Negative numbers become 0, which is refused by its own name.
     usize::try_from(threads)
         .map_err(|_| PyValueError::new_err(format!("num_threads={threads}, expected 1 to 1024")))

@@ -2,16 +2,14 @@
 
 use pyo3::prelude::*;
 
-use super::arrays::{
-    ArrayElement, Input, Output, Values, by_dtype, dtype, image_axes, input_size, integers, layout, padding,
-    weight_layout,
-};
+use smallvec::SmallVec;
+
+use super::arrays::{ArrayElement, Input, Output, Values, by_dtype, dtype};
+use super::operation::{Arguments, Function, layout, weight_layout};
+use super::parse::{Pad, input_size, integers};
 use super::{active, compute};
-use crate::error::{Error, Result, bail};
-use crate::shape::{
-    Depthwise, Images, Order, Padding, Pointwise, Size2, WeightLayout, check_kernel, check_step, interleave_dst_index,
-    interleave_src_index,
-};
+use crate::error::Result;
+use crate::shape::{Padding, Size2};
 
 type Any<'py> = Bound<'py, PyAny>;
 
@@ -32,69 +30,50 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     Ok(())
 }
 
-/// The logical shape of images with other channels.
-fn with_channels(shape: &[usize], layout: Order, channels: usize) -> [usize; 4] {
-    match layout {
-        Order::Nchw => [shape[0], channels, shape[2], shape[3]],
-        Order::Nhwc => [shape[0], shape[1], shape[2], channels],
-    }
+/// The arguments of a function with weights.
+fn arguments(function: Function, layout_name: &str, weight_layout_name: &str) -> Result<Arguments> {
+    Ok(Arguments::new(function, layout(layout_name)?, weight_layout(weight_layout_name)?))
 }
 
-/// Output channels and a group's input channels of a pointwise weight.
-fn pointwise_axes(weight: &[usize], layout: WeightLayout) -> Option<(usize, usize)> {
-    match (layout, weight) {
-        (WeightLayout::Oi, &[o, i] | &[o, i, 1, 1]) => Some((o, i)),
-        (WeightLayout::Io, &[i, o] | &[1, 1, i, o]) => Some((o, i)),
-        _ => None,
-    }
+/// Calls a function on its arrays.
+fn call<'py>(
+    py: Python<'py>,
+    arguments: &Arguments,
+    arrays: &[Option<&Any<'py>>],
+    out: Option<&Any<'py>>,
+) -> PyResult<Any<'py>> {
+    let arrays: SmallVec<[_; 3]> = arrays.iter().copied().flatten().collect();
+    by_dtype!(dtype(arguments.function.operands()[0], arrays[0])?, T => run::<T>(py, arguments, &arrays, out))
 }
 
-/// Channels and the two sizes of the kernel of a depthwise weight.
-fn depthwise_axes(weight: &[usize], layout: WeightLayout) -> Option<(usize, [usize; 2])> {
-    match (layout, weight) {
-        (WeightLayout::Oi, &[c, a, b] | &[c, 1, a, b]) => Some((c, [a, b])),
-        (WeightLayout::Io, &[a, b, c] | &[a, b, c, 1]) => Some((c, [a, b])),
-        _ => None,
-    }
-}
-
-/// Checks a pointwise weight against the channels that are known.
-fn pointwise_shape(
-    weight: &[usize],
-    channels: usize,
-    channels_are_input: bool,
-    groups: i64,
-    interleave: i64,
-    layout: WeightLayout,
-) -> Result<Pointwise> {
-    let expected = match layout {
-        WeightLayout::Oi => "(C_out, C_in/groups) or (C_out, C_in/groups, 1, 1)",
-        WeightLayout::Io => "(C_in/groups, C_out) or (1, 1, C_in/groups, C_out)",
+fn run<'py, T: ArrayElement>(
+    py: Python<'py>,
+    arguments: &Arguments,
+    arrays: &[&Any<'py>],
+    out: Option<&Any<'py>>,
+) -> PyResult<Any<'py>> {
+    let named = arguments.function.operands().iter().zip(arrays);
+    let inputs = named.map(|(name, array)| Input::<T>::new(name, array)).collect::<PyResult<SmallVec<[_; 3]>>>()?;
+    let layout = arguments.layout;
+    let order = inputs[0].memory_order(layout);
+    let shapes: SmallVec<[_; 3]> = inputs.iter().map(Input::shape).collect();
+    let job = arguments.job(&shapes, order)?;
+    let mut result = if job.makes_images() {
+        Output::images(py, &job.result, layout, order, out, &inputs)?
+    } else {
+        Output::array(py, &job.result, out, &inputs)?
     };
-    let Some((c_out, group_in)) = pointwise_axes(weight, layout) else {
-        bail!("weight has shape {weight:?}, expected {expected}")
+    let values = |(i, input): (usize, &Input<'py, T>)| {
+        if job.is_images(i) { input.image_values(layout, order) } else { input.values() }
     };
-    let c_in =
-        if channels_are_input { channels } else { group_in.saturating_mul(usize::try_from(groups).unwrap_or(0)) };
-    if !channels_are_input && groups >= 1 && c_out != channels {
-        bail!("grad_output has {channels} channels, expected {c_out} as weight {weight:?} has");
-    }
-    let shape = Pointwise::new(c_in, c_out, groups, interleave, layout)?;
-    if shape.group_in() != group_in {
-        bail!(
-            "weight has shape {weight:?}, expected {expected} with C_in/groups={} for in_channels={c_in}, groups={groups}",
-            shape.group_in()
-        );
-    }
-    Ok(shape)
-}
-
-fn bias_values<T: ArrayElement>(bias: Option<&Input<'_, T>>, channels: usize) -> PyResult<Option<Values<T>>> {
-    let Some(bias) = bias else { return Ok(None) };
-    if bias.shape() != [channels] {
-        return Err(Error::new(format!("bias has shape {:?}, expected [{channels}]", bias.shape())).into());
-    }
-    bias.values().map(Some)
+    let values = inputs.iter().enumerate().map(values).collect::<PyResult<SmallVec<[_; 3]>>>()?;
+    let mut memory = result.memory();
+    let isa = active()?;
+    compute(py, || {
+        let operands: SmallVec<[_; 3]> = values.iter().map(Values::as_slice).collect();
+        job.run(isa, &operands, memory.as_mut_slice());
+    })?;
+    result.finish()
 }
 
 /// Grouped pointwise (1x1) convolution, its output interleaved.
@@ -141,40 +120,9 @@ fn pointwise_conv<'py>(
     weight_layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!(
-        dtype("x", x)?,
-        T => pointwise_forward::<T>(py, x, weight, bias, groups, interleave, layout, weight_layout, out)
-    )
-}
-
-fn pointwise_forward<'py, T: ArrayElement>(
-    py: Python<'py>,
-    x: &Any<'py>,
-    weight: &Any<'py>,
-    bias: Option<&Any<'py>>,
-    groups: i64,
-    interleave: i64,
-    layout_name: &str,
-    weight_layout_name: &str,
-    out: Option<&Any<'py>>,
-) -> PyResult<Any<'py>> {
-    let (x, weight) = (Input::<T>::new("x", x)?, Input::<T>::new("weight", weight)?);
-    let bias = bias.map(|bias| Input::<T>::new("bias", bias)).transpose()?;
-    let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
-    let images = x.images(layout)?;
-    let shape = pointwise_shape(weight.shape(), images.channels, true, groups, interleave, weight_layout)?;
-    let bias_values = bias_values(bias.as_ref(), shape.out_channels)?;
-    let mut inputs = vec![&x, &weight];
-    inputs.extend(&bias);
-    let y_shape = with_channels(x.shape(), layout, shape.out_channels);
-    let mut y = Output::images(py, y_shape, layout, images.order, out, &inputs)?;
-    let (x, weight, mut memory) = (x.image_values(layout, images.order)?, weight.values()?, y.memory());
-    let isa = active()?;
-    compute(py, || {
-        let bias = bias_values.as_ref().map(Values::as_slice);
-        crate::conv1x1::forward(isa, &shape, images, x.as_slice(), weight.as_slice(), bias, memory.as_mut_slice());
-    })?;
-    y.finish()
+    let arguments = arguments(Function::PointwiseConv, layout, weight_layout)?;
+    let arguments = Arguments { groups, step: interleave, ..arguments };
+    call(py, &arguments, &[Some(x), Some(weight), bias], out)
 }
 
 /// Gradient of :func:`pointwise_conv` by its input.
@@ -212,34 +160,9 @@ fn pointwise_conv_grad_input<'py>(
     weight_layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!(
-        dtype("grad_output", grad_output)?,
-        T => pointwise_grad_input::<T>(py, grad_output, weight, groups, interleave, layout, weight_layout, out)
-    )
-}
-
-fn pointwise_grad_input<'py, T: ArrayElement>(
-    py: Python<'py>,
-    grad_output: &Any<'py>,
-    weight: &Any<'py>,
-    groups: i64,
-    interleave: i64,
-    layout_name: &str,
-    weight_layout_name: &str,
-    out: Option<&Any<'py>>,
-) -> PyResult<Any<'py>> {
-    let (gy, weight) = (Input::<T>::new("grad_output", grad_output)?, Input::<T>::new("weight", weight)?);
-    let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
-    let images = gy.images(layout)?;
-    let shape = pointwise_shape(weight.shape(), images.channels, false, groups, interleave, weight_layout)?;
-    let x_shape = with_channels(gy.shape(), layout, shape.in_channels);
-    let mut gx = Output::images(py, x_shape, layout, images.order, out, &[&gy, &weight])?;
-    let (gy, weight, mut memory) = (gy.image_values(layout, images.order)?, weight.values()?, gx.memory());
-    let isa = active()?;
-    compute(py, || {
-        crate::conv1x1::grad_input(isa, &shape, images, gy.as_slice(), weight.as_slice(), memory.as_mut_slice());
-    })?;
-    gx.finish()
+    let arguments = arguments(Function::PointwiseConvGradInput, layout, weight_layout)?;
+    let arguments = Arguments { groups, step: interleave, ..arguments };
+    call(py, &arguments, &[Some(grad_output), Some(weight)], out)
 }
 
 /// Gradient of :func:`pointwise_conv` by its weight.
@@ -277,50 +200,9 @@ fn pointwise_conv_grad_weight<'py>(
     weight_layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!(
-        dtype("x", x)?,
-        T => pointwise_grad_weight::<T>(py, x, grad_output, groups, interleave, layout, weight_layout, out)
-    )
-}
-
-fn pointwise_grad_weight<'py, T: ArrayElement>(
-    py: Python<'py>,
-    x: &Any<'py>,
-    grad_output: &Any<'py>,
-    groups: i64,
-    interleave: i64,
-    layout_name: &str,
-    weight_layout_name: &str,
-    out: Option<&Any<'py>>,
-) -> PyResult<Any<'py>> {
-    let (x, gy) = (Input::<T>::new("x", x)?, Input::<T>::new("grad_output", grad_output)?);
-    let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
-    let images = x.images(layout)?;
-    let c_out = gy.images(layout)?.channels;
-    check_images(&x, &gy, layout)?;
-    let shape = Pointwise::new(images.channels, c_out, groups, interleave, weight_layout)?;
-    let w_shape = match weight_layout {
-        WeightLayout::Oi => [shape.out_channels, shape.group_in()],
-        WeightLayout::Io => [shape.group_in(), shape.out_channels],
-    };
-    let mut gw = Output::array(py, &w_shape, out, &[&x, &gy])?;
-    let (x, gy) = (x.image_values(layout, images.order)?, gy.image_values(layout, images.order)?);
-    let mut memory = gw.memory();
-    let isa = active()?;
-    compute(py, || {
-        crate::conv1x1::grad_weight(isa, &shape, images, x.as_slice(), gy.as_slice(), memory.as_mut_slice());
-    })?;
-    gw.finish()
-}
-
-/// Checks that two batches have the same images but for their channels.
-fn check_images<T: ArrayElement>(x: &Input<'_, T>, gy: &Input<'_, T>, layout: Order) -> Result<()> {
-    let ([h, w, _], [gh, gw, channels]) = (image_axes(x.shape(), layout), image_axes(gy.shape(), layout));
-    if (x.shape()[0], h, w) != (gy.shape()[0], gh, gw) {
-        let expected = with_channels(x.shape(), layout, channels);
-        bail!("grad_output has shape {:?}, expected {expected:?} for x of shape {:?}", gy.shape(), x.shape());
-    }
-    Ok(())
+    let arguments = arguments(Function::PointwiseConvGradWeight, layout, weight_layout)?;
+    let arguments = Arguments { groups, step: interleave, ..arguments };
+    call(py, &arguments, &[Some(x), Some(grad_output)], out)
 }
 
 /// Gradient of :func:`pointwise_conv` (and :func:`depthwise_conv`) by its bias.
@@ -348,23 +230,8 @@ fn pointwise_conv_grad_bias<'py>(
     #[pyo3(from_py_with = integers::interleave)] interleave: i64,
     layout: &str,
 ) -> PyResult<Any<'py>> {
-    by_dtype!(dtype("grad_output", grad_output)?, T => grad_bias::<T>(py, grad_output, interleave, layout))
-}
-
-fn grad_bias<'py, T: ArrayElement>(
-    py: Python<'py>,
-    grad_output: &Any<'py>,
-    interleave: i64,
-    layout_name: &str,
-) -> PyResult<Any<'py>> {
-    let gy = Input::<T>::new("grad_output", grad_output)?;
-    let (layout, step) = (layout(layout_name)?, check_step("interleave", interleave)?);
-    let images = gy.images(layout)?;
-    let mut gb = Output::array(py, &[images.channels], None, &[&gy])?;
-    let (gy, mut memory) = (gy.image_values(layout, images.order)?, gb.memory());
-    let isa = active()?;
-    compute(py, || crate::conv1x1::grad_bias(isa, step, images, gy.as_slice(), memory.as_mut_slice()))?;
-    gb.finish()
+    let arguments = arguments(Function::PointwiseConvGradBias, layout, "OI")?;
+    call(py, &Arguments { step: interleave, ..arguments }, &[Some(grad_output)], None)
 }
 
 /// Interleaves channels: concatenates, over ``s = 0 .. step-1``, the channels ``s, s + step, s + 2 * step, ...``.
@@ -397,7 +264,8 @@ fn interleave<'py>(
     layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!(dtype("x", x)?, T => permute::<T>(py, x, step, layout, out, interleave_src_index))
+    let arguments = arguments(Function::Interleave, layout, "OI")?;
+    call(py, &Arguments { step, ..arguments }, &[Some(x)], out)
 }
 
 /// Undoes :func:`interleave` (and is its gradient).
@@ -428,76 +296,8 @@ fn deinterleave<'py>(
     layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!(dtype("x", x)?, T => permute::<T>(py, x, step, layout, out, interleave_dst_index))
-}
-
-fn permute<'py, T: ArrayElement>(
-    py: Python<'py>,
-    x: &Any<'py>,
-    step: i64,
-    layout_name: &str,
-    out: Option<&Any<'py>>,
-    sources: fn(usize, usize) -> Vec<usize>,
-) -> PyResult<Any<'py>> {
-    let x = Input::<T>::new("x", x)?;
-    let (layout, step) = (layout(layout_name)?, check_step("step", step)?);
-    let images = x.images(layout)?;
-    let shape = with_channels(x.shape(), layout, images.channels);
-    let mut y = Output::images(py, shape, layout, images.order, out, &[&x])?;
-    if images.is_empty() {
-        return y.finish(); // of however many channels
-    }
-    let (x, mut memory) = (x.image_values(layout, images.order)?, y.memory());
-    let isa = active()?;
-    compute(py, || {
-        crate::interleave::permute(isa, &sources(images.channels, step), images, x.as_slice(), memory.as_mut_slice());
-    })?;
-    y.finish()
-}
-
-/// The geometry of a depthwise convolution of images of this logical shape.
-fn depthwise_shape(
-    shape: &[usize],
-    layout: Order,
-    order: Order,
-    kernel: usize,
-    stride: i64,
-    padding: Padding,
-    weight_layout: WeightLayout,
-) -> Result<Depthwise> {
-    let [height, width, channels] = image_axes(shape, layout);
-    Depthwise::new(shape[0], channels, Size2 { height, width }, kernel, stride, padding, order, weight_layout)
-}
-
-/// The kernel size of a depthwise weight for so many channels.
-fn depthwise_kernel(weight: &[usize], channels: usize, layout: WeightLayout) -> Result<usize> {
-    match depthwise_axes(weight, layout) {
-        Some((c, [a, b])) if c == channels && a == b => Ok(a),
-        _ => {
-            let expected = match layout {
-                WeightLayout::Oi => "(C, k, k) or (C, 1, k, k)",
-                WeightLayout::Io => "(k, k, C) or (k, k, C, 1)",
-            };
-            bail!("weight has shape {weight:?}, expected {expected} with C={channels}")
-        }
-    }
-}
-
-fn output_shape(shape: &Depthwise, layout: Order) -> [usize; 4] {
-    let (height, width) = (shape.vertical.output, shape.horizontal.output);
-    match layout {
-        Order::Nchw => [shape.count, shape.channels, height, width],
-        Order::Nhwc => [shape.count, height, width, shape.channels],
-    }
-}
-
-/// Checks the gradient by the output of a depthwise convolution.
-fn check_depthwise_output(actual: &[usize], shape: &Depthwise, layout: Order) -> Result<()> {
-    let expected = output_shape(shape, layout);
-    if actual != expected {
-        bail!("grad_output has shape {actual:?}, expected {expected:?}");
-    }
-    Ok(())
+    let arguments = arguments(Function::Deinterleave, layout, "OI")?;
+    call(py, &Arguments { step, ..arguments }, &[Some(x)], out)
 }
 
 /// Depthwise convolution: each channel with a k x k kernel of its own.
@@ -540,50 +340,9 @@ fn depthwise_conv<'py>(
     weight_layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!(
-        dtype("x", x)?,
-        T => depthwise_forward::<T>(py, x, weight, bias, stride, padding.0, layout, weight_layout, out)
-    )
-}
-
-/// The argument `padding`.
-struct Pad(Padding);
-
-impl<'a, 'py> FromPyObject<'a, 'py> for Pad {
-    type Error = PyErr;
-    fn extract(value: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
-        padding(&value).map(Self)
-    }
-}
-
-fn depthwise_forward<'py, T: ArrayElement>(
-    py: Python<'py>,
-    x: &Any<'py>,
-    weight: &Any<'py>,
-    bias: Option<&Any<'py>>,
-    stride: i64,
-    padding: Padding,
-    layout_name: &str,
-    weight_layout_name: &str,
-    out: Option<&Any<'py>>,
-) -> PyResult<Any<'py>> {
-    let (x, weight) = (Input::<T>::new("x", x)?, Input::<T>::new("weight", weight)?);
-    let bias = bias.map(|bias| Input::<T>::new("bias", bias)).transpose()?;
-    let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
-    let Images { channels, order, .. } = x.images(layout)?;
-    let kernel = depthwise_kernel(weight.shape(), channels, weight_layout)?;
-    let shape = depthwise_shape(x.shape(), layout, order, kernel, stride, padding, weight_layout)?;
-    let bias_values = bias_values(bias.as_ref(), channels)?;
-    let mut inputs = vec![&x, &weight];
-    inputs.extend(&bias);
-    let mut y = Output::images(py, output_shape(&shape, layout), layout, order, out, &inputs)?;
-    let (x, weight, mut memory) = (x.image_values(layout, order)?, weight.values()?, y.memory());
-    let isa = active()?;
-    compute(py, || {
-        let bias = bias_values.as_ref().map(Values::as_slice);
-        crate::dwconv::forward(isa, &shape, x.as_slice(), weight.as_slice(), bias, memory.as_mut_slice());
-    })?;
-    y.finish()
+    let arguments = arguments(Function::DepthwiseConv, layout, weight_layout)?;
+    let arguments = Arguments { stride, padding: padding.0, ..arguments };
+    call(py, &arguments, &[Some(x), Some(weight), bias], out)
 }
 
 /// Gradient of :func:`depthwise_conv` by its input.
@@ -618,48 +377,16 @@ fn depthwise_conv_grad_input<'py>(
     py: Python<'py>,
     grad_output: &Any<'py>,
     weight: &Any<'py>,
-    #[pyo3(from_py_with = input_size)] input_size: (usize, usize),
+    #[pyo3(from_py_with = input_size)] input_size: Size2,
     #[pyo3(from_py_with = integers::stride)] stride: i64,
     padding: Pad,
     layout: &str,
     weight_layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!(
-        dtype("grad_output", grad_output)?,
-        T => depthwise_grad_input::<T>(
-            py, grad_output, weight, input_size, stride, padding.0, layout, weight_layout, out
-        )
-    )
-}
-
-fn depthwise_grad_input<'py, T: ArrayElement>(
-    py: Python<'py>,
-    grad_output: &Any<'py>,
-    weight: &Any<'py>,
-    (height, width): (usize, usize),
-    stride: i64,
-    padding: Padding,
-    layout_name: &str,
-    weight_layout_name: &str,
-    out: Option<&Any<'py>>,
-) -> PyResult<Any<'py>> {
-    let (gy, weight) = (Input::<T>::new("grad_output", grad_output)?, Input::<T>::new("weight", weight)?);
-    let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
-    let images = gy.images(layout)?;
-    let order = images.order;
-    let kernel = depthwise_kernel(weight.shape(), images.channels, weight_layout)?;
-    let x_shape = match layout {
-        Order::Nchw => [images.count, images.channels, height, width],
-        Order::Nhwc => [images.count, height, width, images.channels],
-    };
-    let shape = depthwise_shape(&x_shape, layout, order, kernel, stride, padding, weight_layout)?;
-    check_depthwise_output(gy.shape(), &shape, layout)?;
-    let mut gx = Output::images(py, x_shape, layout, order, out, &[&gy, &weight])?;
-    let (gy, weight, mut memory) = (gy.image_values(layout, order)?, weight.values()?, gx.memory());
-    let isa = active()?;
-    compute(py, || crate::dwconv::grad_input(isa, &shape, gy.as_slice(), weight.as_slice(), memory.as_mut_slice()))?;
-    gx.finish()
+    let arguments = arguments(Function::DepthwiseConvGradInput, layout, weight_layout)?;
+    let arguments = Arguments { stride, padding: padding.0, input_size, ..arguments };
+    call(py, &arguments, &[Some(grad_output), Some(weight)], out)
 }
 
 /// Gradient of :func:`depthwise_conv` by its weight.
@@ -701,36 +428,7 @@ fn depthwise_conv_grad_weight<'py>(
     weight_layout: &str,
     out: Option<&Any<'py>>,
 ) -> PyResult<Any<'py>> {
-    by_dtype!(
-        dtype("x", x)?,
-        T => depthwise_grad_weight::<T>(py, x, grad_output, kernel_size, stride, padding.0, layout, weight_layout, out)
-    )
-}
-
-fn depthwise_grad_weight<'py, T: ArrayElement>(
-    py: Python<'py>,
-    x: &Any<'py>,
-    grad_output: &Any<'py>,
-    kernel_size: i64,
-    stride: i64,
-    padding: Padding,
-    layout_name: &str,
-    weight_layout_name: &str,
-    out: Option<&Any<'py>>,
-) -> PyResult<Any<'py>> {
-    let (x, gy) = (Input::<T>::new("x", x)?, Input::<T>::new("grad_output", grad_output)?);
-    let (layout, weight_layout) = (layout(layout_name)?, weight_layout(weight_layout_name)?);
-    let order = x.images(layout)?.order;
-    let kernel = check_kernel(kernel_size)?;
-    let shape = depthwise_shape(x.shape(), layout, order, kernel, stride, padding, weight_layout)?;
-    check_depthwise_output(gy.shape(), &shape, layout)?;
-    let w_shape = match weight_layout {
-        WeightLayout::Oi => [shape.channels, kernel, kernel],
-        WeightLayout::Io => [kernel, kernel, shape.channels],
-    };
-    let mut gw = Output::array(py, &w_shape, out, &[&x, &gy])?;
-    let (x, gy, mut memory) = (x.image_values(layout, order)?, gy.image_values(layout, order)?, gw.memory());
-    let isa = active()?;
-    compute(py, || crate::dwconv::grad_weight(isa, &shape, x.as_slice(), gy.as_slice(), memory.as_mut_slice()))?;
-    gw.finish()
+    let arguments = arguments(Function::DepthwiseConvGradWeight, layout, weight_layout)?;
+    let arguments = Arguments { stride, padding: padding.0, kernel_size, ..arguments };
+    call(py, &arguments, &[Some(x), Some(grad_output)], out)
 }

@@ -263,10 +263,14 @@ def test_handlers_refuse_what_does_not_fit():
     with pytest.raises(jax.errors.JaxRuntimeError, match="weight_layout is missing"):
         call(X, W, **attributes)
     attributes["weight_layout"] = "OI"
-    with pytest.raises(
-        jax.errors.JaxRuntimeError, match=r"weight has the sizes \[6, 4\], expected \[5, 8\]"
-    ):
-        call(X, W, shape=(2, 5, 4, 4), **{**attributes, "groups": np.int64(1)})
+    message = (
+        r"weight has shape \[6, 4\], expected .* with C_in/groups=8 for in_channels=8, groups=1"
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        call(X, W, shape=(2, 6, 4, 4), **{**attributes, "groups": np.int64(1)})
+    message = r"output has shape \[2, 5, 4, 4\], expected \[2, 6, 4, 4\]"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        call(X, W, shape=(2, 5, 4, 4), **attributes)
     with pytest.raises(jax.errors.JaxRuntimeError, match="expected float32, float64 or bfloat16"):
         call(X, W, dtype=np.float16, **attributes)
     with pytest.raises(jax.errors.JaxRuntimeError, match="differ in type"):

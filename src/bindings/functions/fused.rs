@@ -3,16 +3,49 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{expect, in_order, order};
+use crate::bindings::arrays::Axes;
 use crate::bindings::call::{Array, Buffer, Call, Float, Output};
-use crate::error::Result;
+use crate::bindings::operation::{Batch, expect_images, expect_shape, expect_values, layout};
+use crate::error::{Result, bail};
 use crate::fused::{self, Arguments, Inference, Program};
 use crate::lock::Lock;
+use crate::shape::Order;
 use crate::simd;
 use crate::simd::element::WideElement;
 
+/// What runs of a fused network.
+#[derive(Clone, Copy, Debug)]
+pub enum Pass {
+    /// In training; masks and the statistics that are given may be empty.
+    Forward,
+    /// In inference.
+    Infer,
+    /// The gradients; that of the input is empty where the program does not want it.
+    Backward,
+}
+
 /// Programs that have been read, at most.
 const REMEMBERED: usize = 64;
+
+impl Pass {
+    /// The names of the operands.
+    pub const fn operands(self) -> &'static [&'static str] {
+        match self {
+            Self::Forward => &["x", "parameters", "masks", "given"],
+            Self::Infer => &["x", "parameters", "statistics"],
+            Self::Backward => &["grad_output", "parameters", "masks", "statistics", "workspace"],
+        }
+    }
+
+    /// The names of the results.
+    pub const fn results(self) -> &'static [&'static str] {
+        match self {
+            Self::Forward => &["output", "statistics", "workspace"],
+            Self::Infer => &["output"],
+            Self::Backward => &["grad_parameters", "grad_x"],
+        }
+    }
+}
 
 /// The call's program.
 fn program(call: &Call<'_>) -> Result<Arc<Program>> {
@@ -32,128 +65,111 @@ fn program(call: &Call<'_>) -> Result<Arc<Program>> {
     Ok(program)
 }
 
-/// The number of images in a buffer of images of this size.
-fn count(call: &Call<'_>, what: &str, array: &Array, size: [usize; 3]) -> Result<usize> {
-    let [count, found @ ..] = super::nchw(call, array)?;
-    expect(what, found, size)?;
-    Ok(count)
+/// The order of the images' axes.
+fn order(call: &Call<'_>) -> Result<Order> {
+    layout(call.text("layout")?)
 }
 
-/// `x, parameters, masks, statistics -> y, statistics, workspace`; masks and statistics may be empty.
-pub fn fused_forward<T: Float + WideElement>(
-    call: &Call<'_>,
-    output: Output<'_>,
-    statistics: Output<'_>,
-    workspace: Output<'_>,
-) -> Result<()> {
-    let program = program(call)?;
-    let [x, parameters, masks, given] = call.operands()?;
+/// The number of images in the call's first operand.
+fn count(pass: Pass, call: &Call<'_>, program: &Program) -> Result<usize> {
     let [input_size, output_size] = program.sizes();
-    let n = count(call, "x", &x, input_size)?;
-    expect("output", [count(call, "output", &output, output_size)?], [n])?;
-    expect("statistics", statistics.dims()?, [2, program.norm_channels()])?;
-    expect("workspace", workspace.dims()?, [program.workspace_len(n)?])?;
-    let given = given.read::<T>()?;
-    let arguments = arguments(call, &program, n, &parameters, masks.read()?)?;
-    fused::forward(
-        &arguments,
-        x.read()?,
-        (!given.is_empty()).then_some(given),
-        output.write()?,
-        statistics.write()?,
-        workspace.write()?,
-    );
-    Ok(())
+    let (name, size) = match pass {
+        Pass::Forward | Pass::Infer => ("x", input_size),
+        Pass::Backward => ("grad_output", output_size),
+    };
+    let Some(first) = call.operand_list().first() else { bail!("got no operands, expected {name}") };
+    expect_images(name, first.shape(), order(call)?, size)
 }
 
-/// `x, parameters, statistics -> y`.
-pub fn fused_infer<T: Float + WideElement>(call: &Call<'_>, output: Output<'_>) -> Result<()> {
-    let program = program(call)?;
-    let [x, parameters, statistics] = call.operands()?;
-    let [input_size, output_size] = program.sizes();
-    let n = count(call, "x", &x, input_size)?;
-    expect("output", [count(call, "output", &output, output_size)?], [n])?;
-    expect("statistics", statistics.dims()?, [2, program.norm_channels()])?;
-    program.workspace_len(n)?;
-    let Arguments { isa, order, parameters, .. } = arguments::<T>(call, &program, n, &parameters, &[])?;
-    let (parameters, statistics) = (&[parameters], &[statistics.read()?]);
-    let inference = Inference { isa, program: &program, count: n, order, parameters, statistics };
-    fused::infer(&inference, x.read()?, output.write()?);
-    Ok(())
+fn expect_len(name: &str, array: &Array, len: usize) -> Result<()> {
+    expect_values(name, array.shape().iter().product(), len)
 }
 
-/// `grad_output, parameters, masks, statistics, workspace -> grad_parameters, grad_x`; the latter is empty where the
-/// program does not want it.
-pub fn fused_backward<T: Float + WideElement>(
-    call: &Call<'_>,
-    grad_parameters: Output<'_>,
-    grad_x: Output<'_>,
-) -> Result<()> {
-    let program = program(call)?;
-    let [grad, parameters, masks, statistics, workspace] = call.operands()?;
+/// The shapes of a pass's results.
+pub fn result_shapes(pass: Pass, call: &Call<'_>) -> Result<Vec<Axes<usize>>> {
+    let (program, order) = (program(call)?, order(call)?);
     let [input_size, output_size] = program.sizes();
-    let n = count(call, "grad_output", &grad, output_size)?;
-    expect("statistics", statistics.dims()?, [2, program.norm_channels()])?;
-    expect("workspace", workspace.dims()?, [program.workspace_len(n)?])?;
-    expect("grad_parameters", grad_parameters.dims()?, [program.parameters()])?;
-    if program.input_grad() {
-        expect("grad_x", [count(call, "grad_x", &grad_x, input_size)?], [n])?;
+    let n = count(pass, call, &program)?;
+    let images = |size| Axes::from(Batch::of(n, size).shape(order));
+    if let Pass::Backward = pass {
+        let grad_x = if program.input_grad() { images(input_size) } else { Axes::from_slice(&[0]) };
+        return Ok(vec![Axes::from_slice(&[program.parameters()]), grad_x]);
     }
-    let arguments = arguments::<T>(call, &program, n, &parameters, masks.read()?)?;
-    fused::backward(
-        &arguments,
-        call.integer("frozen")? != 0,
-        statistics.read()?,
-        workspace.read()?,
-        grad.read()?,
-        grad_x.write()?,
-        grad_parameters.write()?,
-    );
+    let mut results = vec![images(output_size)];
+    if let Pass::Forward = pass {
+        results.push(Axes::from_slice(&[2, program.norm_channels()]));
+        results.push(Axes::from_slice(&[program.workspace_len(n)?]));
+    }
+    Ok(results)
+}
+
+/// Runs a pass.
+pub fn run<T: Float + WideElement>(pass: Pass, call: &Call<'_>, outputs: Vec<Output<'_>>) -> Result<()> {
+    let shapes = result_shapes(pass, call)?;
+    for ((output, shape), name) in outputs.iter().zip(&shapes).zip(pass.results()) {
+        // An unwanted gradient of the input may have any shape.
+        if shape[..] != [0] || !matches!(pass, Pass::Backward) {
+            expect_shape(name, output.shape(), shape)?;
+        }
+    }
+    let program = program(call)?;
+    let mut outputs = outputs.into_iter();
+    let mut next = || match outputs.next() {
+        Some(output) => output.write::<T>(),
+        None => bail!("got too few results, expected {}", pass.results().join(", ")),
+    };
+    match pass {
+        Pass::Forward => {
+            let [x, parameters, masks, given] = call.operands()?;
+            let given = given.read::<T>()?;
+            if !given.is_empty() {
+                expect_values("statistics", given.len(), 2 * program.norm_channels())?;
+            }
+            let arguments = arguments(pass, call, &program, &parameters, masks.read()?)?;
+            let given = (!given.is_empty()).then_some(given);
+            fused::forward(&arguments, x.read()?, given, next()?, next()?, next()?);
+        }
+        Pass::Infer => {
+            let [x, parameters, statistics] = call.operands()?;
+            expect_len("statistics", &statistics, 2 * program.norm_channels())?;
+            let Arguments { isa, count, order, parameters, .. } =
+                arguments::<T>(pass, call, &program, &parameters, &[])?;
+            program.workspace_len(count)?;
+            let (parameters, statistics) = (&[parameters], &[statistics.read()?]);
+            let inference = Inference { isa, program: &program, count, order, parameters, statistics };
+            fused::infer(&inference, x.read()?, next()?);
+        }
+        Pass::Backward => {
+            let [grad, parameters, masks, statistics, workspace] = call.operands()?;
+            let arguments = arguments::<T>(pass, call, &program, &parameters, masks.read()?)?;
+            expect_len("statistics", &statistics, 2 * program.norm_channels())?;
+            expect_len("workspace", &workspace, program.workspace_len(arguments.count)?)?;
+            let (grad_parameters, grad_x) = (next()?, next()?);
+            fused::backward(
+                &arguments,
+                call.integer("frozen")? != 0,
+                statistics.read()?,
+                workspace.read()?,
+                grad.read()?,
+                grad_x,
+                grad_parameters,
+            );
+        }
+    }
     Ok(())
-}
-
-/// The sizes of the results of [`fused_forward`].
-pub fn fused_forward_results(call: &Call<'_>) -> Result<Vec<Vec<usize>>> {
-    let program = program(call)?;
-    let [x, ..] = call.operands::<4>()?;
-    let (n, output) = images(call, &program, &x)?;
-    Ok(vec![output, vec![2, program.norm_channels()], vec![program.workspace_len(n)?]])
-}
-
-/// The sizes of the result of [`fused_infer`].
-pub fn fused_infer_result(call: &Call<'_>) -> Result<Vec<Vec<usize>>> {
-    let [x, ..] = call.operands::<3>()?;
-    Ok(vec![images(call, &*program(call)?, &x)?.1])
-}
-
-/// The sizes of the results of [`fused_backward`].
-pub fn fused_backward_results(call: &Call<'_>) -> Result<Vec<Vec<usize>>> {
-    let program = program(call)?;
-    let [grad, ..] = call.operands::<5>()?;
-    let [[channels, height, width], output_size] = program.sizes();
-    let n = count(call, "grad_output", &grad, output_size)?;
-    let grad_x =
-        if program.input_grad() { in_order(order(call)?, [n, channels, height, width]).to_vec() } else { vec![0] };
-    Ok(vec![vec![program.parameters()], grad_x])
-}
-
-/// The number of images, and the sizes of the program's output.
-fn images(call: &Call<'_>, program: &Program, x: &Array) -> Result<(usize, Vec<usize>)> {
-    let [input_size, [channels, height, width]] = program.sizes();
-    let n = count(call, "x", x, input_size)?;
-    Ok((n, in_order(order(call)?, [n, channels, height, width]).to_vec()))
 }
 
 fn arguments<'a, T: Float + WideElement>(
+    pass: Pass,
     call: &Call<'_>,
     program: &'a Program,
-    count: usize,
     parameters: &Buffer<'a>,
     masks: &'a [T],
 ) -> Result<Arguments<'a, T>> {
-    expect("parameters", parameters.dims()?, [program.parameters()])?;
+    let (count, order) = (count(pass, call, program)?, order(call)?);
+    expect_len("parameters", parameters, program.parameters())?;
     if !masks.is_empty() {
-        expect("masks", [masks.len()], [program.masks() * count])?;
+        expect_values("masks", masks.len(), program.masks() * count)?;
     }
-    Ok(Arguments { isa: simd::active()?, program, count, order: order(call)?, parameters: parameters.read()?, masks })
+    Ok(Arguments { isa: simd::active()?, program, count, order, parameters: parameters.read()?, masks })
 }

@@ -8,8 +8,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
 use std::sync::OnceLock;
 
-use crate::bindings::arrays::{Dtype, by_dtype};
+use crate::bindings::arrays::{Axes, Dtype, by_dtype};
 use crate::bindings::call::{Array, Attribute, Attributes, Buffer, Call, Output};
+use crate::bindings::functions::{ResultLike, Signature};
 use crate::error::{Error, Result, bail};
 use crate::memory;
 
@@ -94,7 +95,6 @@ api! {
 /// Makes a kernel for a node of a graph: from a `TF_OpKernelConstruction` to a [`Kernel`].
 pub type Create = unsafe extern "C" fn(Opaque) -> Opaque;
 type InferShape = unsafe extern "C" fn(Opaque, Opaque);
-type Body = fn(Dtype, &Call<'_>, Vec<Output<'_>>) -> Result<()>;
 
 static API: OnceLock<Api> = OnceLock::new();
 
@@ -121,57 +121,38 @@ pub fn load(path: &str) -> Result<bool> {
     Ok(API.set(api).is_ok())
 }
 
-/// An operation to be registered with TensorFlow, for all of [`TYPES`].
-pub struct Operation {
-    /// Its name in CamelCase.
-    pub name: &'static str,
-    /// Its inputs: "x: T", or "x: biases * T" for any number of them.
-    pub inputs: &'static [&'static str],
-    /// Its attributes beside "T", of the types int, list(int) and string.
-    pub attributes: &'static [&'static str],
-    /// Its outputs: "output: T".
-    pub outputs: &'static [&'static str],
-    /// The shapes of its outputs.
-    pub result: ResultShape,
-    /// Computes the outputs.
-    pub body: Body,
-}
-
-/// The shapes of an operation's outputs.
-#[derive(Clone, Copy)]
-pub enum ResultShape {
-    /// That of the only input.
-    Input,
-    /// That of an extra last input, of which nothing else is read.
-    Like,
-    /// A function of the inputs; TensorFlow learns it when it runs the kernel.
-    Function(fn(&Call<'_>) -> Result<Vec<Vec<usize>>>),
-}
-
-/// Registers an operation and its kernels, which `create` makes by [`create_kernel`].
-pub fn register(operation: &'static Operation, create: Create) -> Result<()> {
-    let (api, status) = (api(), Status::new());
-    let name = text(operation.name);
-    let infer_shape = match (operation.result, operation.inputs.len()) {
-        (ResultShape::Function(_), _) => unknown_shape,
-        (_, 1) => shape_of_input::<0>,
-        (_, 2) => shape_of_input::<1>,
-        (_, _) => shape_of_input::<2>,
+/// Registers a function as an operation, whose name it returns, and its kernels, which `create` makes by [`create_kernel`].
+pub fn register(signature: &'static Signature, create: Create) -> Result<String> {
+    let (api, status, operation) = (api(), Status::new(), signature.operation());
+    let name = text(&operation);
+    let has_bias = signature.operands.contains(&"bias");
+    let mut inputs: Vec<_> = signature.operands.iter().map(|name| format!("{name}: T")).collect();
+    if has_bias {
+        // A list of none or one.
+        *inputs.last_mut().expect("a bias") = "bias: biases * T".into();
+    }
+    let infer_shape = match (signature.result_like(), inputs.len()) {
+        (ResultLike::Nothing, _) => unknown_shape,
+        (ResultLike::Operand, _) => shape_of_input::<0>,
+        (ResultLike::Unknown, operands) => {
+            inputs.push("like: T".into());
+            if operands == 1 { shape_of_input::<1> } else { shape_of_input::<2> }
+        }
     };
     // SAFETY: as TensorFlow's headers say; it copies all text and owns the builder that is registered.
     unsafe {
         let builder = (api.TF_NewOpDefinitionBuilder)(name.as_ptr());
-        for input in operation.inputs {
+        for input in &inputs {
             (api.TF_OpDefinitionBuilderAddInput)(builder, text(input).as_ptr());
         }
-        for output in operation.outputs {
-            (api.TF_OpDefinitionBuilderAddOutput)(builder, text(output).as_ptr());
+        for output in signature.results {
+            (api.TF_OpDefinitionBuilderAddOutput)(builder, text(&format!("{output}: T")).as_ptr());
         }
         (api.TF_OpDefinitionBuilderAddAttr)(builder, c"T: {bfloat16, float, double}".as_ptr());
-        for attribute in operation.attributes {
+        for attribute in signature.attributes {
             (api.TF_OpDefinitionBuilderAddAttr)(builder, text(attribute).as_ptr());
         }
-        if operation.inputs.iter().any(|input| input.ends_with("biases * T")) {
+        if has_bias {
             (api.TF_OpDefinitionBuilderAddAttr)(builder, c"biases: int >= 0".as_ptr());
         }
         (api.TF_OpDefinitionBuilderSetShapeInferenceFunction)(builder, infer_shape);
@@ -184,17 +165,17 @@ pub fn register(operation: &'static Operation, create: Create) -> Result<()> {
             let builder = (api.TF_NewKernelBuilder)(name.as_ptr(), c"CPU".as_ptr(), create, compute, delete_kernel);
             (api.TF_KernelBuilder_TypeConstraint)(builder, c"T".as_ptr(), dtype, status.0);
             status.check()?;
-            let kernel_name = text(&format!("{}{suffix}", operation.name));
+            let kernel_name = text(&format!("{operation}{suffix}"));
             (api.TF_RegisterKernelBuilder)(kernel_name.as_ptr(), builder, status.0);
         }
         status.check()?;
     }
-    Ok(())
+    Ok(operation)
 }
 
-/// An operation with the attributes of one node of a graph.
+/// A function with the attributes of one node of a graph.
 struct Kernel {
-    operation: &'static Operation,
+    signature: &'static Signature,
     attributes: Vec<(&'static str, Value)>,
 }
 
@@ -219,14 +200,14 @@ impl Attributes for Kernel {
 ///
 /// # Safety
 /// `construction` must be what TensorFlow called the [`Create`] with.
-pub unsafe fn create_kernel(operation: &'static Operation, construction: Opaque) -> Opaque {
+pub unsafe fn create_kernel(signature: &'static Signature, construction: Opaque) -> Opaque {
     let read = |specification: &&'static str| {
         let (name, kind) = specification.split_once(": ").expect("name: type");
         // SAFETY: the caller's promise.
         unsafe { Ok((name, read_attribute(construction, &text(name), kind)?)) }
     };
-    match operation.attributes.iter().map(read).collect() {
-        Ok(attributes) => Box::into_raw(Box::new(Kernel { operation, attributes })).cast(),
+    match signature.attributes.iter().map(read).collect() {
+        Ok(attributes) => Box::into_raw(Box::new(Kernel { signature, attributes })).cast(),
         Err(error) => {
             let status = Status::of(INTERNAL, &error);
             // SAFETY: the caller's promise.
@@ -304,19 +285,19 @@ unsafe fn run(kernel: &Kernel, context: Opaque) -> Result<()> {
     let inputs = unsafe { (api.TF_NumInputs)(context) };
     let tensors = (0..inputs).map(tensor).collect::<Result<Vec<_>>>()?;
     let mut operands = tensors.iter().map(Tensor::buffer).collect::<Result<Vec<_>>>()?;
-    let shapes = match (kernel.operation.result, operands.last()) {
-        (ResultShape::Function(function), _) => function(&Call::new(&operands, kernel))?,
-        (_, Some(last)) => vec![last.all_dims().to_vec()],
-        (_, None) => bail!("got no operands"),
+    let like = kernel.signature.result_like();
+    let shapes = match operands.last() {
+        Some(last) if like != ResultLike::Nothing => vec![Axes::from_slice(last.shape())],
+        _ => kernel.signature.result_shapes(&Call::new(&operands, kernel))?,
     };
-    if let ResultShape::Like = kernel.operation.result {
+    if like == ResultLike::Unknown {
         operands.pop();
     }
     let dtype = operands[0].dtype();
     let width = by_dtype!(dtype, T => size_of::<T>());
     // SAFETY: a tensor of this call.
     let code = unsafe { (api.TF_TensorType)(tensors[0].0) };
-    let allocate = |(index, dims): (usize, &Vec<usize>)| {
+    let allocate = |(index, dims): (usize, &Axes<usize>)| {
         let sizes: Vec<_> = dims.iter().map(|&size| size as i64).collect();
         let product = dims.iter().try_fold(width, |product, &size| product.checked_mul(size));
         let Some(bytes) = product.filter(|&bytes| bytes <= memory::LARGEST) else {
@@ -329,12 +310,12 @@ unsafe fn run(kernel: &Kernel, context: Opaque) -> Result<()> {
         status.check().map(|()| Tensor(tensor))
     };
     let results = shapes.iter().enumerate().map(allocate).collect::<Result<Vec<_>>>()?;
-    let output = |(tensor, dims): (&Tensor, &Vec<usize>)| {
+    let output = |(tensor, dims): (&Tensor, &Axes<usize>)| {
         // SAFETY: TensorFlow has allocated as many bytes, for this call alone.
         Ok(unsafe { Output::new(Array::new(dtype, dims)?, (api.TF_TensorData)(tensor.0)) })
     };
     let outputs = results.iter().zip(&shapes).map(output).collect::<Result<Vec<_>>>()?;
-    (kernel.operation.body)(dtype, &Call::new(&operands, kernel), outputs)
+    kernel.signature.run(&Call::new(&operands, kernel), outputs)
 }
 
 /// A `TF_Tensor` that is ours to delete; its memory is TensorFlow's.

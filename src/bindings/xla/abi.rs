@@ -13,6 +13,7 @@ use std::slice;
 
 use crate::bindings::arrays::Dtype;
 use crate::bindings::call::{Array, Attribute, Attributes, Buffer, Call, Output};
+use crate::bindings::functions::Signature;
 use crate::error::{Result, bail};
 use crate::memory;
 
@@ -147,16 +148,13 @@ pub struct CallFrame {
 /// The type of every handler: null means success, anything else is an error that XLA then owns.
 pub type Handler = unsafe extern "C" fn(*mut CallFrame) -> *mut c_void;
 
-/// Serves one call from XLA: answers its question for our version, or runs `body`.
+/// Serves one call from XLA: answers its question for our version, or runs `function`.
 ///
-/// Errors and panics of `body` become errors of XLA, which raises them in Python.
+/// Errors and panics of `function` become errors of XLA, which raises them in Python.
 ///
 /// # Safety
 /// `frame` must come from XLA's call of a [`Handler`].
-pub unsafe fn serve<const N: usize>(
-    frame: *mut CallFrame,
-    body: fn(&Call<'_>, [Output<'_>; N]) -> Result<()>,
-) -> *mut c_void {
+pub unsafe fn serve(frame: *mut CallFrame, function: &Signature) -> *mut c_void {
     // SAFETY: XLA passes a valid frame that lives until the handler returns.
     let frame = unsafe { &*frame };
     // SAFETY: as above; the extensions belong to the frame.
@@ -166,8 +164,7 @@ pub unsafe fn serve<const N: usize>(
     let run = || {
         let operands = frame.operands.raw().iter().map(|raw| raw.buffer()).collect::<Result<Vec<_>>>()?;
         let results = frame.results.raw().iter().map(|raw| raw.output()).collect::<Result<Vec<_>>>()?;
-        let Ok(results) = results.try_into() else { bail!("got {} results, expected {N}", frame.results.len) };
-        body(&Call::new(&operands, &frame.attributes), results)
+        function.run(&Call::new(&operands, &frame.attributes), results)
     };
     match catch_unwind(AssertUnwindSafe(|| memory::catch(run))) {
         Ok(Ok(Ok(()))) => null_mut(),
