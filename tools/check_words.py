@@ -1,6 +1,6 @@
 """Words that the project has given up, comments too wide, files too long, private imports.
 
-    python tools/check_words.py
+    python tools/check_words.py [FOLDER ...]
 
 Prints each with the word to use in its place, and ends with 1 if there is any.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -67,10 +67,10 @@ def problems(path: Path) -> Iterator[str]:
             yield f"{name}:{number}: a private name of a framework belongs into its _private.py"
 
 
-def main() -> int:
-    """Checks all files; returns the exit status."""
+def main(folders: Sequence[str] = ()) -> int:
+    """Checks all files of some folders, or of all; returns the exit status."""
     count = 0
-    for folder in FOLDERS:
+    for folder in folders or FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in ENDINGS:
                 for problem in problems(path):
@@ -80,4 +80,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
