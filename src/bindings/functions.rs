@@ -12,8 +12,8 @@ use self::fused::Pass;
 use super::arrays::{Axes, by_dtype, by_wide_dtype};
 use super::call::{Attribute, Call, Float, Output};
 use super::operation::{
-    Arguments, Batch, EXPECTED_PADDING, Function, depthwise_axes, layout, named_padding, padding_of_sides,
-    weight_layout,
+    Arguments, Batch, EXPECTED_PADDING, Function, MAX_OPERANDS, depthwise_axes, layout, named_padding,
+    padding_of_sides, weight_layout,
 };
 use crate::error::{Error, Result, bail};
 use crate::shape::{Padding, WeightLayout};
@@ -131,7 +131,7 @@ pub enum ResultLike {
     Nothing,
 }
 
-fn shapes<'a>(call: &'a Call<'_>) -> SmallVec<[&'a [usize]; 3]> {
+fn shapes<'a>(call: &'a Call<'_>) -> SmallVec<[&'a [usize]; MAX_OPERANDS]> {
     call.operand_list().iter().map(|operand| operand.shape()).collect()
 }
 
@@ -141,7 +141,7 @@ fn run_single<T: Float>(function: Function, call: &Call<'_>, outputs: Vec<Output
     let job = arguments.job(&shapes(call), arguments.layout)?;
     arguments.expect_result(output.shape(), &job.result)?;
     let operands = call.operand_list().iter().map(|operand| operand.read::<T>());
-    let operands = operands.collect::<Result<SmallVec<[_; 3]>>>()?;
+    let operands = operands.collect::<Result<SmallVec<[_; MAX_OPERANDS]>>>()?;
     job.run(simd::active()?, &operands, output.write()?);
     Ok(())
 }

@@ -27,6 +27,9 @@ pub enum Function {
     Deinterleave,
 }
 
+/// The most arrays that a function has.
+pub const MAX_OPERANDS: usize = 3;
+
 impl Function {
     /// The names of its arrays; a bias may be left out.
     pub const fn operands(self) -> &'static [&'static str] {
@@ -177,8 +180,8 @@ impl Arguments {
     /// Checks the call on arrays of these shapes, whose images lie in memory in `order`.
     pub fn job(&self, shapes: &[&[usize]], order: Order) -> Result<Job> {
         let names = self.function.operands();
-        let required = names.len() - usize::from(names.ends_with(&["bias"]));
-        if !(required..=names.len()).contains(&shapes.len()) {
+        let optional = usize::from(names.len() == MAX_OPERANDS); // the bias
+        if !(names.len() - optional..=names.len()).contains(&shapes.len()) {
             bail!("got {} operands, expected {}", shapes.len(), names.join(", "));
         }
         let batch = Batch::new(names[0], shapes[0], self.layout)?;
