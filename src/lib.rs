@@ -7,10 +7,10 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`error`], [`shape`] | what can be wrong with a call; geometry that has been validated once |
-//! | [`simd`], [`lock`], [`pool`], [`scratch`], [`memory`] | the instruction set, locks, the threads, small and large memory |
+//! | [`simd`], [`lock`], [`pool`], [`scratch`], [`memory`] | instruction sets, locks, threads, memory |
 //! | [`microkernels`] | numbers only: rows in, rows out, one thread, one instruction set |
 //! | [`plan`] | which algorithm: tables of candidates and what they cost |
-//! | [`conv1x1`], [`dwconv`], [`interleave`] | an operation = geometry + plan + kernels + division of the work over threads |
+//! | [`conv1x1`], [`dwconv`], [`interleave`] | operations: geometry, plan, division over threads |
 //! | [`fused`] | whole chains of convolutions, batch norms and activations as one operation |
 //! | `bindings` | NumPy, XLA and TensorFlow: conversion and error mapping (feature `python`) |
 #![warn(missing_docs)]

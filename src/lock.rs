@@ -1,7 +1,8 @@
 //! Locks that a `fork` cannot leave locked for ever.
 //!
-//! A forked child has a copy of all memory but only the thread that forked: what another thread had locked stays locked. These
-//! locks know in which process they were taken, and a child takes over what its parent's threads held.
+//! A forked child has a copy of all memory but only the thread that forked: what another thread had
+//! locked stays locked. These locks know in which process they were taken, and a child takes over
+//! what its parent's threads held.
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,7 +15,8 @@ extern "C" fn forked_child() {
     GENERATION.fetch_add(1, Ordering::SeqCst);
 }
 
-/// The process's number: another one in a forked child. The first call must come before there are threads to fork beside.
+/// The process's number: another one in a forked child. The first call must come before there are
+/// threads to fork beside.
 pub fn generation() -> u64 {
     static REGISTERED: AtomicBool = AtomicBool::new(false);
     if !REGISTERED.load(Ordering::Relaxed) && !REGISTERED.swap(true, Ordering::Relaxed) {
@@ -70,7 +72,8 @@ impl<T: Default> Lock<T> {
         };
         let held = Held(&self.holder);
         if orphaned {
-            // Whatever state the change was in: the old value is left alone, and with it what it owns.
+            // Whatever state the change was in: the old value is left alone, and with it what it
+            // owns.
             // SAFETY: this thread holds the lock.
             unsafe { self.value.get().write(T::default()) };
         }

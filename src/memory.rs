@@ -1,4 +1,5 @@
-//! Large memory, recycled: its first touch (a page fault for every 4 KiB) costs more than the arithmetic on it.
+//! Large memory, recycled: its first touch (a page fault for every 4 KiB) costs more than the
+//! arithmetic on it.
 
 use std::alloc::{Layout, alloc, alloc_zeroed, dealloc};
 use std::mem::MaybeUninit;
@@ -11,7 +12,7 @@ use crate::simd::element::Element;
 
 /// Memory from this size on is recycled; the system's allocator keeps smaller blocks itself.
 pub const RECYCLED: usize = 256 << 10;
-/// Recycled and free memory together is at most so many times what was in use at once.
+/// Recycled and free memory together is at most this many times what was in use at once.
 const SURPLUS: usize = 2;
 /// More bytes than any machine has; sums of sizes up to this stay numbers.
 pub const LARGEST: usize = isize::MAX as usize / 8;
@@ -22,7 +23,7 @@ struct Block {
     /// What the allocator gave.
     base: NonNull<u8>,
     layout: Layout,
-    /// The first place in it that is aligned, and the bytes from there on.
+    /// The first address in it that is aligned, and the bytes from there on.
     start: NonNull<u8>,
     size: usize,
 }
@@ -35,8 +36,9 @@ impl Block {
     fn new(size: usize) -> Option<Self> {
         let recycled = size >= RECYCLED;
         let align = if size >= 2 * HUGE_PAGE { HUGE_PAGE } else { LINE_BYTES };
-        // Large memory is aligned here and not by the allocator: it comes zeroed from the system, untouched, but an
-        // allocator that aligns it clears it once more, on one thread and before pages can be huge.
+        // Large memory is aligned here and not by the allocator: it comes zeroed from the system,
+        // untouched, but an allocator that aligns it clears it once more, on one thread and before
+        // pages can be huge.
         let layout =
             if recycled { Layout::array::<u8>(size + align) } else { Layout::from_size_align(size, LINE_BYTES) };
         let layout = layout.ok()?;
@@ -54,15 +56,16 @@ impl Block {
     }
 }
 
-/// Asks for huge pages for memory that is about to be written for the first time; where the system does not give them,
-/// pages are small.
+/// Asks for huge pages for memory that is about to be written for the first time; where the system
+/// does not give them, pages are small.
 ///
 /// # Safety
 /// The memory must be allocated.
 unsafe fn advise_huge_pages(start: *mut u8, size: usize) {
     // Miri has no `madvise`.
     #[cfg(all(target_os = "linux", not(miri)))]
-    // SAFETY: advice on whole pages of memory that exists; it does not change what the memory holds.
+    // SAFETY: advice on whole pages of memory that exists; it does not change what the memory
+    // holds.
     unsafe {
         libc::madvise(start.cast(), size, libc::MADV_HUGEPAGE);
     }
@@ -78,7 +81,7 @@ pub fn prepare<T>(memory: &mut [MaybeUninit<T>]) {
     }
     let start = memory.as_mut_ptr().cast::<u8>();
     let skipped = start.addr().next_multiple_of(HUGE_PAGE) - start.addr();
-    // SAFETY: the memory from its first place that a huge page can begin at, to its last.
+    // SAFETY: the memory from the first address that a huge page can begin at, to the last.
     unsafe { advise_huge_pages(start.add(skipped), (size - skipped) / HUGE_PAGE * HUGE_PAGE) };
 }
 
@@ -108,7 +111,7 @@ fn blocks<R>(change: impl FnOnce(&mut Blocks) -> R) -> R {
 /// There is not enough memory: what [`no_memory`] unwinds with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoMemory {
-    /// How many bytes were asked for.
+    /// How many bytes were requested.
     pub bytes: usize,
 }
 
@@ -131,7 +134,8 @@ pub fn catch<R>(operation: impl FnOnce() -> R) -> Result<R, NoMemory> {
     })
 }
 
-/// `vec![value; len]`, but where there is not enough memory [`no_memory`] ends the operation and not the process.
+/// `vec![value; len]`, but where there is not enough memory [`no_memory`] ends the operation and
+/// not the process.
 pub fn filled<T: Clone>(value: T, len: usize) -> Vec<T> {
     let mut values = Vec::new();
     reserve(&mut values, len);
@@ -139,7 +143,7 @@ pub fn filled<T: Clone>(value: T, len: usize) -> Vec<T> {
     values
 }
 
-/// Makes room for so many values in an empty vector; as for [`filled`].
+/// Makes room for `len` values in an empty vector; as for [`filled`].
 pub fn reserve<T>(values: &mut Vec<T>, len: usize) {
     // What is recycled and free may be what is lacking.
     let mut reserve = || values.try_reserve_exact(len).is_ok();
@@ -230,7 +234,8 @@ impl Memory {
     pub fn as_mut<T: Element>(&mut self, len: usize) -> &mut [MaybeUninit<T>] {
         let block = self.0.as_ref().expect("there until dropped");
         assert!(len * size_of::<T>() <= block.size);
-        // SAFETY: the block is long enough and aligned beyond any element; `MaybeUninit` asks for no content.
+        // SAFETY: the block is long enough and aligned beyond any element; `MaybeUninit` needs
+        // no content.
         unsafe { std::slice::from_raw_parts_mut(block.start.as_ptr().cast(), len) }
     }
 }
@@ -272,17 +277,18 @@ pub fn release_memory() -> usize {
 mod tests {
     use super::*;
 
-    // One test, as the blocks are the process's: no other test of this crate asks for sizes like these.
+    // One test, as the blocks are the process's: no other test of this crate needs sizes like
+    // these.
     #[test]
     fn large_memory_is_recycled_and_bounded() {
         const LEN: usize = if cfg!(miri) { 4 << 20 } else { 64 << 20 };
         let address = |memory: &mut Memory| memory.as_mut::<f32>(LEN).as_ptr().addr();
         let mut first = Memory::new::<f32>(LEN);
-        let place = address(&mut first);
-        assert_eq!(place % HUGE_PAGE, 0);
+        let start = address(&mut first);
+        assert_eq!(start % HUGE_PAGE, 0);
         drop(first);
         let mut second = Memory::new::<f32>(LEN - 1000);
-        assert_eq!(address(&mut second), place);
+        assert_eq!(address(&mut second), start);
         let (used, _) = memory_stats();
         assert!(used >= 4 * (LEN - 1000));
         drop(second);

@@ -7,7 +7,7 @@ use crate::simd::element::WideElement;
 /// A pointer that tasks share; each writes its own part.
 pub(crate) struct Shared<T>(pub(crate) *mut T);
 
-// Not derived: that would ask for `T: Copy`.
+// Not derived: that would need `T: Copy`.
 impl<T> Clone for Shared<T> {
     fn clone(&self) -> Self {
         *self
@@ -26,7 +26,7 @@ impl<T> Shared<T> {
         Self(memory.as_mut_ptr().cast())
     }
 
-    /// The memory from a place on.
+    /// The memory from an index on.
     pub(crate) fn at(self, offset: usize) -> Self {
         Self(self.0.wrapping_add(offset))
     }
@@ -37,7 +37,7 @@ impl<T> Shared<T> {
     }
 }
 
-/// Adds up sets of `len` partial sums, in their order, in the place of the first set.
+/// Adds up sets of `len` partial sums, in their order, into the first set.
 pub(crate) fn add_parts<T: WideElement>(partial: &mut [T], len: usize) -> &[T] {
     let (sums, rest) = partial.split_at_mut(len);
     for part in rest.chunks_exact(len.max(1)) {
@@ -46,8 +46,9 @@ pub(crate) fn add_parts<T: WideElement>(partial: &mut [T], len: usize) -> &[T] {
     sums
 }
 
-/// The nanoseconds that one core needs for this many multiply-adds and bytes, roughly: what decides whether threads
-/// are worth their start. 16 multiply-adds and 8 bytes a nanosecond are what one core of a current server does.
+/// The nanoseconds that one core needs for this many multiply-adds and bytes, roughly: what decides
+/// whether threads are worth their start. 16 multiply-adds and 8 bytes a nanosecond are what one
+/// core of a current server does.
 pub(crate) fn estimate(multiply_adds: usize, bytes: usize) -> f64 {
     multiply_adds as f64 / 16.0 + bytes as f64 / 8.0
 }

@@ -1,7 +1,8 @@
 //! The thread pool: kconv's own, so that it survives `fork` and never meets another library's work.
 //!
-//! A forked child inherits the pool's memory but none of its threads; rayon's global pool then waits for
-//! ever. Here the pool knows its process (see [`lock`](crate::lock)) and its first use in the child builds a new one.
+//! A forked child inherits the pool's memory but none of its threads; rayon's global pool then
+//! waits for ever. Here the pool knows its process (see [`lock`](crate::lock)) and its first use in
+//! the child builds a new one.
 
 use std::any::Any;
 use std::marker::PhantomData;
@@ -14,14 +15,15 @@ use std::time::{Duration, Instant};
 use crate::error::{Result, bail};
 use crate::lock::{Lock, generation};
 
-/// Work under this many nanoseconds (estimated on one core) stays on the calling thread: waking workers that sleep costs it 8 to
-/// 10 us.
+/// Work under this many nanoseconds (estimated on one core) stays on the calling thread: waking
+/// workers that sleep costs it 8 to 10 us.
 const SERIAL_NANOSECONDS: f64 = 30_000.0;
 
-/// How long a thread stays awake that has nothing to do: a worker for the next call, a caller for the workers' last tasks. To fall
-/// asleep and be woken up takes 20 to 50 us, as long as many a small layer. (kMobileNet V3 Large D6_16ch, one image of 224 x 224
-/// through `kconv.torch`, two threads of an Intel Xeon: 5.9 ms asleep, 4.5 with workers awake, 3.5 with callers too; a training
-/// step of 4 images 69 and 61. With 50 us or 1 ms the same.)
+/// How long a thread stays awake that has nothing to do: a worker for the next call, a caller for
+/// the workers' last tasks. To fall asleep and be woken up takes 20 to 50 us, as long as many a
+/// small layer. (kMobileNet V3 Large D6_16ch, one image of 224 x 224 through `kconv.torch`, two
+/// threads of an Intel Xeon: 5.9 ms asleep, 4.5 with workers awake, 3.5 with callers too; a
+/// training step of 4 images 69 and 61. With 50 us or 1 ms the same.)
 const AWAKE: Duration = Duration::from_micros(200);
 
 /// More threads than any machine has are a mistake in a setting.
@@ -42,7 +44,8 @@ static FOLLOWED: AtomicUsize = AtomicUsize::new(0);
 /// How often [`parallel_for`] has called for workers: they wait for it to change.
 static CALLS: AtomicUsize = AtomicUsize::new(0);
 
-/// Forgets a pool of another process: its threads do not exist, and dropping it would wait for them.
+/// Forgets a pool of another process: its threads do not exist, and dropping it would wait for
+/// them.
 fn drop_if_own(pool: Option<Arc<Pool>>) {
     match pool {
         Some(pool) if pool.generation != generation() => std::mem::forget(pool),
@@ -50,7 +53,8 @@ fn drop_if_own(pool: Option<Arc<Pool>>) {
     }
 }
 
-/// Workers of this process for so many threads, a caller among them, or for more; built where there are none.
+/// Workers of this process for `threads` threads, a caller among them, or for more; built where there
+/// are none.
 fn pool(threads: usize) -> Option<Arc<Pool>> {
     let generation = generation();
     let fits = |pool: &&Arc<Pool>| pool.generation == generation && pool.threads >= threads;
@@ -65,14 +69,16 @@ fn pool(threads: usize) -> Option<Arc<Pool>> {
     Some(pool)
 }
 
-/// Lets workers go that are more than so many threads need, as soon as running calls are done with them.
+/// Lets workers go that are more than that many threads need, as soon as running calls are done with
+/// them.
 fn shrink(threads: usize) {
     let larger = |pool: &mut Arc<Pool>| pool.threads > threads;
     drop_if_own(CURRENT.with(|current| current.take_if(larger)));
 }
 
-/// How many threads kernels use: [`set_num_threads`], else `KCONV_NUM_THREADS`, else what the framework uses that calls them
-/// ([`follow`]), else `OMP_NUM_THREADS`, else one for each CPU that this process may run on.
+/// How many threads kernels use: [`set_num_threads`], else `KCONV_NUM_THREADS`, else what the
+/// framework uses that calls them ([`follow`]), else `OMP_NUM_THREADS`, else one for each CPU that
+/// this process may run on.
 pub fn num_threads() -> usize {
     let set = |threads: &AtomicUsize| Some(threads.load(Ordering::Relaxed)).filter(|&threads| threads > 0);
     set(&CHOSEN).unwrap_or_else(|| {
@@ -152,17 +158,18 @@ pub fn threads_for(nanoseconds: f64) -> usize {
     if is_worth_threads(nanoseconds) { num_threads() } else { 1 }
 }
 
-/// Calls `task(0..tasks)`, on `threads` threads, of which the caller is one. Tasks may run in any order; all have run on
-/// return.
+/// Calls `task(0..tasks)`, on `threads` threads, of which the caller is one. Tasks may run in any
+/// order; all have run on return.
 ///
-/// Were all threads workers, their caller would go to sleep just as they wake up and Linux may put two of them on one CPU,
-/// where they stay: for some 50 ms, 40 to 40 channels of 31 x 31 took 0.8 ms instead of 0.4. Without that, one image of 7
-/// layers takes 0.076 ms so, 0.049 this way.
+/// Were all threads workers, their caller would go to sleep just as they wake up and Linux may put
+/// two of them on one CPU, where they stay: for some 50 ms, 40 to 40 channels of 31 x 31 took 0.8
+/// ms instead of 0.4. Without that, one image of 7 layers takes 0.076 ms so, 0.049 as it is.
 pub fn parallel_for(threads: usize, tasks: usize, task: impl Fn(usize) + Sync) {
     let used = threads.min(tasks);
     let Some(pool) = (used > 1).then(|| pool(threads)).flatten() else { return (0..tasks).for_each(task) };
     let workers = &pool.workers;
-    // Each thread has neighbouring tasks, which find in the caches what the one before asked for. (All threads taking them in
+    // Each thread has neighbouring tasks, which find in the caches what the one before has read.
+    // (All threads taking them in
     // turns: 4.6 ms for 7 layers that take 3.7.) Who has done his own takes from others'.
     let next: Vec<_> = (0..used).map(|thread| AtomicUsize::new(part(tasks, used, thread).start)).collect();
     let run = |thread: usize| {
@@ -194,11 +201,13 @@ pub fn parallel_for(threads: usize, tasks: usize, task: impl Fn(usize) + Sync) {
     call.close();
 }
 
-/// A call of [`parallel_for`], which workers may enter until it is closed. Those that come too late, because they sleep or other
-/// programs have their CPUs, are not waited for: the others have done their tasks.
+/// A call of [`parallel_for`], which workers may enter until it is closed. Those that come too
+/// late, because they sleep or other programs have their CPUs, are not waited for: the others have
+/// done their tasks.
 ///
-/// (Weight gradients of the 31 pointwise layers of kEffNet-B0 for one image of 224 x 224, NCHW, two threads of an Intel Xeon whose
-/// second CPU is taken away at times: 1.3 to 6.9 ms waiting for all, 1.1 to 1.2 so.)
+/// (Weight gradients of the 31 pointwise layers of kEffNet-B0 for one image of 224 x 224, NCHW, two
+/// threads of an Intel Xeon whose second CPU is taken away at times: 1.3 to 6.9 ms waiting for all,
+/// 1.1 to 1.2 so.)
 struct Call {
     /// Does a thread's tasks, then others'. Borrowed until the call is closed.
     run: *const (dyn Fn(usize) + Sync),
@@ -270,8 +279,9 @@ impl Drop for OpenCall<'_> {
     }
 }
 
-/// Returns when it is `over`, or after [`AWAKE`]. Other threads have this one's CPU meanwhile, if they need it: other libraries' own
-/// would else wait for it, and steps of theirs and kconv's in turn take up to 1.5 times as long.
+/// Returns when it is `over`, or after [`AWAKE`]. Other threads have this one's CPU meanwhile, if
+/// they need it: other libraries' own would else wait for it, and steps of theirs and kconv's in
+/// turn take up to 1.5 times as long.
 fn wait_awake(over: impl Fn() -> bool) {
     let start = Instant::now();
     while !over() && start.elapsed() < AWAKE {
@@ -322,7 +332,7 @@ mod tests {
     #[cfg_attr(miri, ignore = "Miri has no pthread_atfork")]
     fn a_worker_that_does_not_come_is_not_waited_for() {
         let (done, wait) = std::sync::mpsc::channel();
-        // As many as other tests may have asked for.
+        // As many as other tests may have set.
         let pool = pool(2).unwrap();
         let waits = Arc::new(Mutex::new(wait));
         for _ in 1..pool.threads {

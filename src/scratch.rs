@@ -15,8 +15,9 @@ thread_local! {
     static BUFFERS: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Calls `body` with `len` values of temporary memory, aligned to a cache line and of unknown content
-/// (old values, never uninitialised memory). Calls nest. Without enough memory, [`memory::no_memory`] ends the operation.
+/// Calls `body` with `len` values of temporary memory, aligned to a cache line and of unknown
+/// content (old values, never uninitialised memory). Calls nest. Without enough memory,
+/// [`memory::no_memory`] ends the operation.
 pub fn with<T: Element, R>(len: usize, body: impl FnOnce(&mut [T]) -> R) -> R {
     let lines = len.saturating_mul(size_of::<T>()).div_ceil(LINE_BYTES);
     let mut buffer = BUFFERS.with_borrow_mut(Vec::pop).unwrap_or_default();

@@ -217,8 +217,8 @@ impl Sides {
 /// Zero padding of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Padding {
-    /// TensorFlow's: the output has `ceil(size / stride)` pixels, an odd pixel of padding goes to the
-    /// bottom and right.
+    /// TensorFlow's: the output has `ceil(size / stride)` pixels, an odd pixel of padding goes to
+    /// the bottom and right.
     Same,
     /// None.
     Valid,

@@ -25,7 +25,8 @@ __all__ = [
     "xla_handlers",
 ]
 
-_Float = TypeVar("_Float", np.float32, np.float64)
+# ml_dtypes' bfloat16 is np.generic for type checkers.
+_Float = TypeVar("_Float", np.float32, np.float64, np.generic)
 _Layout = Literal["NCHW", "NHWC"]
 _WeightLayout = Literal["OI", "IO"]
 _Padding = Literal["same", "valid"] | int | tuple[tuple[int, int], tuple[int, int]]
@@ -50,7 +51,9 @@ def pointwise_conv(
     layout: _Layout = "NCHW",
     weight_layout: _WeightLayout = "OI",
     out: NDArray[_Float] | None = None,
-) -> NDArray[_Float]: ...
+) -> NDArray[_Float]:
+    """Grouped pointwise (1x1) convolution, its output interleaved."""
+
 def pointwise_conv_grad_input(
     grad_output: NDArray[_Float],
     weight: NDArray[_Float],
@@ -60,7 +63,9 @@ def pointwise_conv_grad_input(
     layout: _Layout = "NCHW",
     weight_layout: _WeightLayout = "OI",
     out: NDArray[_Float] | None = None,
-) -> NDArray[_Float]: ...
+) -> NDArray[_Float]:
+    """Gradient of :func:`pointwise_conv` by its input."""
+
 def pointwise_conv_grad_weight(
     x: NDArray[_Float],
     grad_output: NDArray[_Float],
@@ -70,16 +75,24 @@ def pointwise_conv_grad_weight(
     layout: _Layout = "NCHW",
     weight_layout: _WeightLayout = "OI",
     out: NDArray[_Float] | None = None,
-) -> NDArray[_Float]: ...
+) -> NDArray[_Float]:
+    """Gradient of :func:`pointwise_conv` by its weight."""
+
 def pointwise_conv_grad_bias(
     grad_output: NDArray[_Float], *, interleave: int = 1, layout: _Layout = "NCHW"
-) -> NDArray[_Float]: ...
+) -> NDArray[_Float]:
+    """Gradient of :func:`pointwise_conv` (and :func:`depthwise_conv`) by its bias."""
+
 def interleave(
     x: NDArray[_Float], step: int, *, layout: _Layout = "NCHW", out: NDArray[_Float] | None = None
-) -> NDArray[_Float]: ...
+) -> NDArray[_Float]:
+    """Interleaves channels: those ``s, s + step, ...`` for each ``s < step`` in turn."""
+
 def deinterleave(
     x: NDArray[_Float], step: int, *, layout: _Layout = "NCHW", out: NDArray[_Float] | None = None
-) -> NDArray[_Float]: ...
+) -> NDArray[_Float]:
+    """Undoes :func:`interleave` (and is its gradient)."""
+
 def depthwise_conv(
     x: NDArray[_Float],
     weight: NDArray[_Float],
@@ -90,7 +103,9 @@ def depthwise_conv(
     layout: _Layout = "NCHW",
     weight_layout: _WeightLayout = "OI",
     out: NDArray[_Float] | None = None,
-) -> NDArray[_Float]: ...
+) -> NDArray[_Float]:
+    """Depthwise convolution: each channel with a k x k kernel of its own."""
+
 def depthwise_conv_grad_input(
     grad_output: NDArray[_Float],
     weight: NDArray[_Float],
@@ -101,7 +116,9 @@ def depthwise_conv_grad_input(
     layout: _Layout = "NCHW",
     weight_layout: _WeightLayout = "OI",
     out: NDArray[_Float] | None = None,
-) -> NDArray[_Float]: ...
+) -> NDArray[_Float]:
+    """Gradient of :func:`depthwise_conv` by its input."""
+
 def depthwise_conv_grad_weight(
     x: NDArray[_Float],
     grad_output: NDArray[_Float],
@@ -112,26 +129,49 @@ def depthwise_conv_grad_weight(
     layout: _Layout = "NCHW",
     weight_layout: _WeightLayout = "OI",
     out: NDArray[_Float] | None = None,
-) -> NDArray[_Float]: ...
-def set_num_threads(threads: int) -> None: ...
-def get_num_threads() -> int: ...
-def build_info() -> _BuildInfo: ...
-def fma_peak() -> float: ...
-def register_tensorflow_ops(library: str) -> list[str]: ...
-def xla_handlers() -> dict[str, object]: ...
-def memory_stats() -> _MemoryStats: ...
-def release_memory() -> int: ...
+) -> NDArray[_Float]:
+    """Gradient of :func:`depthwise_conv` by its weight."""
+
+def set_num_threads(threads: int) -> None:
+    """Sets how many threads the kernels use."""
+
+def get_num_threads() -> int:
+    """Returns how many threads the kernels use."""
+
+def build_info() -> _BuildInfo:
+    """Describes this build of kconv."""
+
+def fma_peak() -> float:
+    """Measures how many float32 operations a second all threads can do on registers alone."""
+
+def register_tensorflow_ops(library: str) -> list[str]:
+    """Registers the operations with the TensorFlow that is loaded from a path."""
+
+def xla_handlers() -> dict[str, object]:
+    """The handlers by the names of the NumPy functions, for `jax.ffi.register_ffi_target`."""
+
+def memory_stats() -> _MemoryStats:
+    """Bytes of the large temporary memory that kconv recycles."""
+
+def release_memory() -> int:
+    """Returns the recycled memory that is free to the system."""
 
 @final
 class FusedProgram:
+    """A chain of convolutions, batch norms, activations and sums that runs as one operation."""
+
     def __new__(cls, /, integers: Sequence[int]) -> FusedProgram: ...
     @property
-    def parameters(self) -> int: ...
+    def parameters(self) -> int:
+        """The number of parameters."""
     @property
-    def norm_channels(self) -> int: ...
+    def norm_channels(self) -> int:
+        """The number of channels of all batch norms."""
     @property
-    def workspace(self) -> int: ...
-    def take_times(self) -> list[tuple[str, float, float, int, int]]: ...
+    def workspace(self) -> int:
+        """Values that :meth:`forward` keeps for :meth:`backward`, an image."""
+    def take_times(self) -> list[tuple[str, float, float, int, int]]:
+        """What each step does and how long it has taken since the last call."""
     def forward(
         self,
         x: NDArray[_Float],
@@ -139,14 +179,16 @@ class FusedProgram:
         masks: NDArray[_Float] | None = None,
         statistics: NDArray[_Float] | None = None,
         layout: _Layout = "NCHW",
-    ) -> tuple[NDArray[_Float], NDArray[_Float], NDArray[_Float]]: ...
+    ) -> tuple[NDArray[_Float], NDArray[_Float], NDArray[_Float]]:
+        """Forward in training."""
     def infer(
         self,
         x: NDArray[_Float],
         parameters: NDArray[_Float] | list[NDArray[_Float]],
         statistics: NDArray[_Float] | list[NDArray[_Float]],
         layout: _Layout = "NCHW",
-    ) -> NDArray[_Float]: ...
+    ) -> NDArray[_Float]:
+        """Forward in inference: the output, with the statistics that are given."""
     def backward(
         self,
         grad_output: NDArray[_Float],
@@ -156,4 +198,5 @@ class FusedProgram:
         workspace: NDArray[_Float],
         frozen: bool = False,
         layout: _Layout = "NCHW",
-    ) -> tuple[NDArray[_Float] | None, NDArray[_Float]]: ...
+    ) -> tuple[NDArray[_Float] | None, NDArray[_Float]]:
+        """The gradients by the input (None if the program wants none) and by the parameters."""

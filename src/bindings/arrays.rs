@@ -1,4 +1,5 @@
-//! NumPy arrays and DLPack tensors as the slices that operations take, without copies wherever their memory allows.
+//! NumPy arrays and DLPack tensors as the slices that operations take, without copies wherever
+//! their memory allows.
 
 use std::fmt;
 use std::mem::MaybeUninit;
@@ -79,7 +80,8 @@ impl<T: Float + NumpyElement> ArrayElement for T {}
 
 /// The array, where it is one of type `T`.
 fn array<'a, 'py, T: ArrayElement>(value: &'a Bound<'py, PyAny>) -> Option<&'a Bound<'py, PyArrayDyn<T>>> {
-    // NumPy knows bfloat16 from ml_dtypes, which need not be there unless arrays of it are; only then may it be asked.
+    // NumPy knows bfloat16 from ml_dtypes, which need not be there unless arrays of it are; only
+    // then can it tell.
     let known = T::DTYPE != Dtype::BF16
         || value
             .cast::<PyUntypedArray>()
@@ -143,8 +145,9 @@ pub enum Values<T> {
     Copied(Vec<T>),
 }
 
-// SAFETY: plain memory that nothing writes while the call holds a reference to the array. (As with every library that
-// releases the GIL, another Python thread that writes to an argument meanwhile makes the result meaningless.)
+// SAFETY: plain memory that nothing writes while the call holds a reference to the array. (As with
+// every library that releases the GIL, another Python thread that writes to an argument meanwhile
+// makes the result meaningless.)
 unsafe impl<T: Send> Send for Values<T> {}
 // SAFETY: as above; only read.
 unsafe impl<T: Sync> Sync for Values<T> {}
@@ -247,8 +250,8 @@ impl<'py, T: ArrayElement> Input<'py, T> {
         self.owner.is_instance_of::<PyCapsule>()
     }
 
-    /// The order of these images in memory: their logical one, unless the memory is contiguous in the
-    /// other.
+    /// The order of these images in memory: their logical one, unless the memory is contiguous in
+    /// the other.
     pub fn memory_order(&self, layout: Order) -> Order {
         let other = if layout == Order::Nchw { Order::Nhwc } else { Order::Nchw };
         let contiguous = |order| self.view.is_contiguous(&axes(layout, order));
@@ -278,8 +281,8 @@ impl<'py, T: ArrayElement> Input<'py, T> {
     }
 }
 
-/// An empty vector with room for as many values as an array of this shape has, or a `MemoryError`: of an array with
-/// strides of 0 a copy may be too large.
+/// An empty vector with room for as many values as an array of this shape has, or a `MemoryError`:
+/// of an array with strides of 0 a copy may be too large.
 fn room<T>(name: &str, shape: &[usize]) -> PyResult<Vec<T>> {
     let mut values = Vec::new();
     match values.try_reserve_exact(shape.iter().product()) {
@@ -293,7 +296,8 @@ pub fn no_memory(what: &str, shape: &[usize]) -> PyErr {
     PyMemoryError::new_err(format!("no memory for {what} of shape {shape:?}"))
 }
 
-/// Checks that a result has a size at all; NumPy asks that of the axes that are not 0 even where others are.
+/// Checks that a result has a size at all; NumPy demands that of the axes that are not 0 even where
+/// others are.
 fn check_size<T>(shape: &[usize]) -> Result<()> {
     let bytes = shape.iter().filter(|&&size| size > 0).try_fold(size_of::<T>(), |all, &size| all.checked_mul(size));
     match bytes {
@@ -414,8 +418,8 @@ impl<'py, T: ArrayElement> Output<'py, T> {
 #[pyclass(frozen)]
 struct Owner(#[expect(dead_code, reason = "held until dropped")] Memory);
 
-/// An array whose axes lie in memory in the order of `axes` with the sizes `sorted`, and its first value; large memory is
-/// recycled.
+/// An array whose axes lie in memory in the order of `axes` with the sizes `sorted`, and its first
+/// value; large memory is recycled.
 fn new_array<'py, T: ArrayElement>(
     py: Python<'py>,
     sorted: &[usize],
@@ -447,8 +451,8 @@ pub fn memory_array<'py, T: ArrayElement>(
 ) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
     let start = memory.as_mut::<T>(shape.iter().product()).as_ptr().cast::<T>();
     let owner = Bound::new(py, Owner(memory))?.into_any();
-    // SAFETY: as many values as the shape has, which live as long as `owner`, which gives nobody else access; the
-    // operation writes them before anything reads them.
+    // SAFETY: as many values as the shape has, which live as long as `owner`, which gives nobody
+    // else access; the operation writes them before anything reads them.
     Ok(unsafe {
         let view = ndarray::ArrayViewD::from_shape_ptr(shape, start);
         PyArrayDyn::borrow_from_array(&view, owner)

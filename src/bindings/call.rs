@@ -173,8 +173,8 @@ impl<'a> Buffer<'a> {
     /// The values at `data`.
     ///
     /// # Safety
-    /// `data` must point to as many aligned, initialised values as `array` says (or anywhere if these are none), which
-    /// nobody writes for `'a`.
+    /// `data` must point to as many aligned, initialised values as `array` says (or anywhere if
+    /// these are none), which nobody writes for `'a`.
     pub unsafe fn new(array: Array, data: *const c_void) -> Self {
         Self { array, data, lifetime: PhantomData }
     }
@@ -194,8 +194,8 @@ impl<'a> Output<'a> {
     /// The memory at `data`.
     ///
     /// # Safety
-    /// `data` must point to aligned memory for as many values as `array` says (or anywhere if these are none), which
-    /// nobody else touches for `'a`.
+    /// `data` must point to aligned memory for as many values as `array` says (or anywhere if these
+    /// are none), which nobody else touches for `'a`.
     pub unsafe fn new(array: Array, data: *mut c_void) -> Self {
         Self { array, data, lifetime: PhantomData }
     }

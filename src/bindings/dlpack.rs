@@ -1,5 +1,6 @@
-//! DLPack: tensors of other libraries in capsules, a protocol that NumPy, PyTorch, JAX and TensorFlow share
-//! (dmlc.github.io/dlpack). PyTorch reaches the kernels through it: a capsule costs it a fraction of a NumPy array.
+//! DLPack: tensors of other libraries in capsules, a protocol that NumPy, PyTorch, JAX and
+//! TensorFlow share (dmlc.github.io/dlpack). PyTorch reaches the kernels through it: a capsule
+//! costs it a fraction of a NumPy array.
 
 use std::ffi::{CStr, c_void};
 use std::ptr;
@@ -50,7 +51,8 @@ struct Owned {
     memory: Memory,
 }
 
-/// The tensor in a capsule, which nobody may take over while the borrow lasts; `None` for other objects.
+/// The tensor in a capsule, which nobody may take over while the borrow lasts; `None` for other
+/// objects.
 pub fn tensor<'a>(value: &'a Bound<'_, PyAny>) -> Option<&'a Tensor> {
     let capsule = value.cast::<PyCapsule>().ok()?.as_ptr();
     // SAFETY: a capsule; by its name, DLPack promises what its pointer refers to.
@@ -128,7 +130,8 @@ pub fn new_capsule<'py, T: ArrayElement>(
     owned.managed.tensor.shape = owned.shape.as_ptr();
     owned.managed.tensor.strides = owned.strides.as_ptr();
     let owned = Box::into_raw(owned);
-    // SAFETY: a capsule that owns the tensor until somebody takes it over. Without one, the tensor is freed here.
+    // SAFETY: a capsule that owns the tensor until somebody takes it over. Without one, the tensor
+    // is freed here.
     unsafe {
         let capsule = ffi::PyCapsule_New(owned.cast(), UNUSED.as_ptr(), Some(destroy));
         match Bound::from_owned_ptr_or_err(py, capsule) {

@@ -39,7 +39,8 @@ enum Kernel {
 }
 
 const POINTWISE: &[&str] = &["groups: int", "interleave: int", "layout: string", "weight_layout: string"];
-/// In TensorFlow `padding` is empty for "same", or has the pixels at the top, bottom, left and right.
+/// In TensorFlow `padding` is empty for "same", or has the pixels at the top, bottom, left and
+/// right.
 const DEPTHWISE: &[&str] = &["stride: int", "padding: list(int)", "layout: string", "weight_layout: string"];
 const BIAS: &[&str] = &["interleave: int", "layout: string"];
 const PERMUTATION: &[&str] = &["step: int", "layout: string"];
@@ -87,7 +88,7 @@ impl Signature {
         format!("Kconv{}", name.split('_').map(capitalized).collect::<String>())
     }
 
-    /// Where a framework that asks for the result's shape learns it.
+    /// Where a framework learns the result's shape.
     pub fn result_like(&self) -> ResultLike {
         match self.kernel {
             Kernel::Single(Function::Interleave | Function::Deinterleave) => ResultLike::Operand,

@@ -54,9 +54,10 @@ impl FusedProgram {
     /// What each step does and how long it has taken since the last call.
     ///
     /// Returns:
-    ///     For each step its kind ("pointwise", "spatial", "copy", "mean"), the seconds in forward passes and in backward
-    ///     passes (in inference with a thread an image, of all threads), and for each image the forward pass's
-    ///     multiply-adds and the number of values that it reads and writes.
+    ///     For each step its kind ("pointwise", "spatial", "copy", "mean"), the seconds in forward
+    ///     passes and in backward passes (in inference with a thread an image, of all threads), and
+    ///     for each image the forward pass's multiply-adds and the number of values that it reads
+    ///     and writes.
     fn take_times(&self) -> Vec<(&'static str, f64, f64, usize, usize)> {
         let times = self.0.take_times().into_iter();
         times.map(|step| (step.kind, step.forward, step.backward, step.multiply_adds, step.values)).collect()
@@ -68,11 +69,13 @@ impl FusedProgram {
     ///     x: (N, C, H, W) or (N, H, W, C).
     ///     parameters: All parameters in a row.
     ///     masks: (masks, N) factors of images, or None for none.
-    ///     statistics: (2, norm channels) means and variances to normalise with; by default the batch's own.
+    ///     statistics: (2, norm channels) means and variances to normalise with; by default the
+    ///         batch's own.
     ///     layout: "NCHW" or "NHWC".
     ///
     /// Returns:
-    ///     The output, the statistics (zeros where there are no images), and what :meth:`backward` needs.
+    ///     The output, the statistics (zeros where there are no images), and what :meth:`backward`
+    ///     needs.
     ///
     /// Raises:
     ///     ValueError: If an array or the layout does not fit.
@@ -94,7 +97,8 @@ impl FusedProgram {
     ///
     /// Args:
     ///     x: (N, C, H, W) or (N, H, W, C).
-    ///     parameters: All parameters in a row, or a list of arrays that hold them one after the other.
+    ///     parameters: All parameters in a row, or a list of arrays that hold them one after the
+    ///         other.
     ///     statistics: (2, norm channels) means and variances to normalise with, or such a list.
     ///     layout: "NCHW" or "NHWC".
     #[pyo3(signature = (x, parameters, statistics, layout="NCHW"))]
@@ -109,7 +113,7 @@ impl FusedProgram {
         by_wide_dtype!(dtype("x", x)?, T => self.run::<T>(py, x, parameters, statistics, layout))
     }
 
-    /// The gradients by the input (None where the program does not want it) and by the parameters.
+    /// The gradients by the input (None if the program wants none) and by the parameters.
     ///
     /// Args:
     ///     grad_output: Like the output.
@@ -291,8 +295,8 @@ impl FusedProgram {
 /// Bytes of the large temporary memory that kconv recycles.
 ///
 /// Returns:
-///     A dictionary: ``used`` (held by running operations and by results that wait for their backward pass) and
-///     ``free`` (kept for later).
+///     A dictionary: ``used`` (held by running operations and by results that wait for their
+///     backward pass) and ``free`` (kept for later).
 ///
 /// Example:
 ///     >>> sorted(kconv.memory_stats())

@@ -35,14 +35,15 @@ impl From<NoMemory> for PyErr {
     }
 }
 
-/// Runs an operation without the GIL, on as many threads as PyTorch uses where kconv's own settings do not say how many.
+/// Runs an operation without the GIL, on as many threads as PyTorch uses where kconv's own settings
+/// do not say how many.
 fn compute<R: Send>(py: Python<'_>, operation: impl FnOnce() -> R + Send) -> PyResult<R> {
     follow_torch(py);
     Ok(py.detach(|| memory::catch(operation))?)
 }
 
-/// Uses as many threads as PyTorch, if the process has it: `torch.set_num_threads` and the one thread of a `DataLoader`'s worker
-/// hold here too. (PyTorch's answer takes 50 ns.)
+/// Uses as many threads as PyTorch, if the process has it: `torch.set_num_threads` and the one
+/// thread of a `DataLoader`'s worker hold here too. (PyTorch's answer takes 50 ns.)
 fn follow_torch(py: Python<'_>) {
     static GET_NUM_THREADS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     if pool::is_set() {
@@ -69,9 +70,10 @@ fn active() -> PyResult<IsaKind> {
 
 /// Sets how many threads the kernels use.
 ///
-/// Until then it is what the environment variable ``KCONV_NUM_THREADS`` says; without that, as many as PyTorch uses
-/// (``torch.set_num_threads``, and one in a worker of a ``DataLoader``) where it is imported; else what ``OMP_NUM_THREADS``
-/// says, or one thread for each CPU that the process may run on. Small work always stays on the calling thread.
+/// Until then it is what the environment variable ``KCONV_NUM_THREADS`` says; without that, as many
+/// as PyTorch uses (``torch.set_num_threads``, and one in a worker of a ``DataLoader``) where it is
+/// imported; else what ``OMP_NUM_THREADS`` says, or one thread for each CPU that the process may
+/// run on. Small work always stays on the calling thread.
 ///
 /// Args:
 ///     threads: Number of threads, at least 1.
@@ -105,8 +107,8 @@ fn get_num_threads(py: Python<'_>) -> usize {
 /// Describes this build of kconv.
 ///
 /// Returns:
-///     A dictionary: ``version``, ``isa`` (the instruction set in use), ``isas`` (all that this machine has,
-///     any of which the environment variable ``KCONV_ISA`` forces) and ``threads``.
+///     A dictionary: ``version``, ``isa`` (the instruction set in use), ``isas`` (all that this
+///     machine has, any of which the environment variable ``KCONV_ISA`` forces) and ``threads``.
 ///
 /// Example:
 ///     >>> info = kconv.build_info()
@@ -153,7 +155,8 @@ fn fma_peak(py: Python<'_>) -> PyResult<f64> {
 /// kconv's kernels.
 #[pymodule]
 fn _kconv(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    // Wrong settings are reported at import. What is found out once, and the fork handler, come while no other thread may fork.
+    // Wrong settings are reported at import. What is found out once, and the fork handler, come
+    // while no other thread may fork.
     active()?;
     pool::check_environment()?;
     simd::has_stream_prefetcher();

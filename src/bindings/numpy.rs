@@ -96,16 +96,19 @@ fn run<'py, T: ArrayElement>(
 
 /// Grouped pointwise (1x1) convolution, its output interleaved.
 ///
-/// Output channel ``o`` of group ``g`` is ``bias[o] + sum over i of weight[o, i] * x[channel i of group g]``; then the
-/// output's channels are interleaved by ``interleave`` at no cost (section 2 of "Grouped Pointwise Convolutions Reduce
-/// Parameters in Convolutional Neural Networks", MENDEL 28(1), 2022).
+/// Output channel ``o`` of group ``g`` is the sum of ``bias[o]`` and, over ``i``, ``weight[o, i]``
+/// times input channel ``i`` of group ``g``; then the output's channels are interleaved by
+/// ``interleave`` at no cost (section 2 of "Grouped Pointwise Convolutions Reduce Parameters in
+/// Convolutional Neural Networks", MENDEL 28(1), 2022).
 ///
 /// Args:
-///     x: (N, C_in, H, W), or (N, H, W, C_in) with ``layout="NHWC"``; float32, float64 or bfloat16 (ml_dtypes'; sums are of
-///         float32, and rounded once). Used where it is when its memory is contiguous in either order of axes; the result's
-///         memory then has the same order. Arrays may also be DLPack capsules of such tensors on the CPU; the result is a
-///         capsule where ``x`` is one.
-///     weight: (C_out, C_in/groups[, 1, 1]), or ([1, 1,] C_in/groups, C_out) with ``weight_layout="IO"``; dtype of ``x``.
+///     x: (N, C_in, H, W), or (N, H, W, C_in) with ``layout="NHWC"``; float32, float64 or bfloat16
+///         (ml_dtypes'; sums are of float32, and rounded once). Used where it is when its memory is
+///         contiguous in either order of axes; the result's memory then has the same order. Arrays
+///         may also be DLPack capsules of such tensors on the CPU; the result is a capsule where
+///         ``x`` is one.
+///     weight: (C_out, C_in/groups[, 1, 1]), or ([1, 1,] C_in/groups, C_out) with
+///         ``weight_layout="IO"``; dtype of ``x``.
 ///     bias: (C_out,) or None.
 ///     groups: Number of groups; divides C_in and C_out.
 ///     interleave: Step by which the output's channels are interleaved; 1 leaves them.
@@ -195,8 +198,8 @@ fn pointwise_conv_grad_input<'py>(
 ///     out: Array for the result, or None for a new one.
 ///
 /// Returns:
-///     (C_out, C_in/groups), or (C_in/groups, C_out) with ``weight_layout="IO"``. It does not depend on the number of
-///     threads.
+///     (C_out, C_in/groups), or (C_in/groups, C_out) with ``weight_layout="IO"``. It does not
+///     depend on the number of threads.
 ///
 /// Raises:
 ///     ValueError: If shapes, groups, step or a layout's name do not fit.
@@ -252,7 +255,7 @@ fn pointwise_conv_grad_bias<'py>(
     call(py, &Arguments { step: interleave, ..arguments }, &[grad_output], None)
 }
 
-/// Interleaves channels: concatenates, over ``s = 0 .. step-1``, the channels ``s, s + step, s + 2 * step, ...``.
+/// Interleaves channels: those ``s, s + step, ...`` for each ``s < step`` in turn.
 ///
 /// A permutation for every number of channels and step (section 2 of MENDEL 28(1), 2022).
 ///
@@ -322,11 +325,13 @@ fn deinterleave<'py>(
 ///
 /// Args:
 ///     x: (N, C, H, W), or (N, H, W, C) with ``layout="NHWC"``; float32, float64 or bfloat16.
-///     weight: (C, k, k) or (C, 1, k, k), or (k, k, C[, 1]) with ``weight_layout="IO"``; k is 3, 5 or 7.
+///     weight: (C, k, k) or (C, 1, k, k), or (k, k, C[, 1]) with ``weight_layout="IO"``; k is 3, 5
+///         or 7.
 ///     bias: (C,) or None.
 ///     stride: 1 or 2.
-///     padding: "same" (TensorFlow's: ceil(size / stride) outputs, an odd pixel of padding at the bottom and right),
-///         "valid" (none), an integer, or ((top, bottom), (left, right)); each less than k.
+///     padding: "same" (TensorFlow's: ceil(size / stride) outputs, an odd pixel of padding at the
+///         bottom and right), "valid" (none), an integer, or ((top, bottom), (left, right)); each
+///         less than k.
 ///     layout: "NCHW" or "NHWC".
 ///     weight_layout: "OI" or "IO".
 ///     out: Array for the result, or None for a new one.

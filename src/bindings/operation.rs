@@ -309,7 +309,8 @@ pub fn expect_values(name: &str, found: usize, expected: usize) -> Result<()> {
     if found == expected { Ok(()) } else { bail!("{name} has {found} values, expected {expected}") }
 }
 
-/// Checks that an array is a batch of images of these channels, height and width; how many there are.
+/// Checks that an array is a batch of images of these channels, height and width; how many there
+/// are.
 pub fn expect_images(name: &str, found: &[usize], layout: Order, size: [usize; 3]) -> Result<usize> {
     let count = Batch::new(name, found, layout)?.count;
     expect_shape(name, found, &Batch::of(count, size).shape(layout))?;

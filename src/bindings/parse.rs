@@ -18,7 +18,8 @@ fn integer(name: &str, value: &Bound<'_, PyAny>) -> PyResult<i64> {
     })
 }
 
-/// [`integer`] for each argument that is one, as PyO3's own message names neither argument nor value.
+/// [`integer`] for each argument that is one, as PyO3's own message names neither argument nor
+/// value.
 pub mod integers {
     use super::{Bound, PyAny, PyResult, integer};
 

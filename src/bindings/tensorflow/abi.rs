@@ -1,7 +1,7 @@
 //! The part of TensorFlow's C interface (`tensorflow/c/{ops,kernels}.h`) that registers operations.
 //!
-//! Its functions are looked up in the TensorFlow that the process has loaded, so nothing of it takes
-//! part in the build, and one binary serves every TensorFlow.
+//! Its functions are looked up in the TensorFlow that the process has loaded, so nothing of it
+//! takes part in the build, and one binary serves every TensorFlow.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,7 +21,8 @@ const OK: c_int = 0;
 const INVALID_ARGUMENT: c_int = 3;
 const RESOURCE_EXHAUSTED: c_int = 8;
 const INTERNAL: c_int = 13;
-/// The types of tensors, TensorFlow's codes of them, and what distinguishes the names of their kernels.
+/// The types of tensors, TensorFlow's codes of them, and what distinguishes the names of their
+/// kernels.
 const TYPES: [(Dtype, c_int, &str); 3] =
     [(Dtype::F32, 1, "Float"), (Dtype::F64, 2, "Double"), (Dtype::BF16, 14, "Bfloat16")];
 
@@ -98,7 +99,7 @@ type InferShape = unsafe extern "C" fn(Opaque, Opaque);
 
 static API: OnceLock<Api> = OnceLock::new();
 
-/// The functions; only code that TensorFlow calls, and so after [`load`], may ask for them.
+/// The functions; only code that TensorFlow calls, and so after [`load`], may use them.
 fn api() -> &'static Api {
     API.get().expect("the functions were looked up before anything was registered")
 }
@@ -121,7 +122,8 @@ pub fn load(path: &str) -> Result<bool> {
     Ok(API.set(api).is_ok())
 }
 
-/// Registers a function as an operation, whose name it returns, and its kernels, which `create` makes by [`create_kernel`].
+/// Registers a function as an operation, whose name it returns, and its kernels, which `create`
+/// makes by [`create_kernel`].
 pub fn register(signature: &'static Signature, create: Create) -> Result<String> {
     let (api, status, operation) = (api(), Status::new(), signature.operation());
     let name = text(&operation);
@@ -139,7 +141,8 @@ pub fn register(signature: &'static Signature, create: Create) -> Result<String>
             if operands == 1 { shape_of_input::<1> } else { shape_of_input::<2> }
         }
     };
-    // SAFETY: as TensorFlow's headers say; it copies all text and owns the builder that is registered.
+    // SAFETY: as TensorFlow's headers say; it copies all text and owns the builder that is
+    // registered.
     unsafe {
         let builder = (api.TF_NewOpDefinitionBuilder)(name.as_ptr());
         for input in &inputs {
@@ -390,7 +393,8 @@ unsafe extern "C" fn shape_of_input<const I: c_int>(context: Opaque, status: Opa
     }
 }
 
-/// Leaves the outputs' shapes open: this interface shows neither strings nor lists among the attributes.
+/// Leaves the outputs' shapes open: this interface shows neither strings nor lists among the
+/// attributes.
 unsafe extern "C" fn unknown_shape(context: Opaque, status: Opaque) {
     // SAFETY: as above.
     unsafe { (api().TF_ShapeInferenceContextSetUnknownShape)(context, status) }

@@ -19,7 +19,7 @@ use crate::memory;
 
 /// The newest minor version of major version 0 whose structs are known here.
 const NEWEST_MINOR: c_int = 3;
-/// The minor version of the frameworks that ask for ours without telling theirs.
+/// The minor version of the frameworks that want to know ours without telling theirs.
 const OLDEST_MINOR: c_int = 1;
 
 const EXTENSION_METADATA: c_int = 1;
@@ -255,12 +255,14 @@ impl RawBuffer {
     }
 
     fn buffer(&self) -> Result<Buffer<'_>> {
-        // SAFETY: XLA passes as many initialised values of that type, which do not change during the call.
+        // SAFETY: XLA passes as many initialised values of that type, which do not change during
+        // the call.
         Ok(unsafe { Buffer::new(self.array()?, self.data) })
     }
 
     fn output(&self) -> Result<Output<'_>> {
-        // SAFETY: XLA passes writable memory, which nothing else touches during the call; `serve` makes one of each.
+        // SAFETY: XLA passes writable memory, which nothing else touches during the call; `serve`
+        // makes one of each.
         Ok(unsafe { Output::new(self.array()?, self.data) })
     }
 }
