@@ -104,11 +104,11 @@ def keras_fingerprints() -> tuple[Call, int]:
     """The same of a Keras network, on JAX."""
     os.environ["KERAS_BACKEND"] = "jax"
     from kconv.keras import build
-    from kconv.keras.network import _plan
+    from kconv.keras._fusion import plan_of
     from kconv.models import create
 
     network = build(create("keffnet_b0", classes=10, input_shape=(32, 32, 3)))
-    calls = _plan(network).calls
+    calls = plan_of(network).calls
     assert calls.up_to_date
     return lambda: calls.up_to_date, len(network.layers)
 

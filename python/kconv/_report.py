@@ -27,7 +27,7 @@ class Report:
         kept: why a layer stayed as it was, by its name.
     """
 
-    action: Literal["accelerate", "compress", "restore", "to_native"]
+    action: Literal["accelerate", "compress", "fuse", "restore", "to_native"]
     changed: dict[str, str]
     kept: dict[str, str]
 

@@ -10,7 +10,7 @@ import pytest
 from keras import layers
 
 import kconv.keras as kk
-from kconv.keras.network import _plan
+from kconv.keras._fusion import plan_of as _plan
 from kconv.models.fusion import Segment
 
 

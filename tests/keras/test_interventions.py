@@ -15,7 +15,7 @@ import pytest
 from keras import layers
 
 import kconv.keras as kk
-from kconv.keras.network import _plan
+from kconv.keras._fusion import plan_of as _plan
 
 BACKEND = keras.backend.backend()
 

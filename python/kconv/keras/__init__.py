@@ -16,6 +16,7 @@ from kconv.keras._freeze import freeze
 from kconv.keras.blocks import kPointwiseConv2D
 from kconv.keras.builder import build
 from kconv.keras.convert import accelerate, compress, report, to_native
+from kconv.keras.fuse import fuse, restore
 from kconv.keras.layers import (
     CopyChannels,
     DepthwiseConv2D,
@@ -41,8 +42,10 @@ __all__ = [
     "build",
     "compress",
     "freeze",
+    "fuse",
     "kPointwiseConv2D",
     "report",
+    "restore",
     "to_native",
 ]
 

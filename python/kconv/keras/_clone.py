@@ -20,6 +20,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from kconv.keras._fusion import WALK
 from kconv.keras._initialize import call_new_layer
 
 Tensor = Any
@@ -145,7 +146,7 @@ def own_methods(layer: Any) -> list[str]:
         for name, value in vars(layer).items()
         if callable(value)
         and callable(getattr(type(layer), name, None))
-        and name not in _SET_BY_KERAS
+        and name not in (*_SET_BY_KERAS, WALK)  # the latter by `fuse`, which copies are without
     ]
 
 

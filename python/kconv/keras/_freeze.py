@@ -92,7 +92,7 @@ def _known(layer: graph.Layer, calls: CallGraph) -> graph.Layer:
     """A layer of a class that can be frozen."""
     if type(layer) is not graph.Layer:
         return layer
-    own = calls.nodes[layer.name].operation
+    own = calls.operations[layer.name]
     found = None
     if "call" not in vars(own) and getattr(own, "dtype", "float32") in ("float32", "float64"):
         common = {"name": layer.name, "inputs": layer.inputs, "shape": layer.shape}
@@ -130,33 +130,25 @@ def _lift(
         )
     if kind is layers.GlobalMaxPooling2D:
         return graph.GlobalPool(**common, kind="max", keepdims=own.keepdims)
-    if kind in (layers.MaxPooling2D, layers.AveragePooling2D):
-        size, strides = own.pool_size, own.strides
-        if len({*size}) > 1 or len({*strides}) > 1:
-            return None
-        return graph.Pool(
-            **common,
-            kind="max" if kind is layers.MaxPooling2D else "avg",
-            pool_size=size[0],
-            strides=strides[0],
-            padding=own.padding,
-        )
-    if kind is layers.ReLU and (own.max_value, own.negative_slope, own.threshold) == (None, 0, 0):
-        return graph.Activation(**common, kind="relu")
     return None
 
 
 def _weights_of(found: graph.Graph, calls: CallGraph) -> dict[tuple[str, str], Array]:
     arrays = {}
     for layer, weight in expected_weights(found):
-        own = calls.nodes[layer].operation
-        kind = keras_class(own)
-        name = weight if hasattr(own, weight) else "kernel"  # of a depthwise convolution
-        variable = getattr(own, name)
+        own = calls.operations[layer]
         shape = found[layer].weights()[weight]
-        if variable is None:  # a dense layer without bias
+        variable = calls.variables.get((layer, weight))
+        if variable is None:  # of a dense layer
+            variable = getattr(own, weight)
+        if variable is None:  # it has no bias
             arrays[layer, weight] = np.zeros(shape, np.float32)
             continue
         values = np.asarray(keras.ops.convert_to_numpy(variable)).astype(np.float32)
+        kind = _CLASSES.get(type(found[layer])) or keras_class(own)
         arrays[layer, weight] = np.array(layout(kind, weight, shape).to_torch(values), order="C")
     return arrays
+
+
+_CLASSES = {graph.Conv: "Conv2D", graph.DepthwiseConv: "DepthwiseConv2D"}
+"""Of the parts of a separable convolution, too."""

@@ -24,6 +24,7 @@ from kconv._report import Report
 from kconv.keras._clone import Changes, Exchange, Graph, Plan, clone, copied, from_config
 from kconv.keras._initialize import call_new_layer
 from kconv.keras.blocks import apply_plan
+from kconv.keras.fuse import fusion_report, is_fused
 from kconv.keras.layers import (
     CopyChannels,
     DepthwiseConv2D,
@@ -43,6 +44,9 @@ _REPORTS: WeakKeyDictionary[keras.Model, Report] = WeakKeyDictionary()
 def report(model: keras.Model) -> Report:
     """What the conversion that made a model changed, what it kept, and why.
 
+    Of a model that :func:`~kconv.keras.fuse` was given: which layers run fused as they are now, in
+    which chain, and why others do not.
+
     Example:
         >>> x = keras.Input((8, 8, 16))
         >>> model = keras.Model(x, layers.Conv2D(24, 1, dilation_rate=2, name="dilated")(x))
@@ -51,7 +55,7 @@ def report(model: keras.Model) -> Report:
           kept     dilated  dilation_rate=(2, 2) has no kernel
 
     Args:
-        model: a result of :func:`accelerate`, :func:`compress` or :func:`to_native`.
+        model: a result of :func:`accelerate`, :func:`compress` or :func:`to_native`, or fused.
 
     Returns:
         The report, in which layers inside of models have the names "model/layer".
@@ -59,6 +63,8 @@ def report(model: keras.Model) -> Report:
     Raises:
         ValueError: if none of these functions made the model.
     """
+    if is_fused(model):
+        return fusion_report(model)
     if model not in _REPORTS:
         raise ValueError(f"the model {model.name!r} does not come from a conversion by kconv.keras")
     return _REPORTS[model]

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from kconv import ktypes
-from kconv.keras._graph import ACTIVATION_NAMES
+from kconv.keras._lift import ACTIVATION_NAMES
 from kconv.keras._model import model_of
 from kconv.keras._native import LAYOUTS
 from kconv.models import graph

@@ -49,7 +49,7 @@ from kconv.models.graph import (
     ZeroPad,
 )
 
-__all__ = ["Program", "Segment", "UnfitError", "partition"]
+__all__ = ["Program", "Segment", "UnfitError", "is_fusable", "partition"]
 
 WeightLayout = Literal["OI", "IO"]
 
@@ -182,7 +182,9 @@ def _partition(graph: Graph) -> tuple[Layer | Segment, ...]:
     for layer in graph.layers:
         for source in layer.inputs:
             readers[source].append(layer)
-    free = {layer.name: layer for layer in graph.layers[1:] if _fusable(layer, readers[layer.name])}
+    free = {
+        layer.name: layer for layer in graph.layers[1:] if is_fusable(layer, readers[layer.name])
+    }
     segments: dict[str, Segment] = {}
     fused: set[str] = set()
     shapes = {layer.name: layer.shape for layer in graph.layers}
@@ -225,7 +227,8 @@ def _grown(
             return found
 
 
-def _fusable(layer: Layer, readers: list[Layer]) -> bool:
+def is_fusable(layer: Layer, readers: Sequence[Layer] = ()) -> bool:
+    """Whether a segment can hold a layer, which a padding's readers are asked about, too."""
     match layer:
         case Conv():
             fits = layer.strides in ((1, 1), (2, 2)) and max(layer.kernel_size) <= _MAX_KERNEL
