@@ -1,8 +1,10 @@
 //! Plans: how an operation is computed, as a value that can be printed, forced and tested.
 //!
 //! Each operation has one table of [`Candidate`]s for each layout and direction. The cheapest
-//! candidate that applies is the plan; tests run every candidate that applies.
+//! candidate that applies is the plan ([`choose`]), unless one is forced ([`with_algorithm`]);
+//! tests run every candidate that applies.
 
+use std::cell::RefCell;
 use std::fmt::{Debug, Display, Write};
 
 use crate::simd::IsaKind;
@@ -28,22 +30,35 @@ pub struct Caps {
     pub lanes: usize,
     /// Whether there is an instruction that permutes a vector's values.
     pub permute: bool,
+    /// Products that one instruction adds to a sum: 2 with AVX512-BF16, else 1.
+    pub terms: usize,
+    /// Bytes of a value as it is stored.
+    pub bytes: usize,
+    /// Bytes of a value as it is computed with.
+    pub wide_bytes: usize,
 }
 
 impl Caps {
     /// Those of an instruction set for values of type `T`.
     pub fn new<T: Element>(isa: IsaKind) -> Self {
-        Self { isa, lanes: lanes::<T::Wide>(isa), permute: has_permute::<T>(isa) }
+        Self {
+            isa,
+            lanes: lanes::<T::Wide>(isa),
+            permute: has_permute::<T>(isa),
+            terms: if T::bf16_dot(isa).is_some() { 2 } else { 1 },
+            bytes: size_of::<T>(),
+            wide_bytes: size_of::<T::Wide>(),
+        }
     }
 }
 
-/// One way to compute problems of type `P`.
+/// An algorithm for problems of type `P`.
 pub struct Candidate<P, A> {
     /// Which one.
     pub algorithm: A,
     /// Whether it can compute a problem at all.
     pub applies: fn(&P, &Caps) -> bool,
-    /// What it costs: the time of so many multiply-adds of vectors.
+    /// What it costs, in multiply-adds of vectors.
     pub cost: fn(&P, &Caps) -> f64,
 }
 
@@ -56,6 +71,79 @@ pub fn applicable<P, A: Copy>(table: &[Candidate<P, A>], problem: &P, caps: &Cap
 /// The cheapest of some candidates, the first of those that cost the same.
 pub fn cheapest<A>(candidates: impl Iterator<Item = (A, f64)>) -> Option<(A, f64)> {
     candidates.reduce(|best, next| if next.1 < best.1 { next } else { best })
+}
+
+thread_local! {
+    static FORCED: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Makes this thread's calls take the algorithm of this name, or choose again with `None`; returns
+/// the name that was forced before. Calls whose tables do not offer it panic, naming it.
+pub fn force(algorithm: Option<String>) -> Option<String> {
+    FORCED.replace(algorithm)
+}
+
+/// Calls `body` with an algorithm forced on this thread's calls.
+pub fn with_algorithm<R>(algorithm: impl Debug, body: impl FnOnce() -> R) -> R {
+    struct Restore(Option<String>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            force(self.0.take());
+        }
+    }
+    let _restore = Restore(force(Some(format!("{algorithm:?}"))));
+    body()
+}
+
+/// The forced candidate of a table, or else the cheapest that applies.
+///
+/// # Panics
+/// If the forced one is none of the table's, or does not apply.
+pub fn choose<P: Debug, A: Copy + Debug>(table: &[Candidate<P, A>], problem: &P, caps: &Caps) -> (A, f64) {
+    let found = FORCED.with_borrow(|forced| match forced {
+        None => cheapest(applicable(table, problem, caps)),
+        Some(name) => {
+            let found = applicable(table, problem, caps).find(|(algorithm, _)| format!("{algorithm:?}") == *name);
+            Some(found.unwrap_or_else(|| panic!("algorithm={name:?} does not apply to {problem:?}")))
+        }
+    });
+    found.unwrap_or_else(|| panic!("no algorithm for {problem:?}"))
+}
+
+/// A candidate for a problem, as `kconv.explain` returns it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Explained {
+    /// The algorithm's name.
+    pub algorithm: String,
+    /// Whether its kernel takes the problem.
+    pub applies: bool,
+    /// What it costs, in vectors of multiply-adds, where it applies.
+    pub cost: Option<f64>,
+    /// Whether it is what a call runs.
+    pub chosen: bool,
+    /// The files of its microkernels, and what they are given.
+    pub detail: String,
+}
+
+/// All candidates of a table for a problem, in the table's order.
+pub fn explained<P: Debug, A: Copy + PartialEq + Debug>(
+    table: &[Candidate<P, A>],
+    problem: &P,
+    caps: &Caps,
+    detail: impl Fn(A) -> String,
+) -> Vec<Explained> {
+    let (chosen, _) = choose(table, problem, caps);
+    let explained = |candidate: &Candidate<P, A>| {
+        let applies = (candidate.applies)(problem, caps);
+        Explained {
+            algorithm: format!("{:?}", candidate.algorithm),
+            applies,
+            cost: applies.then(|| (candidate.cost)(problem, caps)),
+            chosen: candidate.algorithm == chosen,
+            detail: detail(candidate.algorithm),
+        }
+    };
+    table.iter().map(explained).collect()
 }
 
 /// A table of all candidates for a problem, the chosen one marked: what `kconv.explain` prints.

@@ -4,16 +4,13 @@ use std::mem::MaybeUninit;
 
 use half::bf16;
 
-use crate::shape::{
-    Depthwise, Images, Order, Padding, Pointwise, Sides, Size2, WeightLayout, WeightStrides, interleave_dst_index,
-    interleave_src_index,
-};
+use crate::shape::{Images, Order, Pointwise, WeightLayout, WeightStrides, interleave_dst_index, interleave_src_index};
 use crate::simd::IsaKind;
 use crate::simd::element::Element;
-use crate::{conv1x1, dwconv, interleave};
+use crate::{conv1x1, interleave};
 
 /// Uniform values in -1..1 (xorshift).
-fn random<T: Element>(len: usize, seed: u64) -> Vec<T> {
+pub(crate) fn random<T: Element>(len: usize, seed: u64) -> Vec<T> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..len)
         .map(|_| {
@@ -26,14 +23,15 @@ fn random<T: Element>(len: usize, seed: u64) -> Vec<T> {
 }
 
 /// Runs an operation on an output full of NaN, so that a value it leaves out shows.
-fn run<T: Element>(len: usize, operation: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
+pub(crate) fn run<T: Element>(len: usize, operation: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
     let mut out = vec![MaybeUninit::new(T::from_f64(f64::NAN)); len];
     operation(&mut out);
     // SAFETY: initialised above.
     out.into_iter().map(|value| unsafe { value.assume_init() }).collect()
 }
 
-fn check<T: Element>(actual: &[T], expected: &[f64], what: &dyn Fn() -> String) {
+/// That values are those expected, up to the rounding of their type.
+pub(crate) fn check<T: Element>(actual: &[T], expected: &[f64], what: &dyn Fn() -> String) {
     // Of the largest value, for sums in another order; and of each value, where it is rounded to 8 bits at the end.
     let (tolerance, rounding) = match size_of::<T>() {
         2 => (2e-5, 1.0 / 256.0),
@@ -53,7 +51,7 @@ fn check<T: Element>(actual: &[T], expected: &[f64], what: &dyn Fn() -> String) 
 }
 
 /// Where channel `c` of pixel `p` of image `n` stands.
-fn place(images: Images, n: usize, p: usize, c: usize) -> usize {
+pub(crate) fn place(images: Images, n: usize, p: usize, c: usize) -> usize {
     match images.order {
         Order::Nchw => (n * images.channels + c) * images.pixels + p,
         Order::Nhwc => (n * images.pixels + p) * images.channels + c,
@@ -198,81 +196,6 @@ fn the_largest_groups_match_the_reference() {
             pointwise_case::<f32>(isa, &shape, images);
             pointwise_case::<f64>(isa, &shape, images);
         }
-    }
-}
-
-fn depthwise_case<T: Element>(isa: IsaKind, shape: &Depthwise) {
-    let image = |vertical: usize, horizontal: usize| Images {
-        count: shape.count,
-        pixels: vertical * horizontal,
-        channels: shape.channels,
-        order: shape.order,
-    };
-    let (rows, columns) = (shape.vertical, shape.horizontal);
-    let (input, output) = (image(rows.input, columns.input), image(rows.output, columns.output));
-    let x = random::<T>(shape.input_len(), 1);
-    let weight = random::<T>(shape.weights(), 2);
-    let grad = random::<T>(shape.output_len(), 3);
-    let mut y = vec![0.0; shape.output_len()];
-    let (mut grad_x, mut grad_w) = (vec![0.0; shape.input_len()], vec![0.0; shape.weights()]);
-    for (n, c) in (0..shape.count).flat_map(|n| (0..shape.channels).map(move |c| (n, c))) {
-        for (p, tap) in (0..output.pixels).flat_map(|p| (0..shape.kernel * shape.kernel).map(move |tap| (p, tap))) {
-            let (row, column) = (p / columns.output, p % columns.output);
-            let from_row = (row * shape.stride + tap / shape.kernel).wrapping_sub(rows.before);
-            let from_column = (column * shape.stride + tap % shape.kernel).wrapping_sub(columns.before);
-            if from_row < rows.input && from_column < columns.input {
-                let to = place(output, n, p, c);
-                let from = place(input, n, from_row * columns.input + from_column, c);
-                let w = shape.weight_index(c, tap);
-                y[to] += x[from].to_f64() * weight[w].to_f64();
-                grad_x[from] += grad[to].to_f64() * weight[w].to_f64();
-                grad_w[w] += grad[to].to_f64() * x[from].to_f64();
-            }
-        }
-    }
-    let what = || format!("{} {shape:?}", isa.name());
-    let actual = run(y.len(), |out| dwconv::forward(isa, shape, &x, &weight, None, out));
-    check(&actual, &y, &what);
-    let actual = run(grad_x.len(), |out| dwconv::grad_input(isa, shape, &grad, &weight, out));
-    check(&actual, &grad_x, &what);
-    let actual = run(grad_w.len(), |out| dwconv::grad_weight(isa, shape, &x, &grad, out));
-    check(&actual, &grad_w, &what);
-}
-
-#[test]
-#[cfg_attr(miri, ignore = "hours; the next test is its small one")]
-fn depthwise_matches_the_reference() {
-    let paddings = [Padding::Same, Padding::Valid, Padding::Explicit(Sides { top: 0, bottom: 2, left: 1, right: 1 })];
-    for isa in IsaKind::available() {
-        for (count, channels, size) in
-            [(0, 3, [7, 7]), (2, 3, [0, 0]), (1, 1, [7, 8]), (2, 17, [9, 7]), (1, 33, [8, 19]), (1, 512, [7, 7])]
-        {
-            let size = Size2 { height: size[0], width: size[1] };
-            for (kernel, stride) in [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1), (7, 2)] {
-                for order in [Order::Nchw, Order::Nhwc] {
-                    for padding in paddings {
-                        let layout = WeightLayout::Io;
-                        let shape =
-                            Depthwise::new(count, channels, size, kernel, stride, padding, order, layout).unwrap();
-                        depthwise_case::<bf16>(isa, &shape);
-                        depthwise_case::<f32>(isa, &shape);
-                        depthwise_case::<f64>(isa, &shape);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// One small shape for each stride, order and element type: what Miri has the time for.
-#[test]
-fn small_depthwise_matches_the_reference() {
-    let portable = IsaKind::by_name("portable").unwrap();
-    for (stride, order) in [(1, Order::Nchw), (1, Order::Nhwc), (2, Order::Nchw), (2, Order::Nhwc)] {
-        let shape = Depthwise::new(1, 2, Size2::square(3), 3, stride, Padding::Same, order, WeightLayout::Oi).unwrap();
-        depthwise_case::<bf16>(portable, &shape);
-        depthwise_case::<f32>(portable, &shape);
-        depthwise_case::<f64>(portable, &shape);
     }
 }
 

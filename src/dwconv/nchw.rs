@@ -1,55 +1,50 @@
-//! Planes of one channel of some images: what convolutions of more than one pixel run over.
-//!
-//! Depthwise convolutions see them as they come ([`Taps`]). Others see them padded and side by side ([`Planes`]):
-//!
-//! ```text
-//!          step            step
-//!   . a a a a a . b b b b b . c c c c c .     a row of the planes of images a, b and c; dots are zeros
-//!     y y y y y   y y y y y   y y y y y       what a convolution makes of it; between the images, nothing of use
-//! ```
-//!
-//! So a call of a kernel has long rows to work on however small the planes are, and neighbours share their zeros. At a
-//! stride of 2 the padded planes are split by the parity of their rows and columns; every tap of a kernel is then a shifted
-//! view of one of the parts.
+//! Depthwise convolutions over NCHW planes: of some channels of some images at a time.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::polyphase::{Phase, most_pixels};
-use crate::microkernels::dwconv_nchw::{DwConvNchw, DwConvNchwGradWeight, Results, tap_rows};
-use crate::microkernels::dwconv_nchw_s2_grad::{Stride2Grad, row_pairs, stride2_taps};
-use crate::microkernels::row_copy::{NarrowRows, SplitRows, WidenRows, ZipRows};
+pub(crate) use super::padded_planes::{Planes, merge};
+use super::plan::{Algorithm, pairs_fit};
+use super::polyphase::Phase;
+use super::{Correlation, TASKS_PER_THREAD, WeightGrad};
+use crate::microkernels::conv1x1_nchw::SumSlots;
+use crate::microkernels::dwconv_nchw::{DwConvNchw, DwConvNchwGradWeight, Results};
+use crate::microkernels::dwconv_nchw_s2_grad::{DwConvNchwS2Grad, row_pairs};
 use crate::microkernels::tap_view::TapView;
 use crate::parallel::Shared;
-use crate::pool::chunks;
-use crate::simd::element::{Element, lanes, writable};
+use crate::pool::{chunks, parallel_for, part};
+use crate::scratch::{self, cut};
+use crate::shape::Depthwise;
+use crate::simd::element::{Element, lanes};
 use crate::simd::{IsaKind, line};
 
-/// How many values ahead of a plane to ask for others, at least, where planes follow each other, each too short for the
-/// processor to look ahead by itself. (A 5x5 depthwise convolution of 64 x 672 planes of 19 x 19 at stride 2 takes 15.7 ms of
-/// a thread without, 11.4 with the next plane asked for, 11.1 with this. A 3x3 one of 16 x 512 planes of 28 x 28 at stride 1
-/// takes 3.3 ms without, 2.6 with this, its gradient by the weight 5.8 and 3.6.)
-const AHEAD: usize = 1024;
-
-/// How far ahead of a plane of so many pixels to ask for others that follow it.
-pub(crate) fn ahead(pixels: usize) -> usize {
-    AHEAD.max(pixels)
-}
-
-/// Pixels that are computed together, about: all that is done to them stays in the L1 cache.
+/// Pixels of neighbouring channels' planes that are read together, about.
+const CHANNEL_PIXELS: usize = 512;
+/// Channels whose sums of products are kept together, at most.
+const MAX_CHANNELS: usize = 64;
+/// Images whose planes of one channel go through a kernel together, at most.
+const IMAGES: usize = 4;
+/// The shortest prefetch distance where planes follow each other, in values: planes are too short
+/// for the processor's own prefetcher.
+const PREFETCH_DISTANCE: usize = 1024;
+/// Pixels that are computed together, about: all that is done to them stays in L1.
 const BLOCK_PIXELS: usize = 1024;
 /// The fewest rows of a plane that are computed together: those above and below are read again.
 const BAND_ROWS: usize = 8;
 
-/// How many planes of so many pixels are computed together, of at most `most`.
+/// The prefetch distance from a plane of `pixels` to those that follow it.
+pub(crate) fn ahead(pixels: usize) -> usize {
+    PREFETCH_DISTANCE.max(pixels)
+}
+
+/// How many planes of `pixels` are computed together, of at most `most`.
 pub(crate) fn planes_together(pixels: usize, most: usize) -> usize {
     (BLOCK_PIXELS / pixels.max(1)).clamp(1, most.max(1))
 }
 
-/// Rows of results that are computed together, of so many rows and columns: of large planes few enough that they and what they
-/// see stay in the L1 cache while neighbouring columns are computed; of the larger of both there are `scale` times as many rows
-/// and columns. (3x3 over 16 x 32 planes of 112 x 112: 1.46 ms of two threads all rows at once, 1.25 in bands; the gradient by
-/// the weight 2.4 and 2.0.)
+/// Rows of results that are computed together: of large planes few enough that they and what they
+/// see stay in L1 while neighbouring columns are computed. The larger of both has `scale` times as
+/// many rows and columns.
 fn bands([rows, columns]: [usize; 2], scale: usize) -> impl Iterator<Item = Range<usize>> {
     let most = (BLOCK_PIXELS / (scale * columns).max(1)).max(BAND_ROWS);
     // Even ones, as a vector may hold two rows.
@@ -57,118 +52,121 @@ fn bands([rows, columns]: [usize; 2], scale: usize) -> impl Iterator<Item = Rang
     chunks(0..rows, band.max(1))
 }
 
-/// The layout of padded planes.
-pub(crate) struct Planes {
-    /// Height and width of a plane.
-    input: [usize; 2],
-    stride: usize,
-    /// Zeros above and at the left.
-    before: [usize; 2],
-    /// Columns from an image to the next.
-    pub(crate) step: usize,
-    /// Columns of a row, and values of a part.
-    pub(crate) pitch: usize,
-    part: usize,
-}
-
-impl Planes {
-    /// Planes that the pixels of vertical and horizontal phases see, of so many images.
-    pub(crate) fn new(phases: [&[Phase]; 2], images: usize) -> Self {
-        Self::at_least(phases, images, [0, 0])
-    }
-
-    /// Layouts for the planes that `x` sees and those that `g` sees which agree in their steps and pitches.
-    pub(crate) fn pair(x: [&[Phase]; 2], g: [&[Phase]; 2], images: usize) -> [Self; 2] {
-        let needs = [x, g].map(|phases| Self::new(phases, images)).map(|planes| [planes.step, planes.pitch]);
-        let step = needs[0][0].max(needs[1][0]);
-        let needs = [x, g].map(|phases| Self::at_least(phases, images, [step, 0]).pitch);
-        [x, g].map(|phases| Self::at_least(phases, images, [step, needs[0].max(needs[1])]))
-    }
-
-    fn at_least(phases: [&[Phase]; 2], images: usize, [step, pitch]: [usize; 2]) -> Self {
-        let stride = phases[0].first().map_or(1, |phase| phase.in_step);
-        let input = phases.map(|phases| phases.first().map_or(0, |phase| phase.input));
-        let before = phases.map(|phases| phases.iter().map(|phase| -phase.span().0).max().unwrap_or(0).max(0) as usize);
-        // Padded pixels of one image, up to the last that a tap sees.
-        let seen = [0, 1].map(|axis| {
-            let end = |phase: &Phase| {
-                let (low, span) = phase.span();
-                // There are as many pixels before the plane as the lowest tap needs.
-                let first = before[axis].saturating_add_signed(low);
-                first + phase.in_step * (phase.count.max(1) - 1) + span + 1
-            };
-            phases[axis].iter().map(end).max().unwrap_or(0)
+impl<T: Element> Correlation<'_, T> {
+    /// The planes of some channels of some images at a time, those images' other channels after
+    /// them, so that memory is read and written in its order.
+    pub(super) fn planes(&self) {
+        let Depthwise { count, channels, kernel, .. } = *self.shape;
+        let (pixels, size) = (self.vertical[0].input * self.horizontal[0].input, self.output);
+        let out_pixels = size[0] * size[1];
+        let parts = count.div_ceil(IMAGES);
+        let tiles = (self.threads * TASKS_PER_THREAD).div_ceil(parts).min(channels);
+        let bias: Vec<_> =
+            (0..channels).map(|c| self.bias.map_or(T::Wide::default(), |bias| bias[c].widen())).collect();
+        let conv = PlaneConv::planned(self.algorithm, &self.vertical, &self.horizontal, kernel);
+        let taps = kernel * kernel;
+        scratch::with(channels * taps, |weights: &mut [T::Wide]| {
+            for (c, weights) in weights.chunks_exact_mut(taps).enumerate() {
+                for (weight, tap) in weights.iter_mut().zip(conv.order().iter().flatten()) {
+                    *weight = self.weight[self.shape.weight_index(c, *tap)].widen();
+                }
+            }
+            parallel_for(self.threads, parts * tiles, |task| {
+                let (range, images) = (part(channels, tiles, task % tiles), part(count, parts, task / tiles));
+                with_wide(self.isa, self.x, [channels, pixels], range, images.clone(), |channel, x, step| {
+                    let first = (images.start * channels + channel.start) * out_pixels;
+                    // SAFETY: planes of the output, which no other task writes.
+                    unsafe {
+                        conv.run(
+                            self.isa,
+                            x,
+                            [(images.len(), step), (channel.len(), pixels)],
+                            &weights[channel.start * taps..channel.end * taps],
+                            &bias[channel],
+                            (self.y.at(first), [channels * out_pixels, out_pixels], size),
+                        );
+                    }
+                });
+            });
         });
-        let count = most_pixels(phases[1]);
-        let step = step
-            .max(count)
-            // The next image's pixels are not seen, nor do this one's reach the next one's zeros.
-            .max(seen[1].saturating_sub(before[1]).div_ceil(stride))
-            .max((before[1] + input[1]).min(seen[1]).div_ceil(stride));
-        let pitch = pitch.max(images * step + seen[1].div_ceil(stride).saturating_sub(step));
-        Self { input, stride, before, step, pitch, part: seen[0].div_ceil(stride) * pitch }
-    }
-
-    /// Rows of a part.
-    fn rows(&self) -> usize {
-        self.part / self.pitch.max(1)
-    }
-
-    /// Values of a channel's padded planes: behind the last row, whole vectors can be read.
-    pub(crate) fn len<T>(&self) -> usize {
-        self.stride * self.stride * self.part + line::<T>()
-    }
-
-    /// Where the view starts that sees input pixel `[y, x]` at output pixel 0.
-    pub(crate) fn tap(&self, [y, x]: [isize; 2]) -> usize {
-        let (y, x) = ((self.before[0] as isize + y) as usize, (self.before[1] as isize + x) as usize);
-        let stride = self.stride;
-        (y % stride * stride + x % stride) * self.part + y / stride * self.pitch + x / stride
-    }
-
-    /// Columns of some images' results of `width` pixels.
-    pub(crate) fn columns(&self, images: usize, width: usize) -> usize {
-        (images - 1) * self.step + width
-    }
-
-    /// Writes the planes of images that follow each other, the first one's first.
-    pub(crate) fn write_all<T: Element>(&self, isa: IsaKind, planes: &[T], padded: &mut [T::Wide]) {
-        for (image, plane) in planes.chunks_exact(self.input[0] * self.input[1]).enumerate() {
-            self.write(isa, image, plane, padded);
-        }
-    }
-
-    /// Writes an image's plane into the padded ones, which hold zeros where planes do not reach.
-    fn write<T: Element>(&self, isa: IsaKind, image: usize, plane: &[T], padded: &mut [T::Wide]) {
-        let (stride, [top, left], width) = (self.stride, self.before, self.input[1]);
-        // What lies beyond the last tap of the last output pixel is not read.
-        let rows = self.input[0].min((stride * self.rows()).saturating_sub(top));
-        let columns = width.min((stride * self.step).saturating_sub(left));
-        let (start, ahead) = (image * self.step, ahead(plane.len()));
-        if stride == 1 {
-            let y = (writable(&mut padded[start + top * self.pitch + left..]), self.pitch);
-            isa.run(WidenRows { x: (plane, width), y, size: [rows, columns], ahead });
-            return;
-        }
-        // Rows of one parity at a time; an odd border puts the first pixel into an odd column.
-        for first in 0..rows.min(2) {
-            let (x, y) = (&plane[first * width..], first + top);
-            let line = &mut padded[start + y % 2 * 2 * self.part + y / 2 * self.pitch..];
-            let (even, odd) = line.split_at_mut(self.part);
-            let y = match left % 2 {
-                0 => [&mut even[left / 2..], &mut odd[left / 2..]],
-                _ => [&mut odd[left / 2..], &mut even[left / 2 + 1..]],
-            };
-            let size = [(rows - first).div_ceil(2), columns];
-            isa.run(SplitRows { x: (x, 2 * width), y: (y, self.pitch), size, ahead });
-        }
     }
 }
 
-/// The taps of a depthwise kernel through which the pixels of a vertical and a horizontal phase see planes.
-///
-/// Nothing is padded before, nor put together after: 3x3 over 16 x 512 planes of 14 x 14 takes 0.56 ms of a thread, over
-/// padded ones side by side 1.07; 28 x 28 2.4 and 5.1; 16 x 64 of 112 x 112 5.3 and 8.2; of 113 x 113 at stride 2 3.4 and 5.3.
+impl<T: Element> WeightGrad<'_, T> {
+    /// Channels are independent of each other.
+    pub(super) fn planes(&self, grad_weight: &mut [MaybeUninit<T>]) {
+        let shared = Shared::new(grad_weight);
+        let channels = self.shape.channels;
+        let tiles = channels.div_ceil(MAX_CHANNELS).max(self.threads * TASKS_PER_THREAD).min(channels);
+        parallel_for(self.threads, tiles, |task| {
+            // SAFETY: each channel's weights are written by one task.
+            let write = |c, tap, sum| unsafe {
+                shared.ptr().add(self.shape.weight_index(c, tap)).write(T::narrow(self.checked(c, tap, sum)))
+            };
+            self.channels(part(channels, tiles, task), write);
+        });
+    }
+
+    /// The sums of some channels over all images.
+    fn channels(&self, range: Range<usize>, mut write: impl FnMut(usize, usize, T::Wide)) {
+        let Depthwise { count, channels, kernel, .. } = *self.shape;
+        let taps = Taps::new(self.algorithm.vector_rows(), &self.vertical, &self.horizontal, kernel);
+        let pixels = self.vertical.input * self.horizontal.input;
+        let size = [self.vertical.count, self.horizontal.count];
+        let out_pixels = size[0] * size[1];
+        let slots_len = taps.len() * line::<T::Wide>();
+        let lens = [range.len() * slots_len, taps.len()];
+        scratch::with(lens.iter().sum(), |memory: &mut [T::Wide]| {
+            let [slots, sums] = cut(memory, lens);
+            slots.fill(T::Wide::default());
+            for images in chunks(0..count, IMAGES) {
+                with_wide(self.isa, self.x, [channels, pixels], range.clone(), images.clone(), |channel, x, step| {
+                    let slots =
+                        &mut slots[(channel.start - range.start) * slots_len..(channel.end - range.start) * slots_len];
+                    let g = &self.grad_output[(images.start * channels + channel.start) * out_pixels..];
+                    let planes = [(images.len(), step), (channel.len(), pixels)];
+                    taps.sum(self.isa, x, planes, (g, [channels * out_pixels, out_pixels], size), slots);
+                });
+            }
+            for (c, slots) in range.zip(slots.chunks_exact(slots_len)) {
+                self.isa.run(SumSlots(slots, sums));
+                taps.indices().for_each(|(tap, index)| write(c, tap, sums[index]));
+            }
+        });
+    }
+}
+
+/// Calls `body` with some channels at a time, of `range`, of the planes of `[channels, pixels]` of
+/// some images: the channels, their planes widened, and the distance from one image's to the
+/// next's.
+fn with_wide<T: Element>(
+    isa: IsaKind,
+    x: &[T],
+    [channels, pixels]: [usize; 2],
+    range: Range<usize>,
+    images: Range<usize>,
+    mut body: impl FnMut(Range<usize>, &[T::Wide], usize),
+) {
+    let most = (CHANNEL_PIXELS / pixels.max(1)).clamp(1, channels);
+    let len = images.len() * most.min(range.len()) * pixels;
+    let blocks = chunks(range, most);
+    let start = |image: usize, channel: usize| (image * channels + channel) * pixels;
+    if let Some(x) = T::as_wide(x) {
+        return blocks.for_each(|block| body(block.clone(), &x[start(images.start, block.start)..], channels * pixels));
+    }
+    scratch::with(len, |memory: &mut [T::Wide]| {
+        for block in blocks {
+            let len = block.len() * pixels;
+            for (image, memory) in images.clone().zip(memory.chunks_exact_mut(len)) {
+                T::widened(isa, &x[start(image, block.start)..][..len], memory);
+            }
+            body(block, memory, len);
+        }
+    });
+}
+
+/// The taps of a depthwise kernel through which the pixels of a vertical and a horizontal phase see
+/// planes. Planes are read as they come: nothing is padded before, nor put together after.
 pub(crate) struct Taps {
     /// Height and width of a plane.
     size: [usize; 2],
@@ -178,34 +176,42 @@ pub(crate) struct Taps {
     top: isize,
     columns: Vec<isize>,
     /// Rows of taps.
-    pub(crate) rows: usize,
-    /// Taps of the kernel, `[column][row]`; none where there is code for more rows than the kernel has.
+    rows: usize,
+    /// Taps of the kernel, `[column][row]`.
     taps: Vec<Option<usize>>,
 }
 
 impl Taps {
-    /// The taps of a kernel of `width` columns, for vectors of so many values.
-    pub(crate) fn new(lanes: usize, vertical: &Phase, horizontal: &Phase, width: usize) -> Self {
-        let (size, step) = ([vertical.input, horizontal.input], horizontal.in_step);
-        let alike = step == 1 && horizontal.count == size[1];
-        let vector_rows = if alike { (lanes / size[1].max(1)).clamp(1, 2) } else { 1 };
-        let (top, span) = vertical.span();
-        let rows = tap_rows(span + 1, step * vector_rows);
-        let row = |r: usize| vertical.taps.iter().find(|&&(_, offset)| offset == top + r as isize).map(|&(y, _)| y);
-        // Without rows, columns see nothing either.
-        let seen = if vertical.taps.is_empty() { &[] } else { &horizontal.taps[..] };
-        let taps = seen.iter().flat_map(|&(x, _)| (0..rows).map(move |r| row(r).map(|y| y * width + x))).collect();
-        Self { size, step, vector_rows, top, columns: seen.iter().map(|&(_, x)| x).collect(), rows, taps }
+    /// The taps of a kernel of `width` columns, with one or two rows of a plane in a vector.
+    pub(crate) fn new(vector_rows: usize, vertical: &Phase, horizontal: &Phase, width: usize) -> Self {
+        let row = |r: isize| vertical.taps.iter().find(|tap| tap.1 == vertical.span().0 + r).map(|tap| tap.0);
+        let rows = vertical.taps.len();
+        let of_column = |x: usize| (0..rows as isize).map(move |r| row(r).map(|y| y * width + x));
+        Self {
+            size: [vertical.input, horizontal.input],
+            step: horizontal.in_step,
+            vector_rows,
+            top: vertical.span().0,
+            columns: horizontal.taps.iter().map(|tap| tap.1).collect(),
+            rows,
+            taps: horizontal.taps.iter().flat_map(|tap| of_column(tap.0)).collect(),
+        }
     }
 
-    /// How many taps there are, those included that the kernel does not have.
+    /// Those of as many rows in a vector as fit.
+    pub(crate) fn fitting(lanes: usize, vertical: &Phase, horizontal: &Phase, width: usize) -> Self {
+        let pairs = pairs_fit(lanes, horizontal.in_step, horizontal.input, horizontal.count);
+        Self::new(if pairs { 2 } else { 1 }, vertical, horizontal, width)
+    }
+
+    /// How many taps there are.
     pub(crate) fn len(&self) -> usize {
         self.taps.len()
     }
 
-    /// Tap of the kernel and its place among the taps.
-    pub(crate) fn places(&self) -> impl Iterator<Item = (usize, usize)> {
-        self.taps.iter().enumerate().filter_map(|(place, tap)| Some(((*tap)?, place)))
+    /// Each tap of the kernel and its index among the taps.
+    pub(crate) fn indices(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.taps.iter().enumerate().filter_map(|(index, tap)| Some(((*tap)?, index)))
     }
 
     /// Planes as the taps see them, from some rows of results of `width` columns on.
@@ -225,12 +231,13 @@ impl Taps {
             rows: self.vector_rows,
             top: self.top + (self.step * rows.start) as isize,
             columns: &self.columns,
-            ahead: [self.step * rows.len() * self.size[1], rows.len() * width].map(ahead),
+            prefetch: [self.step * rows.len() * self.size[1], rows.len() * width].map(ahead),
         }
     }
 
-    /// Adds the gradient by the weight, from planes of some images and channels (how many, and how far apart) and gradients of
-    /// `size` by what the taps make of them, `steps` apart, to a cache line for each of the channels' taps.
+    /// Adds the weight gradient, from planes of some images and channels (how many, and how far
+    /// apart) and gradients of `size` with respect to what the taps make of them, `steps` apart, to
+    /// a cache line for each of the channels' taps.
     pub(crate) fn sum<T: Element>(
         &self,
         isa: IsaKind,
@@ -252,44 +259,47 @@ impl Taps {
     }
 }
 
-/// A depthwise convolution of planes, or its gradient by the input.
+/// A depthwise convolution of planes, or its gradient with respect to the input.
 pub(crate) enum PlaneConv {
     /// All results see through the same taps.
     Taps(Taps),
-    /// The gradient at a stride of 2.
+    /// The input gradient at a stride of 2.
     Stride2Grad {
-        /// See [`Stride2Grad::taps`](crate::microkernels::dwconv_nchw_s2_grad::Stride2Grad::taps).
-        taps: usize,
-        /// Taps of the kernel, `[row][column]`; none where there is code for more of them than the kernel has.
+        /// Rows and columns of the kernel.
+        kernel: usize,
+        /// Taps of the kernel, `[row][column]`.
         order: Vec<Option<usize>>,
-        /// Rows and columns of zeros before the convolution's input, and of the gradient by its output.
+        /// Rows and columns of zeros before the convolution's input, and of the output's gradient.
         before: [usize; 2],
         g_size: [usize; 2],
     },
 }
 
 impl PlaneConv {
-    /// That of a kernel of `width` columns.
+    /// That of a kernel of `width` columns, and as many rows at a stride of 2, as it is cheapest
+    /// for values of type `T`.
     pub(crate) fn new<T: Element>(isa: IsaKind, vertical: &[Phase], horizontal: &[Phase], width: usize) -> Self {
-        if let ([vertical], [horizontal]) = (vertical, horizontal) {
-            return Self::Taps(Taps::new(lanes::<T>(isa), vertical, horizontal, width));
+        if vertical[0].out_step > 1 {
+            return Self::stride2_grad([vertical, horizontal], width);
         }
-        let phases = [vertical, horizontal];
-        let of_axis =
-            |phases: &[Phase]| phases.iter().flat_map(|phase| &phase.taps).map(|tap| tap.0).collect::<Vec<_>>();
-        let [rows, columns] = phases.map(of_axis);
-        let taps = stride2_taps(rows.iter().chain(&columns).max().map_or(0, |tap| tap + 1));
-        let tap = |i, j| (rows.contains(&i) && columns.contains(&j)).then_some(i * width + j);
-        let order = (0..taps).flat_map(|i| (0..taps).map(move |j| (i, j))).map(|(i, j)| tap(i, j)).collect();
-        Self::Stride2Grad {
-            taps,
-            order,
-            before: phases.map(Phase::before),
-            g_size: phases.map(|phases| phases[0].input),
+        Self::Taps(Taps::fitting(lanes::<T>(isa), &vertical[0], &horizontal[0], width))
+    }
+
+    /// That of an algorithm.
+    fn planned(algorithm: Algorithm, vertical: &[Phase], horizontal: &[Phase], kernel: usize) -> Self {
+        match algorithm {
+            Algorithm::Stride2Grad => Self::stride2_grad([vertical, horizontal], kernel),
+            _ => Self::Taps(Taps::new(algorithm.vector_rows(), &vertical[0], &horizontal[0], kernel)),
         }
     }
 
-    /// The taps of the kernel in the order of a channel's weights; none weighs nothing.
+    fn stride2_grad(phases: [&[Phase]; 2], kernel: usize) -> Self {
+        let order = (0..kernel * kernel).map(Some).collect();
+        let (before, g_size) = (phases.map(Phase::before), phases.map(|phases| phases[0].input));
+        Self::Stride2Grad { kernel, order, before, g_size }
+    }
+
+    /// The taps of the kernel in the order of a channel's weights.
     pub(crate) fn order(&self) -> &[Option<usize>] {
         match self {
             Self::Taps(taps) => &taps.taps,
@@ -297,9 +307,10 @@ impl PlaneConv {
         }
     }
 
-    /// Computes planes of `size` from planes of some images and channels (how many, and how far apart); those of the result are
-    /// `steps` apart. `weights` are the channels', in the [order](PlaneConv::order) of taps; `bias` is theirs too, which the gradient
-    /// at a stride of 2 goes without.
+    /// Computes planes of `size` from planes of some images and channels (how many, and how far
+    /// apart); those of the result are `steps` apart. `weights` are the channels', in the
+    /// [order](PlaneConv::order) of taps; `bias` is theirs too, which the input gradient at a
+    /// stride of 2 goes without.
     ///
     /// # Safety
     /// The planes must be writable, and nobody else's.
@@ -322,53 +333,28 @@ impl PlaneConv {
                     isa.run(DwConvNchw::<T> { view, tap_rows: taps.rows, weights, bias, y, y_steps: steps, size });
                 }
             }
-            &Self::Stride2Grad { taps, before, g_size, .. } => {
+            &Self::Stride2Grad { kernel, before, g_size, .. } => {
                 let [images, channels] = planes;
                 for pairs in bands([row_pairs(size[0], before[0]), size[1].div_ceil(2)], 2) {
                     // SAFETY: the caller's promise.
                     let y = unsafe { Results::new(y.ptr(), last + size[0] * size[1]) };
-                    let ahead = [pairs.len() * g_size[1], 2 * pairs.len() * size[1]].map(ahead);
-                    isa.run(Stride2Grad::<T> {
+                    let prefetch = [pairs.len() * g_size[1], 2 * pairs.len() * size[1]].map(ahead);
+                    isa.run(DwConvNchwS2Grad::<T> {
                         g: x,
                         g_size,
                         images,
                         channels,
-                        taps,
+                        kernel,
                         weights,
                         before,
                         y,
                         size,
                         y_steps: steps,
                         pairs,
-                        ahead,
+                        prefetch,
                     });
                 }
             }
         }
     }
-}
-
-/// Writes some rows of a vertical phase, a set of them for each horizontal phase, to a plane of `width` columns.
-///
-/// The sets are `set` values apart, their rows `pitch`. Asks for what stands `ahead` of what is written.
-pub(crate) fn merge<T: Element>(
-    isa: IsaKind,
-    (vertical, rows): (&Phase, Range<usize>),
-    sets: usize,
-    (results, set, pitch): (&[T::Wide], usize, usize),
-    plane: &mut [MaybeUninit<T>],
-    width: usize,
-    ahead: usize,
-) {
-    let (start, step) = ((vertical.first + vertical.out_step * rows.start) * width, vertical.out_step * width);
-    let size = [rows.len(), width];
-    if rows.is_empty() {
-        return;
-    }
-    if sets == 1 {
-        isa.run(NarrowRows { x: (results, pitch), y: (&mut plane[start..], step), size, ahead });
-        return;
-    }
-    let (even, odd) = results.split_at(set);
-    isa.run(ZipRows { x: ([even, odd], pitch), y: (&mut plane[start..], step), size, ahead });
 }

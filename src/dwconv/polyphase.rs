@@ -1,8 +1,8 @@
 //! What the pixels of one axis see through the taps of a kernel.
 //!
-//! Output pixels fall into *phases* in which pixel `t` sees input pixels `step * t + offset` for a fixed list of taps. A
-//! convolution has one phase; its input gradient at stride 2 has two, each with the taps of one parity. So forward and
-//! input gradient are one computation.
+//! Output pixels fall into *phases* in which pixel `t` sees input pixels `step * t + offset` for a
+//! fixed list of taps. A convolution has one phase; its input gradient at stride 2 has two, each
+//! with the taps of one parity. So forward and input gradient are one computation.
 
 use crate::shape::Axis;
 
@@ -46,7 +46,8 @@ impl Phase {
             .collect()
     }
 
-    /// The zeros before the input of the convolution whose [input gradient](Phase::backward) has these phases.
+    /// The zeros before the input of the convolution whose [input gradient](Phase::backward) has
+    /// these phases.
     pub(crate) fn before(phases: &[Self]) -> usize {
         let tap = |phase: &Self| {
             let &(tap, offset) = phase.taps.first()?;
@@ -72,11 +73,11 @@ impl Phase {
     }
 }
 
-/// The sum over all results of what they and the pixels that they see through a tap, numbered in the lists of the phases, make:
-/// `product(result, pixel)`.
+/// The sum over all results of what they and the pixels that they see through a tap, numbered in
+/// the lists of the phases, make: `product(result, pixel)`.
 ///
-/// Kernels multiply by zeros for what lies outside of images, and of what is not a number that makes no number. Where their sums
-/// are none, this tells what they should be.
+/// Kernels multiply by zeros for what lies outside of images, and of what is not a number that
+/// makes no number. Where their sums are none, this tells what they should be.
 pub(crate) fn sum_seen(
     [vertical, horizontal]: [&Phase; 2],
     [i, j]: [usize; 2],

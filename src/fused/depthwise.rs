@@ -80,7 +80,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let weights = &pass.parameters[conv.weight..][..conv.weights()];
         let Phases { forward: [vertical, horizontal], backward } = Phases::new(step, conv, size);
         let width = conv.kernel[1];
-        let taps = Taps::new(lanes::<T>(pass.isa), &vertical[0], &horizontal[0], width);
+        let taps = Taps::fitting(lanes::<T>(pass.isa), &vertical[0], &horizontal[0], width);
         let back = PlaneConv::new::<T>(pass.isa, &backward[0], &backward[1], width);
         let weight = |g, i, o, tap| weights[conv.index(g, o, i, tap)];
         let packed = Packed::of_taps(pass.isa, conv.groups, 1, 1, back.order(), weight);
@@ -155,7 +155,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     }
                 }
                 pass.isa.run(SumSlots(slots, tap_sums));
-                taps.places().for_each(|(tap, place)| weight_sums[tap] += tap_sums[place]);
+                taps.indices().for_each(|(tap, index)| weight_sums[tap] += tap_sums[index]);
             });
         });
         self.write_weights(conv, parts, &mut partial, &bias);

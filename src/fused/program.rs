@@ -12,7 +12,6 @@ use std::time::Instant;
 use crate::error::{Result, bail};
 use crate::lock::Lock;
 use crate::microkernels::activations::Activation;
-use crate::microkernels::dwconv_nchw::{MAX_COLUMNS, MAX_TAP_ROWS};
 use crate::shape::WeightLayout;
 
 /// A tensor of `channels` planes an image.
@@ -148,8 +147,8 @@ impl Conv {
 
     /// Whether there are kernels for this convolution alone.
     pub fn depthwise(&self) -> bool {
-        let fits = self.kernel[0] <= MAX_TAP_ROWS && self.kernel[1] <= MAX_COLUMNS;
-        self.group_in == 1 && self.group_out == 1 && fits && !self.pointwise()
+        let fits = self.kernel[0] == self.kernel[1] && matches!(self.kernel[0], 3 | 5 | 7);
+        self.group_in == 1 && self.group_out == 1 && fits
     }
 }
 

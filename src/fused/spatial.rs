@@ -1,6 +1,6 @@
 //! Convolutions of more than one pixel in a fused network that are not [depthwise](super::depthwise): the stem's.
 //!
-//! They run over [padded planes](crate::dwconv::nchw) that stand side by side. Each tap of each channel of a group is an input
+//! They run over [padded planes](crate::dwconv::padded_planes) that stand side by side. Each tap of each channel of a group is an input
 //! row of a pointwise convolution: a shifted view of the planes, whose rows follow each other as one long row.
 //!
 //! The backward pass holds the gradient's planes likewise.

@@ -1,9 +1,9 @@
 //! Activation functions and their derivatives, a few vectors at a time.
 //!
-//! The exponential is a chain of dependent instructions, of which so few fit the processor's window that it mostly waits:
-//! swish took 17 ns for 16 values (AVX-512) with one vector's chain after the other's, and takes 8 ns with four side by
-//! side. So every step is done for `N` vectors before the next one, and [`Isa::optimization_barrier_f32s`] keeps the compiler from putting
-//! the chains one after the other again.
+//! The exponential is a chain of dependent instructions, too long for the reorder buffer to overlap
+//! several: with one vector's chain after the other's it mostly waits. So every step is done for
+//! `N` vectors before the next one, and [`Isa::optimization_barrier_f32s`] keeps the compiler from
+//! putting the chains one after the other again.
 
 use crate::simd::Isa;
 use crate::simd::element::Element;
@@ -149,10 +149,12 @@ macro_rules! with_function {
 }
 pub(super) use with_function;
 
-/// Where the functions of floats end: below, the exponential is 0; above, `1 + exp(x)` is its argument's alone.
+/// Where the functions of floats end: below, the exponential is 0; above, `1 + exp(x)` is its
+/// argument's alone.
 const ENDS: (f32, f32) = (-110.0, 40.0);
 
-/// The sigmoid, with a relative error below 1e-6 where it is a normal number, an absolute one of 2^-148 below.
+/// The sigmoid, with a relative error below 1e-6 where it is a normal number, an absolute one of
+/// 2^-148 below.
 #[inline(always)]
 pub(crate) fn sigmoid_f32<I: Isa, const N: usize>(isa: I, x: [I::f32s; N]) -> [I::f32s; N] {
     if const { I::EXPONENTIALS } { sigmoid_by_table(isa, x) } else { sigmoid_by_polynomial(isa, x) }
@@ -171,11 +173,11 @@ const POWERS: [f32; 32] = {
     powers
 };
 
-/// The sigmoid with the instructions that [`Isa::EXPONENTIALS`] tells of: `x = n ln 2 + r` with `n` a multiple of 1/32, so
-/// that two terms are enough for `exp(r)`. (Swish and its derivative of 16 values take 4.1 ns, and 6.6 by polynomial.)
+/// The sigmoid with the instructions that [`Isa::EXPONENTIALS`] tells of: `x = n ln 2 + r` with `n`
+/// a multiple of 1/32, so that two terms are enough for `exp(r)`.
 #[inline(always)]
 fn sigmoid_by_table<I: Isa, const N: usize>(isa: I, mut x: [I::f32s; N]) -> [I::f32s; N] {
-    // Adding this rounds to a multiple of 1/32; the lowest bits are then the place in the table.
+    // Adding this rounds to a multiple of 1/32; the lowest bits are then the index in the table.
     const ROUND: f32 = (3 << 17) as f32;
     // ln 2 in two parts.
     const LN2: (f32, f32) = (std::f32::consts::LN_2, -1.904_654_3e-9);
@@ -203,13 +205,14 @@ fn sigmoid_by_table<I: Isa, const N: usize>(isa: I, mut x: [I::f32s; N]) -> [I::
 /// The sigmoid with the instructions that all have.
 #[inline(always)]
 fn sigmoid_by_polynomial<I: Isa, const N: usize>(isa: I, x: [I::f32s; N]) -> [I::f32s; N] {
-    // exp(x) / (1 + exp(x)): small results are as exact as the exponential. A division of vectors would take as long as
-    // all the rest.
+    // exp(x) / (1 + exp(x)): small results are as exact as the exponential. A division of vectors
+    // would take as long as all the rest.
     let (one, e) = (isa.splat_f32s(1.0), minus_exp_f32(isa, x));
     let (mut d, mut y, mut s) = (e, e, e);
     for i in 0..N {
         d[i] = isa.sub_f32s(one, e[i]);
-        // -1 / d: the difference of the bits divides as logarithms do, 5 % off. The highest bit is the sign.
+        // -1 / d: the difference of the bits divides as logarithms do, 5 % off. The highest bit is
+        // the sign.
         y[i] = pulp::cast(isa.sub_u32s(isa.splat_u32s(0xfef3_11c7), pulp::cast(d[i])));
         let error = isa.mul_add_e_f32s(d[i], y[i], one);
         // This leaves the error's cube.
@@ -235,8 +238,8 @@ pub(crate) fn sigmoid_f64<I: Isa, const N: usize>(_isa: I, mut x: [I::f64s; N]) 
     x
 }
 
-/// `-exp(x)` for `x` between the [`ENDS`], and constant beyond them, with a relative error below 1e-6 where the result is a
-/// normal number, an absolute one of 2^-148 below.
+/// `-exp(x)` for `x` between the [`ENDS`], and constant beyond them, with a relative error below
+/// 1e-6 where the result is a normal number, an absolute one of 2^-148 below.
 ///
 /// `x = n ln 2 + r` with `|r| <= ln 2 / 2`; `exp(r)` by a polynomial; `2^n` by its bits.
 #[inline(always)]

@@ -15,7 +15,7 @@
 
 use crate::simd::element::{Element, WideElement};
 use crate::simd::mul_acc::MulAcc;
-use crate::simd::{Isa, Kernel, Promised, line};
+use crate::simd::{Isa, Kernel, RawKernel, line};
 
 /// The most output rows of one [`ConvRows`] tile.
 pub const MAX_ROWS: usize = 8;
@@ -301,12 +301,12 @@ impl<'a, T: Element, M: MulAcc<T>> ConvRows<'a, T, M> {
     }
 }
 
-impl<T: Element, M: MulAcc<T>> Kernel for Promised<ConvRows<'_, T, M>> {
+impl<T: Element, M: MulAcc<T>> RawKernel for ConvRows<'_, T, M> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let kernel = self.into_inner();
+    unsafe fn run<I: Isa>(self, isa: I) {
+        let kernel = self;
         kernel.check();
         // SAFETY: promised; the number of rows was checked.
         unsafe {
@@ -506,12 +506,12 @@ impl<'a, T: Element, M: MulAcc<T>> DotRows<'a, T, M> {
     }
 }
 
-impl<T: Element, M: MulAcc<T>> Kernel for Promised<DotRows<'_, T, M>> {
+impl<T: Element, M: MulAcc<T>> RawKernel for DotRows<'_, T, M> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let mut kernel = self.into_inner();
+    unsafe fn run<I: Isa>(self, isa: I) {
+        let mut kernel = self;
         kernel.check();
         let size = (kernel.a.offsets.len(), kernel.b.offsets.len());
         assert!(size.0 == 1 || size.1 <= DotWidth.run(isa), "rows");

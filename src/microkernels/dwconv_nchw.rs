@@ -1,7 +1,8 @@
 //! The depthwise convolution over NCHW planes, pixels being the vector dimension.
 //!
-//! Both kernels go down a plane row by row and keep all results that a row of the input takes part in: [`DwConvNchw`] the
-//! output rows that are not complete yet, [`DwConvNchwGradWeight`] the rows of the gradient that it still meets.
+//! Both kernels go down a plane row by row and keep all results that a row of the input takes part
+//! in: [`DwConvNchw`] the output rows that are not complete yet, [`DwConvNchwGradWeight`] the rows
+//! of the gradient that it still meets.
 //!
 //! ```text
 //!                    y[t-2]  y[t-1]  y[t]        a kernel of 3 rows, stride 1
@@ -10,39 +11,24 @@
 //!   x[t] * w[0][.]                     +=        then y[t-2] is complete
 //! ```
 //!
-//! So a value is loaded once for each column of the kernel, not once for each of its taps. Planes are read as they come:
-//! rows above and below them are left out, what a tap sees beside them is masked ([`TapView`]).
+//! So a value is loaded once for each column of the kernel, not once for each of its taps. Planes
+//! are read as they come: rows above and below them are left out, what a tap sees beside them is
+//! masked ([`TapView`]).
 
 use std::marker::PhantomData;
 
-use super::tap_view::{Alternate, Edges, Layout, Masked, TapView, Whole};
-use crate::simd::element::Element;
+use super::tap_view::{Alternate, Edges, Layout, MAX_COLUMNS, Masked, TapView, Whole};
+use crate::simd::element::{Element, one_lane};
 use crate::simd::{Isa, Kernel, line};
 
-/// The most rows of a kernel.
-pub const MAX_TAP_ROWS: usize = 7;
-/// The most columns of a kernel.
-pub const MAX_COLUMNS: usize = 7;
 /// The most columns of a kernel in one [`DwConvNchwGradWeight`].
 const MAX_TAP_COLUMNS: usize = 5;
 
-/// How many rows of taps there is code for that `kernel` rows fit into; those beyond are zero.
-pub const fn tap_rows(kernel: usize, stride: usize) -> usize {
-    match (stride, kernel) {
-        (1, 0..=2) => 2,
-        (2, 0..=3) => 3,
-        (1, 4) => 4,
-        (_, 4..=5) => 5,
-        (_, 6..=7) => 7,
-        _ => kernel,
-    }
-}
-
-/// Evaluates an expression with the constants that stand for a stride and what [`tap_rows`] gives: rows of taps, rows of
-/// the output that a row of the input takes part in, and the stride.
+/// Evaluates an expression with the constants that stand for a stride and rows of taps: rows of
+/// taps, rows of the output that a row of the input takes part in, and the stride.
 macro_rules! with_rows {
     ($stride:expr, $rows:expr, $K:ident $J:ident $S:ident => $body:expr) => {
-        with_rows!($stride, $rows, $K $J $S => $body, 2 2 1, 3 3 1, 4 4 1, 5 5 1, 7 7 1, 3 2 2, 5 3 2, 7 4 2)
+        with_rows!($stride, $rows, $K $J $S => $body, 3 3 1, 5 5 1, 7 7 1, 3 2 2, 5 3 2, 7 4 2)
     };
     ($stride:expr, $rows:expr, $K:ident $J:ident $S:ident => $body:expr, $($k:literal $j:literal $s:literal),*) => {
         match ($stride, $rows) {
@@ -52,7 +38,7 @@ macro_rules! with_rows {
                 const $S: usize = $s;
                 $body
             })*
-            (stride, rows) => unreachable!("{rows} rows of taps at stride {stride}: see tap_rows"),
+            (stride, rows) => unreachable!("{rows} rows of taps at a stride of {stride}"),
         }
     };
 }
@@ -74,11 +60,11 @@ impl<'a, T> Results<'a, T> {
     }
 }
 
-/// `y[t][p] = start + sum over taps of weights[tap] * x[stride * t + tap row][p + its column's view]`.
+/// `y[t][p] = bias + sum over taps of weights[tap] * x[stride * t + tap row][p + tap column]`.
 pub struct DwConvNchw<'a, T: Element> {
     /// The input.
     pub view: TapView<'a, T::Wide>,
-    /// Rows of the kernel: what [`tap_rows`] says.
+    /// Rows of the kernel: 3, 5 or 7.
     pub tap_rows: usize,
     /// The channels' kernels, `[column][row]`.
     pub weights: &'a [T::Wide],
@@ -92,9 +78,11 @@ pub struct DwConvNchw<'a, T: Element> {
     pub size: [usize; 2],
 }
 
-/// Vectors of pixels beside so many rows of sums.
-const fn tile_vectors(registers: usize, rows: usize) -> usize {
-    match (registers - 2) / (rows + 1) {
+/// The most vectors of pixels of a tile: those whose `rows` sums registers hold. Portable code has
+/// tiles of one, to be small.
+const fn tile_vectors<T: Element, I: Isa>(rows: usize) -> usize {
+    match (I::REGISTER_COUNT - 2) / (rows + 1) {
+        _ if one_lane::<T, I>() => 1,
         4.. => 4,
         vectors => vectors,
     }
@@ -115,10 +103,10 @@ impl<T: Element> DwConvNchw<'_, T> {
             let (layout, vectors) = if several { (along, inside) } else { (layout, 1) };
             // SAFETY: vectors of these columns.
             unsafe {
-                if S > 1 && view.step > 1 {
+                if const { S > 1 } && view.step > 1 {
                     let edges = Alternate::<_, MAX_COLUMNS>::new::<T, I>(isa, &view, view.columns, columns, at);
                     self.channels::<I, K, J, S>(isa, edges, &layout, at, rows);
-                } else if inside > 0 {
+                } else if const { S == 1 } && inside > 0 {
                     self.channels::<I, K, J, S>(isa, Whole, &layout, at, rows);
                 } else {
                     let edges = Masked::<_, MAX_COLUMNS>::new::<T, I>(isa, &view, view.columns, self.size, at);
@@ -143,23 +131,24 @@ impl<T: Element> DwConvNchw<'_, T> {
         rows: usize,
     ) {
         let Layout { images: (count, steps), channels } = *layout;
-        let places =
+        let starts =
             |c: usize, steps: [usize; 2]| [0, 1].map(|i| ([self.view.step * at, at][i] + c * channels.1[i], steps[i]));
         let mut c = 0;
         while c < channels.0 {
             // SAFETY: the caller's promise.
             unsafe {
-                if const { tile_vectors(I::REGISTER_COUNT, J) >= 4 } && count == 1 && channels.0 - c >= 4 {
-                    c += self.tile::<I, K, J, S, 4, false, _>(isa, c, edges, places(c, channels.1), rows);
+                if const { tile_vectors::<T, I>(J) == 4 } && count == 1 && channels.0 - c >= 4 {
+                    c += self.tile::<I, K, J, S, 4, false, _>(isa, c, edges, starts(c, channels.1), rows);
                 } else {
-                    self.tiles::<I, K, J, S>(isa, c, edges, count, places(c, steps), rows);
+                    self.tiles::<I, K, J, S>(isa, c, edges, count, starts(c, steps), rows);
                     c += 1;
                 }
             }
         }
     }
 
-    /// So many vectors of a channel's columns, at places in `x` and `y`: of the first one, and from one to the next.
+    /// `count` vectors of a channel's columns: the indices in `x` and `y` of the first, and the
+    /// distance from one to the next.
     ///
     /// # Safety
     /// `run` must have checked the slices, in which the vectors must be.
@@ -170,31 +159,31 @@ impl<T: Element> DwConvNchw<'_, T> {
         channel: usize,
         edges: impl Edges<T, I>,
         count: usize,
-        places: [(usize, usize); 2],
+        starts: [(usize, usize); 2],
         rows: usize,
     ) {
         let mut vector = 0;
         while vector < count {
             let rest = count - vector;
-            let places = places.map(|(start, step)| (start + vector * step, step));
+            let starts = starts.map(|(start, step)| (start + vector * step, step));
             // SAFETY: the caller's promise.
             unsafe {
                 // Constants: tiles that the registers do not hold are not compiled.
-                vector += if const { tile_vectors(I::REGISTER_COUNT, J) >= 4 } && rest >= 4 {
-                    self.tile::<I, K, J, S, 4, true, _>(isa, channel, edges, places, rows)
-                } else if const { tile_vectors(I::REGISTER_COUNT, J) >= 3 } && rest >= 3 {
-                    self.tile::<I, K, J, S, 3, true, _>(isa, channel, edges, places, rows)
-                } else if const { tile_vectors(I::REGISTER_COUNT, J) >= 2 } && rest >= 2 {
-                    self.tile::<I, K, J, S, 2, true, _>(isa, channel, edges, places, rows)
+                vector += if const { tile_vectors::<T, I>(J) == 4 } && rest >= 4 {
+                    self.tile::<I, K, J, S, 4, true, _>(isa, channel, edges, starts, rows)
+                } else if const { tile_vectors::<T, I>(J) == 3 } && rest >= 3 {
+                    self.tile::<I, K, J, S, 3, true, _>(isa, channel, edges, starts, rows)
+                } else if const { tile_vectors::<T, I>(J) >= 2 } && rest >= 2 {
+                    self.tile::<I, K, J, S, 2, true, _>(isa, channel, edges, starts, rows)
                 } else {
-                    self.tile::<I, K, J, S, 1, true, _>(isa, channel, edges, places, rows)
+                    self.tile::<I, K, J, S, 1, true, _>(isa, channel, edges, starts, rows)
                 };
             }
         }
     }
 
-    /// `V` vectors of columns, all rows: of one channel, whose kernel they share, or each of another, from `channel` on;
-    /// returns how many vectors these are.
+    /// `V` vectors of columns, all rows: of one channel, whose kernel they share, or each of
+    /// another, from `channel` on; returns how many vectors these are.
     ///
     /// # Safety
     /// As for [`DwConvNchw::tiles`].
@@ -233,7 +222,7 @@ impl<T: Element> DwConvNchw<'_, T> {
                 }
                 let row = x_row.wrapping_add(s * width);
                 let masks = edges.row(i);
-                (0..V).for_each(|v| self.view.ask(isa, row.wrapping_add(v * x_step), edges.span()));
+                (0..V).for_each(|v| self.view.prefetch(isa, row.wrapping_add(v * x_step), edges.span()));
                 for c in (0..columns.len()).step_by(E::TOGETHER) {
                     let mut x = [start; 2];
                     let both = E::TOGETHER == 2 && c + 1 < columns.len();
@@ -266,7 +255,7 @@ impl<T: Element> DwConvNchw<'_, T> {
                     // SAFETY: a row of the output; the mask keeps the vector inside it.
                     unsafe {
                         let ptr = y_row.add(v * y_step);
-                        self.view.ask_results(isa, ptr);
+                        self.view.prefetch_results(isa, ptr);
                         match edges.results(t + 2 == rows + J) {
                             Some(mask) => T::store_masked(isa, mask, ptr, sum),
                             None => T::store(isa, ptr, sum),
@@ -302,11 +291,12 @@ impl<T: Element> Kernel for DwConvNchw<'_, T> {
     }
 }
 
-/// `sums[tap] += sum over t and p of g[t][p] * x[stride * t + tap row][p + its column's view]`: the weight gradient.
+/// `sums[tap] += sum over t and p of g[t][p] * x[stride * t + tap row][p + its column's view]`: the
+/// weight gradient.
 pub struct DwConvNchwGradWeight<'a, T: Element> {
     /// The input.
     pub view: TapView<'a, T::Wide>,
-    /// Rows of the kernel: what [`tap_rows`] says.
+    /// Rows of the kernel: 3, 5 or 7.
     pub tap_rows: usize,
     /// The gradient by the output.
     pub g: &'a [T],
@@ -318,33 +308,44 @@ pub struct DwConvNchwGradWeight<'a, T: Element> {
     pub slots: &'a mut [T::Wide],
 }
 
-/// Columns of taps beside so many rows of them and rows of the gradient.
-const fn tile_columns(registers: usize, tap_rows: usize, rows: usize) -> usize {
-    match (registers - 1 - rows) / tap_rows {
+/// Columns of a kernel of `taps` rows and columns in a tile: those whose sums registers hold,
+/// beside `rows` rows of the gradient.
+const fn tile_columns<I: Isa>(taps: usize, rows: usize) -> usize {
+    match (I::REGISTER_COUNT - 1 - rows) / taps {
         0 => 1,
-        columns @ 1..=MAX_TAP_COLUMNS => columns,
-        _ => MAX_TAP_COLUMNS,
+        columns if columns >= taps && taps <= MAX_TAP_COLUMNS => taps,
+        4.. => 3,
+        columns => columns,
     }
 }
 
+/// Whether a kernel's columns are divided into tiles some of which are of `columns`.
+const fn has_tile<I: Isa>(taps: usize, rows: usize, columns: usize) -> bool {
+    let most = tile_columns::<I>(taps, rows);
+    columns == most || columns == taps % most
+}
+
 impl<T: Element> DwConvNchwGradWeight<'_, T> {
-    /// `K` rows of taps at stride `S`: `J` rows of the gradient.
+    /// `K` rows and columns of taps at stride `S`: `J` rows of the gradient.
     #[inline(always)]
     fn rows<I: Isa, const K: usize, const J: usize, const S: usize>(&mut self, isa: I) {
-        let (mut at, end) = (0, self.view.columns.len());
-        while at < end {
-            let columns = end - at;
-            // SAFETY: the columns are below `end`.
+        let (mut at, most) = (0, const { tile_columns::<I>(K, J) });
+        while at < K {
+            let columns = most.min(K - at);
+            // SAFETY: the columns are the kernel's. Constants: tiles that there are not are not
+            // compiled.
             unsafe {
-                if const { tile_columns(I::REGISTER_COUNT, K, J) >= 5 } && columns >= 5 {
-                    at += self.tile::<I, K, J, S, 5>(isa, at);
-                } else if const { tile_columns(I::REGISTER_COUNT, K, J) >= 3 } && columns >= 3 {
-                    at += self.tile::<I, K, J, S, 3>(isa, at);
-                } else if const { tile_columns(I::REGISTER_COUNT, K, J) >= 2 } && columns >= 2 {
-                    at += self.tile::<I, K, J, S, 2>(isa, at);
+                at += if const { has_tile::<I>(K, J, 5) } && columns == 5 {
+                    self.tile::<I, K, J, S, 5>(isa, at)
+                } else if const { has_tile::<I>(K, J, 3) } && columns == 3 {
+                    self.tile::<I, K, J, S, 3>(isa, at)
+                } else if const { has_tile::<I>(K, J, 2) } && columns == 2 {
+                    self.tile::<I, K, J, S, 2>(isa, at)
+                } else if const { has_tile::<I>(K, J, 1) } && columns == 1 {
+                    self.tile::<I, K, J, S, 1>(isa, at)
                 } else {
-                    at += self.tile::<I, K, J, S, 1>(isa, at);
-                }
+                    unreachable!("tiles of {columns} columns")
+                };
             }
         }
     }
@@ -365,10 +366,10 @@ impl<T: Element> DwConvNchwGradWeight<'_, T> {
         for at in (0..width).step_by(lanes) {
             // SAFETY: vectors of these columns.
             unsafe {
-                if S > 1 && self.view.step > 1 {
+                if const { S > 1 } && self.view.step > 1 {
                     let edges = Alternate::<_, C>::new::<T, I>(isa, &self.view, &columns, width, at);
                     self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
-                } else if self.view.inside::<I>(at, width) > 0 {
+                } else if const { S == 1 } && self.view.inside::<I>(at, width) > 0 {
                     let edges = Whole;
                     self.channels::<I, K, J, S, C>(isa, edges, &layout, (first, columns), at, rows);
                 } else {
@@ -421,7 +422,7 @@ impl<T: Element> DwConvNchwGradWeight<'_, T> {
         self.slots[start * line::<T::Wide>()..(start + C * K) * line::<T::Wide>()].as_mut_ptr()
     }
 
-    /// One vector of columns, all rows, `starts` being its places in `x` and `g`.
+    /// One vector of columns, all rows, `starts` being its indices in `x` and `g`.
     ///
     /// # Safety
     /// As for [`DwConvNchwGradWeight::tile`].
@@ -446,7 +447,7 @@ impl<T: Element> DwConvNchwGradWeight<'_, T> {
             }
             g[0] = zero;
             if t < rows {
-                self.view.ask_results(isa, g_row);
+                self.view.prefetch_results(isa, g_row);
                 // SAFETY: row t of the gradient; the mask keeps the vector inside it.
                 g[0] = unsafe {
                     match edges.results(t + 1 == rows) {
@@ -462,7 +463,7 @@ impl<T: Element> DwConvNchwGradWeight<'_, T> {
                 }
                 let row = x_row.wrapping_add(s * width);
                 let masks = edges.row(i);
-                self.view.ask(isa, row, edges.span());
+                self.view.prefetch(isa, row, edges.span());
                 for (i, sums) in sums.chunks_mut(E::TOGETHER).enumerate() {
                     let c = i * E::TOGETHER;
                     // SAFETY: `check` saw that it can be read.
@@ -491,7 +492,8 @@ impl<T: Element> Kernel for DwConvNchwGradWeight<'_, T> {
             return;
         }
         self.view.check::<I>(self.g.len(), self.g_steps, self.size);
-        let taps = self.view.channels.0 * self.view.columns.len() * self.tap_rows;
+        assert_eq!(self.view.columns.len(), self.tap_rows, "taps");
+        let taps = self.view.channels.0 * self.tap_rows * self.tap_rows;
         assert_eq!(self.slots.len(), taps * line::<T::Wide>(), "slots");
         with_rows!(self.view.stride(), self.tap_rows, K J S => self.rows::<I, K, J, S>(isa));
     }

@@ -1,11 +1,12 @@
-//! The gradient by the input of a depthwise convolution at a stride of 2, over NCHW planes. (At a stride of 1 it is a
-//! convolution itself: [`planes`](super::dwconv_nchw).)
+//! The gradient by the input of a depthwise convolution at a stride of 2, over NCHW planes. (At a
+//! stride of 1 it is a convolution itself: [`dwconv_nchw`](super::dwconv_nchw).)
 //!
-//! Counted from where the first tap of the first result stands, every second row and column of the input meets the kernel's
-//! taps 0, 2, 4 ..., the others meet 1, 3 ... All four parities see the same few vectors of the gradient:
+//! Counted from where the first tap of the first result stands, every second row and column of the
+//! input meets the kernel's taps 0, 2, 4 ..., the others meet 1, 3 ... All four parities see the
+//! same few vectors of the gradient:
 //!
 //! ```text
-//!   y[2r  ][2p  ] = w00 g[r][p] + w02 g[r][p-1] + w20 g[r-1][p] + w22 g[r-1][p-1]      a kernel of 3 x 3
+//!   y[2r  ][2p  ] = w00 g[r][p] + w02 g[r][p-1] + w20 g[r-1][p] + w22 g[r-1][p-1]    3 x 3 taps
 //!   y[2r  ][2p+1] = w01 g[r][p]                 + w21 g[r-1][p]
 //!   y[2r+1][2p  ] = w10 g[r][p] + w12 g[r][p-1]
 //!   y[2r+1][2p+1] = w11 g[r][p]
@@ -15,29 +16,19 @@
 
 use std::ops::Range;
 
-use super::dwconv_nchw::{MAX_COLUMNS, Results};
-use super::tap_view::seen;
+use super::dwconv_nchw::Results;
+use super::tap_view::{MAX_COLUMNS, seen};
 use crate::simd::element::Element;
 use crate::simd::{Isa, Kernel};
 
 /// The most vectors of the gradient's columns that an input's pixel sees.
 const MAX_SEEN: usize = MAX_COLUMNS.div_ceil(2);
-/// Bf16Dot of the input's rows that share what is loaded. (5x5 over 16 x 672 planes of 17 x 17: 0.83 ms of a thread, 0.92 with one
-/// pair; 3x3 over 16 x 512 of 15 x 15 0.43 with one or two, with four half as much again.)
+/// Pairs of the input's rows that share what is loaded.
 const PAIRS: usize = 2;
 
-/// How many rows and columns of taps there is code for that a kernel of so many fits into; those beyond are zero.
-pub const fn stride2_taps(kernel: usize) -> usize {
-    match kernel {
-        0..=3 => 3,
-        4..=5 => 5,
-        _ => MAX_COLUMNS,
-    }
-}
-
-/// `y[r][p] = sum over taps of weights[i][j] * g[(r + before - i) / 2][(p + before - j) / 2]`, where these are whole numbers,
-/// for planes of some channels of some images.
-pub struct Stride2Grad<'a, T: Element> {
+/// `y[r][p] = sum over taps of weights[i][j] * g[(r + before - i) / 2][(p + before - j) / 2]`,
+/// where these are whole numbers, for planes of some channels of some images.
+pub struct DwConvNchwS2Grad<'a, T: Element> {
     /// The gradient by the output.
     pub g: &'a [T::Wide],
     /// Height and width of its planes.
@@ -46,8 +37,8 @@ pub struct Stride2Grad<'a, T: Element> {
     pub images: (usize, usize),
     /// Likewise channels.
     pub channels: (usize, usize),
-    /// Rows and columns of a kernel: what [`stride2_taps`] says.
-    pub taps: usize,
+    /// Rows and columns of a kernel: 3, 5 or 7.
+    pub kernel: usize,
     /// The channels' kernels.
     pub weights: &'a [T::Wide],
     /// Rows and columns of zeros before the input.
@@ -60,12 +51,12 @@ pub struct Stride2Grad<'a, T: Element> {
     pub y_steps: [usize; 2],
     /// Which [pairs](row_pairs) of its rows to write.
     pub pairs: Range<usize>,
-    /// Distances from what is read, and from what is written, to what is asked for meanwhile.
-    pub ahead: [usize; 2],
+    /// Prefetch distances, from what is read and from what is written.
+    pub prefetch: [usize; 2],
 }
 
-/// How many pairs of an input's rows there are: the first one of a pair meets the first tap. Where an odd number of zeros
-/// stands before the rows, the first pair has only a second one.
+/// How many pairs of an input's rows there are: the first one of a pair meets the first tap. Where
+/// an odd number of zeros stands before the rows, the first pair has only a second one.
 pub fn row_pairs(rows: usize, before: usize) -> usize {
     (rows + before % 2).div_ceil(2)
 }
@@ -79,8 +70,8 @@ struct Edges<M> {
     results: [M; 2],
 }
 
-impl<T: Element> Stride2Grad<'_, T> {
-    /// That all planes can be read, and so many values from `y` on hold as many planes of results.
+impl<T: Element> DwConvNchwS2Grad<'_, T> {
+    /// That all planes can be read, and that the memory at `y` holds as many planes of results.
     fn check(&self) {
         let len = |[image, channel]: [usize; 2], [height, width]: [usize; 2]| {
             (self.images.0 - 1) * image + (self.channels.0 - 1) * channel + height * width
@@ -88,11 +79,11 @@ impl<T: Element> Stride2Grad<'_, T> {
         assert!(self.g.len() >= len([self.images.1, self.channels.1], self.g_size), "g");
         assert!(self.y.len >= len(self.y_steps, self.size), "y");
         assert!(self.pairs.end <= row_pairs(self.size[0], self.before[0]), "pairs");
-        assert_eq!(self.weights.len(), self.channels.0 * self.taps * self.taps, "weights");
+        assert_eq!(self.weights.len(), self.channels.0 * self.kernel * self.kernel, "weights");
     }
 
-    /// All columns, by a kernel of `K` rows and columns, of which one parity sees `J` columns of the gradient. Column `p` meets
-    /// the first tap where `p + ODD` is even.
+    /// All columns, by a kernel of `K` rows and columns, of which one parity sees `J` columns of
+    /// the gradient. Column `p` meets the first tap where `p + ODD` is even.
     #[inline(always)]
     fn columns<I: Isa, const K: usize, const J: usize, const ODD: usize>(&self, isa: I) {
         let (lanes, g_width) = (T::lanes::<I>(), self.g_size[1]);
@@ -113,7 +104,8 @@ impl<T: Element> Stride2Grad<'_, T> {
                     let g = self.g.as_ptr().wrapping_add(image * self.images.1 + channel * self.channels.1 + first);
                     let y = image * self.y_steps[0] + channel * self.y_steps[1] + 2 * at;
                     let y = self.y.start.wrapping_add(y);
-                    // SAFETY: `run` has checked the slices; what of these columns is outside the planes is masked.
+                    // SAFETY: `run` has checked the slices; what of these columns is outside the
+                    // planes is masked.
                     unsafe {
                         if whole {
                             self.rows::<I, K, J, ODD, false>(isa, &edges, g, y, weights);
@@ -126,7 +118,8 @@ impl<T: Element> Stride2Grad<'_, T> {
         }
     }
 
-    /// The pairs of rows of a plane's vector of pairs of columns; its first pixels are at `g` and `y` in the planes' first rows.
+    /// The pairs of rows of a plane's vector of pairs of columns; its first pixels are at `g` and
+    /// `y` in the planes' first rows.
     ///
     /// # Safety
     /// The slices must have been checked; without `EDGE`, the columns must be inside the planes.
@@ -139,25 +132,19 @@ impl<T: Element> Stride2Grad<'_, T> {
         y: *mut T,
         weights: &[[T::Wide; K]; K],
     ) {
-        let mut pair = self.pairs.start;
-        while pair < self.pairs.end {
+        // A last pair alone is computed with the next one, which this plane has too, or has not.
+        for pair in self.pairs.clone().step_by(PAIRS) {
             // SAFETY: the caller's promise.
-            pair += unsafe {
-                if pair + PAIRS <= self.pairs.end {
-                    self.pairs::<I, K, J, ODD, PAIRS, EDGE>(isa, edges, g, y, weights, pair)
-                } else {
-                    self.pairs::<I, K, J, ODD, 1, EDGE>(isa, edges, g, y, weights, pair)
-                }
-            };
+            unsafe { self.pairs::<I, K, J, ODD, EDGE>(isa, edges, g, y, weights, pair) }
         }
     }
 
-    /// `P` pairs of rows from `pair` on; returns how many these are.
+    /// [`PAIRS`] pairs of rows from `pair` on.
     ///
     /// # Safety
-    /// As for [`Stride2Grad::rows`].
+    /// As for [`DwConvNchwS2Grad::rows`].
     #[inline(always)]
-    unsafe fn pairs<I: Isa, const K: usize, const J: usize, const ODD: usize, const P: usize, const EDGE: bool>(
+    unsafe fn pairs<I: Isa, const K: usize, const J: usize, const ODD: usize, const EDGE: bool>(
         &self,
         isa: I,
         edges: &Edges<T::Mask<I>>,
@@ -165,23 +152,23 @@ impl<T: Element> Stride2Grad<'_, T> {
         y: *mut T,
         weights: &[[T::Wide; K]; K],
         pair: usize,
-    ) -> usize {
+    ) {
         let (lanes, first) = (T::lanes::<I>(), pair + self.before[0] / 2);
         let [height, g_width] = self.g_size;
-        // Sums of a pair's rows, of the columns at even and at odd places.
-        let mut sums = [[[T::splat(isa, T::default()); 2]; 2]; P];
-        for seen in 0..J + P - 1 {
+        // Sums of a pair's rows, of the even and of the odd columns.
+        let mut sums = [[[T::splat(isa, T::default()); 2]; 2]; PAIRS];
+        for seen in 0..J + PAIRS - 1 {
             // The last pair's first tap sees the first of these rows.
-            let Some(row) = (first + P - 1).checked_sub(seen).filter(|&row| row < height) else { continue };
+            let Some(row) = (first + PAIRS - 1).checked_sub(seen).filter(|&row| row < height) else { continue };
             let g = g.wrapping_add(row * g_width);
-            isa.prefetch_l2(g.wrapping_add(self.ahead[0]));
+            isa.prefetch_l2(g.wrapping_add(self.prefetch[0]));
             for j in 0..J {
                 let ptr = g.wrapping_sub(j);
                 // SAFETY: a row of the gradient; the mask leaves out what is beside it.
                 let value =
                     unsafe { if EDGE { T::load_wide_masked(isa, edges.seen[j], ptr) } else { T::load_wide(isa, ptr) } };
                 for (p, sums) in sums.iter_mut().enumerate() {
-                    let Some(i) = (seen + p).checked_sub(P - 1).filter(|&i| i < J) else { continue };
+                    let Some(i) = (seen + p).checked_sub(PAIRS - 1).filter(|&i| i < J) else { continue };
                     for (parity, sums) in sums.iter_mut().enumerate().filter(|(parity, _)| 2 * i + parity < K) {
                         for (side, sum) in sums.iter_mut().enumerate() {
                             let Some(tap) = (2 * j + side).checked_sub(ODD).filter(|&tap| tap < K) else { continue };
@@ -199,7 +186,7 @@ impl<T: Element> Stride2Grad<'_, T> {
                 let y = y.wrapping_add(row * self.size[1]);
                 for (half, value) in T::zip(isa, even, odd).into_iter().enumerate() {
                     let y = y.wrapping_add(half * lanes);
-                    isa.prefetch_l2(y.wrapping_add(self.ahead[1]));
+                    isa.prefetch_l2(y.wrapping_add(self.prefetch[1]));
                     // SAFETY: a row of the result; the mask leaves out what is beside it.
                     unsafe {
                         if EDGE {
@@ -211,11 +198,10 @@ impl<T: Element> Stride2Grad<'_, T> {
                 }
             }
         }
-        P
     }
 }
 
-impl<T: Element> Kernel for Stride2Grad<'_, T> {
+impl<T: Element> Kernel for DwConvNchwS2Grad<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -224,14 +210,14 @@ impl<T: Element> Kernel for Stride2Grad<'_, T> {
             return;
         }
         self.check();
-        match (self.taps, self.before[1] % 2) {
+        match (self.kernel, self.before[1] % 2) {
             (3, 0) => self.columns::<I, 3, 2, 0>(isa),
             (3, _) => self.columns::<I, 3, 2, 1>(isa),
             (5, 0) => self.columns::<I, 5, 3, 0>(isa),
             (5, _) => self.columns::<I, 5, 3, 1>(isa),
             (7, 0) => self.columns::<I, 7, 4, 0>(isa),
             (7, _) => self.columns::<I, 7, 4, 1>(isa),
-            (taps, _) => unreachable!("{taps} rows of taps: see stride2_taps"),
+            (kernel, _) => unreachable!("a kernel of {kernel} rows"),
         }
     }
 }

@@ -1,7 +1,8 @@
-//! The depthwise convolution over NHWC pixels, channels being the vector dimension. (For NCHW: [`planes`](super::dwconv_nchw).)
+//! The depthwise convolution over NHWC pixels, channels being the vector dimension. (For NCHW:
+//! [`dwconv_nchw`](super::dwconv_nchw).)
 //!
-//! A strip is a few rows of results. It goes over the image column by column, and what is loaded of a column is added to all
-//! results that see it, whose sums stay in registers:
+//! A strip is a few rows of results. It goes over the image column by column, and what is loaded of
+//! a column is added to all results that see it, whose sums stay in registers:
 //!
 //! ```text
 //!   columns of the image         a   b   c   d   e
@@ -10,19 +11,20 @@
 //!   2                                    w0 c  w1 d  w2 e
 //! ```
 //!
-//! So nothing is copied, no zeros are multiplied at the left and right, and what is read again are only the rows of taps, from
-//! the L1 cache.
+//! So nothing is copied, no zeros are multiplied at the left and right, and what is read again are
+//! only the rows of taps, from the L1 cache.
 
-use crate::simd::element::Element;
-use crate::simd::{Isa, Kernel, Promised};
+use crate::simd::element::{Element, one_lane};
+use crate::simd::{Isa, RawKernel};
 
-/// Rows of results of a strip, at most. (15 layers of kMobileNet V3 and others, 16 images, forward, a thread of an Intel Xeon:
-/// 12.2 ms with 4, 12.6 with 7, 13.4 with 8.)
+/// Rows of results of a strip, at most.
 pub const ROWS: usize = 4;
 
-/// Rows of results whose sums registers hold, of so many columns each, beside a value for each row, a weight and a start.
-const fn strip_rows(registers: usize, columns: usize) -> usize {
-    match (registers - 2) / (columns + 1) {
+/// Rows of results of a strip: those whose sums registers hold, of `columns` each, beside a value
+/// for each row, a weight and a start. Portable code has strips of one, to be small.
+const fn strip_rows<T: Element, I: Isa>(columns: usize) -> usize {
+    match (I::REGISTER_COUNT - 2) / (columns + 1) {
+        _ if one_lane::<T, I>() => 1,
         ROWS.. => ROWS,
         2 | 3 => 2,
         _ => 1,
@@ -38,14 +40,15 @@ pub struct Window<'a, T> {
     pub size: [usize; 2],
     /// Channels of a pixel.
     pub channels: usize,
-    /// The row and column that the first result sees through the first tap; both may be outside the image.
+    /// The row and column that the first result sees through the first tap; both may be outside the
+    /// image.
     pub start: [isize; 2],
     /// Pixels from what one result sees to what the next does: 1 or 2.
     pub step: usize,
     /// Rows and columns of taps.
     pub taps: [usize; 2],
-    /// How many vectors of the image to ask for with one of results.
-    pub asks: usize,
+    /// How many vectors of the image to prefetch with one of results.
+    pub prefetches: usize,
 }
 
 impl<T: Element> Window<'_, T> {
@@ -54,20 +57,20 @@ impl<T: Element> Window<'_, T> {
         assert!(self.channels > 0 && (1..=2).contains(&self.step), "step");
     }
 
-    /// The image's column `i` places behind the first one that is seen, if there is one.
+    /// The image's column `i` columns behind the first one that is seen, if there is one.
     #[inline(always)]
     fn column(&self, i: usize) -> Option<usize> {
         let column = self.start[1].wrapping_add_unsigned(i) as usize;
         (column < self.size[1]).then_some(column)
     }
 
-    /// Whether there is the row `i` places behind the first one.
+    /// Whether there is the row `i` rows behind the first one.
     #[inline(always)]
     fn has_row(&self, i: usize) -> bool {
         (self.start[0].wrapping_add_unsigned(i) as usize) < self.size[0]
     }
 
-    /// Channel `c` of a row's first pixel, of the row `i` places behind the first one.
+    /// Channel `c` of a row's first pixel, of the row `i` rows behind the first one.
     #[inline(always)]
     fn row(&self, i: usize, c: usize) -> *const T {
         let row = self.start[0].wrapping_add_unsigned(i).wrapping_mul((self.size[1] * self.channels) as isize);
@@ -75,16 +78,17 @@ impl<T: Element> Window<'_, T> {
     }
 }
 
-/// Asks for so many vectors of memory from `ptr` on, which it moves behind them.
+/// Prefetches vectors of memory from `ptr` on, which it moves behind them.
 #[inline(always)]
-fn ask<T: Element, I: Isa>(isa: I, ptr: &mut *const T, vectors: usize) {
+fn prefetch<T: Element, I: Isa>(isa: I, ptr: &mut *const T, vectors: usize) {
     for _ in 0..vectors {
         isa.prefetch_l2(*ptr);
         *ptr = ptr.wrapping_add(T::lanes::<I>());
     }
 }
 
-/// `y[p][c] = bias[c] + sum over taps t of w[t][c] * x[p][t][c]` for results `p` and all channels `c`.
+/// `y[p][c] = bias[c] + sum over taps t of w[t][c] * x[p][t][c]` for results `p` and all channels
+/// `c`.
 ///
 /// # Safety
 /// Until it has run, `channels` values must be writable at every result.
@@ -95,9 +99,9 @@ pub struct DwConvNhwc<'a, T: Element> {
     pub weights: &'a [T::Wide],
     /// How many taps that kernel has.
     pub kernel_taps: usize,
-    /// The kernel's tap that is the first one here, and from one row, and one column, of taps to the next.
+    /// The kernel's tap that is the first one here.
     pub first_tap: usize,
-    /// See `first_tap`.
+    /// From one row, and from one column, of taps to the next.
     pub tap_steps: [isize; 2],
     /// `channels` values.
     pub bias: Option<&'a [T]>,
@@ -107,8 +111,8 @@ pub struct DwConvNhwc<'a, T: Element> {
     pub strides: [usize; 2],
     /// Rows and columns of results.
     pub size: [usize; 2],
-    /// Where the memory begins of which some is asked for meanwhile, line after line: the input's and the output's.
-    pub ahead: [*const T; 2],
+    /// Where to prefetch from, line after line: of the input and of the output.
+    pub prefetch: [*const T; 2],
 }
 
 impl<'a, T: Element> DwConvNhwc<'a, T> {
@@ -119,7 +123,8 @@ impl<'a, T: Element> DwConvNhwc<'a, T> {
         assert!(self.bias.is_none_or(|bias| bias.len() == self.window.channels), "bias");
     }
 
-    /// All results, through `K` columns of taps, of which one column of the image meets `F` at a step of `S`.
+    /// All results, through `K` columns of taps, of which one column of the image meets `F` at a
+    /// step of `S`.
     ///
     /// # Safety
     /// As for [`DwConvNhwc`]; the weights must have been checked.
@@ -128,9 +133,10 @@ impl<'a, T: Element> DwConvNhwc<'a, T> {
         let (lanes, channels) = (T::lanes::<I>(), self.window.channels);
         for c in (0..channels).step_by(lanes) {
             let mask = T::mask(isa, (channels - c).min(lanes));
-            // SAFETY: the caller's promise; all these channels exist, but for those that the mask leaves out.
+            // SAFETY: the caller's promise; all these channels exist, but for those that the mask
+            // leaves out.
             unsafe {
-                if channels - c >= lanes {
+                if const { one_lane::<T, I>() } || channels - c >= lanes {
                     self.channels::<I, false, K, S, F>(isa, c, mask);
                 } else {
                     self.channels::<I, true, K, S, F>(isa, c, mask);
@@ -154,13 +160,13 @@ impl<'a, T: Element> DwConvNhwc<'a, T> {
         // SAFETY: the caller's promise; some of the last rows may be computed twice.
         unsafe {
             // A constant: what registers do not hold is not compiled.
-            if const { strip_rows(I::REGISTER_COUNT, F) == ROWS } {
+            if const { strip_rows::<T, I>(F) == ROWS } {
                 while row < rows && rows >= ROWS {
                     self.strip::<I, TAIL, K, S, F, ROWS>(isa, c, mask, row.min(rows - ROWS));
                     row += ROWS;
                 }
             }
-            if const { strip_rows(I::REGISTER_COUNT, F) >= 2 } {
+            if const { strip_rows::<T, I>(F) >= 2 } {
                 while row < rows && rows >= 2 {
                     self.strip::<I, TAIL, K, S, F, 2>(isa, c, mask, row.min(rows - 2));
                     row += 2;
@@ -203,8 +209,8 @@ impl<'a, T: Element> DwConvNhwc<'a, T> {
                 }
             }
             if t + 1 >= F {
-                ask::<T, I>(isa, &mut self.ahead[0], J * window.asks);
-                ask::<T, I>(isa, &mut self.ahead[1], J);
+                prefetch::<T, I>(isa, &mut self.prefetch[0], J * window.prefetches);
+                prefetch::<T, I>(isa, &mut self.prefetch[1], J);
                 for (j, &sum) in sums[0].iter().enumerate() {
                     let y = y.wrapping_add(j * self.strides[0]);
                     // SAFETY: the caller's promise.
@@ -260,9 +266,9 @@ impl<'a, T: Element> DwConvNhwc<'a, T> {
             }
             for (f, sums) in sums.iter_mut().rev().enumerate() {
                 if S * f + A < K {
-                    let place = tap as isize * tap_row + (S * f + A) as isize * tap_column;
+                    let index = tap as isize * tap_row + (S * f + A) as isize * tap_column;
                     // SAFETY: inside the weights, as was asserted.
-                    let weight = unsafe { T::load_wide(isa, weights.wrapping_offset(place)) };
+                    let weight = unsafe { T::load_wide(isa, weights.wrapping_offset(index)) };
                     for (sum, &value) in sums.iter_mut().zip(&values) {
                         *sum = T::mul_add(isa, weight, value, *sum);
                     }
@@ -282,13 +288,13 @@ unsafe fn load<T: Element, I: Isa, const TAIL: bool>(isa: I, mask: T::Mask<I>, p
     unsafe { if TAIL { T::load_masked(isa, mask, ptr) } else { T::load(isa, ptr) } }
 }
 
-impl<T: Element> Kernel for Promised<DwConvNhwc<'_, T>> {
-    /// Where [`DwConvNhwc::ahead`] would go on.
+impl<T: Element> RawKernel for DwConvNhwc<'_, T> {
+    /// Where [`DwConvNhwc::prefetch`] would go on.
     type Output = [*const T; 2];
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> [*const T; 2] {
-        let mut conv = self.into_inner();
+    unsafe fn run<I: Isa>(self, isa: I) -> [*const T; 2] {
+        let mut conv = self;
         conv.check();
         let (Window { taps: [rows, columns], step, channels, .. }, lanes) = (conv.window, T::lanes::<I>());
         assert!(conv.weights.len() >= channels.div_ceil(lanes) * conv.kernel_taps * lanes, "weights");
@@ -310,11 +316,12 @@ impl<T: Element> Kernel for Promised<DwConvNhwc<'_, T>> {
                 (columns, step) => unreachable!("{columns} columns of taps at a step of {step}"),
             }
         }
-        conv.ahead
+        conv.prefetch
     }
 }
 
-/// `sums[t][c] += sum over pixels p of g[p][c] * x[p][t][c]` for a strip of gradients and all taps `t` of a kernel.
+/// `sums[t][c] += sum over pixels p of g[p][c] * x[p][t][c]` for a strip of gradients and all taps
+/// `t` of a kernel.
 ///
 /// # Safety
 /// Until it has run, `channels` values must be readable at every pixel of `g`.
@@ -329,11 +336,12 @@ pub struct DwConvNhwcGradWeight<'a, T: Element> {
     pub size: [usize; 2],
     /// The sums, `[vector of channels][row of taps][column][lane]`.
     pub sums: &'a mut [T::Wide],
-    /// See [`DwConvNhwc::ahead`].
-    pub ahead: [*const T; 2],
+    /// See [`DwConvNhwc::prefetch`].
+    pub prefetch: [*const T; 2],
 }
 
-/// Rows of a kernel whose sums registers hold, beside a value for each of them, a gradient, and what products need.
+/// Rows of a kernel whose sums registers hold, beside a value for each of them, a gradient, and
+/// what products need.
 const fn sum_rows(registers: usize, kernel: usize) -> usize {
     match (registers - 1) / (kernel + 1) {
         0 => 1,
@@ -350,7 +358,8 @@ impl<'a, T: Element> DwConvNhwcGradWeight<'a, T> {
         assert_eq!(self.window.taps[0], self.window.taps[1], "taps");
     }
 
-    /// All channels, for a kernel of `K` rows and columns, of which one column of the image meets `F` at a step of `S`.
+    /// All channels, for a kernel of `K` rows and columns, of which one column of the image meets
+    /// `F` at a step of `S`.
     ///
     /// # Safety
     /// As for [`DwConvNhwcGradWeight`]; the number of sums must have been checked.
@@ -359,9 +368,10 @@ impl<'a, T: Element> DwConvNhwcGradWeight<'a, T> {
         let (lanes, channels) = (T::lanes::<I>(), self.window.channels);
         for c in (0..channels).step_by(lanes) {
             let mask = T::mask(isa, (channels - c).min(lanes));
-            // SAFETY: the caller's promise; all these channels exist, but for those that the mask leaves out.
+            // SAFETY: the caller's promise; all these channels exist, but for those that the mask
+            // leaves out.
             unsafe {
-                if channels - c >= lanes {
+                if const { one_lane::<T, I>() } || channels - c >= lanes {
                     self.channels::<I, false, K, S, F>(isa, c, mask);
                 } else {
                     self.channels::<I, true, K, S, F>(isa, c, mask);
@@ -373,7 +383,8 @@ impl<'a, T: Element> DwConvNhwcGradWeight<'a, T> {
     /// A vector of channels from `c`.
     ///
     /// # Safety
-    /// As for [`DwConvNhwcGradWeight::all`]; the channels must exist, but for what `mask` leaves out.
+    /// As for [`DwConvNhwcGradWeight::all`]; the channels must exist, but for what `mask` leaves
+    /// out.
     #[inline(always)]
     unsafe fn channels<I: Isa, const TAIL: bool, const K: usize, const S: usize, const F: usize>(
         &mut self,
@@ -412,14 +423,14 @@ impl<'a, T: Element> DwConvNhwcGradWeight<'a, T> {
         tap: usize,
     ) -> usize {
         let (lanes, [rows, columns]) = (T::lanes::<I>(), self.size);
-        // The first rows ask for all.
-        let asks = if tap == 0 { [self.window.asks, 1] } else { [0, 0] };
+        // The first rows prefetch for all.
+        let prefetches = if tap == 0 { [self.window.prefetches, 1] } else { [0, 0] };
         let mut sums = [[T::splat(isa, T::default()); K]; R];
         for row in 0..rows {
             for t in 0..columns + F - 1 {
                 if t < columns {
-                    ask::<T, I>(isa, &mut self.ahead[0], asks[0]);
-                    ask::<T, I>(isa, &mut self.ahead[1], asks[1]);
+                    prefetch::<T, I>(isa, &mut self.prefetch[0], prefetches[0]);
+                    prefetch::<T, I>(isa, &mut self.prefetch[1], prefetches[1]);
                 }
                 // SAFETY: the caller's promise.
                 unsafe {
@@ -485,12 +496,12 @@ impl<'a, T: Element> DwConvNhwcGradWeight<'a, T> {
     }
 }
 
-impl<T: Element> Kernel for Promised<DwConvNhwcGradWeight<'_, T>> {
+impl<T: Element> RawKernel for DwConvNhwcGradWeight<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let mut grad = self.into_inner();
+    unsafe fn run<I: Isa>(self, isa: I) {
+        let mut grad = self;
         grad.check();
         let Window { taps: [kernel, _], step, channels, .. } = grad.window;
         let lanes = T::lanes::<I>();

@@ -1,11 +1,12 @@
 //! Numbers only: rows in, rows out, one thread, one instruction set.
 //!
-//! The microkernels' common view of an image is a set of *rows*: row `r` holds one channel's pixels, contiguous, and starts
-//! `offsets[r]` values after a base pointer. NCHW memory is such a set as it stands; a tile of NHWC memory becomes one by
-//! transposing it in the L1 cache ([`transpose`]). Pixels are the vector dimension, so any group size runs at full width, and
-//! permuting channels (the interleave) is only another table of offsets. Where transposing costs more than it saves, NHWC
-//! pixels are computed with as they are, channels being the vector dimension ([`outer`], [`side_by_side`], [`folds`],
-//! [`dwconv_nhwc`]), and permuted ([`permute`]).
+//! The microkernels' common view of an image is a set of *rows*: row `r` holds one channel's
+//! pixels, contiguous, and starts `offsets[r]` values after a base pointer. NCHW memory is such a
+//! set as it stands; a tile of NHWC memory becomes one by transposing it in the L1 cache
+//! ([`transpose`]). Pixels are the vector dimension, so any group size runs at full width, and
+//! permuting channels (the interleave) is only another table of offsets. Where transposing costs
+//! more than it saves, NHWC pixels are computed with as they are, channels being the vector
+//! dimension ([`outer`], [`side_by_side`], [`folds`], [`dwconv_nhwc`]), and permuted ([`permute`]).
 
 pub mod activations;
 pub mod conv1x1_nchw;

@@ -15,7 +15,8 @@ pub struct Factors<'a, T> {
     pub pixels: usize,
     /// Pixels of the first image that are not the row's.
     pub skipped: usize,
-    /// For each image, from the first one on, the factors that are multiplied; nothing where they are 1.
+    /// For each image, from the first one on, the factors that are multiplied; nothing where they
+    /// are 1.
     pub sets: [&'a [T]; 2],
 }
 
@@ -83,7 +84,7 @@ impl<T: Element> Kernel for Activate<'_, T> {
     }
 }
 
-/// `activation(scale * x + shift)` of a row in its own place.
+/// `activation(scale * x + shift)` of a row, in place.
 pub struct ActivateInPlace<'a, T> {
     /// The function.
     pub activation: Activation,
@@ -150,7 +151,7 @@ impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Forward<T, T::Vector<I>,
     }
 }
 
-/// The way back through [`Activate`] of a row: from the gradient by its result to the gradient by `x`.
+/// The gradient of [`Activate`] of a row, with respect to `x`.
 pub struct ActivateGrad<'a, T> {
     /// The function.
     pub activation: Activation,
@@ -183,7 +184,7 @@ pub struct Kept<'a, T> {
     pub values: Option<&'a [T]>,
 }
 
-/// Sums over a row that [`ActivateGrad`] gathers on the way.
+/// Sums over a row that [`ActivateGrad`] computes too.
 #[derive(Clone, Copy, Default)]
 pub struct RowSums {
     /// Of the gradient by the function's argument.
@@ -222,7 +223,8 @@ impl<T: Element> Kernel for ActivateGrad<'_, T> {
 }
 
 impl<T: Element> ActivateGrad<'_, T> {
-    /// All images, with the function's values (`multiplied` by the factors or not) and derivatives from `function`.
+    /// All images, with the function's values (`multiplied` by the factors or not) and derivatives
+    /// from `function`.
     ///
     /// # Safety
     /// The rows of `function` must be as long as the others.
@@ -258,7 +260,7 @@ impl<T: Element> ActivateGrad<'_, T> {
     }
 }
 
-/// Where the way back takes a function's values and derivatives from.
+/// Where the gradient takes a function's values and derivatives from.
 trait Slopes<T: Element, I: Isa> {
     /// Both for `N` vectors from pixel `at`, whose arguments' `x` are given.
     ///
@@ -344,7 +346,8 @@ impl<T: Element, I: Isa, S: Slopes<T, I>> Body<T, I> for Backward<T, T::Vector<I
         let x = unsafe { load::<T, I, N>(isa, self.x.add(at), lanes) };
         // SAFETY: as above.
         let [values, mut slopes] = unsafe { self.function.both(isa, at, lanes, x) };
-        // SAFETY: as above. Beyond the row, gradients are zero and so is all that is added to the sums.
+        // SAFETY: as above. Beyond the row, gradients are zero and so is all that is added to the
+        // sums.
         let grad = unsafe { load::<T, I, N>(isa, self.grad.add(at), lanes) };
         let [sum, normalised] = &mut self.sums;
         for i in 0..N {
@@ -371,7 +374,8 @@ impl<T: Element, I: Isa, S: Slopes<T, I>> Body<T, I> for Backward<T, T::Vector<I
     }
 }
 
-/// The mean of `activation(scale * x + shift)` over each image of a row, and what its way back will want.
+/// The mean of `activation(scale * x + shift)` over each image of a row, and what its gradient will
+/// need.
 pub struct ActivateMeans<'a, T> {
     /// The function.
     pub activation: Activation,
@@ -444,7 +448,8 @@ impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Means<T, T::Vector<I>, F
     }
 }
 
-/// `y = w + slope * (x - mean) + shift`: the gradient by the values before a batch norm whose statistics depend on them.
+/// `y = w + slope * (x - mean) + shift`: the gradient by the values before a batch norm whose
+/// statistics depend on them.
 pub struct NormGrad<'a, T> {
     /// The gradient that takes the statistics as constants.
     pub w: &'a [T],
@@ -458,14 +463,16 @@ pub struct NormGrad<'a, T> {
     pub y: &'a mut [T],
 }
 
-/// The gradient by `x` of the means of `activation(scale * x + shift)` over images: `factor * activation'`.
+/// The gradient by `x` of the means of `activation(scale * x + shift)` over images:
+/// `factor * activation'`.
 #[derive(Clone, Copy)]
 pub struct MeanGrad<'a, T> {
     /// The function.
     pub activation: Activation,
     /// Scale and shift before the function.
     pub affine: (T, T),
-    /// The gradients by the arguments of the means' functions, which all pixels of an image have in common.
+    /// The gradients by the arguments of the means' functions, which all pixels of an image have in
+    /// common.
     pub factors: Factors<'a, T>,
 }
 
@@ -572,7 +579,8 @@ mod tests {
         assert_eq!(Factors::<f32>::ONE.parts(9).collect::<Vec<_>>(), [(0, 0..9)]);
     }
 
-    /// Images of a row through a function with factors, forward and back, beside the same with the means' gradient.
+    /// Images of a row through a function with factors, forward and back, beside the same with the
+    /// means' gradient.
     #[test]
     fn factors_and_means() {
         let f = |x: f64| x / (1.0 + (-x).exp());
@@ -583,7 +591,8 @@ mod tests {
             for pixels in [1usize, 5, 16, 37] {
                 let x: Vec<f64> = (0..3 * pixels).map(|i| (i as f64 * 0.7).sin()).collect();
                 let grad: Vec<f64> = (0..3 * pixels).map(|i| (i as f64 * 0.3).cos()).collect();
-                // The second factor is 0: the function has to be computed again for the gradient by it.
+                // The second factor is 0: the function has to be computed again for the gradient by
+                // it.
                 let gates = [[0.5, 0.0, 2.0], [0.5, 1.5, 2.0]];
                 for (gate, mask) in gates.iter().map(|gate| (gate, [1.0, 2.0, 3.0])) {
                     let factors = Factors { pixels, skipped: 0, sets: [gate, &mask] };

@@ -15,7 +15,7 @@
 use crate::pool::part;
 use crate::simd::element::Element;
 use crate::simd::mul_acc::MulAcc;
-use crate::simd::{Isa, Kernel, Promised, line};
+use crate::simd::{Isa, RawKernel, line};
 
 /// The most rows of a tile. (14 of them take as long in NHWC; 12 in NCHW 7 % longer.)
 const MAX_ROWS: usize = 8;
@@ -351,12 +351,12 @@ impl<'a, T: Element, M: MulAcc<T>, S: Sums<T>> OuterProducts<'a, T, M, S> {
     }
 }
 
-impl<T: Element, M: MulAcc<T>, S: Sums<T>> Kernel for Promised<OuterProducts<'_, T, M, S>> {
+impl<T: Element, M: MulAcc<T>, S: Sums<T>> RawKernel for OuterProducts<'_, T, M, S> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let (kernel, lanes) = (self.into_inner(), T::lanes::<I>());
+    unsafe fn run<I: Isa>(self, isa: I) {
+        let (kernel, lanes) = (self, T::lanes::<I>());
         let vectors = kernel.columns.div_ceil(lanes);
         let chunks = vectors.div_ceil(MAX_VECTORS);
         for chunk in 0..chunks {

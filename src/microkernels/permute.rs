@@ -2,7 +2,7 @@
 
 use super::transpose::Transpose;
 use crate::simd::element::Element;
-use crate::simd::{Isa, Kernel, Promised, line};
+use crate::simd::{Isa, Kernel, RawKernel, line};
 
 /// Neighbouring channels of which some go to a vector.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -79,15 +79,15 @@ impl<'a, T: Element> PermuteChannels<'a, T> {
     }
 }
 
-impl<T: Element> Kernel for Promised<PermuteChannels<'_, T>> {
+impl<T: Element> RawKernel for PermuteChannels<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    unsafe fn run<I: Isa>(self, isa: I) {
         if !const { T::PERMUTES && I::PERMUTES } {
             unreachable!("no instruction picks lanes");
         }
-        let kernel = self.into_inner();
+        let kernel = self;
         let lanes = T::lanes::<I>();
         assert!(kernel.columns <= lanes && kernel.index.iter().all(|index| index.len() == lanes), "indices");
         let (mut x, mut y, mut left) = (kernel.x, kernel.y, kernel.pixels);
@@ -128,12 +128,12 @@ pub struct TransposeChannels<T> {
     pub ahead: [usize; 2],
 }
 
-impl<T: Element> Kernel for Promised<TransposeChannels<T>> {
+impl<T: Element> RawKernel for TransposeChannels<T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let TransposeChannels { mut x, mut y, steps, pixels, size, ahead } = self.into_inner();
+    unsafe fn run<I: Isa>(self, isa: I) {
+        let TransposeChannels { mut x, mut y, steps, pixels, size, ahead } = self;
         let [rows, columns] = size;
         for _ in 0..pixels {
             for channel in (0..rows * columns).step_by(line::<T>()) {

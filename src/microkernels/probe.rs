@@ -9,7 +9,8 @@ pub struct Multiply {
     pub rounds: usize,
 }
 
-/// Independent sums: more than latency x throughput of any current core, less than the registers of AVX2.
+/// Independent sums: more than latency x throughput of any current core, less than the registers of
+/// AVX2.
 const SUMS: usize = 12;
 
 impl Kernel for Multiply {

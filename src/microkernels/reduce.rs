@@ -36,8 +36,8 @@ impl<T: Element, I: Isa> Body<T, I> for Total<T, T::Vector<I>> {
 
 /// Mean of a row, and the sum of the squares of the distances from it.
 ///
-/// One pass over the row, with distances from one of its values: they are of the order of the deviation, so nothing
-/// cancels however far from zero the mean is.
+/// One pass over the row, with distances from one of its values: they are of the order of the
+/// deviation, so nothing cancels however far from zero the mean is.
 pub struct Moments<'a, T>(pub &'a [T]);
 
 impl<T: Element> Kernel for Moments<'_, T> {

@@ -12,7 +12,8 @@ fn end([rows, width]: [usize; 2], pitch: usize) -> usize {
     rows.max(1) * pitch - pitch + width
 }
 
-/// Copies rows of a plane, which are too short for `memcpy` to be worth its call, to be computed with.
+/// Copies rows of a plane, which are too short for `memcpy` to be worth its call, to be computed
+/// with.
 pub struct WidenRows<'a, T: Element> {
     /// The rows, and the distance of their beginnings.
     pub x: (&'a [T], usize),
@@ -20,7 +21,7 @@ pub struct WidenRows<'a, T: Element> {
     pub y: (&'a mut [MaybeUninit<T::Wide>], usize),
     /// Number and length of the rows.
     pub size: [usize; 2],
-    /// Distance from what is read to what is asked for meanwhile.
+    /// Prefetch distance, from what is read.
     pub ahead: usize,
 }
 
@@ -73,7 +74,7 @@ pub struct NarrowRows<'a, T: Element> {
     pub y: (&'a mut [MaybeUninit<T>], usize),
     /// Number and length of the rows.
     pub size: [usize; 2],
-    /// Distance from what is written to what is asked for meanwhile.
+    /// Prefetch distance, from what is written.
     pub ahead: usize,
 }
 
@@ -122,11 +123,11 @@ impl<T: Element, I: Isa> Body<T, I> for Narrow<T> {
 pub struct SplitRows<'a, T: Element> {
     /// The rows, and the distance of their beginnings.
     pub x: (&'a [T], usize),
-    /// Where the values at even and those at odd places go: rows with one distance.
+    /// Where the values at even and those at odd indices go: rows with one distance.
     pub y: ([&'a mut [T::Wide]; 2], usize),
     /// Number and length of the rows.
     pub size: [usize; 2],
-    /// Distance from what is read to what is asked for meanwhile.
+    /// Prefetch distance, from what is read.
     pub ahead: usize,
 }
 
@@ -145,7 +146,7 @@ impl<T: Element> Kernel for SplitRows<'_, T> {
             let x_masks = [mask(rest), mask(rest.saturating_sub(vector))];
             let y_masks = [mask(rest.div_ceil(2)), mask(rest / 2)];
             for row in 0..rows {
-                let place = row * y_pitch + at / 2;
+                let start = row * y_pitch + at / 2;
                 // SAFETY: the rows end inside the slices; the masks leave out what is beyond.
                 unsafe {
                     let x = x.as_ptr().add(row * x_pitch + at);
@@ -153,23 +154,24 @@ impl<T: Element> Kernel for SplitRows<'_, T> {
                     let low = T::load_masked(isa, x_masks[0], x);
                     let high = T::load_masked(isa, x_masks[1], x.wrapping_add(vector));
                     let [low, high] = T::split(isa, low, high);
-                    T::store_wide_masked(isa, y_masks[0], even.as_mut_ptr().add(place), low);
-                    T::store_wide_masked(isa, y_masks[1], odd.as_mut_ptr().wrapping_add(place), high);
+                    T::store_wide_masked(isa, y_masks[0], even.as_mut_ptr().add(start), low);
+                    T::store_wide_masked(isa, y_masks[1], odd.as_mut_ptr().wrapping_add(start), high);
                 }
             }
         }
     }
 }
 
-/// [`NarrowRows`] that puts rows together from their values at even and odd places: what [`SplitRows`] undoes.
+/// [`NarrowRows`] that puts rows together from their values at even and odd indices: what
+/// [`SplitRows`] undoes.
 pub struct ZipRows<'a, T: Element> {
-    /// Rows of the values at even and at odd places, with one distance.
+    /// Rows of the values at even and at odd indices, with one distance.
     pub x: ([&'a [T::Wide]; 2], usize),
     /// The rows, and the distance of their beginnings.
     pub y: (&'a mut [MaybeUninit<T>], usize),
     /// Number and length of the rows.
     pub size: [usize; 2],
-    /// Distance from what is written to what is asked for meanwhile.
+    /// Prefetch distance, from what is written.
     pub ahead: usize,
 }
 
@@ -188,11 +190,11 @@ impl<T: Element> Kernel for ZipRows<'_, T> {
             let x_masks = [mask(rest.div_ceil(2)), mask(rest / 2)];
             let y_masks = [mask(rest), mask(rest.saturating_sub(vector))];
             for row in 0..rows {
-                let place = row * x_pitch + at / 2;
+                let start = row * x_pitch + at / 2;
                 // SAFETY: the rows end inside the slices; the masks leave out what is beyond.
                 unsafe {
-                    let low = T::load_wide_masked(isa, x_masks[0], even.as_ptr().add(place));
-                    let high = T::load_wide_masked(isa, x_masks[1], odd.as_ptr().wrapping_add(place));
+                    let low = T::load_wide_masked(isa, x_masks[0], even.as_ptr().add(start));
+                    let high = T::load_wide_masked(isa, x_masks[1], odd.as_ptr().wrapping_add(start));
                     let [low, high] = T::zip(isa, low, high);
                     let y = y.as_mut_ptr().cast::<T>().add(row * y_pitch + at);
                     prefetch::<T, I, 2>(isa, y, ahead);

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use crate::simd::Isa;
-use crate::simd::element::Element;
+use crate::simd::element::{Element, one_lane};
 
 /// Vectors that are worked on at a time: the sums' additions and the activations' chains overlap.
 pub(super) const BLOCK: usize = 4;
@@ -52,16 +52,16 @@ pub(super) unsafe fn run_range<T: Element, I: Isa>(
     let mut at = start;
     // SAFETY: `at` and the lanes stay below `end`.
     unsafe {
-        while at + BLOCK * vector <= end {
+        // Not of portable code, to be small.
+        while const { !one_lane::<T, I>() } && at + BLOCK * vector <= end {
             body.block::<BLOCK>(isa, at, Lanes::All);
             at += BLOCK * vector;
         }
-        while at + vector <= end {
-            body.block::<1>(isa, at, Lanes::All);
+        // One piece of code for vectors and what is less than one.
+        while at < end {
+            let lanes = if at + vector <= end { Lanes::All } else { Lanes::First(T::mask(isa, end - at)) };
+            body.block::<1>(isa, at, lanes);
             at += vector;
-        }
-        if at < end {
-            body.block::<1>(isa, at, Lanes::First(T::mask(isa, end - at)));
         }
     }
 }
@@ -90,8 +90,8 @@ pub(super) unsafe fn load<T: Element, I: Isa, const N: usize>(
     vectors
 }
 
-/// Asks for the values as far behind a row's block as the row is long: whoever works on rows in pieces comes to them next,
-/// and the processor looks no further than a page. (A training step of a kEffNet-B0 takes 1,245 ms without, 1,151 with.)
+/// Prefetches the values as far behind a row's block as the row is long: who works on rows in
+/// pieces comes to them next, and the processor's own prefetcher stops at the end of a page.
 #[inline(always)]
 pub(super) fn prefetch<T: Element, I: Isa, const N: usize>(isa: I, x: *const T, len: usize) {
     for i in 0..N {

@@ -17,7 +17,7 @@
 
 use crate::simd::element::Element;
 use crate::simd::mul_acc::MulAcc;
-use crate::simd::{Isa, Kernel, Promised};
+use crate::simd::{Isa, RawKernel};
 
 /// Steps' channels of a [`Block::Pieces`]' piece.
 pub const PIECE: usize = 4;
@@ -152,15 +152,15 @@ impl<'a, T: Element, M: MulAcc<T>> SideBySide<'a, T, M> {
     }
 }
 
-impl<T: Element, M: MulAcc<T>> Kernel for Promised<SideBySide<'_, T, M>> {
+impl<T: Element, M: MulAcc<T>> RawKernel for SideBySide<'_, T, M> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    unsafe fn run<I: Isa>(self, isa: I) {
         if !const { T::PERMUTES && I::PERMUTES } {
             unreachable!("no instruction picks lanes");
         }
-        let kernel = self.into_inner();
+        let kernel = self;
         kernel.check();
         let lanes = T::lanes::<I>();
         let steps: usize = kernel.sources.iter().map(|source| source.steps).sum();
@@ -266,15 +266,15 @@ impl<'a, T: Element, M: MulAcc<T>> SideBySideSums<'a, T, M> {
     }
 }
 
-impl<T: Element, M: MulAcc<T>> Kernel for Promised<SideBySideSums<'_, T, M>> {
+impl<T: Element, M: MulAcc<T>> RawKernel for SideBySideSums<'_, T, M> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    unsafe fn run<I: Isa>(self, isa: I) {
         if !const { T::PERMUTES && I::PERMUTES } {
             unreachable!("no instruction picks lanes");
         }
-        let mut kernel = self.into_inner();
+        let mut kernel = self;
         kernel.check();
         let lanes = T::lanes::<I>();
         assert!(kernel.sums.len().is_multiple_of(lanes) && kernel.a.1.max(kernel.b.1) <= lanes, "sums");

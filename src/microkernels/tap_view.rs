@@ -1,18 +1,21 @@
-//! How the taps of a depthwise kernel see NCHW planes: which vectors of a row are loaded whole, which
-//! by masks, and which are every other value of two.
+//! How the taps of a depthwise kernel see NCHW planes: which vectors of a row are loaded whole,
+//! which by masks, and which are every other value of two.
 
 use std::ops::Range;
 
-use super::dwconv_nchw::MAX_COLUMNS;
 use crate::simd::Isa;
 use crate::simd::element::Element;
 
-/// Planes of some channels of some images as a kernel's taps see them: of images and channels, how many there are and the
-/// distance from one to the next.
+/// The most columns of a kernel.
+pub const MAX_COLUMNS: usize = 7;
+
+/// Planes of some channels of some images as a kernel's taps see them: of images and channels, how
+/// many there are and the distance from one to the next.
 ///
-/// A tile's vectors are of the same columns of several images, or of several channels of an only one. What a tap sees
-/// beside a plane is masked. At a step of 2, a vector is every other value of two. Where two rows fit into a vector, they go
-/// through it together, as at a stride of 2: the output's rows `2 t` and `2 t + 1` are one row of sums.
+/// A tile's vectors are of the same columns of several images, or of several channels of an only
+/// one. What a tap sees beside a plane is masked. At a step of 2, a vector is every other value of
+/// two. Where two rows fit into a vector, they go through it together, as at a stride of 2: the
+/// output's rows `2 t` and `2 t + 1` are one row of sums.
 #[derive(Clone)]
 pub struct TapView<'a, T> {
     /// The planes.
@@ -31,8 +34,8 @@ pub struct TapView<'a, T> {
     pub top: isize,
     /// The plane's column that the first result sees through each column of the kernel.
     pub columns: &'a [isize],
-    /// Distances from what is read, and from the results, to what is asked for meanwhile.
-    pub ahead: [usize; 2],
+    /// Prefetch distances, from what is read and from the results.
+    pub prefetch: [usize; 2],
 }
 
 impl<T: Element> TapView<'_, T> {
@@ -47,15 +50,16 @@ impl<T: Element> TapView<'_, T> {
         start..self.size[0].saturating_add_signed(-self.top).max(start)
     }
 
-    /// Values from the beginning of the first plane to the end of the last, where planes have so many pixels and from one
-    /// image and one channel to the next there are `steps`; none if there are no planes.
+    /// Values from the beginning of the first plane to the end of the last, where planes have
+    /// `pixels` and from one image and one channel to the next there are `steps`; none if there are
+    /// no planes.
     pub(super) fn len(&self, [image, channel]: [usize; 2], pixels: usize) -> usize {
         let last = |count: usize, step: usize| Some(count.checked_sub(1)? * step);
         last(self.images.0, image).zip(last(self.channels.0, channel)).map_or(0, |(i, c)| i + c + pixels)
     }
 
-    /// That all planes can be read, and `results` values hold as many planes of results (so far apart) of so many rows and
-    /// columns.
+    /// That all planes can be read, and `results` values hold as many planes of results, `steps`
+    /// apart, of these rows and columns.
     pub(super) fn check<I: Isa>(&self, results: usize, steps: [usize; 2], [rows, columns]: [usize; 2]) {
         let [height, width] = self.size;
         let double = self.step == 1 && columns == width && 2 * width <= T::lanes::<I>();
@@ -67,7 +71,8 @@ impl<T: Element> TapView<'_, T> {
         assert!(results >= self.len(steps, rows * columns), "results");
     }
 
-    /// How many vectors of columns from `at` on, `end` of which are results, can be loaded whole in all rows.
+    /// How many vectors of columns from `at` on, `end` of which are results, can be loaded whole in
+    /// all rows.
     #[inline(always)]
     pub(super) fn inside<I: Isa>(&self, at: usize, end: usize) -> usize {
         let [first, last] = [self.columns.iter().min(), self.columns.iter().max()].map(|c| c.copied().unwrap_or(0));
@@ -77,28 +82,28 @@ impl<T: Element> TapView<'_, T> {
         if outside { 0 } else { end.saturating_sub(at) / T::lanes::<I>() }
     }
 
-    /// Asks for what will be read some time after so many vectors.
+    /// Prefetches what will be read some time after these vectors.
     #[inline(always)]
-    pub(super) fn ask<I: Isa>(&self, isa: I, x: *const T, vectors: usize) {
-        (0..vectors).for_each(|v| isa.prefetch_l2(x.wrapping_add(self.ahead[0] + v * T::lanes::<I>())));
+    pub(super) fn prefetch<I: Isa>(&self, isa: I, x: *const T, vectors: usize) {
+        (0..vectors).for_each(|v| isa.prefetch_l2(x.wrapping_add(self.prefetch[0] + v * T::lanes::<I>())));
     }
 
-    /// Asks for the results that come some time after a vector.
+    /// Prefetches the results that come some time after a vector.
     #[inline(always)]
-    pub(super) fn ask_results<I: Isa, Y>(&self, isa: I, y: *const Y) {
-        isa.prefetch_l2(y.wrapping_add(self.ahead[1]));
+    pub(super) fn prefetch_results<I: Isa, Y>(&self, isa: I, y: *const Y) {
+        isa.prefetch_l2(y.wrapping_add(self.prefetch[1]));
     }
 
-    /// Row 0, from a place in it on.
+    /// Row 0, from an index in it on.
     #[inline(always)]
-    pub(super) fn row(&self, place: usize) -> *const T {
-        self.x.as_ptr().wrapping_offset(self.top * self.size[1] as isize).wrapping_add(place)
+    pub(super) fn row(&self, index: usize) -> *const T {
+        self.x.as_ptr().wrapping_offset(self.top * self.size[1] as isize).wrapping_add(index)
     }
 }
 
-/// How vectors go through planes: those of the same columns of all images of a channel, one channel after the other, and
-/// then those of further columns. Of images and channels, there are so many, and steps from one to the next of `x` and of
-/// the results.
+/// How vectors go through planes: those of the same columns of all images of a channel, one channel
+/// after the other, and then those of further columns. Of images and channels: their number, and
+/// the steps from one to the next in `x` and in the results.
 #[derive(Clone, Copy)]
 pub(super) struct Layout {
     pub(super) images: (usize, [usize; 2]),
@@ -126,7 +131,8 @@ pub(super) trait Edges<T: Element, I: Isa>: Copy {
     /// How many columns of the kernel are loaded together: 1 or 2.
     const TOGETHER: usize;
 
-    /// Vectors of a row, seen by column `c` of those at hand and, of [`Edges::TOGETHER`], by the next one.
+    /// Vectors of a row, seen by column `c` of those at hand and, of [`Edges::TOGETHER`], by the
+    /// next one.
     ///
     /// # Safety
     /// The view must have been checked.
@@ -164,7 +170,8 @@ impl<T: Element, I: Isa> Edges<T, I> for Whole {
     }
 }
 
-/// Which of `len` lanes see columns of so many, lane `l` column `start + l`: the first one and the end.
+/// Which of `len` lanes see one of `columns`, lane `l` column `start + l`: the first one and the
+/// end.
 pub(super) fn seen(start: isize, len: usize, columns: usize) -> [usize; 2] {
     [-start, columns as isize - start].map(|lane| lane.clamp(0, len as isize) as usize)
 }
@@ -174,14 +181,16 @@ pub(super) fn seen(start: isize, len: usize, columns: usize) -> [usize; 2] {
 pub(super) struct Masked<M, const C: usize> {
     /// The plane's row that row 0 is, and its last one; none if a vector has one row.
     rows: Option<[isize; 2]>,
-    /// For each column of the kernel: where all of a vector's rows are the plane's, only the second, only the first.
+    /// For each column of the kernel: where all of a vector's rows are the plane's, only the
+    /// second, only the first.
     columns: [[M; C]; 3],
     /// The results, if they are not all of a vector: of all rows, of the last one.
     results: [Option<M>; 2],
 }
 
 impl<M: Copy, const C: usize> Masked<M, C> {
-    /// Columns from `at` on, of so many rows and columns of results, as at most `C` columns of the kernel see them.
+    /// Columns from `at` on, of these rows and columns of results, as at most `C` columns of the
+    /// kernel see them.
     #[inline(always)]
     pub(super) fn new<T: Element<Mask<I> = M>, I: Isa>(
         isa: I,
@@ -239,9 +248,8 @@ impl<T: Element, I: Isa, const C: usize> Edges<T, I> for Masked<T::Mask<I>, C> {
     }
 }
 
-/// Vectors of every other column of planes, which two vectors hold: beside what a column of the kernel sees, those hold what
-/// the next one does. (5x5 over 32 x 672 planes of 17 x 17: 2.8 ms of a thread, 3.4 where each column loads its own; 3x3 over
-/// 16 x 512 of 15 x 15 0.55 and 0.62.)
+/// Vectors of every other column of planes, which two vectors hold: beside what a column of the
+/// kernel sees, those hold what the next one does.
 #[derive(Clone, Copy)]
 pub(super) struct Alternate<M, const C: usize> {
     /// For each column of the kernel, what is the plane's of either vector.
@@ -251,7 +259,8 @@ pub(super) struct Alternate<M, const C: usize> {
 }
 
 impl<M: Copy, const C: usize> Alternate<M, C> {
-    /// Columns from `at` on, of so many columns of results, as at most `C` columns of the kernel see them.
+    /// Columns from `at` on, of `width` columns of results, as at most `C` columns of the kernel
+    /// see them.
     #[inline(always)]
     pub(super) fn new<T: Element<Mask<I> = M>, I: Isa>(
         isa: I,

@@ -1,11 +1,13 @@
-//! Tiles of NHWC memory to rows of pixels and back, through registers in blocks of 8 x 8, or halves of them.
+//! Tiles of NHWC memory to rows of pixels and back, through registers in blocks of 8 x 8, or halves
+//! of them.
 
 use crate::simd::element::Element;
 use crate::simd::{Isa, Kernel, TransposeBlock};
 
 /// Rows and columns of a block.
 pub const BLOCK: usize = 8;
-/// Rows or columns of half a block: where these cover what is left, or there are fewer than a block's.
+/// Rows or columns of half a block: where these cover what is left, or there are fewer than a
+/// block's.
 pub const HALF: usize = 4;
 
 /// `dst[c * dst_stride + r] = src[r * src_stride + c]` for `r < rows`, `c < cols`.
@@ -23,16 +25,17 @@ pub struct Transpose<T> {
 impl<T: Element> Transpose<T> {
     /// Pixels of NHWC memory (`rows` pixels of `cols` channels) to rows of pixels in a cache.
     ///
-    /// Runs along the source's rows: memory is read in order (2.5 times faster than down its columns).
+    /// Runs along the source's rows: memory is read in order.
     ///
     /// # Safety
-    /// Until it has run, source and destination must be in bounds for the formula above and must not overlap.
+    /// Until it has run, source and destination must be in bounds for the formula above and must
+    /// not overlap.
     pub unsafe fn gather(size: [usize; 2], src: *const T, src_stride: usize, dst: *mut T, dst_stride: usize) -> Self {
         let [rows, cols] = size;
         Self { rows, cols, src, src_stride, dst, dst_stride, by_rows: true, ahead: rows * src_stride }
     }
 
-    /// The same, but with another distance from what is read to what is asked for meanwhile than to what follows the last
+    /// The same, but with another prefetch distance than to what follows the last
     /// row.
     pub fn ahead(self, ahead: usize) -> Self {
         Self { ahead, ..self }
@@ -96,10 +99,11 @@ impl<T: Element> Kernel for Transpose<T> {
     }
 }
 
-/// Starts and lengths of blocks that cover `size` rows or columns, of which there are [`HALF`] or more.
+/// Starts and lengths of blocks that cover `size` rows or columns, of which there are [`HALF`] or
+/// more.
 ///
-/// Where the last block would end beyond them it overlaps the one before: it writes the same values again, which is cheaper
-/// than any special case.
+/// Where the last block would end beyond them it overlaps the one before: it writes the same values
+/// again, which is cheaper than any special case.
 #[inline(always)]
 pub fn blocks(size: usize) -> impl Iterator<Item = (usize, usize)> {
     let most = if size < BLOCK { HALF } else { BLOCK };

@@ -159,7 +159,7 @@ impl Kernel for PackRows<'_> {
     }
 }
 
-/// Bf16Dot of numbers of 16 bits, each in the lower half of 32.
+/// Pairs of numbers of 16 bits, each in the lower half of 32.
 #[inline(always)]
 fn paired<I: Isa>(isa: I, row: I::u32s, next: Option<I::u32s>) -> I::f32s {
     let upper = next.map_or(isa.splat_u32s(0), |next| isa.wrapping_dyn_shl_u32s(next, isa.splat_u32s(16)));

@@ -247,6 +247,11 @@ pub(crate) fn lanes<T: Element>(isa: IsaKind) -> usize {
     isa.run(Lanes::<T>(PhantomData))
 }
 
+/// Whether a vector holds one value: portable code, of which there is less to be compiled.
+pub(crate) const fn one_lane<T: Element, I: Isa>() -> bool {
+    size_of::<T::Vector<I>>() == size_of::<T::Wide>()
+}
+
 /// Memory that holds values as memory to be written.
 pub(crate) fn writable<T: Element>(values: &mut [T]) -> &mut [MaybeUninit<T>] {
     // SAFETY: the same layout; kernels write nothing but values.

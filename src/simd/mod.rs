@@ -281,17 +281,79 @@ pub trait Isa: pulp::Simd {
     }
 }
 
+/// The functions in which a kernel is compiled, one for each instruction set.
+///
+/// They are methods of the kernel's own trait so that they belong to the kernel's module: an edit
+/// of one microkernel compiles that module alone again, and modules are compiled in parallel.
+macro_rules! entries {
+    ($run:path) => {
+        /// Runs with AVX-512.
+        ///
+        /// # Safety
+        /// The token proves the instructions; otherwise as for the kernel.
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,bmi1,bmi2,fma,lzcnt,popcnt")]
+        unsafe fn enter_avx512(self, isa: pulp::x86::V4) -> Self::Output {
+            // SAFETY: the caller's promise, if there is one to make.
+            #[allow(unused_unsafe)]
+            unsafe {
+                $run(self, isa)
+            }
+        }
+        /// Runs with AVX2.
+        ///
+        /// # Safety
+        /// The token proves the instructions; otherwise as for the kernel.
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,bmi1,bmi2,fma,lzcnt,popcnt")]
+        unsafe fn enter_avx2(self, isa: pulp::x86::V3) -> Self::Output {
+            // SAFETY: the caller's promise, if there is one to make.
+            #[allow(unused_unsafe)]
+            unsafe {
+                $run(self, isa)
+            }
+        }
+        /// Runs with what every target of this architecture has.
+        ///
+        /// # Safety
+        /// As for the kernel.
+        #[inline(never)]
+        unsafe fn enter_baseline<I: Isa>(self, isa: I) -> Self::Output {
+            // SAFETY: the caller's promise, if there is one to make.
+            #[allow(unused_unsafe)]
+            unsafe {
+                $run(self, isa)
+            }
+        }
+    };
+}
+
 /// Work written once for every instruction set. Implementations mark `run` `#[inline(always)]`, so
 /// that the body is compiled inside the function that enables the instructions.
-pub trait Kernel {
+pub trait Kernel: Sized {
     /// What the kernel returns.
     type Output;
     /// Runs on the instruction set that `isa` stands for.
     fn run<I: Isa>(self, isa: I) -> Self::Output;
+
+    entries!(Self::run);
 }
 
-/// A [`Kernel`] over raw pointers, of which its caller has promised what the *Safety* section of
-/// its type demands.
+/// A [`Kernel`] over raw pointers, whose caller promises what the *Safety* section of its type
+/// demands: see [`Promised`].
+pub trait RawKernel: Sized {
+    /// What the kernel returns.
+    type Output;
+    /// Runs on the instruction set that `isa` stands for.
+    ///
+    /// # Safety
+    /// That of the type.
+    unsafe fn run<I: Isa>(self, isa: I) -> Self::Output;
+
+    entries!(Self::run);
+}
+
+/// A [`RawKernel`] of which everything has been promised.
 pub struct Promised<K>(K);
 
 impl<K> Promised<K> {
@@ -303,11 +365,33 @@ impl<K> Promised<K> {
     pub unsafe fn new_unchecked(kernel: K) -> Self {
         Self(kernel)
     }
+}
 
-    /// The kernel, for its own `run`.
+// The entries are the raw kernel's.
+impl<K: RawKernel> Kernel for Promised<K> {
+    type Output = K::Output;
+
     #[inline(always)]
-    pub(crate) fn into_inner(self) -> K {
-        self.0
+    fn run<I: Isa>(self, isa: I) -> K::Output {
+        // SAFETY: promised to `new_unchecked`.
+        unsafe { self.0.run(isa) }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn enter_avx512(self, isa: pulp::x86::V4) -> K::Output {
+        // SAFETY: as above.
+        unsafe { self.0.enter_avx512(isa) }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn enter_avx2(self, isa: pulp::x86::V3) -> K::Output {
+        // SAFETY: as above.
+        unsafe { self.0.enter_avx2(isa) }
+    }
+    #[inline(always)]
+    unsafe fn enter_baseline<I: Isa>(self, isa: I) -> K::Output {
+        // SAFETY: as above.
+        unsafe { self.0.enter_baseline(isa) }
     }
 }
 
@@ -330,31 +414,24 @@ pub enum IsaKind {
     Portable(pulp::Scalar),
 }
 
-struct Call<I, K>(I, K);
-
-impl<I: Isa, K: Kernel> pulp::NullaryFnOnce for Call<I, K> {
-    type Output = K::Output;
-    #[inline(always)]
-    fn call(self) -> K::Output {
-        self.1.run(self.0)
-    }
-}
-
 impl IsaKind {
-    /// Compiles and runs `kernel` for this instruction set.
+    /// Runs `kernel` with this instruction set.
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        match self {
-            #[cfg(all(target_arch = "x86_64", not(any(kconv_only = "avx2", kconv_only = "portable"))))]
-            Self::Avx512Bf16(isa) | Self::Avx512(isa) => isa.vectorize(Call(isa, kernel)),
-            #[cfg(all(target_arch = "x86_64", not(any(kconv_only = "avx512", kconv_only = "portable"))))]
-            Self::Avx2(isa) => isa.vectorize(Call(isa, kernel)),
-            #[cfg(target_arch = "aarch64")]
-            Self::Neon(isa) => isa.vectorize(Call(isa, kernel)),
-            #[cfg(not(any(kconv_only = "avx512", kconv_only = "avx2")))]
-            Self::Portable(isa) => kernel.run(isa),
-            #[cfg(any(kconv_only = "avx512", kconv_only = "avx2", kconv_only = "portable"))]
-            _ => unreachable!("compiled for one instruction set only"),
+        // SAFETY: to have a token is to have the instructions, and a `Kernel` is safe to run.
+        unsafe {
+            match self {
+                #[cfg(all(target_arch = "x86_64", not(any(kconv_only = "avx2", kconv_only = "portable"))))]
+                Self::Avx512Bf16(isa) | Self::Avx512(isa) => kernel.enter_avx512(isa),
+                #[cfg(all(target_arch = "x86_64", not(any(kconv_only = "avx512", kconv_only = "portable"))))]
+                Self::Avx2(isa) => kernel.enter_avx2(isa),
+                #[cfg(target_arch = "aarch64")]
+                Self::Neon(isa) => kernel.enter_baseline(isa),
+                #[cfg(not(any(kconv_only = "avx512", kconv_only = "avx2")))]
+                Self::Portable(isa) => kernel.enter_baseline(isa),
+                #[cfg(any(kconv_only = "avx512", kconv_only = "avx2", kconv_only = "portable"))]
+                _ => unreachable!("compiled for one instruction set only"),
+            }
         }
     }
 

@@ -6,11 +6,10 @@ use crate::simd::{Isa, IsaKind};
 
 /// A way to add up products of values of type `T`. To have one is to have its instructions.
 ///
-/// A step of [`crate::microkernels::conv1x1_nchw::ConvRows`] multiplies [`MulAcc::TERMS`] rows by
-/// their weights, one of [`crate::microkernels::conv1x1_nchw::DotRows`] `TERMS` times a vector's
-/// values of two rows.
+/// A step of the conv1x1 microkernel multiplies [`MulAcc::TERMS`] rows by their weights, one of the
+/// dot microkernel `TERMS` times a vector's values of two rows.
 pub trait MulAcc<T: Element>: Copy + Send + Sync {
-    /// MulAcc that a step adds to each sum: 1 or 2.
+    /// Products that a step adds to each sum: 1 or 2.
     const TERMS: usize;
     /// What [`MulAcc::splat`] reads: values as they are, or as they are computed with.
     type Value: Copy;

@@ -119,5 +119,5 @@ fn tables_powers_and_reciprocals() {
 
 #[test]
 fn unknown_names_are_refused() {
-    assert!(IsaKind::by_name("mmx").unwrap_err().to_string().contains("portable"));
+    assert!(IsaKind::by_name("mmx").unwrap_err().to_string().contains(IsaKind::available()[0].name()));
 }

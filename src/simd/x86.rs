@@ -284,7 +284,7 @@ avx!(pulp::x86::V3 {
         // SAFETY: the token proves AVX2.
         unsafe {
             let (a, b) = (cast(a), cast(b));
-            // Bf16Dot of values come out as a0 b0 a1 b1.
+            // Pairs of values come out as a0 b0 a1 b1.
             let pairs = [_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b)];
             pairs.map(|v| cast(_mm256_permute4x64_epi64::<0xd8>(_mm256_castps_si256(v))))
         }
