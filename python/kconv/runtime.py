@@ -197,16 +197,23 @@ class FrozenNetwork:
                 self.read_image(Path(one).read_bytes(), one)
                 for one in paths[start : start + _AT_ONCE]
             ]
-            for probabilities in self._in_batches(pixels):
+            for probabilities in self.each(pixels):
                 ranked = self.ranked(probabilities, top or 1)
                 found.append(ranked if top else ranked[0][0])
         return found[0] if single else found
 
-    def _in_batches(self, pixels: Sequence[NDArray[np.uint8]]) -> Iterable[NDArray[np.float32]]:
-        """The outputs for images, those of one size together."""
+    def each(self, pixels: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
+        """The outputs for images, which are computed together if they are of one size.
+
+        Args:
+            pixels: (H, W, channels) uint8 each.
+
+        Returns:
+            (classes,) for each.
+        """
         if len({image.shape for image in pixels}) > 1:
             return [self(image[None])[0] for image in pixels]
-        return self(np.stack(pixels))
+        return list(self(np.stack(pixels))) if pixels else []
 
     def ranked(self, probabilities: NDArray[np.float32], top: int) -> list[tuple[str, float]]:
         """Labels and probabilities of an image, the likeliest first.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kconv import cli, models
+from kconv import cli, models, training
 
 TINY = [
     *("--model", "kdensenet_bc_l100", "--model-option", "blocks=1", "--ktype", "D6_4ch"),
@@ -24,7 +24,7 @@ TINY = [
 @pytest.fixture(autouse=True)
 def usual_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command does for its own process would last for all further tests."""
-    monkeypatch.setattr(cli, "leave_out_tensorflow", lambda: None)
+    monkeypatch.setattr(cli._train, "leave_out_tensorflow", lambda: None)
 
 
 def kconv(*arguments: str) -> list[str]:
@@ -171,7 +171,7 @@ def test_failures_that_are_no_bad_input_have_status_1(
     def fail(*arguments: object, **keywords: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(cli.training, "train", fail)
+    monkeypatch.setattr(training, "train", fail)
     assert cli.main(["train", "--output", str(tmp_path / "run")]) == 1
     assert capsys.readouterr().err == "kconv: error: not enough memory: MemoryError\n"
 

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kconv._names import did_you_mean
 from kconv.datasets.classic import CLASSIC
 from kconv.datasets.decode import IMAGE_SUFFIXES, INTERPOLATIONS, pillow, resize
 from kconv.datasets.files import is_archive, open_files
@@ -167,7 +168,8 @@ def load(
     ):
         there = "what is at that path is neither" if path.exists() else "none is at that path"
         raise ValueError(
-            f"unknown data set {str(source)!r}: known are {', '.join(names())}, or a folder, .tar "
+            f"unknown data set {str(source)!r}{did_you_mean(source, names())}: known are "
+            f"{', '.join(names())}, or a folder, .tar "
             f"or .zip file of images ({there})"
         )
     with open_files(path) as files:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from kconv._names import did_you_mean
 from kconv.models.graph import Graph
 from kconv.models.options import Check, ImageShape, Pooling, Whole
 
@@ -95,10 +96,13 @@ def create(name: str, /, **options: Any) -> Spec:
         TypeError: if the network has no such option.
     """
     if name not in _REGISTRY:
-        raise ValueError(f"unknown model {name!r}; known are {', '.join(list_models())}")
+        known = list_models()
+        close = did_you_mean(name, known)
+        raise ValueError(f"unknown model {name!r}{close}; known are {', '.join(known)}")
     spec, defaults = _REGISTRY[name]
     known = [field.name for field in dataclasses.fields(spec) if field.name != "name"]
     unknown = [option for option in options if option not in known]
     if unknown:
-        raise TypeError(f"{name} has no option {unknown[0]!r}; known are {', '.join(known)}")
+        close = did_you_mean(unknown[0], known)
+        raise TypeError(f"{name} has no option {unknown[0]!r}{close}; known are {', '.join(known)}")
     return spec(name=name, **{**defaults, **options})

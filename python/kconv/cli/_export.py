@@ -1,0 +1,38 @@
+"""``kconv export``: a trained network for other programs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from kconv import export
+from kconv.runtime import load
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser("export", help="write a network for another program")
+    parser.description = (
+        "Write a network for another program, run it there on random images, and compare the "
+        "outputs with kconv's."
+    )
+    parser.set_defaults(run=_export)
+    parser.add_argument(
+        "network", metavar="RUN", help="folder of a run, or of a network that was saved"
+    )
+    parser.add_argument("--format", required=True, choices=export.FORMATS, help="which")
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH", help="file to write (default: in the run's folder)"
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    net = load(options.network)
+    path = options.output or Path(options.network) / export.default_name(options.format)
+    result = export.export(net, path, options.format)
+    print(f"written      {result.path}")
+    print(f"input        {result.inputs}")
+    print(f"output       {result.outputs}")
+    print(f"{'checked':12} {result.checked}")
+    return 0

@@ -1,0 +1,171 @@
+"""Trained networks for other programs, each by the target's own converter, and checked there.
+
+=============  =============================  ===================================================
+format         what is written                needs
+=============  =============================  ===================================================
+onnx           ``.onnx``, opset 17            onnx; onnxruntime, if it is there, checks it
+openvino       ``.xml`` and ``.bin``          onnx, openvino
+torch          ``.pt2`` of ``torch.export``   torch
+keras          ``.keras``                     keras and a backend
+ncnn           ``.param`` and ``.bin``        onnx, pnnx, ncnn
+mnn            ``.mnn``                       onnx, MNN
+=============  =============================  ===================================================
+
+The input is called ``images``, (N, channels, H, W) float32 (Keras's (N, H, W, channels)), scaled as
+``config.json`` says; the output ``probabilities``, (N, classes), or ``features`` where the network
+does not end in a softmax. N may be any number but for ncnn, which takes one image at a time. An
+interleave of channels is a Gather with a constant index, and for ncnn, which has none, its
+ShuffleChannel.
+
+Example:
+    >>> import kconv
+    >>> from kconv import export
+    >>> net = kconv.load("runs/keffnet_b0-cifar10-1")  # doctest: +SKIP
+    >>> print(export.export(net, "net.onnx", "onnx").checked)  # doctest: +SKIP
+    by onnxruntime 1.32.0: largest difference 2.4e-07
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kconv._names import did_you_mean
+from kconv.runtime import FrozenNetwork
+
+__all__ = ["FORMATS", "Exported", "default_name", "export"]
+
+_SUFFIXES = {
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "torch": ".pt2",
+    "keras": ".keras",
+    "ncnn": ".ncnn.param",
+    "mnn": ".mnn",
+}
+FORMATS = tuple(_SUFFIXES)
+TOLERANCE = 1e-3
+"""How far probabilities may be from kconv's: half a digit of a percentage."""
+_CHECKED_IMAGES = 3
+
+Run = Callable[[NDArray[np.float32]], Any]
+"""What a target computes of (N, H, W, channels) images."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :func:`export` has written.
+
+    Attributes:
+        path: the file; others may lie beside it.
+        inputs: name, shape and type of the input.
+        outputs: of the output.
+        checked: by what the file was run, and how far its outputs are from kconv's.
+    """
+
+    path: Path
+    inputs: str
+    outputs: str
+    checked: str
+
+
+def default_name(form: str) -> str:
+    """The name of a format's file, where nobody says another.
+
+    Example:
+        >>> default_name("onnx")
+        'model.onnx'
+    """
+    return f"model{_SUFFIXES[form]}"
+
+
+def export(net: FrozenNetwork, path: str | os.PathLike[str], form: str) -> Exported:
+    """Write a network for another program, and run it there.
+
+    Args:
+        net: the network.
+        path: the file to write, with the format's suffix.
+        form: one of ``FORMATS``.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: there is no such format, the suffix is another one, the format lacks one of
+            the network's layers, or the target's outputs are not kconv's.
+        ImportError: a package that the format needs is not installed.
+        OSError: the file cannot be written.
+    """
+    if form not in FORMATS:
+        close = did_you_mean(form, FORMATS)
+        raise ValueError(f"unknown format {form!r}{close}: known are {', '.join(FORMATS)}")
+    path = Path(path)
+    if not path.name.endswith(_SUFFIXES[form]):
+        raise ValueError(f"{path} does not end in {_SUFFIXES[form]}, as files of {form} do")
+    module = import_module(f"kconv.export._{form}")
+    before = {one: one.stat().st_mtime_ns for one in path.parent.glob("*")}
+    written: list[Path] = module.write(net, path)
+    try:
+        checked = _check(net, *module.runner(net, path), one_by_one=form == "ncnn")
+    except BaseException:
+        for one in written:  # what is wrong stays nowhere
+            if before.get(one) != one.stat().st_mtime_ns:
+                one.unlink()
+        raise
+    image = net.config.image
+    size: tuple[object, ...] = (image.channels, image.height or "H", image.width or "W")
+    if form == "keras":
+        size = (*size[1:], size[0])
+    shape = ", ".join(map(str, ("1" if form == "ncnn" else "N", *size)))
+    classes = len(net.class_names)
+    return Exported(
+        path,
+        f"{INPUT} ({shape}) float32",
+        f"{output_name(net)} ({'1' if form == 'ncnn' else 'N'}, {classes}) float32",
+        checked,
+    )
+
+
+INPUT = "images"
+
+
+def output_name(net: FrozenNetwork) -> str:
+    """The name of the output."""
+    layer = net.graph[net.graph.output]
+    ends = getattr(layer, "kind", None) == "softmax" or getattr(layer, "activation", None)
+    return "probabilities" if ends else "features"
+
+
+def _check(net: FrozenNetwork, run: Run, by: str, *, one_by_one: bool) -> str:
+    """Compare outputs; those of several images, as some targets forget that there may be some."""
+    height, width = usual_size(net)
+    rng = np.random.default_rng(0)
+    shape = (_CHECKED_IMAGES, height, width, net.config.image.channels)
+    images = rng.uniform(-2, 2, shape).astype(np.float32)
+    expected = net(images)
+    found = []
+    for batch in [images[:1], images[1:2]] if one_by_one else [images[:1], images]:
+        found.append(np.asarray(run(batch)))
+    theirs = np.concatenate([y.reshape(-1, *expected.shape[1:]) for y in found])
+    ours = np.concatenate([expected[:1], expected[1:2] if one_by_one else expected])
+    if theirs.shape != ours.shape:
+        raise ValueError(f"{by} gives outputs of shape {theirs.shape}, kconv {ours.shape}")
+    difference = float(np.abs(theirs - ours).max())
+    if not difference <= TOLERANCE * max(1.0, float(np.abs(ours).max())):
+        raise ValueError(
+            f"{by} computes something else: largest difference {difference:.1e}"
+        )
+    return f"by {by}: largest difference {difference:.1e}"
+
+
+def usual_size(net: FrozenNetwork) -> tuple[int, int]:
+    """Height and width of images to try a network on."""
+    image = net.config.image
+    return image.height or 224, image.width or 224
