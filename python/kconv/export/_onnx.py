@@ -49,14 +49,8 @@ def runner(net: FrozenNetwork, path: Path) -> tuple[Run, str]:
     return run, by
 
 
-def model_of(net: FrozenNetwork, *, shuffle: bool = False, batch: int | None = None) -> Any:
+def model_of(net: FrozenNetwork) -> Any:
     """The network as an ``onnx.ModelProto``.
-
-    Args:
-        net: the network.
-        shuffle: whether an interleave is a reshape, a transposition and a reshape, as targets
-            that have no Gather know it as the shuffling of channels.
-        batch: the number of images, None for any.
 
     Raises:
         ImportError: onnx is not installed.
@@ -65,13 +59,13 @@ def model_of(net: FrozenNetwork, *, shuffle: bool = False, batch: int | None = N
     onnx = require("onnx", "onnx", "exporting to ONNX")
     require("onnx.checker", "onnx", "exporting to ONNX")
     layers = plain_graph(net.graph)
-    writer = _Writer(onnx, layers, net.weights, shuffle)
+    writer = _Writer(onnx, layers, net.weights)
     image = net.config.image
-    size = [batch or "N", image.channels, image.height or "H", image.width or "W"]
+    size = ["N", image.channels, image.height or "H", image.width or "W"]
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     inputs = helper.make_tensor_value_info(INPUT, float32, size)
     name = output_name(net)
-    shape = [batch or "N", len(net.class_names)]
+    shape = ["N", len(net.class_names)]
     if len(layers[layers.output].shape) == 3:
         shape += ["output_height", "output_width"]
     outputs = helper.make_tensor_value_info(name, float32, shape)
@@ -99,9 +93,8 @@ class _Writer:
         onnx: Any,
         layers: graph.Graph,
         weights: Mapping[tuple[str, str], Array],
-        shuffle: bool,
     ) -> None:
-        self.onnx, self.layers, self.weights, self.shuffle = onnx, layers, weights, shuffle
+        self.onnx, self.layers, self.weights = onnx, layers, weights
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
         self.names: dict[str, str] = {}
@@ -223,32 +216,9 @@ class _Writer:
 
     def _interleave(self, layer: graph.Interleave, x: str, output: str) -> None:
         channels, step = layer.channels, layer.step
-        if not self.shuffle:
-            order = self.constant(
-                f"interleave_{channels}_{step}", np.array(interleave_index(channels, step))
-            )
-            self.node("Gather", [x, order], output, axis=1)
-            return
-        height, width = self._size(layer)
-        if channels % step:
-            raise ValueError(
-                f"layer {layer.name!r}: the target shuffles channels that the step divides, not "
-                f"{channels} by {step}"
-            )
-        # Channels s, s + step, ...: the columns of a matrix of rows of `step` channels.
-        matrix = self.constant(
-            f"{output}/matrix", np.array([1, channels // step, step, height, width])
-        )
-        image = self.constant(f"{output}/image", np.array([1, channels, height, width]))
-        rows = self.node("Reshape", [x, matrix], f"{output}/rows")
-        turned = self.node("Transpose", [rows], f"{output}/columns", perm=[0, 2, 1, 3, 4])
-        self.node("Reshape", [turned, image], output)
-
-    def _size(self, layer: graph.Layer) -> tuple[int, int]:
-        height, width = layer.shape[:2]
-        if height is None or width is None:
-            raise ValueError(f"layer {layer.name!r}: the target needs images of a known size")
-        return height, width
+        index = np.array(interleave_index(channels, step))
+        order = self.constant(f"interleave_{channels}_{step}", index)
+        self.node("Gather", [x, order], output, axis=1)
 
     def _narrow(self, x: str, start: int, end: int, output: str) -> str:
         bounds = [

@@ -44,14 +44,8 @@ def runner(net: FrozenNetwork, path: Path) -> tuple[Run, str]:
     return run, f"torch {torch.__version__.partition('+')[0]}"
 
 
-def module_of(net: FrozenNetwork, *, shuffle: bool = False) -> Any:
-    """The network as a module of PyTorch's own layers, in evaluation mode.
-
-    Args:
-        net: the network.
-        shuffle: whether an interleave is a reshape, a transposition and a reshape, as targets know
-            it that have no index_select.
-    """
+def module_of(net: FrozenNetwork) -> Any:
+    """The network as a module of PyTorch's own layers, in evaluation mode."""
     torch = require("torch", "torch", "exporting to PyTorch")
     from kconv.torch.native import make_native
     from kconv.torch.network import Network
@@ -59,8 +53,6 @@ def module_of(net: FrozenNetwork, *, shuffle: bool = False) -> Any:
     layers = _renamed(plain_graph(net.graph))
     module = Network(layers, fused=False)
     make_native(module)
-    if shuffle:
-        _shuffle(module, layers)
     values = {
         f"{layer.replace('.', '_')}.{_NAMES[weight]}": torch.from_numpy(array)
         for (layer, weight), array in net.weights.items()
@@ -75,26 +67,6 @@ def module_of(net: FrozenNetwork, *, shuffle: bool = False) -> Any:
             raise ValueError(f"the weight {name!r} of PyTorch's layers has no value")
     module.load_state_dict(state)
     return module.eval()
-
-
-def _shuffle(module: Any, layers: graph.Graph) -> None:
-    from kconv.torch._functions import Call
-
-    for layer in layers.layers:
-        if isinstance(layer, graph.Interleave):
-            if layer.channels % layer.step:
-                raise ValueError(
-                    f"layer {layer.name!r}: the target shuffles channels that the step divides, "
-                    f"not {layer.channels} by {layer.step}"
-                )
-            setattr(module, layer.name, Call(_shuffled, step=layer.step))
-
-
-def _shuffled(x: Any, step: int) -> Any:
-    """Channels s, s + step, ...: the columns of a matrix of rows of ``step`` channels."""
-    count, channels, height, width = x.shape
-    matrix = x.reshape(count, channels // step, step, height, width)
-    return matrix.transpose(1, 2).reshape(count, channels, height, width)
 
 
 _NAMES = {
