@@ -3,7 +3,7 @@
 
 use std::mem::MaybeUninit;
 
-use kconv::fused::{Arguments, Inference, Program, backward, forward, infer};
+use kconv::fused::{Arguments, FORMAT, Inference, Program, backward, forward, infer};
 use kconv::isa::IsaKind;
 use kconv::shape::Order;
 use libfuzzer_sys::fuzz_target;
@@ -37,7 +37,7 @@ fn written(len: usize, write: impl FnOnce(&mut [MaybeUninit<f32>])) -> Vec<f32> 
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((&first, rest)) = bytes.split_first() else { return };
-    let Ok(program) = Program::parse(&integers(rest)) else { return };
+    let Ok(program) = Program::parse(&[vec![FORMAT], integers(rest)].concat()) else { return };
     let count = usize::from(first % 3);
     if program.parameters() > SMALL || !program.workspace_len(3).is_ok_and(|len| len <= SMALL) {
         return;

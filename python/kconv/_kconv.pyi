@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Literal, TypedDict, TypeVar, final
+from typing import Final, Literal, TypedDict, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,6 +160,7 @@ def release_memory() -> int:
 class FusedProgram:
     """A chain of convolutions, batch norms, activations and sums that runs as one operation."""
 
+    FORMAT: Final = 2
     def __new__(cls, /, integers: Sequence[int]) -> FusedProgram: ...
     @property
     def parameters(self) -> int:

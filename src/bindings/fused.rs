@@ -28,6 +28,10 @@ pub struct FusedProgram(Program);
 
 #[pymethods]
 impl FusedProgram {
+    /// The version of the programs that are read.
+    #[classattr]
+    const FORMAT: i64 = fused::FORMAT;
+
     #[new]
     fn new(integers: Vec<i64>) -> PyResult<Self> {
         Ok(Self(Program::parse(&integers)?))

@@ -1,14 +1,16 @@
 //! Depthwise convolutions in a fused network.
 
-use std::slice;
+use std::ops::Range;
 
-use super::pointwise::{Packed, merge_parts};
+use super::backward::Tape;
+use super::conv::{ParameterGrads, PartSums};
+use super::pack::Packed;
+use super::pass::{Pass, Statistics};
 use super::program::{Conv, Step};
+use super::source::NormSums;
 use super::spatial::Phases;
-use super::{Pass, Statistics, Tape};
 use crate::dwconv::nchw::{PlaneConv, Taps, planes_together};
 use crate::dwconv::polyphase::sum_seen;
-use crate::memory;
 use crate::microkernels::conv1x1_nchw::SumSlots;
 use crate::microkernels::reduce::Sum;
 use crate::parallel::Shared;
@@ -20,14 +22,14 @@ use crate::simd::{IsaKind, line};
 /// What computes a depthwise convolution whose output has such a size.
 pub(super) fn forward<T: WideElement>(isa: IsaKind, step: &Step, conv: &Conv, output: [usize; 2]) -> PlaneConv {
     let [vertical, horizontal] = Phases::new(step, conv, output).forward;
-    PlaneConv::new::<T>(isa, &vertical, &horizontal, conv.kernel[1])
+    PlaneConv::new::<T>(isa, &vertical, &horizontal, conv.window.kernel[1])
 }
 
 impl<T: WideElement> Pass<'_, T> {
     /// Makes the value of a depthwise convolution, and its statistics.
     pub(super) fn depthwise(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         let value = &self.program.values[step.value];
-        let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), [value.height, value.width]);
+        let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), value.size());
         let kernels = forward::<T>(self.isa, step, conv, size);
         let parts = self.image_parts(conv.groups);
         let block = planes_together(pixels, self.count.div_ceil(parts));
@@ -35,8 +37,7 @@ impl<T: WideElement> Pass<'_, T> {
         let together = planes_together(block * pixels, conv.groups.div_ceil(self.threads));
         let packed = self.weights(step);
         let none = vec![T::default(); together];
-        let mut partial = vec![(0.0, 0.0, 0.0); parts * conv.groups];
-        let shared = Shared(partial.as_mut_ptr());
+        let sums = PartSums::statistics(parts, conv.groups);
         let (rows, row_len) = (self.rows(step.value), self.row_len(step.value));
         self.for_tasks(conv.groups.div_ceil(together), parts, |task, p| {
             let channels = task * together..conv.groups.min((task + 1) * together);
@@ -47,7 +48,8 @@ impl<T: WideElement> Pass<'_, T> {
                     let (source, step_in) =
                         unsafe { self.load_channels(&step.source, channels.clone(), &range, buffer) };
                     let range = images.start * out_pixels..images.end * out_pixels;
-                    // SAFETY: these images of these channels, which are this task's own, as are their statistics.
+                    // SAFETY: these images of these channels, which are this task's own, as are
+                    // their statistics.
                     unsafe {
                         kernels.run(
                             self.isa,
@@ -57,107 +59,131 @@ impl<T: WideElement> Pass<'_, T> {
                             packed.bias(channels.clone()).unwrap_or(&none[..channels.len()]),
                             (rows.at(channels.start * row_len + range.start), [out_pixels, row_len], size),
                         );
-                        let statistics = shared.ptr().add(p * conv.groups + channels.start);
-                        let statistics = slice::from_raw_parts_mut(statistics, channels.len());
-                        self.complete(step.value, channels.clone(), range, statistics);
+                        self.apply_epilogue(step.value, channels.clone(), range, sums.of(p, channels.clone()));
                     }
                 }
             });
         });
-        merge_parts(&partial, conv.groups)
+        sums.merged()
     }
+}
+
+/// The way back through a depthwise convolution.
+struct DepthwiseGrad<'s, T> {
+    step: &'s Step,
+    conv: &'s Conv,
+    phases: Phases,
+    taps: Taps,
+    back: PlaneConv,
+    packed: Packed<T>,
+    /// Images that are worked on together.
+    block: usize,
+    /// Height and width of the value.
+    size: [usize; 2],
+    grads: ParameterGrads<T>,
 }
 
 impl<T: WideElement> Tape<'_, '_, T> {
     /// Goes back through a depthwise convolution.
     pub(super) fn depthwise(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;
-        let value = &pass.program.values[step.value];
-        let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), [value.height, value.width]);
+        let size = pass.program.values[step.value].size();
         let parts = pass.image_parts(conv.groups);
-        let block = planes_together(pixels, pass.count.div_ceil(parts));
-        let most = step.source.most_rows;
-        let weights = &pass.parameters[conv.weight..][..conv.weights()];
-        let Phases { forward: [vertical, horizontal], backward } = Phases::new(step, conv, size);
-        let width = conv.kernel[1];
-        let taps = Taps::fitting(lanes::<T>(pass.isa), &vertical[0], &horizontal[0], width);
-        let back = PlaneConv::new::<T>(pass.isa, &backward[0], &backward[1], width);
+        let weights = pass.conv_weights(conv);
+        let phases = Phases::new(step, conv, size);
+        let width = conv.window.kernel[1];
+        let taps = Taps::fitting(lanes::<T>(pass.isa), &phases.forward[0][0], &phases.forward[1][0], width);
+        let back = PlaneConv::new::<T>(pass.isa, &phases.backward[0], &phases.backward[1], width);
         let weight = |g, i, o, tap| weights[conv.index(g, o, i, tap)];
-        let packed = Packed::of_taps(pass.isa, conv.groups, 1, 1, back.order(), weight);
+        let back = DepthwiseGrad {
+            packed: Packed::of_taps(pass.isa, conv.groups, 1, 1, back.order(), weight),
+            block: planes_together(step.source.pixels(), pass.count.div_ceil(parts)),
+            grads: ParameterGrads::new(conv, parts),
+            step,
+            conv,
+            phases,
+            taps,
+            back,
+            size,
+        };
+        self.backprop_source(&step.source, conv.groups, parts, |this, g, images, p, sums| {
+            back.task(this, g, images, p, sums);
+        });
+        back.grads.write(conv, self.grad_parameters);
+    }
+}
+
+impl<T: WideElement> DepthwiseGrad<'_, T> {
+    /// A channel's gradients over some images.
+    fn task(&self, tape: &Tape<'_, '_, T>, g: usize, images: Range<usize>, part: usize, sums: &mut [NormSums]) {
+        let (step, pass, block) = (self.step, tape.pass, self.block);
+        let (pixels, out_pixels) = (step.source.pixels(), self.size[0] * self.size[1]);
         let sizes = [
-            taps.len() * line::<T>(),
-            taps.len() * line::<T>(),
-            taps.len(),
+            self.taps.len() * line::<T>(),
+            self.taps.len() * line::<T>(),
+            self.taps.len(),
             block * out_pixels,
             block * pixels,
-            most * block * pixels,
+            step.source.most_rows * block * pixels,
             block * pixels,
         ];
-        let mut partial = memory::filled(T::default(), parts * conv.weights());
-        let mut bias = vec![0.0; parts * conv.groups];
-        let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
-        self.give_back(&step.source, conv.groups, parts, |this, g, images, p, sums| {
-            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-                let [slots, before, tap_sums, grad_buffer, buffer, slopes, grad_x] = cut(memory, sizes);
-                slots.fill(T::default());
-                let (at, len) = (p * conv.groups + g, conv.taps());
-                // SAFETY: sums of this part and channel alone.
-                let (weight_sums, bias) = unsafe {
-                    (slice::from_raw_parts_mut(shared.ptr().add(at * len), len), &mut *shared_bias.ptr().add(at))
+        scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+            let [slots, before, tap_sums, grad_buffer, buffer, slopes, grad_x] = cut(memory, sizes);
+            slots.fill(T::default());
+            // SAFETY: sums of this part and channel alone.
+            let (weight_sums, bias) = unsafe { self.grads.of(part, g) };
+            for images in chunks(images, block) {
+                let out = images.start * out_pixels..images.end * out_pixels;
+                let range = images.start * pixels..images.end * pixels;
+                // SAFETY: all that read the value come later in the program and have added their
+                // gradients; the forward pass wrote the source's values.
+                let (grad, source) = unsafe {
+                    let slopes = step.differentiate.then_some(&mut *slopes);
+                    (
+                        tape.read_grad(step.value, g, out, grad_buffer),
+                        pass.load(&step.source, g, range.clone(), buffer, slopes),
+                    )
                 };
-                for images in chunks(images, block) {
-                    let out = images.start * out_pixels..images.end * out_pixels;
-                    let range = images.start * pixels..images.end * pixels;
-                    // SAFETY: all that read the value come later in the program and have given their gradients; the
-                    // forward pass wrote the source's values.
-                    let (grad, source) = unsafe {
-                        let slopes = step.differentiate.then_some(&mut *slopes);
-                        (
-                            this.take(step.value, g, out, grad_buffer),
-                            pass.load(&step.source, g, range.clone(), buffer, slopes),
-                        )
-                    };
-                    if conv.bias.is_some() {
-                        *bias += pass.isa.run(Sum(grad));
-                    }
-                    let planes = [(images.len(), pixels), (1, 0)];
-                    before.copy_from_slice(slots);
-                    taps.sum(pass.isa, source, planes, (grad, [out_pixels, 0], size), slots);
-                    if !pass.isa.run(Sum(slots)).is_finite() {
-                        // See `sum_seen`.
-                        slots.copy_from_slice(before);
-                        for (tap, sum) in weight_sums.iter_mut().enumerate() {
-                            for (source, grad) in source.chunks_exact(pixels).zip(grad.chunks_exact(out_pixels)) {
-                                let product = |[t, u]: [usize; 2], [y, x]: [usize; 2]| {
-                                    grad[t * size[1] + u].to_f64() * source[y * step.source.width + x].to_f64()
-                                };
-                                let taps = [tap / width, tap % width];
-                                *sum += T::from_f64(sum_seen([&vertical[0], &horizontal[0]], taps, product));
-                            }
-                        }
-                    }
-                    if !step.differentiate {
-                        continue;
-                    }
-                    let grad_x = &mut grad_x[..range.len()];
-                    let y = (Shared::new(writable(grad_x)), [pixels, 0], [step.source.height, step.source.width]);
-                    // SAFETY: the channel and these images are this task's own.
-                    unsafe {
-                        back.run(
-                            pass.isa,
-                            grad,
-                            [(images.len(), out_pixels), (1, 0)],
-                            packed.groups(&(g..g + 1)),
-                            &[T::default()],
-                            y,
-                        );
-                        this.give(&step.source, g, range, grad_x, Some(slopes), None, sums);
-                    }
+                if self.conv.bias.is_some() {
+                    bias[0] += pass.isa.run(Sum(grad));
                 }
-                pass.isa.run(SumSlots(slots, tap_sums));
-                taps.indices().for_each(|(tap, index)| weight_sums[tap] += tap_sums[index]);
-            });
+                let planes = [(images.len(), pixels), (1, 0)];
+                before.copy_from_slice(slots);
+                self.taps.sum(pass.isa, source, planes, (grad, [out_pixels, 0], self.size), slots);
+                if !pass.isa.run(Sum(slots)).is_finite() {
+                    slots.copy_from_slice(before);
+                    self.sum_seen(source, grad, weight_sums);
+                }
+                if !step.differentiate {
+                    continue;
+                }
+                let grad_x = &mut grad_x[..range.len()];
+                let y = (Shared::new(writable(grad_x)), [pixels, 0], step.source.size());
+                let planes = [(images.len(), out_pixels), (1, 0)];
+                // SAFETY: the channel and these images are this task's own.
+                unsafe {
+                    self.back.run(pass.isa, grad, planes, self.packed.groups(&(g..g + 1)), &[T::default()], y);
+                    tape.accumulate_grad(&step.source, g, range, grad_x, Some(slopes), None, sums);
+                }
+            }
+            pass.isa.run(SumSlots(slots, tap_sums));
+            self.taps.indices().for_each(|(tap, slot)| weight_sums[tap] += tap_sums[slot]);
         });
-        self.write_weights(conv, parts, &mut partial, &bias);
+    }
+
+    /// The gradient by the weights where something is not a number: see [`sum_seen`].
+    fn sum_seen(&self, source: &[T], grad: &[T], weight_sums: &mut [T]) {
+        let (width, [_, out_width]) = (self.step.source.width, self.size);
+        let phases = [&self.phases.forward[0][0], &self.phases.forward[1][0]];
+        for (tap, sum) in weight_sums.iter_mut().enumerate() {
+            let taps = [tap / self.conv.window.kernel[1], tap % self.conv.window.kernel[1]];
+            let planes = source.chunks_exact(self.step.source.pixels());
+            for (source, grad) in planes.zip(grad.chunks_exact(self.size[0] * out_width)) {
+                let product = |[t, u]: [usize; 2], [y, x]: [usize; 2]| {
+                    grad[t * out_width + u].to_f64() * source[y * width + x].to_f64()
+                };
+                *sum += T::from_f64(sum_seen(phases, taps, product));
+            }
+        }
     }
 }

@@ -1,27 +1,25 @@
-//! Inference of one image where values have one pixel, as in squeeze-excite: rows one value long, which follow each other.
-//! So all channels of a value are one row, and they are what vectors are made of.
-//!
-//! (Channel by channel, these steps take 1.0 ms of a thread's 8 ms for an image of 224 x 224 through a kEffNet-B0.)
+//! Inference of one image where values have one pixel, as in squeeze-excite: rows one value long,
+//! which follow each other. So all channels of a value are one row, and they are what vectors are
+//! made of. (Measured: docs/ALGORITHMS.md.)
 
-use super::Pass;
+use super::conv::multiply_rows;
+use super::pass::Pass;
 use super::program::{Conv, Row, Source, Step};
 use crate::microkernels::activations::Activation;
-use crate::microkernels::conv1x1_nchw::{ConvRows, Start};
+use crate::microkernels::conv1x1_nchw::Start;
 use crate::microkernels::norm_act::{Activate, Factors};
 use crate::pool::parallel_for;
 use crate::scratch;
-use crate::simd::Promised;
 use crate::simd::element::WideElement;
-use crate::simd::mul_acc::Fma;
 
-/// Weights of a convolution that are worth more than one thread. (Each is read once, about 0.2 ns; entering the pool costs 12
-/// to 16 us.)
+/// Weights of a convolution that are worth more than one thread. (Each is read once, about 0.2 ns;
+/// entering the pool costs 12 to 16 us.)
 const PARALLEL_WEIGHTS: usize = 128 << 10;
 
 impl<T: WideElement> Pass<'_, T> {
     /// Whether all channels of a value are one row.
     pub(super) fn is_single(&self, value: usize) -> bool {
-        self.finished && self.row_len(value) == 1
+        self.stores_views && self.row_len(value) == 1
     }
 
     /// All channels of a value that are a single row.
@@ -35,7 +33,7 @@ impl<T: WideElement> Pass<'_, T> {
     /// As for [`Pass::load`].
     unsafe fn gather(&self, source: &Source, y: &mut [T]) {
         for (channel, y) in y.iter_mut().enumerate() {
-            let rows = &source.rows[source.starts[channel]..source.starts[channel + 1]];
+            let rows = source.channel(channel);
             // SAFETY: the caller's promise.
             unsafe {
                 if rows.iter().all(|row| self.plain(row)) {
@@ -53,11 +51,12 @@ impl<T: WideElement> Pass<'_, T> {
         // SAFETY: sources are earlier values; this is the only task.
         unsafe {
             self.gather(&step.source, &mut *self.single(step.value));
-            self.finish(step.value, 0..step.source.channels(), 0..1);
+            self.apply_view(step.value, 0..step.source.channels(), 0..1);
         }
     }
 
-    /// [`Pass::pointwise`] of single pixels: with the weights in the place of the pixels, and the other way round.
+    /// [`Pass::pointwise`] of single pixels: with the weights in the role of the pixels, and the
+    /// other way round.
     pub(super) fn pointwise_single(&self, step: &Step, conv: &Conv) {
         let (k, m, packed) = (conv.group_in, conv.group_out, self.weights(step));
         let starts: Vec<Vec<_>> = packed.blocks.iter().map(|block| (0..k).map(|i| i * block.len()).collect()).collect();
@@ -69,21 +68,21 @@ impl<T: WideElement> Pass<'_, T> {
             parallel_for(threads, conv.groups * starts.len(), |task| {
                 let (g, b) = (task / starts.len(), task % starts.len());
                 let block = &packed.blocks[b];
-                // SAFETY: the rows of the block's weights, and channels of the value that are this task's own.
-                let kernel = unsafe {
-                    Promised::new_unchecked(ConvRows {
-                        products: Fma,
-                        x: packed.block(g, block).as_ptr(),
-                        x_offsets: &starts[b],
-                        weights: &x[g * k..][..k],
-                        start: Start::Zero,
-                        y: y.ptr().add(g * m + block.start),
-                        y_offsets: &[0],
-                        pixels: block.len(),
-                        ahead: [0, 0],
-                    })
-                };
-                self.isa.run(kernel);
+                // SAFETY: the rows of the block's weights, and channels of the value that are this
+                // task's own.
+                unsafe {
+                    let (weights, x) = (packed.block(g, block), &x[g * k..][..k]);
+                    let y = y.ptr().add(g * m + block.start);
+                    multiply_rows(
+                        self.isa,
+                        (weights.as_ptr(), &starts[b]),
+                        x,
+                        Start::Zero,
+                        (y, &[0]),
+                        block.len(),
+                        [0; 2],
+                    );
+                }
             });
         });
         // SAFETY: just written.
@@ -93,7 +92,7 @@ impl<T: WideElement> Pass<'_, T> {
                 let (activation, affine) = (Activation::Identity, (T::ONE, T::default()));
                 self.isa.run(Activate { activation, x, affine, factors: Factors::ONE, add: true, y, slopes: None });
             }
-            self.finish(step.value, 0..conv.groups * m, 0..1);
+            self.apply_view(step.value, 0..conv.groups * m, 0..1);
         }
     }
 }

@@ -1,10 +1,12 @@
-//! Reading a step's source, and giving its gradient back: where batch norms, activations, gates, masks, sums and
-//! permutations of channels are computed, a row at a time.
+//! Reading a step's source, and adding its gradient to those of the values it was read from: where
+//! batch norms, activations, gates, masks, sums and permutations of channels are computed, a row at
+//! a time.
 
 use std::ops::Range;
 
+use super::backward::Tape;
+use super::pass::Pass;
 use super::program::{Row, Source};
-use super::{Pass, Tape};
 use crate::microkernels::activations::Activation;
 use crate::microkernels::norm_act::{Activate, ActivateGrad, Factors, Kept, MeanGrad, NormGrad};
 use crate::simd::element::WideElement;
@@ -13,11 +15,12 @@ use crate::simd::element::WideElement;
 pub(super) type NormSums = [f64; 2];
 
 impl<T: WideElement> Pass<'_, T> {
-    /// The source's channel over some pixels: the value's own memory where that is all it is, else written to `buffer`;
-    /// and to `slopes` the derivatives of each of its rows' activations, one row after the other.
+    /// The source's channel over some pixels: the value's own memory where that is all it is, else
+    /// written to `buffer`; and to `slopes` the derivatives of each of its rows' activations, one
+    /// row after the other.
     ///
-    /// # Safety
-    /// The values that the source reads must have been written, and not be written while the result is in use.
+    /// # Safety The values that the source reads must have been written, and not be written while
+    /// the result is in use.
     pub(super) unsafe fn load<'b>(
         &'b self,
         source: &Source,
@@ -26,7 +29,7 @@ impl<T: WideElement> Pass<'_, T> {
         buffer: &'b mut [T],
         slopes: Option<&mut [T]>,
     ) -> &'b [T] {
-        let rows = &source.rows[source.starts[channel]..source.starts[channel + 1]];
+        let rows = source.channel(channel);
         match rows {
             // SAFETY: the caller's promise.
             [row] if self.plain(row) => unsafe { self.row(row.value, row.channel, pixels) },
@@ -39,8 +42,8 @@ impl<T: WideElement> Pass<'_, T> {
         }
     }
 
-    /// Some of the source's channels over some pixels, as [`Pass::load`] gives one: from the first channel's on, and the
-    /// distance from one channel to the next.
+    /// Some of the source's channels over some pixels, as [`Pass::load`] gives one: from the first
+    /// channel's on, and the distance from one channel to the next.
     ///
     /// # Safety
     /// As for [`Pass::load`].
@@ -73,14 +76,15 @@ impl<T: WideElement> Pass<'_, T> {
         (buffer, len)
     }
 
-    /// Whether the derivatives of a row's activation are worth keeping from when it is read to when its gradient is given
-    /// back.
+    /// Whether the derivatives of a row's activation are worth keeping from when it is read to when
+    /// its gradient is added.
     fn keeps(&self, row: &Row) -> bool {
-        row.activation != Activation::Identity && !self.is_finished(row)
+        row.activation != Activation::Identity && !self.is_applied(row)
     }
 
-    /// Rows of a source's channels over some pixels, `tile` apart in `buffer` unless they are all values' own memory: the
-    /// start of what `offsets` count from. Derivatives go to `slopes` likewise.
+    /// Rows of a source's channels over some pixels, `tile` apart in `buffer` unless they are all
+    /// values' own memory: the start of what `offsets` count from. Derivatives go to `slopes`
+    /// likewise.
     ///
     /// # Safety
     /// As for [`Pass::load`].
@@ -97,7 +101,7 @@ impl<T: WideElement> Pass<'_, T> {
         let bounds = &source.starts[first..=first + offsets.len()];
         let rows = &source.rows[bounds[0]..bounds[offsets.len()]];
         if rows.len() == offsets.len() && rows.iter().all(|row| self.plain(row)) {
-            return self.row_places(rows, pixels.start, offsets);
+            return self.row_offsets(rows, pixels.start, offsets);
         }
         for (i, (offset, y)) in offsets.iter_mut().zip(buffer.chunks_exact_mut(tile)).enumerate() {
             let slopes = slopes.as_deref_mut().map(|slopes| &mut slopes[i * source.most_rows * tile..]);
@@ -108,19 +112,19 @@ impl<T: WideElement> Pass<'_, T> {
         buffer.as_ptr()
     }
 
-    /// Where rows' values stand from a pixel on: the start of what `offsets` count from.
-    pub(super) fn row_places(&self, rows: &[Row], pixel: usize, offsets: &mut [usize]) -> *const T {
+    /// The rows' values from a pixel on: the start of what `offsets` count from.
+    pub(super) fn row_offsets(&self, rows: &[Row], pixel: usize, offsets: &mut [usize]) -> *const T {
         for (offset, row) in offsets.iter_mut().zip(rows) {
-            *offset = self.places[row.value] + row.channel * self.row_len(row.value) + pixel;
+            *offset = self.offsets[row.value] + row.channel * self.row_len(row.value) + pixel;
         }
         self.start.ptr()
     }
 
-    /// The gates of a source's channels, if the source is nothing but values of one image times these: then a convolution's
-    /// weights can be scaled instead of its pixels.
+    /// The gates of a source's channels, if the source is nothing but values of one image times
+    /// these: then a convolution's weights can be scaled instead of its pixels.
     pub(super) fn gates(&self, source: &Source) -> Option<Vec<T>> {
         let simple = |row: &Row| self.pure(row) && !self.masked(row);
-        let gated = self.finished
+        let gated = self.stores_views
             && self.count == 1
             && source.rows.len() == source.channels()
             && source.rows.iter().any(|row| row.gate.is_some())
@@ -142,7 +146,7 @@ impl<T: WideElement> Pass<'_, T> {
         y: &mut [T],
         mut slopes: Option<&mut [T]>,
     ) {
-        let rows = &source.rows[source.starts[channel]..source.starts[channel + 1]];
+        let rows = source.channel(channel);
         let len = pixels.len();
         for (index, row) in rows.iter().enumerate() {
             // SAFETY: the caller's promise.
@@ -150,7 +154,7 @@ impl<T: WideElement> Pass<'_, T> {
                 unsafe { (self.row(row.value, row.channel, pixels.clone()), self.factors(row, source, &pixels)) };
             let slopes = slopes.as_deref_mut().filter(|_| self.keeps(row));
             self.isa.run(Activate {
-                activation: if self.is_finished(row) { Activation::Identity } else { row.activation },
+                activation: if self.is_applied(row) { Activation::Identity } else { row.activation },
                 x,
                 affine: self.affine(row),
                 factors,
@@ -162,8 +166,8 @@ impl<T: WideElement> Pass<'_, T> {
     }
 
     /// Whether a row's norm and activation have been applied to what is stored.
-    fn is_finished(&self, row: &Row) -> bool {
-        self.finished && self.program.values[row.value].view.is_some()
+    fn is_applied(&self, row: &Row) -> bool {
+        self.stores_views && self.program.values[row.value].view.is_some()
     }
 
     /// Whether a row is the value's own memory.
@@ -173,7 +177,7 @@ impl<T: WideElement> Pass<'_, T> {
 
     /// Whether a row is the value's own memory but for gate and mask.
     fn pure(&self, row: &Row) -> bool {
-        row.norm.is_none() && row.activation == Activation::Identity || self.is_finished(row)
+        row.norm.is_none() && row.activation == Activation::Identity || self.is_applied(row)
     }
 
     /// Whether a row has a mask in this pass.
@@ -183,7 +187,7 @@ impl<T: WideElement> Pass<'_, T> {
 
     /// Scale and shift of a row.
     pub(super) fn affine(&self, row: &Row) -> (T, T) {
-        row.norm.filter(|_| !self.is_finished(row)).map_or((T::ONE, T::default()), |norm| self.affine[norm])
+        row.norm.filter(|_| !self.is_applied(row)).map_or((T::ONE, T::default()), |norm| self.affine[norm])
     }
 
     /// Gates and masks of a row over some pixels of a source.
@@ -206,12 +210,13 @@ impl<T: WideElement> Pass<'_, T> {
 }
 
 impl<T: WideElement> Tape<'_, '_, T> {
-    /// Gives the gradient by a source's channel over some pixels to the values that it was read from. `slopes` and `values`
-    /// are what [`Pass::load`] wrote of them, if they are still there.
+    /// Adds the gradient by a source's channel over some pixels to those of the values that it was
+    /// read from. `slopes` and `values` are what [`Pass::load`] wrote of them, if they are still
+    /// there.
     ///
     /// # Safety
-    /// No other task may give gradients to the same values' channels over the same images.
-    pub(super) unsafe fn give(
+    /// No other task may add to the gradients of the same values' channels over the same images.
+    pub(super) unsafe fn accumulate_grad(
         &self,
         source: &Source,
         channel: usize,
@@ -221,10 +226,11 @@ impl<T: WideElement> Tape<'_, '_, T> {
         values: Option<&[T]>,
         sums: &mut [NormSums],
     ) {
-        let rows = &source.rows[source.starts[channel]..source.starts[channel + 1]];
+        let rows = source.channel(channel);
         let (values, len) = (values.filter(|_| rows.len() == 1), pixels.len());
         for (index, (row, sums)) in rows.iter().zip(sums).enumerate() {
-            // SAFETY: values and gates were written in the forward pass; the gradients' rows and images are this task's own.
+            // SAFETY: values and gates were written in the forward pass; the gradients' rows and
+            // images are this task's own.
             let (x, factors, grad_x, grad_factors) = unsafe {
                 let images = pixels.start / source.pixels()..pixels.end.div_ceil(source.pixels());
                 (
@@ -255,11 +261,12 @@ impl<T: WideElement> Tape<'_, '_, T> {
         }
     }
 
-    /// Rows of the gradient by a value's channels over some pixels, as [`Pass::load_rows`] gives them.
+    /// Rows of the gradient by a value's channels over some pixels, as [`Pass::load_rows`] gives
+    /// them.
     ///
     /// # Safety
-    /// As for [`Tape::take`].
-    pub(super) unsafe fn take_rows(
+    /// As for [`Tape::read_grad`].
+    pub(super) unsafe fn read_grad_rows(
         &self,
         value: usize,
         first: usize,
@@ -277,7 +284,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         }
         for (i, (offset, y)) in offsets.iter_mut().zip(buffer.chunks_exact_mut(tile)).enumerate() {
             // SAFETY: the caller's promise.
-            unsafe { self.take(value, first + i, pixels.clone(), y) };
+            unsafe { self.read_grad(value, first + i, pixels.clone(), y) };
             *offset = i * tile;
         }
         buffer.as_ptr()
@@ -288,12 +295,13 @@ impl<T: WideElement> Tape<'_, '_, T> {
         self.norm_grads.is_empty() && self.mean_grads.is_empty()
     }
 
-    /// The gradient by a value's channel over some pixels, its batch norm's statistics and its mean taken into account: the
-    /// gathered gradient's own memory where there are none, else written to `buffer`.
+    /// The gradient by a value's channel over some pixels, its batch norm's statistics and its mean
+    /// taken into account: the gathered gradient's own memory where there are none, else written to
+    /// `buffer`.
     ///
     /// # Safety
-    /// The tape must have looked at the value.
-    pub(super) unsafe fn take<'b>(
+    /// [`Tape::prepare_norm_grad`] must have been called for the value.
+    pub(super) unsafe fn read_grad<'b>(
         &'b self,
         value: usize,
         channel: usize,
@@ -319,9 +327,9 @@ impl<T: WideElement> Tape<'_, '_, T> {
         y
     }
 
-    /// What the mean whose gradient waits for a value makes of a channel of it.
+    /// What the deferred mean of a value makes of a channel of it.
     fn mean_row(&self, value: usize, channel: usize) -> &Row {
-        let step = self.pass.program.values[value].mean.expect("a mean has given its gradient");
+        let step = self.pass.program.values[value].mean.expect("a deferred mean");
         &self.pass.program.steps[step - 1].source.rows[channel]
     }
 }

@@ -1,28 +1,33 @@
-//! Convolutions of more than one pixel in a fused network that are not [depthwise](super::depthwise): the stem's.
+//! Convolutions of more than one pixel in a fused network that are not
+//! [depthwise](super::depthwise), such as the stem's.
 //!
-//! They run over [padded planes](crate::dwconv::padded_planes) that stand side by side. Each tap of each channel of a group is an input
-//! row of a pointwise convolution: a shifted view of the planes, whose rows follow each other as one long row.
+//! They run over [padded planes](crate::dwconv::padded_planes) that stand side by side. Each tap of
+//! each channel of a group is an input row of a pointwise convolution: a shifted view of the
+//! planes, whose rows follow each other as one long row.
 //!
 //! The backward pass holds the gradient's planes likewise.
 
-use std::slice;
+use std::ops::Range;
 
-use super::pointwise::{Packed, merge_parts};
+use super::PARTS;
+use super::backward::Tape;
+use super::conv::{ParameterGrads, PartSums, multiply_rows};
+use super::pack::Packed;
+use super::pass::{Pass, Statistics};
 use super::program::{Conv, Step};
-use super::{PARTS, Pass, Statistics, Tape};
+use super::source::NormSums;
 use crate::conv1x1::dot_nt::RowProducts;
 use crate::dwconv::nchw::{Planes, ahead, merge, planes_together};
 use crate::dwconv::polyphase::{Phase, most_pixels, sum_seen};
 use crate::memory;
-use crate::microkernels::conv1x1_nchw::{ConvRows, Rows, Start};
+use crate::microkernels::conv1x1_nchw::{Rows, Start};
 use crate::microkernels::reduce::Sum;
-use crate::parallel::Shared;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 use crate::shape::Axis;
+use crate::simd::IsaKind;
 use crate::simd::element::{WideElement, writable};
 use crate::simd::mul_acc::Fma;
-use crate::simd::{IsaKind, Promised};
 
 /// The phases of a convolution's output and of its input's gradient, along both axes.
 pub(super) struct Phases {
@@ -32,11 +37,11 @@ pub(super) struct Phases {
 
 impl Phases {
     pub fn new(step: &Step, conv: &Conv, output: [usize; 2]) -> Self {
-        let input = [step.source.height, step.source.width];
-        let axes = [0, 1].map(|i| Axis { input: input[i], output: output[i], before: conv.before[i] });
+        let (input, window) = (step.source.size(), conv.window);
+        let axes = [0, 1].map(|i| Axis { input: input[i], output: output[i], before: window.before[i] });
         Self {
-            forward: [0, 1].map(|i| Phase::forward(axes[i], conv.kernel[i], conv.stride)),
-            backward: [0, 1].map(|i| Phase::backward(axes[i], conv.kernel[i], conv.stride)),
+            forward: [0, 1].map(|i| Phase::forward(axes[i], window.kernel[i], window.stride[i])),
+            backward: [0, 1].map(|i| Phase::backward(axes[i], window.kernel[i], window.stride[i])),
         }
     }
 }
@@ -50,80 +55,47 @@ fn pairs(phases: &[Vec<Phase>; 2]) -> impl Iterator<Item = (&Phase, &Phase)> {
     phases[0].iter().flat_map(|vertical| phases[1].iter().map(move |horizontal| (vertical, horizontal)))
 }
 
+/// The convolution of padded planes.
+struct Spatial<'s, T> {
+    step: &'s Step,
+    conv: &'s Conv,
+    packed: &'s Packed<T>,
+    /// Images that are worked on together.
+    block: usize,
+    planes: Planes,
+    views: Vec<usize>,
+    phases: [&'s Phase; 2],
+    sums: PartSums<Statistics>,
+}
+
 impl<T: WideElement> Pass<'_, T> {
     /// Makes the value of a convolution, and its statistics.
     pub(super) fn spatial(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         let value = &self.program.values[step.value];
-        let phases = Phases::new(step, conv, [value.height, value.width]).forward;
-        let (pixels, out_pixels) = (step.source.pixels(), value.pixels());
-        let (k, m) = (conv.group_in, conv.group_out);
+        let phases = Phases::new(step, conv, value.size()).forward;
         let parts = self.image_parts(conv.groups);
-        let block = planes_together(pixels, self.count.div_ceil(parts));
+        let block = planes_together(step.source.pixels(), self.count.div_ceil(parts));
         let [vertical, horizontal] = [&phases[0][0], &phases[1][0]];
         let planes = Planes::new(both(&phases), block);
-        let (views, y_offsets) =
-            (views::<T>(&planes, vertical, horizontal, k), rows_of(m, value.height * planes.pitch));
         let packed = self.weights(step);
-        let sizes = [k * planes.len::<T>(), m * value.height * planes.pitch, block * pixels];
-        let mut partial = vec![(0.0, 0.0, 0.0); parts * conv.groups * m];
-        let shared = Shared(partial.as_mut_ptr());
-        let rows = self.rows(step.value);
-        // Fewer tasks than threads: some share a group's output channels, though each has to pad all planes. (The stem of a
-        // kEffNet-B0 takes two threads 446 us of one image of 224 x 224 as one task, 265 as two.)
+        let forward = Spatial {
+            step,
+            conv,
+            packed,
+            block,
+            views: views::<T>(&planes, vertical, horizontal, conv.group_in),
+            planes,
+            phases: [vertical, horizontal],
+            sums: PartSums::statistics(parts, conv.groups * conv.group_out),
+        };
+        // Fewer tasks than threads: some share a group's output channels, though each has to pad
+        // all planes. (Measured: docs/ALGORITHMS.md.)
         let sets = self.threads.div_ceil(conv.groups * parts).min(packed.blocks.len());
         self.for_tasks(conv.groups * sets, parts, |task, p| {
-            let g = task / sets;
             let blocks = &packed.blocks[part(packed.blocks.len(), sets, task % sets)];
-            let outputs = blocks[0].start..blocks[blocks.len() - 1].end;
-            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-                let [padded, results, buffer] = cut(memory, sizes);
-                padded.fill(T::default());
-                for images in chunks(part(self.count, parts, p), block) {
-                    for (i, padded) in padded.chunks_exact_mut(planes.len::<T>()).enumerate() {
-                        let range = images.start * pixels..images.end * pixels;
-                        // SAFETY: sources are values of earlier steps.
-                        let source = unsafe { self.load(&step.source, g * k + i, range, buffer, None) };
-                        planes.write_all(self.isa, source, padded);
-                    }
-                    let columns = planes.columns(images.len(), value.width);
-                    for block in blocks {
-                        // SAFETY: views of `padded` end inside it, as the rows do inside `results`.
-                        let kernel = unsafe {
-                            Promised::new_unchecked(ConvRows {
-                                products: Fma,
-                                x: padded.as_ptr(),
-                                x_offsets: &views,
-                                weights: packed.block(g, block),
-                                y: results.as_mut_ptr(),
-                                y_offsets: &y_offsets[block.clone()],
-                                pixels: (value.height - 1) * planes.pitch + columns,
-                                ahead: [0, 0],
-                                start: packed.bias(g * m + block.start..g * m + block.end).into(),
-                            })
-                        };
-                        self.isa.run(kernel);
-                    }
-                    let results = results.chunks_exact(value.height * planes.pitch);
-                    for (o, result) in results.enumerate().skip(outputs.start).take(outputs.len()) {
-                        let range = images.start * out_pixels..images.end * out_pixels;
-                        let start = (g * m + o) * self.count * out_pixels + range.start;
-                        // SAFETY: these images of this group's rows, which are this task's own.
-                        let y = unsafe { std::slice::from_raw_parts_mut(rows.ptr().add(start), range.len()) };
-                        for (i, y) in y.chunks_exact_mut(out_pixels).enumerate() {
-                            let result = (&result[i * planes.step..], 0, planes.pitch);
-                            let rows = (vertical, 0..vertical.count);
-                            merge(self.isa, rows, 1, result, writable(y), value.width, ahead(out_pixels));
-                        }
-                        // SAFETY: just written, and `y` is not used any more; statistics of this task alone.
-                        unsafe {
-                            let statistics = &mut *shared.ptr().add((p * conv.groups + g) * m + o);
-                            self.complete(step.value, g * m + o..g * m + o + 1, range, slice::from_mut(statistics));
-                        }
-                    }
-                }
-            });
+            forward.task(self, task / sets, blocks, part(self.count, parts, p), p);
         });
-        merge_parts(&partial, conv.groups * m)
+        forward.sums.merged()
     }
 
     /// Parts of the images, so that there are enough tasks.
@@ -132,12 +104,70 @@ impl<T: WideElement> Pass<'_, T> {
     }
 }
 
+impl<T: WideElement> Spatial<'_, T> {
+    /// Some blocks of a group's output channels for some images.
+    fn task(&self, pass: &Pass<'_, T>, g: usize, blocks: &[Range<usize>], images: Range<usize>, part: usize) {
+        let (step, planes) = (self.step, &self.planes);
+        let (k, m, pixels) = (self.conv.group_in, self.conv.group_out, step.source.pixels());
+        let value = &pass.program.values[step.value];
+        let rows = value.height * planes.pitch;
+        let y_offsets = rows_of(m, rows);
+        let sizes = [k * planes.len::<T>(), m * rows, self.block * pixels];
+        scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+            let [padded, results, buffer] = cut(memory, sizes);
+            padded.fill(T::default());
+            for images in chunks(images, self.block) {
+                for (i, padded) in padded.chunks_exact_mut(planes.len::<T>()).enumerate() {
+                    let range = images.start * pixels..images.end * pixels;
+                    // SAFETY: sources are values of earlier steps.
+                    let source = unsafe { pass.load(&step.source, g * k + i, range, buffer, None) };
+                    planes.write_all(pass.isa, source, padded);
+                }
+                let columns = planes.columns(images.len(), value.width);
+                for block in blocks {
+                    let (x, y) = ((padded.as_ptr(), &self.views[..]), results.as_mut_ptr());
+                    let start = self.packed.bias(g * m + block.start..g * m + block.end).into();
+                    let (weights, y) = (self.packed.block(g, block), (y, &y_offsets[block.clone()]));
+                    let len = (value.height - 1) * planes.pitch + columns;
+                    // SAFETY: views of `padded` end inside it, as the rows do inside `results`.
+                    unsafe { multiply_rows(pass.isa, x, weights, start, y, len, [0; 2]) };
+                }
+                let outputs = blocks[0].start..blocks[blocks.len() - 1].end;
+                let results = results.chunks_exact(rows).enumerate();
+                for (o, result) in results.skip(outputs.start).take(outputs.len()) {
+                    self.write(pass, g * m + o, &images, result, part);
+                }
+            }
+        });
+    }
+
+    /// Writes an output channel's results for some images.
+    fn write(&self, pass: &Pass<'_, T>, channel: usize, images: &Range<usize>, result: &[T], part: usize) {
+        let value = &pass.program.values[self.step.value];
+        let ([vertical, _], planes, out_pixels) = (self.phases, &self.planes, value.pixels());
+        let range = images.start * out_pixels..images.end * out_pixels;
+        // SAFETY: these images of the channel's row, which are the task's own.
+        let y = unsafe { pass.row_mut(self.step.value, channel, range.clone()) };
+        for (i, y) in y.chunks_exact_mut(out_pixels).enumerate() {
+            let result = (&result[i * planes.step..], 0, planes.pitch);
+            let rows = (vertical, 0..vertical.count);
+            merge(pass.isa, rows, 1, result, writable(y), value.width, ahead(out_pixels));
+        }
+        // SAFETY: just written, and `y` is not used any more; statistics of this task alone.
+        unsafe {
+            let channels = channel..channel + 1;
+            pass.apply_epilogue(self.step.value, channels.clone(), range, self.sums.of(part, channels));
+        }
+    }
+}
+
 /// Where rows of this length start.
 fn rows_of(count: usize, len: usize) -> Vec<usize> {
     (0..count).map(|i| i * len).collect()
 }
 
-/// Where the views start that a pair of phases has of the planes of `channels` channels, through each of its taps.
+/// Where the views start that a pair of phases has of the planes of `channels` channels, through
+/// each of its taps.
 fn views<T>(planes: &Planes, vertical: &Phase, horizontal: &Phase, channels: usize) -> Vec<usize> {
     let views = |c: usize| {
         let taps = vertical.taps.iter().flat_map(|&(_, y)| horizontal.taps.iter().map(move |&(_, x)| [y, x]));
@@ -155,7 +185,8 @@ struct PhaseKernel<T> {
 
 impl<T: WideElement> PhaseKernel<T> {
     fn new(isa: IsaKind, conv: &Conv, planes: &Planes, [vertical, horizontal]: [&Phase; 2], weights: &[T]) -> Self {
-        let row = |&(y, _): &(usize, isize)| horizontal.taps.iter().map(move |&(x, _)| Some(y * conv.kernel[1] + x));
+        let width = conv.window.kernel[1];
+        let row = |&(y, _): &(usize, isize)| horizontal.taps.iter().map(move |&(x, _)| Some(y * width + x));
         let order: Vec<_> = vertical.taps.iter().flat_map(row).collect();
         let weight = |g, i, o, tap| weights[conv.index(g, o, i, tap)];
         let packed = Packed::of_taps(isa, conv.groups, conv.group_in, conv.group_out, &order, weight);
@@ -163,183 +194,227 @@ impl<T: WideElement> PhaseKernel<T> {
     }
 }
 
+/// The way back through a convolution.
+struct SpatialGrad<'s, T> {
+    step: &'s Step,
+    conv: &'s Conv,
+    phases: Phases,
+    /// Images that are worked on together.
+    block: usize,
+    planes: Planes,
+    grad_planes: Planes,
+    /// For each pair of phases of the source, if its gradient is wanted.
+    kernels: Vec<PhaseKernel<T>>,
+    products: RowProducts<T, Fma>,
+    /// Views of the planes of the gradient and of the source whose products are the weights'
+    /// gradients.
+    views: [Vec<usize>; 2],
+    /// Height and width of the value.
+    size: [usize; 2],
+    grads: ParameterGrads<T>,
+}
+
 impl<T: WideElement> Tape<'_, '_, T> {
     /// Goes back through a convolution.
     pub(super) fn spatial(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;
-        let value = &pass.program.values[step.value];
-        let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), [value.height, value.width]);
+        let size = pass.program.values[step.value].size();
         let (groups, k, m) = (conv.groups, conv.group_in, conv.group_out);
         let parts = pass.image_parts(groups);
-        let block = planes_together(pixels, pass.count.div_ceil(parts));
-        let most = step.source.most_rows;
+        let block = planes_together(step.source.pixels(), pass.count.div_ceil(parts));
         let phases = Phases::new(step, conv, size);
         let [planes, grad_planes] = Planes::pair(both(&phases.forward), both(&phases.backward), block);
-        let weights = &pass.parameters[conv.weight..][..conv.weights()];
+        let weights = pass.conv_weights(conv);
         let kernel = |(v, h)| PhaseKernel::new(pass.isa, conv, &grad_planes, [v, h], weights);
         let kernels: Vec<_> = pairs(&phases.backward).filter(|_| step.differentiate).map(kernel).collect();
-        let (vertical, horizontal) = (&phases.forward[0][0], &phases.forward[1][0]);
-        let b_offsets = views::<T>(&planes, vertical, horizontal, k);
         let first = grad_planes.tap([0, 0]);
         let a_offsets: Vec<_> = (0..m).map(|o| o * grad_planes.len::<T>() + first).collect();
-        let sets = phases.backward[1].len();
-        let rows = most_pixels(&phases.backward[0]);
-        let products = RowProducts::<T, _>::new(pass.isa, Fma, [m, b_offsets.len()], 1);
-        let sizes = [
-            products.memory(),
-            k * planes.len::<T>(),
-            m * grad_planes.len::<T>(),
-            sets * k * rows * planes.pitch,
-            block * pixels.max(out_pixels),
-            k * most * block * pixels,
-            k * block * pixels,
-        ];
-        let mut partial = memory::filled(T::default(), parts * conv.weights());
-        let mut bias = vec![0.0; parts * groups * m];
-        let (shared, shared_bias) = (Shared(partial.as_mut_ptr()), Shared(bias.as_mut_ptr()));
-        self.give_back(&step.source, groups, parts, |this, g, images, p, sums| {
-            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-                let [products_sums, padded, grads, results, buffer, slopes, grad_x] = cut(memory, sizes);
-                products_sums.fill(T::default());
-                padded.fill(T::default());
-                grads.fill(T::default());
-                let at = p * groups + g;
-                // Sums of what is not a number, if there is such.
-                let mut exact = Vec::new();
-                // SAFETY: sums of this part and group alone.
-                let (weight_sums, bias) = unsafe {
-                    let len = conv.weights() / groups;
-                    (
-                        std::slice::from_raw_parts_mut(shared.ptr().add(at * len), len),
-                        std::slice::from_raw_parts_mut(shared_bias.ptr().add(at * m), m),
-                    )
-                };
-                for images in chunks(images, block) {
-                    for (o, (bias, planes)) in
-                        bias.iter_mut().zip(grads.chunks_exact_mut(grad_planes.len::<T>())).enumerate()
-                    {
-                        let range = images.start * out_pixels..images.end * out_pixels;
-                        // SAFETY: all that read the value come later in the program and have given their gradients.
-                        let grad = unsafe { this.take(step.value, g * m + o, range, buffer) };
-                        grad_planes.write_all(pass.isa, grad, planes);
-                        if conv.bias.is_some() {
-                            *bias += pass.isa.run(Sum(grad));
-                        }
-                    }
-                    let range = images.start * pixels..images.end * pixels;
-                    for (i, padded) in padded.chunks_exact_mut(planes.len::<T>()).enumerate() {
-                        let slopes = step.differentiate.then_some(&mut slopes[i * most * block * pixels..]);
-                        // SAFETY: the forward pass wrote the values.
-                        let source = unsafe { pass.load(&step.source, g * k + i, range.clone(), buffer, slopes) };
-                        planes.write_all(pass.isa, source, padded);
-                    }
-                    let columns = planes.columns(images.len(), value.width);
-                    // The gradient is zero between the images and between the rows.
-                    let a = Rows { base: grads.as_ptr(), offsets: &a_offsets, image_stride: 0, ahead: 0 };
-                    let b = Rows { base: padded.as_ptr(), offsets: &b_offsets, image_stride: 0, ahead: 0 };
-                    let len = (value.height - 1) * planes.pitch + columns;
-                    if pass.isa.run(Sum(grads)).is_finite() && pass.isa.run(Sum(padded)).is_finite() {
-                        // SAFETY: views of the planes end inside them.
-                        unsafe { products.add(a, b, [1, len], products_sums) };
-                    } else {
-                        // See `sum_seen`.
-                        exact.resize(weight_sums.len(), T::default());
-                        let mut sums = exact.iter_mut();
-                        let mut grad_buffer = memory::filled(T::default(), block * out_pixels);
-                        for (o, i) in (0..m).flat_map(|o| (0..k).map(move |i| (o, i))) {
-                            let out = images.start * out_pixels..images.end * out_pixels;
-                            // SAFETY: as above.
-                            let (grad, source) = unsafe {
-                                (
-                                    this.take(step.value, g * m + o, out, &mut grad_buffer),
-                                    pass.load(&step.source, g * k + i, range.clone(), buffer, None),
-                                )
-                            };
-                            for (tap, sum) in sums.by_ref().take(conv.taps()).enumerate() {
-                                let taps = [tap / conv.kernel[1], tap % conv.kernel[1]];
-                                for (source, grad) in source.chunks_exact(pixels).zip(grad.chunks_exact(out_pixels)) {
-                                    let product = |[t, u]: [usize; 2], [y, x]: [usize; 2]| {
-                                        grad[t * size[1] + u].to_f64() * source[y * step.source.width + x].to_f64()
-                                    };
-                                    *sum += T::from_f64(sum_seen([vertical, horizontal], taps, product));
-                                }
-                            }
-                        }
-                    }
-                    if !step.differentiate {
-                        continue;
-                    }
-                    this.planes(
-                        &kernels,
-                        &phases.backward,
-                        &grad_planes,
-                        (g, k),
-                        grads,
-                        results,
-                        &mut grad_x[..k * range.len()],
-                        step,
-                    );
-                    let mut sums = &mut *sums;
-                    for (i, grad) in grad_x.chunks_exact(range.len()).take(k).enumerate() {
-                        let rows = step.source.starts[g * k + i + 1] - step.source.starts[g * k + i];
-                        let (own, rest) = sums.split_at_mut(rows);
-                        sums = rest;
-                        let slopes = Some(&slopes[i * most * block * pixels..]);
-                        // SAFETY: the group's channels and these images are this task's own.
-                        unsafe { this.give(&step.source, g * k + i, range.clone(), grad, slopes, None, own) };
-                    }
-                }
-                products.finish(products_sums, weight_sums);
-                weight_sums.iter_mut().zip(exact).for_each(|(sum, exact)| *sum += exact);
-            });
+        let b_offsets = views::<T>(&planes, &phases.forward[0][0], &phases.forward[1][0], k);
+        let back = SpatialGrad {
+            products: RowProducts::new(pass.isa, Fma, [m, b_offsets.len()], 1),
+            views: [a_offsets, b_offsets],
+            grads: ParameterGrads::new(conv, parts),
+            step,
+            conv,
+            phases,
+            block,
+            planes,
+            grad_planes,
+            kernels,
+            size,
+        };
+        self.backprop_source(&step.source, groups, parts, |this, g, images, p, sums| {
+            back.task(this, g, images, p, sums);
         });
-        self.write_weights(conv, parts, &mut partial, &bias);
+        back.grads.write(conv, self.grad_parameters);
+    }
+}
+
+impl<T: WideElement> SpatialGrad<'_, T> {
+    fn pixels(&self) -> usize {
+        self.step.source.pixels()
     }
 
-    /// The gradient by the planes of some images of all of a group's input channels, from the group's planes of the
-    /// gradient by the output.
-    fn planes(
+    fn out_pixels(&self) -> usize {
+        self.size[0] * self.size[1]
+    }
+
+    /// Values from a channel's slopes to the next one's.
+    fn slope_pitch(&self) -> usize {
+        self.step.source.most_rows * self.block * self.pixels()
+    }
+
+    /// A group's gradients over some images.
+    fn task(&self, tape: &Tape<'_, '_, T>, g: usize, images: Range<usize>, part: usize, sums: &mut [NormSums]) {
+        let (step, pass, block, pixels) = (self.step, tape.pass, self.block, self.pixels());
+        let (k, m) = (self.conv.group_in, self.conv.group_out);
+        let sets = self.phases.backward[1].len() * most_pixels(&self.phases.backward[0]);
+        let sizes = [
+            self.products.memory(),
+            k * self.planes.len::<T>(),
+            m * self.grad_planes.len::<T>(),
+            sets * k * self.planes.pitch,
+            block * pixels.max(self.out_pixels()),
+            k * self.slope_pitch(),
+            k * block * pixels,
+        ];
+        scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+            let [weight_slots, padded, grads, results, buffer, slopes, grad_x] = cut(memory, sizes);
+            for zeroed in [&mut *weight_slots, padded, grads] {
+                zeroed.fill(T::default());
+            }
+            // SAFETY: sums of this part and group alone.
+            let (weight_sums, bias) = unsafe { self.grads.of(part, g) };
+            // Sums of what is not a number, if there is such.
+            let mut exact = Vec::new();
+            for images in chunks(images, block) {
+                self.pad(tape, g, &images, [&mut *grads, padded, buffer, slopes], bias);
+                self.add_weights(tape, g, &images, [grads, padded], weight_slots, &mut exact);
+                if !step.differentiate {
+                    continue;
+                }
+                let range = images.start * pixels..images.end * pixels;
+                self.multiply(pass, g, grads, results, &mut grad_x[..k * range.len()]);
+                let (grads, slopes) = ((&*grad_x, range.len()), (&*slopes, self.slope_pitch()));
+                // SAFETY: the group's channels and these images are this task's own.
+                unsafe {
+                    tape.accumulate_grads(&step.source, g * k..(g + 1) * k, &range, grads, slopes, None, &mut *sums);
+                }
+            }
+            self.products.finish(weight_slots, weight_sums);
+            weight_sums.iter_mut().zip(exact).for_each(|(sum, exact)| *sum += exact);
+        });
+    }
+
+    /// Pads the planes of a group's gradient and of what it was made of, whose slopes it keeps; and
+    /// adds to the gradient by the bias.
+    fn pad(
         &self,
-        kernels: &[PhaseKernel<T>],
-        phases: &[Vec<Phase>; 2],
-        planes: &Planes,
-        (group, channels): (usize, usize),
-        grads: &[T],
-        results: &mut [T],
-        grad_x: &mut [T],
-        step: &Step,
+        tape: &Tape<'_, '_, T>,
+        g: usize,
+        images: &Range<usize>,
+        [grads, padded, buffer, slopes]: [&mut [T]; 4],
+        bias: &mut [f64],
     ) {
-        let (width, pixels, isa) = (step.source.width, step.source.pixels(), self.pass.isa);
-        let [vertical, horizontal] = phases;
+        let (step, pass) = (self.step, tape.pass);
+        let (k, m) = (self.conv.group_in, self.conv.group_out);
+        let range = |pixels: usize| images.start * pixels..images.end * pixels;
+        let planes = grads.chunks_exact_mut(self.grad_planes.len::<T>());
+        for (o, (bias, planes)) in bias.iter_mut().zip(planes).enumerate() {
+            // SAFETY: all that read the value come later in the program and have added their
+            // gradients.
+            let grad = unsafe { tape.read_grad(step.value, g * m + o, range(self.out_pixels()), buffer) };
+            self.grad_planes.write_all(pass.isa, grad, planes);
+            if self.conv.bias.is_some() {
+                *bias += pass.isa.run(Sum(grad));
+            }
+        }
+        for (i, padded) in padded.chunks_exact_mut(self.planes.len::<T>()).enumerate() {
+            let slopes = step.differentiate.then_some(&mut slopes[i * self.slope_pitch()..]);
+            // SAFETY: the forward pass wrote the values.
+            let source = unsafe { pass.load(&step.source, g * k + i, range(self.pixels()), buffer, slopes) };
+            self.planes.write_all(pass.isa, source, padded);
+        }
+    }
+
+    /// Adds to the gradient by a group's weights.
+    fn add_weights(
+        &self,
+        tape: &Tape<'_, '_, T>,
+        g: usize,
+        images: &Range<usize>,
+        [grads, padded]: [&[T]; 2],
+        weight_slots: &mut [T],
+        exact: &mut Vec<T>,
+    ) {
+        let isa = tape.pass.isa;
+        // The gradient is zero between the images and between the rows.
+        let rows = |base: &[T], offsets| Rows { base: base.as_ptr(), offsets, image_stride: 0, ahead: 0 };
+        let (a, b) = (rows(grads, &self.views[0]), rows(padded, &self.views[1]));
+        let columns = self.planes.columns(images.len(), self.size[1]);
+        let len = (self.size[0] - 1) * self.planes.pitch + columns;
+        if isa.run(Sum(grads)).is_finite() && isa.run(Sum(padded)).is_finite() {
+            // SAFETY: views of the planes end inside them.
+            unsafe { self.products.add(a, b, [1, len], weight_slots) };
+        } else {
+            exact.resize(self.conv.weights() / self.conv.groups, T::default());
+            self.sum_seen(tape, g, images, exact);
+        }
+    }
+
+    /// The gradient by a group's weights where something is not a number: see [`sum_seen`].
+    fn sum_seen(&self, tape: &Tape<'_, '_, T>, g: usize, images: &Range<usize>, exact: &mut [T]) {
+        let (step, pixels, out_pixels) = (self.step, self.pixels(), self.out_pixels());
+        let (k, m, width) = (self.conv.group_in, self.conv.group_out, self.conv.window.kernel[1]);
+        let phases = [&self.phases.forward[0][0], &self.phases.forward[1][0]];
+        let mut grad_buffer = memory::filled(T::default(), self.block * out_pixels);
+        let mut buffer = memory::filled(T::default(), self.block * pixels);
+        let mut sums = exact.iter_mut();
+        for (o, i) in (0..m).flat_map(|o| (0..k).map(move |i| (o, i))) {
+            let out = images.start * out_pixels..images.end * out_pixels;
+            let range = images.start * pixels..images.end * pixels;
+            // SAFETY: as in `pad`.
+            let (grad, source) = unsafe {
+                (
+                    tape.read_grad(step.value, g * m + o, out, &mut grad_buffer),
+                    tape.pass.load(&step.source, g * k + i, range, &mut buffer, None),
+                )
+            };
+            for (tap, sum) in sums.by_ref().take(self.conv.taps()).enumerate() {
+                for (source, grad) in source.chunks_exact(pixels).zip(grad.chunks_exact(out_pixels)) {
+                    let product = |[t, u]: [usize; 2], [y, x]: [usize; 2]| {
+                        grad[t * self.size[1] + u].to_f64() * source[y * step.source.width + x].to_f64()
+                    };
+                    *sum += T::from_f64(sum_seen(phases, [tap / width, tap % width], product));
+                }
+            }
+        }
+    }
+
+    /// The gradient by the planes of some images of all of a group's input channels, from the
+    /// group's planes of the gradient by the output.
+    fn multiply(&self, pass: &Pass<'_, T>, g: usize, grads: &[T], results: &mut [T], grad_x: &mut [T]) {
+        let (planes, channels, pixels) = (&self.grad_planes, self.conv.group_in, self.pixels());
+        let [vertical, horizontal] = &self.phases.backward;
         let images = grad_x.len() / pixels / channels;
         let (set, rows) = (results.len() / horizontal.len(), results.len() / horizontal.len() / channels);
         let y_offsets = rows_of(channels, rows);
-        for (vertical, kernels) in vertical.iter().zip(kernels.chunks_exact(horizontal.len())) {
+        for (vertical, kernels) in vertical.iter().zip(self.kernels.chunks_exact(horizontal.len())) {
             for ((phase, kernel), results) in horizontal.iter().zip(kernels).zip(results.chunks_exact_mut(set)) {
-                let columns = planes.columns(images, phase.count);
+                let len = (vertical.count - 1) * planes.pitch + planes.columns(images, phase.count);
                 for block in &kernel.weights.blocks {
-                    let weights = kernel.weights.block(group, block);
+                    let weights = kernel.weights.block(g, block);
+                    let (x, y) = ((grads.as_ptr(), &kernel.views[..]), results.as_mut_ptr());
+                    let y = (y, &y_offsets[block.clone()]);
                     // SAFETY: views of the planes end inside them; `results` hold the phase's rows.
-                    let kernel = unsafe {
-                        Promised::new_unchecked(ConvRows {
-                            products: Fma,
-                            x: grads.as_ptr(),
-                            x_offsets: &kernel.views,
-                            weights,
-                            y: results.as_mut_ptr(),
-                            y_offsets: &y_offsets[block.clone()],
-                            pixels: (vertical.count - 1) * planes.pitch + columns,
-                            ahead: [0, 0],
-                            start: Start::Zero,
-                        })
-                    };
-                    isa.run(kernel);
+                    unsafe { multiply_rows(pass.isa, x, weights, Start::Zero, y, len, [0; 2]) };
                 }
             }
             for (i, grad_x) in grad_x.chunks_exact_mut(images * pixels).enumerate() {
                 for (image, plane) in grad_x.chunks_exact_mut(pixels).enumerate() {
                     let results = (&results[i * rows + image * planes.step..], set, planes.pitch);
-                    merge(isa, (vertical, 0..vertical.count), horizontal.len(), results, writable(plane), width, 0);
+                    let rows = (vertical, 0..vertical.count);
+                    merge(pass.isa, rows, horizontal.len(), results, writable(plane), self.step.source.width, 0);
                 }
             }
         }

@@ -1,52 +1,49 @@
-//! Fused programs: against finite differences, and the instruction sets and thread counts against each other.
-//! (`tests/torch/test_fused.py` holds whole networks against layers one by one.)
+//! Fused programs: against finite differences, and the instruction sets and thread counts against
+//! each other. (`tests/torch/test_fused.py` holds whole networks against layers one by one.)
 
 use std::mem::MaybeUninit;
 
+use super::builder::{Builder, HARD_SWISH, RELU6, SIGMOID, SWISH, Term, Window, term};
 use super::{Arguments, Inference, Program, backward, forward, infer};
 use crate::shape::Order;
 use crate::simd::IsaKind;
 use crate::simd::element::WideElement;
 
-/// Values 0 to 7: the input (4 channels), a grouped convolution, a strided depthwise one of what a norm and swish make
-/// of it, the mean, a gate, a convolution of the gated with permuted channels, another of the input to add, the sum.
-fn integers() -> Vec<i64> {
-    let epsilon = 1e-3f64.to_bits() as i64;
-    let plain = |value: i64, channels: i64| vec![1, value, -1, 0, 0, -1, 0, -1, 0, 1, channels, 0, 1];
-    let mut program = vec![0, 1, 1, 8];
-    for (channels, side) in [(4, 5), (6, 5), (6, 3), (6, 1), (6, 1), (4, 3), (4, 3), (4, 3)] {
-        program.extend([channels, side, side]);
-    }
-    program.extend([2, 6, epsilon, 1, 6, epsilon, 0]);
-    // 1: 4 -> 6 channels in 2 groups.
-    program.extend([0, 1, 1, 1, 0, 0, 2, 1]);
-    program.extend(plain(0, 4));
-    // 2: depthwise 3x3, stride 2, of swish(norm 0).
-    program.extend([0, 3, 3, 2, 1, 1, 6, 0, 1, 1, 0, 0, 3, -1, 0, -1, 0, 1, 6, 0, 1]);
-    // 3: the mean of relu6(norm 1).
-    program.extend([2, 1, 2, 1, 0, 2, -1, 0, -1, 0, 1, 6, 0, 1]);
-    // 4: the gate, sigmoid of 3.
-    program.extend([1, 1, 3, -1, 0, 4, -1, 0, -1, 0, 1, 6, 0, 1]);
-    // 5: 6 -> 4 of relu6(norm 1) * gate, channels interleaved by 3.
-    program.extend([0, 1, 1, 1, 0, 0, 1, 1, 1, 2, 1, 0, 2, 4, 0, -1, 0, 3, 2, 0, 3, 2, 1, 3, 2, 2, 3]);
-    // 6: the input, every other pixel.
-    program.extend([0, 1, 1, 2, 0, 0, 4, 0]);
-    program.extend(plain(0, 4));
-    // 7: hard_swish(5) * mask + 6.
-    program.extend([1, 2, 5, -1, 0, 6, -1, 0, 0, 0, 1, 4, 0, 1, 6, -1, 0, 0, -1, 0, -1, 0, 1, 4, 0, 1]);
-    program
+/// Values 0 to 7: the input (4 channels), a grouped convolution, a strided depthwise one of what a
+/// norm and swish make of it, the mean, a gate, a convolution of the gated with permuted channels,
+/// another of the input to add, the sum.
+fn gated() -> Vec<i64> {
+    let mut program = Builder::new([4, 5, 5]).masks(1);
+    let norms = [program.norm(6, true), program.norm(6, false)];
+    let conv = program.conv(Window::square(1, 1, 0), 2, true, &[term(0, 0..4)], [6, 5, 5]);
+    let swish = term(conv, 0..6).norm(norms[0]).activation(SWISH, &[]);
+    let depthwise = program.conv(Window::square(3, 2, 1), 6, false, &[swish], [6, 3, 3]);
+    let relu6 = |channels: Vec<usize>| term(depthwise, channels).norm(norms[1]).activation(RELU6, &[]);
+    let mean = program.mean(&[relu6((0..6).collect())], 6);
+    let gate = program.copy(&[term(mean, 0..6).activation(SIGMOID, &[])], [6, 1, 1]);
+    let gated = relu6(vec![0, 3, 1, 4, 2, 5]).gate(gate);
+    let permuted = program.conv(Window::square(1, 1, 0), 1, true, &[gated], [4, 3, 3]);
+    let skip = program.conv(Window::square(1, 2, 0), 4, false, &[term(0, 0..4)], [4, 3, 3]);
+    let masked = term(permuted, 0..4).activation(HARD_SWISH, &[]).mask(0);
+    program.copy(&[masked, term(skip, 0..4)], [4, 3, 3]);
+    program.integers()
 }
 
-/// A convolution, the means over 2 x 2 pixels of what a norm and swish make of it (an odd column is left out), and a
-/// depthwise convolution of what another norm makes of them.
+/// A convolution, the means over 2 x 2 pixels of what a norm and swish make of it (an odd column is
+/// left out), and a depthwise convolution of what another norm makes of them.
 fn pooling() -> Vec<i64> {
-    let epsilon = 1e-3f64.to_bits() as i64;
-    let mut program = vec![0, 1, 0, 4, 4, 4, 7, 6, 4, 7, 6, 2, 3, 6, 2, 3];
-    program.extend([2, 6, epsilon, 1, 6, epsilon, 1]);
-    program.extend([0, 1, 1, 1, 0, 0, 2, 0, 1, 0, -1, 0, 0, -1, 0, -1, 0, 1, 4, 0, 1]);
-    program.extend([3, 1, 1, 0, 0, 3, -1, 0, -1, 0, 1, 6, 0, 1]);
-    program.extend([0, 3, 3, 1, 1, 1, 6, 0, 1, 2, 1, 0, 0, -1, 0, -1, 0, 1, 6, 0, 1]);
-    program
+    let mut program = Builder::new([4, 4, 7]);
+    let norms = [program.norm(6, true), program.norm(6, true)];
+    let conv = program.conv(Window::square(1, 1, 0), 2, false, &[term(0, 0..4)], [6, 4, 7]);
+    let swish = term(conv, 0..6).norm(norms[0]).activation(SWISH, &[]);
+    let pool = program.pool(Window::square(2, 2, 0), &[swish], [6, 2, 3]);
+    program.conv(Window::square(3, 1, 1), 6, false, &[term(pool, 0..6).norm(norms[1])], [6, 2, 3]);
+    program.integers()
+}
+
+/// Every program that is tested.
+fn programs() -> [Vec<i64>; 2] {
+    [gated(), pooling()]
 }
 
 fn values<T: WideElement>(len: usize, seed: u64) -> Vec<T> {
@@ -88,7 +85,7 @@ impl<T: WideElement> Case<T> {
 
     /// Of each program.
     fn all() -> [Self; 2] {
-        [integers(), pooling()].map(|program| Self::new(Program::parse(&program).unwrap(), COUNT))
+        programs().map(|program| Self::new(Program::parse(&program).unwrap(), COUNT))
     }
 
     fn arguments(&self, isa: IsaKind) -> Arguments<'_, T> {
@@ -202,7 +199,7 @@ fn inference_is_the_forward_pass_with_given_statistics() {
 #[test]
 #[cfg_attr(miri, ignore = "safe code, more than a thousand parses")]
 fn what_is_no_program_is_refused() {
-    [integers(), pooling()].into_iter().for_each(refuses_changes);
+    programs().into_iter().for_each(refuses_changes);
 }
 
 fn refuses_changes(program: Vec<i64>) {
@@ -218,37 +215,73 @@ fn refuses_changes(program: Vec<i64>) {
     }
 }
 
+/// The error of what is no program.
+fn error(integers: &[i64]) -> String {
+    Program::parse(integers).unwrap_err().to_string()
+}
+
 #[test]
-fn sizes_and_terms_are_checked() {
+fn another_format_is_refused() {
+    for format in [0, 1, 3, -1] {
+        let mut program = pooling();
+        program[0] = format;
+        let error = error(&program);
+        assert!(error.contains(&format!("has format {format}, expected 2: ")), "{error}");
+    }
+}
+
+#[test]
+fn sizes_are_checked() {
     let refused = |changes: &[(usize, i64)], words: &str| {
         let mut program = pooling();
-        changes.iter().for_each(|&(place, value)| program[place] = value);
-        let error = Program::parse(&program).unwrap_err().to_string();
+        changes.iter().for_each(|&(index, value)| program[index] = value);
+        let error = error(&program);
         assert!(error.contains(words), "{changes:?}: {error}");
     };
-    refused(&[(0, 2)], "flag of 2");
-    refused(&[(3, 1)], "has 1 values");
-    refused(&[(3, 1 << 20)], "expected the input and one for each of 1 to");
-    refused(&[(5, 0)], "4 channels, 0x7");
-    refused(&[(4, 1 << 20), (5, 1 << 20), (6, 1 << 20)], "1048576x1048576");
-    refused(&[(4, 1 << 20), (7, 1 << 20), (10, 1)], "channels, expected at most");
-    refused(&[(17, 0)], "norm of 0 channels");
-    refused(&[(18, (-1f64).to_bits() as i64)], "epsilon -1");
-    refused(&[(18, f64::NAN.to_bits() as i64)], "epsilon NaN");
+    refused(&[(1, 2)], "flag of 2");
+    refused(&[(4, 1)], "has 1 values");
+    refused(&[(4, 1 << 20)], "expected the input and one for each of 1 to");
+    refused(&[(6, 0)], "4 channels, 0x7");
+    refused(&[(5, 1 << 20), (6, 1 << 20), (7, 1 << 20)], "1048576x1048576");
+    refused(&[(5, 1 << 20), (8, 1 << 20), (11, 1)], "channels, expected at most");
+    refused(&[(18, 0)], "norm of 0 channels");
+    refused(&[(19, (-1f64).to_bits() as i64)], "epsilon -1");
+    refused(&[(19, f64::NAN.to_bits() as i64)], "epsilon NaN");
+}
+
+#[test]
+fn steps_and_terms_are_checked() {
+    let of = |terms: &[Term]| {
+        let mut program = Builder::new([2, 1, 1]);
+        program.copy(&[term(0, 0..2)], [2, 1, 1]);
+        program.copy(terms, [2, 1, 1]);
+        error(&program.integers())
+    };
     // The same gate of two channels; a value that is multiplied by itself.
-    let mut program = vec![0, 1, 0, 3, 2, 1, 1, 2, 1, 1, 2, 1, 1, 0];
-    program.extend([1, 1, 0, -1, 0, 0, -1, 0, -1, 0, 1, 2, 0, 1]);
-    let gated = [1, 2, 0, -1, 0, 0, 1, 0, -1, 0, 1, 1, 0, 1, 0, -1, 0, 0, 1, -1, -1, 1, 1, 1, 1, 1];
-    let error = Program::parse(&[&program[..], &gated].concat()).unwrap_err().to_string();
+    let second = term(0, [1]).gate(1).gate_offset(-1).start(1);
+    let error = of(&[term(0, [0]).gate(1), second]);
     assert!(error.contains("channels 0 and 1 of a step both read channel 0 of value 1"), "{error}");
-    let gated = [1, 1, 1, -1, 0, 0, 1, 0, -1, 0, 1, 2, 0, 1];
-    let error = Program::parse(&[&program[..], &gated].concat()).unwrap_err().to_string();
+    let error = of(&[term(1, 0..2).gate(1)]);
     assert!(error.contains("multiplies channel 0 of value 1 by itself"), "{error}");
+    let error = of(&[term(0, 0..2).activation(99, &[])]);
+    assert!(error.contains("names activation 99"), "{error}");
+    let error = of(&[term(0, 0..2).activation(RELU6, &[1.5])]);
+    assert!(error.contains("gives activation 2 the parameters [1.5]"), "{error}");
+    let conv = |window: Window| {
+        let mut program = Builder::new([1, 9, 9]);
+        program.conv(window, 1, false, &[term(0, 0..1)], [1, 9, 9]);
+        super::tests::error(&program.integers())
+    };
+    for window in [Window::square(0, 1, 0), Window::square(3, 0, 0), Window::square(3, 1, 3), Window::square(65, 1, 0)]
+    {
+        let error = conv(window);
+        assert!(error.contains("window of stride"), "{error}");
+    }
 }
 
 #[test]
 fn more_images_than_memory_are_an_error() {
-    let program = Program::parse(&integers()).unwrap();
+    let program = Program::parse(&gated()).unwrap();
     assert_eq!(program.workspace_len(2).unwrap(), 2 * program.workspace_len(1).unwrap());
     assert!(program.workspace_len(usize::MAX / 4).unwrap_err().to_string().contains("more memory"));
 }
@@ -256,7 +289,7 @@ fn more_images_than_memory_are_an_error() {
 #[test]
 fn without_images_there_are_zeros() {
     let isa = IsaKind::available()[0];
-    for case in [integers(), pooling()].map(|program| Case::<f32>::new(Program::parse(&program).unwrap(), 0)) {
+    for case in programs().map(|program| Case::<f32>::new(Program::parse(&program).unwrap(), 0)) {
         let [y, statistics, _] = case.forward(isa);
         assert!(y.is_empty() && statistics.iter().all(|&value| value == 0.0));
         let [grad_x, grad_parameters] = case.gradients(isa);
@@ -273,9 +306,9 @@ fn changed_programs_run_or_are_refused() {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as usize % end
     };
-    let mut runs = 0;
+    let (mut runs, programs) = (0, programs());
     for round in 0..6000 {
-        let mut integers = [integers(), pooling()][round % 2].clone();
+        let mut integers = programs[round % programs.len()].clone();
         for _ in 0..1 + random(4) {
             let (place, other) = (random(integers.len()), integers[random(integers.len())]);
             let old = integers[place];
@@ -316,16 +349,18 @@ fn changed_programs_run_or_are_refused() {
     assert!(runs > 500, "{runs}");
 }
 
-/// NaN at a pixel makes NaN of the weights' gradients that the pixel has a part in, and of no others.
+/// NaN at a pixel makes NaN of the weights' gradients that the pixel has a part in, and of no
+/// others.
 #[test]
 fn what_is_no_number_reaches_no_other_weight() {
     let isa = IsaKind::available()[0];
-    let plain = |value: i64, channels: i64| vec![1, value, -1, 0, 0, -1, 0, -1, 0, 1, channels, 0, 1];
     for (stride, groups) in [(1, 2), (2, 2), (1, 1), (2, 1)] {
         // A 3 x 3 convolution of 2 channels of 5 x 6 to 2, with zeros above and at the left.
-        let size = |pixels: i64| (pixels - 1) / stride + 1;
-        let mut program = vec![0, 1, 0, 2, 2, 5, 6, 2, size(5), size(6), 0, 0, 3, 3, stride, 1, 1, groups, 0];
-        program.extend(plain(0, 2));
+        let size = |pixels: usize| (pixels - 1) / stride + 1;
+        let mut program = Builder::new([2, 5, 6]);
+        let value = [2, size(5), size(6)];
+        program.conv(Window::square(3, stride, 1), groups, false, &[term(0, 0..2)], value);
+        let program = program.integers();
         let mut case = Case::<f32>::new(Program::parse(&program).unwrap(), 2);
         for place in 0..case.x.len() {
             let gradient = |case: &Case<f32>| case.gradients(isa)[1].clone();

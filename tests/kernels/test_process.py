@@ -137,12 +137,12 @@ import os, signal, sys, threading, time
 import numpy as np
 import kconv
 from kconv import _kconv
+from kconv.models.wire import Code, Convolution, Step, Term, Window
 
 # A convolution of 256 to 256 channels, 4 x 4, whose weights take longer to prepare than to use.
-program = _kconv.FusedProgram(
-    [0, 0, 0, 2, 256, 4, 4, 256, 4, 4, 0, 0, 1, 1, 1, 0, 0, 1, 1]
-    + [1, 0, -1, 0, 0, -1, 0, -1, 0, 1, 256, 0, 1]
-)
+step = Step(Convolution(Window((1, 1)), 1, True), (Term(0, tuple(range(256)), 0),))
+values = ((256, 4, 4), (256, 4, 4))
+program = _kconv.FusedProgram(Code("OI", False, 0, values, (), (step,)).encode())
 x, none = np.ones((1, 256, 4, 4), np.float32), np.zeros((2, 0), np.float32)
 large, weight = np.ones((4, 8, 64, 64), np.float32), np.ones((8, 8), np.float32)
 kconv.set_num_threads(2)
@@ -189,6 +189,7 @@ import resource
 import numpy as np
 import kconv
 from kconv import _kconv
+from kconv.models.wire import Code, Convolution, Step, Term, Window
 
 def limit(more):
     with open("/proc/self/statm") as file:
@@ -203,14 +204,12 @@ def expect_no_memory(call, *arguments):
     else:
         raise AssertionError("there was memory")
 
-# Convolutions of 1 to 64 channels and back to 1, and the same with a mask, to be run backward.
+# Convolutions of 1 to 64 channels and back to 1, with the gradient by the input.
 def program(side):
-    plain = [-1, 0, 0, -1, 0, -1, 0, 1]
-    return _kconv.FusedProgram(
-        [0, 1, 0, 3, 1, side, side, 64, side, side, 1, side, side, 0]
-        + [0, 1, 1, 1, 0, 0, 1, 0, 1, 0, *plain, 1, 0, 1]
-        + [0, 1, 1, 1, 0, 0, 1, 0, 1, 1, *plain, 64, 0, 1]
-    )
+    pointwise = Convolution(Window((1, 1)), 1, False)
+    steps = Step(pointwise, (Term(0, (0,), 0),)), Step(pointwise, (Term(0, tuple(range(64)), 1),))
+    values = ((1, side, side), (64, side, side), (1, side, side))
+    return _kconv.FusedProgram(Code("OI", True, 0, values, (), steps).encode())
 
 kconv.set_num_threads(2)
 small, large = program(16), program(1024)  # 256 MiB for 64 channels of the latter

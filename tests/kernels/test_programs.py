@@ -9,18 +9,36 @@ import numpy as np
 import pytest
 
 from kconv import _kconv
+from kconv.models.wire import Code, Convolution, Function, Mean, Norm, Step, Term, Window
 
-PLAIN = [-1, 0, 0, -1, 0, -1, 0, 1]
-EPSILON = int(np.float64(1e-3).view(np.int64))
+ALL = tuple(range(4))
+SWISH = Function(3)
 # A 3 x 3 convolution of 2 channels to 4, depthwise 3 x 3 of what a norm and swish make of it, the
 # mean, and a pointwise convolution of the gated.
-PROGRAM = [
-    *(0, 1, 1, 5, 2, 6, 5, 4, 6, 5, 4, 3, 3, 4, 1, 1, 3, 3, 3, 1, 4, EPSILON, 1),
-    *(0, 3, 3, 1, 1, 1, 1, 1, 1, 0, *PLAIN, 2, 0, 1),
-    *(0, 3, 3, 2, 1, 1, 4, 0, 1, 1, 0, 0, 3, -1, 0, -1, 0, 1, 4, 0, 1),
-    *(2, 1, 2, *PLAIN, 4, 0, 1),
-    *(0, 1, 1, 1, 0, 0, 1, 1, 1, 2, -1, 0, 0, 3, 0, 0, 0, 1, 4, 0, 1),
-]
+CODE = Code(
+    "OI",
+    True,
+    1,
+    ((2, 6, 5), (4, 6, 5), (4, 3, 3), (4, 1, 1), (3, 3, 3)),
+    (Norm(4, 1e-3, True),),
+    (
+        Step(Convolution(Window((3, 3), before=(1, 1)), 1, True), (Term(0, (0, 1), 0),)),
+        Step(
+            Convolution(Window((3, 3), (2, 2), before=(1, 1)), 4, False),
+            (Term(0, ALL, 1, norm=0, activation=SWISH),),
+        ),
+        Step(Mean(), (Term(0, ALL, 2),)),
+        Step(Convolution(Window((1, 1)), 1, True), (Term(0, ALL, 2, gate=3, mask=0),)),
+    ),
+)
+PROGRAM = list(CODE.encode())
+STEPS = PROGRAM.index(4, 5 + 3 * len(CODE.values)) + 3  # after the one norm of 4 channels
+FIRST = STEPS + 2  # the first convolution's window
+
+
+def changed(index: int, *numbers: int) -> list[int]:
+    """The program with other numbers from an index on."""
+    return [*PROGRAM[:index], *numbers, *PROGRAM[index + len(numbers) :]]
 
 
 def run(integers: list[int], count: int) -> bool:
@@ -32,16 +50,16 @@ def run(integers: list[int], count: int) -> bool:
     except ValueError:
         return False
     # Its sizes are not told: they stand where the values do.
-    image, output = integers[4:7], integers[4 + 3 * (integers[3] - 1) :][:3]
+    image, output = integers[5:8], integers[5 + 3 * (integers[4] - 1) :][:3]
     x, parameters = np.ones((count, *image), np.float32), np.ones(program.parameters, np.float32)
     given = np.ones((2, program.norm_channels), np.float32)
-    masks = np.ones((integers[2], count), np.float32)
+    masks = np.ones((integers[3], count), np.float32)
     for statistics in (None, given):
         y, used, workspace = program.forward(x, parameters, masks, statistics)
         assert y.shape == (count, *output)
         assert count or not np.isnan(used).any()
         grads = program.backward(y, parameters, masks, used, workspace, statistics is not None)
-        assert (grads[0] is not None) == bool(integers[1])
+        assert (grads[0] is not None) == bool(integers[2])
         assert count or not grads[1].any()
     assert program.infer(x, parameters, given).shape == y.shape
     return True
@@ -70,12 +88,15 @@ def test_changed_programs() -> None:
 BAD = {
     "ends early": PROGRAM[:-1],
     "followed by 1 integers": [*PROGRAM, 0],
-    "groups=0": [*PROGRAM[:29], 0, *PROGRAM[30:]],
-    "of stride 0": [*PROGRAM[:26], 0, *PROGRAM[27:]],
-    "a 0x3 convolution": [*PROGRAM[:24], 0, *PROGRAM[25:]],
-    "a value of 0 channels": [*PROGRAM[:7], 0, *PROGRAM[8:]],
-    "channels, expected at most": [*PROGRAM[:4], *[1 << 20, 1, 1] * 5, *PROGRAM[19:]],
-    "more memory for": [*PROGRAM[:5], 1 << 20, 1 << 20, 1, 1 << 20, 1 << 20, *PROGRAM[10:]],
+    "the program has format 1, expected 2": changed(0, 1),
+    "the program has format 3, expected 2": changed(0, 3),
+    "groups=0": changed(FIRST + 8, 0),
+    r"of stride \[0, 1\]": changed(FIRST + 2, 0),
+    "a 0x3 window": changed(FIRST, 0),
+    "a value of 0 channels": changed(8, 0),
+    "a step of kind 99": changed(STEPS, 99),
+    "channels, expected at most": changed(5, *[1 << 20, 1, 1] * 5),
+    "more memory for": changed(6, 1 << 20, 1 << 20, 1, 1 << 20, 1 << 20),
 }
 
 

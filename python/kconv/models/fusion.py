@@ -4,9 +4,10 @@ A batch norm, an activation or a sum that is an operation of its own is a pass o
 fused segment has none: each convolution writes its raw result, and whoever reads that normalises,
 activates, scales, permutes and adds on the way in (the Rust module ``fused`` explains how).
 
-Here layers become such readings. A tensor is a sum of :class:`Term`, each some channels of a
-stored value as they are read: ``activation(norm(value)) * gate * mask``. Convolutions, means and
-what a term cannot express are steps, which store a value.
+Here layers become such readings. A tensor is a sum of :class:`~kconv.models.wire.Term`, each some
+channels of a stored value as they are read: ``activation(norm(value)) * gate * mask``.
+Convolutions, means and what a term cannot express are steps, which store a value. The types of all
+this are in :mod:`kconv.models.wire`.
 
 Example:
     >>> from kconv.models import create
@@ -17,13 +18,12 @@ Example:
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Literal
 
 from kconv._geometry import interleave_order, same_padding
+from kconv.models import wire
 from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS
 from kconv.models.graph import (
     Activation,
@@ -48,10 +48,9 @@ from kconv.models.graph import (
     Shape,
     ZeroPad,
 )
+from kconv.models.wire import Term, WeightLayout
 
 __all__ = ["Program", "Segment", "UnfitError", "is_fusable", "partition"]
-
-WeightLayout = Literal["OI", "IO"]
 
 _MAX_TERMS = 4
 """A sum of more terms is stored: each term costs every reader a pass over its value.
@@ -103,7 +102,7 @@ class Program:
 
     def with_input_grad(self, wanted: bool) -> Program:
         """The program whose backward pass computes the gradient by the input, or does not."""
-        return replace(self, integers=(self.integers[0], int(wanted), *self.integers[2:]))
+        return replace(self, integers=wire.with_input_grad(self.integers, wanted))
 
 
 @dataclass(frozen=True)
@@ -275,42 +274,6 @@ def _pads(layer: Conv | DepthwiseConv, padding: str | Borders) -> bool:
 
 
 @dataclass(frozen=True)
-class Term:
-    """Channels of a stored value as a reader sees them: ``activation(norm(value)) * gate * mask``.
-
-    Attributes:
-        start: the tensor's channel that the first of them adds to.
-        channels: the value's channels.
-        value: the stored value.
-        norm: the batch norm, which sees channel c of the value as its channel c + norm_offset.
-        gate: the value that scales each image's channel, likewise.
-        mask: the factors of images.
-    """
-
-    start: int
-    channels: tuple[int, ...]
-    value: int
-    norm: int = -1
-    norm_offset: int = 0
-    activation: int = 0
-    gate: int = -1
-    gate_offset: int = 0
-    mask: int = -1
-
-    @property
-    def offset(self) -> int | None:
-        """What to add to a channel of the value for the tensor's, if the same for all."""
-        offset = self.start - self.channels[0]
-        same = all(c + offset == self.start + i for i, c in enumerate(self.channels))
-        return offset if same else None
-
-    @property
-    def linear(self) -> bool:
-        """Whether neither activation nor factors have been applied."""
-        return self.activation == 0 and self.gate == self.mask == -1
-
-
-@dataclass(frozen=True)
 class Tensor:
     """A sum of terms, each over some or all of the channels, and its size in pixels."""
 
@@ -336,7 +299,7 @@ class _Lowering:
     segment: Segment
     size: tuple[int, int]
     values: list[tuple[int, int, int]] = field(default_factory=list)
-    steps: list[list[int]] = field(default_factory=list)
+    steps: list[wire.Step] = field(default_factory=list)
     norms: list[BatchNorm] = field(default_factory=list)
     norm_pixels: list[int] = field(default_factory=list)
     masks: list[Dropout] = field(default_factory=list)
@@ -360,16 +323,18 @@ class _Lowering:
             self._copy(output)
         if len(self.normed) < sum(norm.channels for norm in self.norms):
             raise UnfitError("nobody reads some channels of a batch norm, whose statistics count")
-        integers = [int(weight_layout == "IO"), 1, len(self.masks)]
-        integers += [len(self.values), *(size for value in self.values for size in value)]
-        integers.append(len(self.norms))
-        for norm in self.norms:
-            bits = struct.unpack("q", struct.pack("d", norm.epsilon))[0]
-            integers += [norm.channels, bits, int(norm.scale)]
-        integers += [number for step in self.steps for number in step]
+        norms = (wire.Norm(norm.channels, norm.epsilon, norm.scale) for norm in self.norms)
+        code = wire.Code(
+            weight_layout,
+            True,
+            len(self.masks),
+            tuple(self.values),
+            tuple(norms),
+            tuple(self.steps),
+        )
         return Program(
             self.segment,
-            tuple(integers),
+            code.encode(),
             tuple(self.segment.parameters),
             tuple(self.norms),
             tuple(self.norm_pixels),
@@ -393,7 +358,9 @@ class _Lowering:
                     x = self._copy(x)
                 code = ACTIVATIONS[layer.kind].code
                 assert code is not None
-                return _each(x, lambda term: replace(term, activation=code))
+                function = wire.Function(code)
+                assert code is not None
+                return _each(x, lambda term: replace(term, activation=function))
             case Dropout():
                 if any(term.mask != -1 for term in x.terms):
                     x = self._copy(x)
@@ -419,9 +386,11 @@ class _Lowering:
                 self._same_size(layer, inputs)
                 return self._sum(inputs)
             case GlobalPool():
-                return self._step([2], x, x.channels, (1, 1))
+                return self._step(wire.Mean(), x, x.channels, (1, 1))
             case Pool():
-                return self._step([3], x, x.channels, (x.size[0] // 2, x.size[1] // 2))
+                window = wire.Window((2, 2), (2, 2))
+                size = (x.size[0] // 2, x.size[1] // 2)
+                return self._step(wire.Pool(window), x, x.channels, size)
             case Reshape() | Flatten():
                 self._one_pixel(layer, x)
                 return x
@@ -459,13 +428,14 @@ class _Lowering:
             borders = rows, columns
         elif isinstance(borders, str):
             borders = _NO_BORDERS
-        before = [sides[0] for sides in borders]
+        before = (borders[0][0], borders[1][0])
         height, width = (
             (n + sum(sides) - k) // stride + 1
             for n, sides, k in zip(x.size, borders, kernel, strict=True)
         )
-        geometry = [0, *kernel, stride, *before, groups, int(layer.use_bias)]
-        return self._step(geometry, x, layer.channels, (height, width))
+        window = wire.Window(kernel, (stride, stride), before=before)
+        convolution = wire.Convolution(window, groups, layer.use_bias)
+        return self._step(convolution, x, layer.channels, (height, width))
 
     def _norm(self, layer: BatchNorm, x: Tensor) -> Tensor:
         if not x.disjoint:
@@ -503,14 +473,14 @@ class _Lowering:
         return total if len(terms) <= _MAX_TERMS else self._copy(total)
 
     def _copy(self, x: Tensor) -> Tensor:
-        return self._step([1], x, x.channels, x.size)
+        return self._step(wire.Copy(), x, x.channels, x.size)
 
-    def _step(self, kind: list[int], x: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    def _step(self, kind: wire.Kind, x: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
         x = self._separate(x)
         for term in x.terms:
             if term.norm != -1:
                 self.normed |= {(term.norm, c + term.norm_offset) for c in term.channels}
-        self.steps.append([*kind, *_encode(x)])
+        self.steps.append(wire.Step(kind, x.terms))
         return self._store(channels, size)
 
     def _separate(self, x: Tensor) -> Tensor:
@@ -565,30 +535,3 @@ def _concat(xs: Sequence[Tensor]) -> Tensor:
         terms += (replace(term, start=term.start + channels) for term in x.terms)
         channels += x.channels
     return replace(xs[0], terms=tuple(terms), channels=channels)
-
-
-def _encode(x: Tensor) -> list[int]:
-    """A step's source: its terms, their channels as runs of equal distances."""
-    numbers = [len(x.terms)]
-    for term in x.terms:
-        runs = _runs(term.channels)
-        numbers += [term.value, term.norm, term.norm_offset, term.activation]
-        numbers += [term.gate, term.gate_offset, term.mask, term.start, len(runs)]
-        numbers += [number for run in runs for number in run]
-    return numbers
-
-
-def _runs(channels: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(count, first, distance) of each run, whose distance is not negative."""
-    runs: list[tuple[int, int, int]] = []
-    for channel in channels:
-        if runs:
-            count, first, distance = runs[-1]
-            if count == 1 and channel >= first:
-                runs[-1] = (2, first, channel - first)
-                continue
-            if count > 1 and channel == first + count * distance:
-                runs[-1] = (count + 1, first, distance)
-                continue
-        runs.append((1, channel, 0))
-    return runs

@@ -7,52 +7,16 @@ wanted.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from kconv.models.activations import ACTIVATIONS
+from kconv.models.wire import IDENTITY, Code, Convolution, Mean, Pool, Step, Term
 
 __all__ = ["interpret"]
 
 Tensor = Any
 
 
-@dataclass(frozen=True)
-class _Term:
-    """Some channels of a value as a step reads them (see :class:`kconv.models.fusion.Term`)."""
-
-    channels: tuple[int, ...]
-    value: int
-    norm: int
-    norm_offset: int
-    activation: int
-    gate: int
-    gate_offset: int
-    mask: int
-    start: int
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What makes a value; ``geometry`` is that of a convolution."""
-
-    kind: int
-    geometry: tuple[int, ...]
-    terms: tuple[_Term, ...]
-
-
-@dataclass(frozen=True)
-class _Code:
-    """A program's integers, read."""
-
-    sizes: list[tuple[int, int, int]]
-    norms: list[tuple[int, float, bool]]
-    steps: list[_Step]
-
-
-_CONVOLUTION, _COPY, _MEAN, _POOL = range(4)
 _ACTIVATIONS = {row.code: row.keras for row in ACTIVATIONS.values()}
 
 
@@ -92,14 +56,14 @@ class _Run:
         masks: Tensor | None,
         statistics: Tensor | None,
     ) -> None:
-        assert program[0] == 1, "weights must come as inputs x outputs"
-        self.ops, self.code = ops, _read(program)
+        self.ops, self.code = ops, Code.decode(program)
+        assert self.code.weight_layout == "IO", "weights must come as inputs x outputs"
         self.parameters, self.masks, self.statistics = parameters, masks, statistics
         self.next_parameter = 0
         self.values: list[Tensor] = []
         starts = [0]
-        for channels, _, _ in self.code.norms:
-            starts.append(starts[-1] + channels)
+        for norm in self.code.norms:
+            starts.append(starts[-1] + norm.channels)
         self.norm_starts = starts
         # Means and variances of single channels of the norms, by their places among all.
         self.used: dict[int, tuple[Tensor, Tensor]] = {}
@@ -109,16 +73,18 @@ class _Run:
         ops = self.ops
         # Norms' parameters follow those of all convolutions.
         weights = [self._weights(number) for number in range(len(self.code.steps))]
-        self.affine = [self._affine(channels, scale) for channels, _, scale in self.code.norms]
+        self.affine = [self._affine(norm.channels, norm.scale) for norm in self.code.norms]
         self.values.append(ops.transpose(x, (0, 2, 3, 1)) if layout == "NCHW" else x)
-        for step, own, size in zip(self.code.steps, weights, self.code.sizes[1:], strict=True):
+        sizes = self.code.values[1:]
+        for step, own, size in zip(self.code.steps, weights, sizes, strict=True):
             source = self._source(step)
-            if step.kind == _CONVOLUTION:
-                source = self._conv(step, source, *own)
-            elif step.kind == _MEAN:
-                source = ops.mean(source, axis=(1, 2), keepdims=True)
-            elif step.kind == _POOL:
-                source = ops.average_pool(source, 2, 2, "valid", data_format="channels_last")
+            match step.kind:
+                case Convolution():
+                    source = self._conv(step, step.kind, source, *own)
+                case Mean():
+                    source = ops.mean(source, axis=(1, 2), keepdims=True)
+                case Pool():
+                    source = ops.average_pool(source, 2, 2, "valid", data_format="channels_last")
             # TensorFlow's compiled operations forget shapes.
             self.values.append(ops.reshape(source, (-1, *size[1:], size[0])))
         y = self.values[-1]
@@ -135,20 +101,19 @@ class _Run:
     def _weights(self, number: int) -> list[Tensor]:
         """Kernel and bias of a step that is a convolution."""
         step = self.code.steps[number]
-        if step.kind != _CONVOLUTION:
+        if not isinstance(kind := step.kind, Convolution):
             return []
-        height, width, *_, groups, use_bias = step.geometry
-        inputs, outputs = _channels(step), self.code.sizes[number + 1][0]
-        kernel = self._take(height, width, inputs // groups, outputs)
-        return [kernel, self._take(outputs)] if use_bias else [kernel]
+        inputs, outputs = step.channels, self.code.values[number + 1][0]
+        kernel = self._take(*kind.window.kernel, inputs // kind.groups, outputs)
+        return [kernel, self._take(outputs)] if kind.use_bias else [kernel]
 
     def _affine(self, channels: int, scale: bool) -> tuple[Tensor | None, Tensor]:
         gamma = self._take(channels) if scale else None
         return gamma, self._take(channels)
 
-    def _source(self, step: _Step) -> Tensor:
+    def _source(self, step: Step) -> Tensor:
         """The sum of a step's terms."""
-        ops, count = self.ops, _channels(step)
+        ops, count = self.ops, step.channels
         total = None
         for term in step.terms:
             y = self._term(term)
@@ -158,13 +123,13 @@ class _Run:
             total = y if total is None else total + y
         return total
 
-    def _term(self, term: _Term) -> Tensor:
+    def _term(self, term: Term) -> Tensor:
         ops = self.ops
         y = self._some(self.values[term.value], term.channels)
         if term.norm != -1:
             y = self._normalised(term, y)
-        if term.activation:
-            y = getattr(ops, _ACTIVATIONS[term.activation])(y)
+        if term.activation != IDENTITY:
+            y = getattr(ops, _ACTIVATIONS[term.activation.code])(y)
         if term.gate != -1:
             channels = tuple(channel + term.gate_offset for channel in term.channels)
             y = y * self._some(self.values[term.gate], channels)
@@ -172,7 +137,7 @@ class _Run:
             y = y * ops.reshape(self.masks[term.mask], (-1, 1, 1, 1))
         return y
 
-    def _normalised(self, term: _Term, y: Tensor) -> Tensor:
+    def _normalised(self, term: Term, y: Tensor) -> Tensor:
         ops = self.ops
         channels = tuple(channel + term.norm_offset for channel in term.channels)
         everywhere = tuple(self.norm_starts[term.norm] + channel for channel in channels)
@@ -187,7 +152,7 @@ class _Run:
                 if place not in self.used:
                     self.used[place] = (mean[index], variance[index])
         gamma, beta = self.affine[term.norm]
-        factor = ops.rsqrt(variance + self.code.norms[term.norm][1])
+        factor = ops.rsqrt(variance + self.code.norms[term.norm].epsilon)
         if gamma is not None:
             factor = factor * self._some(gamma, channels)
         return (y - mean) * factor + self._some(beta, channels)
@@ -213,50 +178,19 @@ class _Run:
             return x if stop - start == x.shape[-1] else x[..., start:stop]
         return self.ops.take(x, channels, axis=-1)
 
-    def _conv(self, step: _Step, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-        ops = self.ops
-        height, width, stride, top, left, groups, _ = step.geometry
-        _, *sizes = self.code.sizes[len(self.values)]
-        pads = [(0, 0)]
-        _, *inner = self.code.sizes[step.terms[0].value]
-        for size, k, before, n in zip(sizes, (height, width), (top, left), inner, strict=True):
-            pads.append((before, max((size - 1) * stride + k - n - before, 0)))
-        if any(map(any, pads)):
-            x = ops.pad(x, (*pads, (0, 0)))
-        options = {"strides": stride, "padding": "valid", "data_format": "channels_last"}
-        inputs = _channels(step)
-        if groups == inputs > 1:
-            kernel = ops.reshape(kernel, (height, width, inputs, -1))
+    def _conv(
+        self, step: Step, kind: Convolution, x: Tensor, kernel: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        ops, window = self.ops, kind.window
+        source = self.code.values[step.terms[0].value][1:]
+        after = window.after(source, self.code.values[len(self.values)][1:])
+        rows, columns = zip(window.before, after, strict=True)
+        if any((*rows, *columns)):
+            x = ops.pad(x, ((0, 0), rows, columns, (0, 0)))
+        options = {"strides": window.stride, "padding": "valid", "data_format": "channels_last"}
+        if kind.groups == step.channels > 1:
+            kernel = ops.reshape(kernel, (*window.kernel, step.channels, -1))
             y = ops.depthwise_conv(x, kernel, **options)
         else:
             y = ops.conv(x, kernel, **options)
         return y if bias is None else y + bias
-
-
-def _channels(step: _Step) -> int:
-    return max(term.start + len(term.channels) for term in step.terms)
-
-
-def _read(integers: tuple[int, ...]) -> _Code:
-    """What :meth:`kconv.models.fusion.Segment.program` wrote."""
-    numbers = iter(integers)
-    for _ in range(3):  # weights' layout, whether the input's gradient is wanted, masks
-        next(numbers)
-    sizes = [(next(numbers), next(numbers), next(numbers)) for _ in range(next(numbers))]
-    norms = []
-    for _ in range(next(numbers)):
-        channels, bits, scale = next(numbers), next(numbers), next(numbers)
-        norms.append((channels, struct.unpack("d", struct.pack("q", bits))[0], bool(scale)))
-    steps = []
-    for kind in numbers:
-        geometry = tuple(next(numbers) for _ in range(7)) if kind == _CONVOLUTION else ()
-        steps.append(_Step(kind, geometry, tuple(_terms(numbers))))
-    return _Code(sizes, norms, steps)
-
-
-def _terms(numbers: Iterator[int]) -> Iterator[_Term]:
-    for _ in range(next(numbers)):
-        fields = [next(numbers) for _ in range(8)]
-        runs = [(next(numbers), next(numbers), next(numbers)) for _ in range(next(numbers))]
-        channels = (first + i * step for count, first, step in runs for i in range(count))
-        yield _Term(tuple(channels), *fields)

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from kconv.models.fusion import Program
 from kconv.models.interpreter import interpret
+from kconv.models.wire import Code
 from kconv.tensorflow._library import attributes, kernels
 from kconv.tensorflow.ops import inside_xla
 
@@ -130,12 +131,13 @@ def _interpret(
     from keras import ops  # on this backend: nothing else than Keras makes programs
 
     layout, program = options["layout"], tuple(options["program"])
-    channels, height, width = program[4:7]  # a graph may have forgotten them
+    code = Code.decode(program)
+    channels, height, width = code.values[0]  # a graph may have forgotten them
     nchw = (None, channels, height, width)
     x = tf.ensure_shape(x, nchw if layout == "NCHW" else (None, height, width, channels))
     parameters = tf.ensure_shape(parameters, (None,))
     drop = None
     if masks.shape.rank != 1:  # of one axis, and empty, where there are none
-        drop = tf.ensure_shape(masks, (program[2], None))
+        drop = tf.ensure_shape(masks, (code.masks, None))
     given = None if given is None else tf.ensure_shape(given, (2, None))
     return interpret(ops, program, layout, x, parameters, drop, given)[0]

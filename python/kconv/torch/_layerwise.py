@@ -16,6 +16,7 @@ from kconv._geometry import same_padding
 from kconv.models import graph
 from kconv.models.activations import ACTIVATIONS
 from kconv.models.fusion import Program
+from kconv.models.wire import weight_layout
 from kconv.torch._functions import add, concatenate, fold_halves
 from kconv.torch._scriptable import interleave_by_index, pad_explicit
 
@@ -82,7 +83,7 @@ def _weights(program: Program, parameters: Tensor) -> dict[str, dict[str, Tensor
     """The parameters by layer and name, kernels as PyTorch's."""
     shapes = {layer.name: layer.weights() for layer in program.segment.layers}
     sizes = [prod(shapes[layer][name]) for layer, name in program.parameters]
-    transposed = bool(program.integers[0])  # Keras's kernels are (k, k, C_in, C_out)
+    transposed = weight_layout(program.integers) == "IO"  # Keras's kernels are (k, k, C_in, C_out)
     weights: dict[str, dict[str, Tensor]] = {}
     for (layer, name), piece in zip(program.parameters, parameters.split(sizes), strict=True):
         shape = shapes[layer][name]

@@ -1,0 +1,164 @@
+//! The frame of the convolutions: products of rows, sums by parts of the pixels, and gradients that
+//! go back to the source's channels.
+
+use std::ops::Range;
+
+use super::backward::Tape;
+use super::pass::{Pass, Statistics, merge_statistics};
+use super::program::{Conv, Source};
+use super::source::NormSums;
+use crate::memory;
+use crate::microkernels::conv1x1_nchw::{ConvRows, Start};
+use crate::parallel::{Shared, add_parts};
+use crate::simd::element::WideElement;
+use crate::simd::mul_acc::Fma;
+use crate::simd::{IsaKind, Promised};
+
+/// Rows of values: the first one's start, and the offsets of all from there.
+pub(super) type RowPointers<'a, P> = (P, &'a [usize]);
+
+/// The products of input rows with a block of [packed weights](super::pack::Packed), over some
+/// pixels: see [`ConvRows`].
+///
+/// # Safety
+/// As for [`ConvRows`].
+pub(super) unsafe fn multiply_rows<T: WideElement>(
+    isa: IsaKind,
+    (x, x_offsets): RowPointers<'_, *const T>,
+    weights: &[T],
+    start: Start<'_, T>,
+    (y, y_offsets): RowPointers<'_, *mut T>,
+    pixels: usize,
+    ahead: [usize; 2],
+) {
+    let rows = ConvRows { products: Fma, x, x_offsets, weights, start, y, y_offsets, pixels, ahead };
+    // SAFETY: the caller's promise.
+    isa.run(unsafe { Promised::new_unchecked(rows) });
+}
+
+/// Sums that tasks gather for parts of the pixels, each its own: `[part][index]`.
+pub(super) struct PartSums<S> {
+    sums: Vec<S>,
+    shared: Shared<S>,
+    /// How many a part has.
+    len: usize,
+}
+
+impl<S: Clone> PartSums<S> {
+    pub fn new(zero: S, parts: usize, len: usize) -> Self {
+        let mut sums = memory::filled(zero, parts * len);
+        Self { shared: Shared(sums.as_mut_ptr()), sums, len }
+    }
+
+    /// Some of a part.
+    ///
+    /// # Safety
+    /// They must be the calling task's own.
+    #[expect(clippy::mut_from_ref, reason = "tasks write different parts of shared memory")]
+    pub unsafe fn of(&self, part: usize, range: Range<usize>) -> &mut [S] {
+        assert!(range.end <= self.len && (part + 1) * self.len <= self.sums.len());
+        // SAFETY: inside the sums; the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.shared.ptr().add(part * self.len + range.start), range.len()) }
+    }
+}
+
+impl PartSums<Statistics> {
+    /// Statistics of that many channels.
+    pub fn statistics(parts: usize, channels: usize) -> Self {
+        Self::new((0.0, 0.0, 0.0), parts, channels)
+    }
+
+    /// The statistics of each channel from those of its parts.
+    pub fn merged(&self) -> Vec<Statistics> {
+        let parts = || self.sums.chunks_exact(self.len);
+        (0..self.len).map(|c| parts().map(|part| part[c]).fold((0.0, 0.0, 0.0), merge_statistics)).collect()
+    }
+}
+
+/// The gradients by a convolution's weights and bias, by parts of the pixels:
+/// `[group][output][input][tap]` and `[output channel]`.
+pub(super) struct ParameterGrads<T> {
+    weights: PartSums<T>,
+    bias: PartSums<f64>,
+    /// How many weights and output channels a group has.
+    group: [usize; 2],
+    parts: usize,
+}
+
+impl<T: WideElement> ParameterGrads<T> {
+    pub fn new(conv: &Conv, parts: usize) -> Self {
+        Self {
+            weights: PartSums::new(T::default(), parts, conv.weights()),
+            bias: PartSums::new(0.0, parts, conv.groups * conv.group_out),
+            group: [conv.weights() / conv.groups, conv.group_out],
+            parts,
+        }
+    }
+
+    /// The sums of a part and a group.
+    ///
+    /// # Safety
+    /// They must be the calling task's own.
+    #[expect(clippy::mut_from_ref, reason = "tasks write different parts of shared memory")]
+    pub unsafe fn of(&self, part: usize, group: usize) -> (&mut [T], &mut [f64]) {
+        let [weights, bias] = self.group.map(|len| group * len..(group + 1) * len);
+        // SAFETY: the caller's promise.
+        unsafe { (self.weights.of(part, weights), self.bias.of(part, bias)) }
+    }
+
+    /// Writes the gradients of all parts together.
+    pub fn write(mut self, conv: &Conv, grad_parameters: Shared<T>) {
+        let Conv { groups, group_in, group_out, .. } = *conv;
+        // SAFETY: this convolution's parameters.
+        let write = |index: usize, value: T| unsafe { grad_parameters.ptr().add(index).write(value) };
+        let channels = (0..groups).flat_map(|g| (0..group_out).map(move |o| (g, o)));
+        let inputs = (0..group_in).flat_map(|i| (0..conv.taps()).map(move |tap| (i, tap)));
+        let indices = channels.flat_map(|(g, o)| inputs.clone().map(move |(i, tap)| conv.index(g, o, i, tap)));
+        for (index, &sum) in indices.zip(add_parts(&mut self.weights.sums, conv.weights())) {
+            write(conv.weight + index, sum);
+        }
+        let Some(start) = conv.bias else { return };
+        for o in 0..groups * group_out {
+            let parts = (0..self.parts).map(|p| self.bias.sums[p * groups * group_out + o]);
+            write(start + o, T::from_f64(parts.sum()));
+        }
+    }
+}
+
+/// Rows of a tile: the values, and the distance from one row to the next.
+pub(super) type Tile<'a, T> = (&'a [T], usize);
+
+impl<T: WideElement> Pass<'_, T> {
+    /// A convolution's weights.
+    pub(super) fn conv_weights(&self, conv: &Conv) -> &[T] {
+        &self.parameters[conv.weight..][..conv.weights()]
+    }
+}
+
+impl<T: WideElement> Tape<'_, '_, T> {
+    /// Adds the gradients by some of a source's channels over some pixels to those of the values
+    /// that they were read from, as [`Tape::accumulate_grad`] does for one channel.
+    ///
+    /// # Safety
+    /// As for [`Tape::accumulate_grad`].
+    pub(super) unsafe fn accumulate_grads(
+        &self,
+        source: &Source,
+        channels: Range<usize>,
+        pixels: &Range<usize>,
+        (grads, grad_pitch): Tile<'_, T>,
+        (slopes, slope_pitch): Tile<'_, T>,
+        values: Option<Tile<'_, T>>,
+        mut sums: &mut [NormSums],
+    ) {
+        for (i, channel) in channels.enumerate() {
+            let (own, rest) = sums.split_at_mut(source.channel(channel).len());
+            sums = rest;
+            let grad = &grads[i * grad_pitch..][..pixels.len()];
+            let values = values.map(|(values, pitch)| &values[i * pitch..][..pixels.len()]);
+            let slopes = Some(&slopes[i * slope_pitch..]);
+            // SAFETY: the caller's promise.
+            unsafe { self.accumulate_grad(source, channel, pixels.clone(), grad, slopes, values, own) };
+        }
+    }
+}

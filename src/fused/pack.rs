@@ -1,0 +1,127 @@
+//! Convolutions' weights in the order in which the kernels read them.
+
+use std::ops::Range;
+
+use super::Arguments;
+use super::depthwise;
+use super::program::{Conv, Kind, Step};
+use crate::memory;
+use crate::microkernels::conv1x1_nchw::ConvHeight;
+use crate::pool::part;
+use crate::simd::IsaKind;
+use crate::simd::element::WideElement;
+
+/// Packed weights: for each group, for each block of output rows, `[input row][output row]`.
+pub(super) struct Packed<T> {
+    weights: Vec<T>,
+    /// One for each output row of all groups, or nothing.
+    bias: Vec<T>,
+    group: usize,
+    inputs: usize,
+    /// Output rows of a group in blocks.
+    pub blocks: Vec<Range<usize>>,
+}
+
+impl<T: WideElement> Packed<T> {
+    /// Packs `weight(group, output row, input row)`.
+    pub fn new(
+        isa: IsaKind,
+        groups: usize,
+        outputs: usize,
+        inputs: usize,
+        weight: impl Fn(usize, usize, usize) -> T,
+    ) -> Self {
+        Self::of_taps(isa, groups, outputs, inputs, &[Some(0)], |g, o, i, _| weight(g, o, i))
+    }
+
+    /// Packs `weight(group, output row, input channel, tap)`, an input row being a channel seen
+    /// through one of `taps`; a tap that is none weighs nothing.
+    pub fn of_taps(
+        isa: IsaKind,
+        groups: usize,
+        outputs: usize,
+        channels: usize,
+        taps: &[Option<usize>],
+        weight: impl Fn(usize, usize, usize, usize) -> T,
+    ) -> Self {
+        let count = outputs.div_ceil(isa.run(ConvHeight { four: false }));
+        let blocks: Vec<_> = (0..count).map(|i| part(outputs, count, i)).collect();
+        let inputs = channels * taps.len();
+        let mut weights = Vec::new();
+        memory::reserve(&mut weights, groups * outputs * inputs);
+        for (g, block) in (0..groups).flat_map(|g| blocks.iter().map(move |block| (g, block))) {
+            for (channel, tap) in (0..channels).flat_map(|channel| taps.iter().map(move |&tap| (channel, tap))) {
+                let weight = |o| tap.map_or(T::default(), |tap| weight(g, o, channel, tap));
+                weights.extend(block.clone().map(weight));
+            }
+        }
+        Self { weights, bias: Vec::new(), group: outputs * inputs, inputs, blocks }
+    }
+
+    /// These weights and a bias.
+    pub fn with_bias(self, bias: Vec<T>) -> Self {
+        Self { bias, ..self }
+    }
+
+    /// Those of inputs that are multiplied by these factors before.
+    pub fn scaled(&self, factors: &[T]) -> Self {
+        let (mut weights, blocks) = (self.weights.clone(), self.blocks.clone());
+        for (group, factors) in weights.chunks_exact_mut(self.group).zip(factors.chunks_exact(self.inputs)) {
+            for block in &blocks {
+                let rows = group[block.start * self.inputs..block.end * self.inputs].chunks_exact_mut(block.len());
+                for (row, &factor) in rows.zip(factors) {
+                    row.iter_mut().for_each(|weight| *weight = *weight * factor);
+                }
+            }
+        }
+        Self { weights, blocks, bias: self.bias.clone(), ..*self }
+    }
+
+    /// The weights of a block of a group.
+    pub fn block(&self, group: usize, block: &Range<usize>) -> &[T] {
+        &self.weights[group * self.group..][block.start * self.inputs..block.end * self.inputs]
+    }
+
+    /// The bias of these of all output rows, if there is one.
+    pub fn bias(&self, outputs: Range<usize>) -> Option<&[T]> {
+        (!self.bias.is_empty()).then(|| &self.bias[outputs])
+    }
+
+    /// The weights of groups of one block each.
+    pub fn groups(&self, groups: &Range<usize>) -> &[T] {
+        &self.weights[groups.start * self.group..groups.end * self.group]
+    }
+}
+
+impl<T: WideElement> Arguments<'_, T> {
+    /// Each step's weights for the forward pass, where it is a convolution. With scale and shift of
+    /// all norms' channels, those of the norm that all readers of the result apply are part of its
+    /// weights and bias.
+    pub(super) fn packed(&self, affine: Option<&[(T, T)]>) -> Vec<Option<Packed<T>>> {
+        let packed = |step: &Step| match &step.kind {
+            Kind::Conv(conv) => Some(self.packed_conv(step, conv, affine)),
+            Kind::Copy | Kind::Mean | Kind::Pool(_) => None,
+        };
+        self.program.steps.iter().map(packed).collect()
+    }
+
+    fn packed_conv(&self, step: &Step, conv: &Conv, affine: Option<&[(T, T)]>) -> Packed<T> {
+        let weights = &self.parameters[conv.weight..][..conv.weights()];
+        let value = &self.program.values[step.value];
+        let taps = if conv.depthwise() {
+            depthwise::forward::<T>(self.isa, step, conv, value.size()).order().to_vec()
+        } else {
+            (0..conv.taps()).map(Some).collect()
+        };
+        let (outputs, view) = (conv.group_out, value.view.as_ref());
+        let norm = |channel: usize| Some(affine?[view?.norms[channel]?]);
+        let scale: Vec<_> = (0..value.channels).map(|c| norm(c).map_or(T::ONE, |(scale, _)| scale)).collect();
+        let weight = |g, o, i, tap| weights[conv.index(g, o, i, tap)] * scale[g * outputs + o];
+        let packed = Packed::of_taps(self.isa, conv.groups, outputs, conv.group_in, &taps, weight);
+        let bias = conv.bias.map(|start| &self.parameters[start..][..value.channels]);
+        let own = |c: usize| bias.map_or(T::default(), |bias| bias[c] * scale[c]);
+        let shift = |c: usize| own(c) + norm(c).map_or(T::default(), |(_, shift)| shift);
+        let biased = bias.is_some() || (0..value.channels).any(|c| norm(c).is_some());
+        packed.with_bias(if biased { (0..value.channels).map(shift).collect() } else { Vec::new() })
+    }
+}

@@ -1,0 +1,304 @@
+//! A pass through a program: its values in memory, and the statistics of its norms.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use super::pack::Packed;
+use super::program::{Kind, Program, Step};
+use super::slots::Slots;
+use super::{Arguments, PARTS};
+use crate::error::{Result, bail};
+use crate::memory;
+use crate::microkernels::activations::Activation;
+use crate::microkernels::norm_act::ActivateInPlace;
+use crate::microkernels::reduce::Moments;
+use crate::microkernels::transpose::Transpose;
+use crate::parallel::Shared;
+use crate::pool::parallel_for;
+use crate::shape::Order;
+use crate::simd::IsaKind;
+use crate::simd::element::WideElement;
+
+/// Pixels of a row in one set of partial sums, at least.
+const PART_PIXELS: usize = 256;
+
+/// A pass through a program.
+#[derive(Clone)]
+pub(super) struct Pass<'a, T> {
+    pub isa: IsaKind,
+    pub program: &'a Program,
+    pub count: usize,
+    pub order: Order,
+    pub threads: usize,
+    pub parameters: &'a [T],
+    pub masks: &'a [T],
+    /// Each step's weights for the forward pass, where it is a convolution.
+    pub packed: &'a [Option<Packed<T>>],
+    /// All values' memory, and where in it each value's rows start.
+    pub start: Shared<T>,
+    pub offsets: Vec<usize>,
+    /// Scale and shift of each channel of the norms.
+    pub affine: Vec<(T, T)>,
+    /// Mean and inverse standard deviation of each channel of the norms.
+    pub moments: Vec<(T, T)>,
+    /// Whether values are stored as their readers see them (where these agree), because nothing is
+    /// kept for a backward pass and the statistics are known.
+    pub stores_views: bool,
+}
+
+/// A value's statistics: count, mean, and sum of the squares of the distances from the mean.
+pub(super) type Statistics = (f64, f64, f64);
+
+/// The statistics of two samples together (Chan, Golub and LeVeque 1983, formula 1.5).
+pub(super) fn merge_statistics(a: Statistics, b: Statistics) -> Statistics {
+    let count = a.0 + b.0;
+    if b.0 == 0.0 {
+        return a;
+    }
+    let distance = b.1 - a.1;
+    (count, a.1 + distance * b.0 / count, a.2 + b.2 + distance * distance * a.0 * b.0 / count)
+}
+
+impl Program {
+    /// Values that the forward pass keeps for the backward pass.
+    ///
+    /// # Errors
+    /// If no memory can hold what the program needs for that many images.
+    pub fn workspace_len(&self, count: usize) -> Result<usize> {
+        let sizes = self.sizes().map(|size| size.iter().product());
+        let most = sizes.into_iter().chain([self.kept.len, self.reused.len, self.gradients.len, self.masks]).max();
+        match most.unwrap_or(0).checked_mul(count) {
+            Some(values) if values <= memory::LARGEST / size_of::<f64>() => Ok(self.kept.len * count),
+            _ => bail!("the program needs more memory for {count} images than there can be"),
+        }
+    }
+}
+
+impl<'a, T: WideElement> Pass<'a, T> {
+    pub fn new(arguments: &Arguments<'a, T>, start: Shared<T>, slots: &Slots, threads: usize) -> Self {
+        let Arguments { isa, program, count, order, parameters, masks } = *arguments;
+        assert_eq!(parameters.len(), program.parameters());
+        assert!(masks.is_empty() || masks.len() == program.masks * count);
+        let channels = program.norm_channels();
+        let zero = (T::default(), T::default());
+        Self {
+            isa,
+            program,
+            count,
+            order,
+            threads,
+            parameters,
+            masks,
+            packed: &[],
+            start,
+            offsets: slots.offsets(count),
+            affine: vec![zero; channels],
+            moments: vec![zero; channels],
+            stores_views: false,
+        }
+    }
+
+    /// Writes what lies between the values in the workspace, so that all of it may be handed on as
+    /// values.
+    pub fn clear_gaps(&self) {
+        for (value, &offset) in self.program.values.iter().zip(&self.offsets) {
+            let image = value.kept();
+            let len = self.count * image;
+            // SAFETY: in the workspace, each value's slot is a multiple of 16 long and its own.
+            unsafe { self.start.ptr().add(offset + len).write_bytes(0, self.count * image.next_multiple_of(16) - len) };
+        }
+    }
+
+    /// A value's rows.
+    pub fn rows(&self, value: usize) -> Shared<T> {
+        self.start.at(self.offsets[value])
+    }
+
+    /// Pixels of a value's row.
+    pub fn row_len(&self, value: usize) -> usize {
+        self.count * self.program.values[value].pixels()
+    }
+
+    /// Part of a row.
+    ///
+    /// # Safety
+    /// It must have been written, and not be written while the slice lives.
+    pub unsafe fn row(&self, value: usize, channel: usize, pixels: Range<usize>) -> &[T] {
+        let start = channel * self.row_len(value) + pixels.start;
+        // SAFETY: the caller's promise; channels and pixels exist because the program was checked.
+        unsafe { std::slice::from_raw_parts(self.rows(value).ptr().add(start), pixels.len()) }
+    }
+
+    /// Part of a row, to be written.
+    ///
+    /// # Safety
+    /// It must be the calling task's own while the slice lives.
+    #[expect(clippy::mut_from_ref, reason = "tasks write different rows of shared memory")]
+    pub unsafe fn row_mut(&self, value: usize, channel: usize, pixels: Range<usize>) -> &mut [T] {
+        let start = channel * self.row_len(value) + pixels.start;
+        // SAFETY: the caller's promise; channels and pixels exist because the program was checked.
+        unsafe { std::slice::from_raw_parts_mut(self.rows(value).ptr().add(start), pixels.len()) }
+    }
+
+    /// Copies images in their order of axes to rows of a value's size.
+    pub fn import(&self, value: usize, rows: Shared<T>, x: &[T]) {
+        let (channels, pixels) = (self.program.values[value].channels, self.program.values[value].pixels());
+        assert_eq!(x.len(), self.count * channels * pixels);
+        let row_len = self.row_len(value);
+        // A single pixel is the same memory in both orders.
+        let planes = self.order == Order::Nchw && pixels > 1;
+        parallel_for(self.threads, self.count, |n| {
+            let x = &x[n * channels * pixels..][..channels * pixels];
+            // SAFETY: image n of the value's rows, which no other task writes.
+            unsafe {
+                let target = rows.ptr().add(n * pixels);
+                if planes {
+                    for (c, plane) in x.chunks_exact(pixels).enumerate() {
+                        target.add(c * row_len).copy_from_nonoverlapping(plane.as_ptr(), pixels);
+                    }
+                } else {
+                    self.isa.run(Transpose::gather([pixels, channels], x.as_ptr(), channels, target, row_len));
+                }
+            }
+        });
+    }
+
+    /// Copies rows of a value's size to images in their order of axes.
+    pub fn export(&self, value: usize, rows: Shared<T>, y: &mut [MaybeUninit<T>]) {
+        let (channels, pixels) = (self.program.values[value].channels, self.program.values[value].pixels());
+        assert_eq!(y.len(), self.count * channels * pixels);
+        let row_len = self.row_len(value);
+        let planes = self.order == Order::Nchw && pixels > 1;
+        let y = Shared::new(y);
+        parallel_for(self.threads, self.count, |n| {
+            // SAFETY: image n of y, which no other task writes.
+            unsafe {
+                let (source, target) = (rows.ptr().add(n * pixels), y.ptr().add(n * channels * pixels));
+                if planes {
+                    for c in 0..channels {
+                        target.add(c * pixels).copy_from_nonoverlapping(source.add(c * row_len), pixels);
+                    }
+                } else {
+                    self.isa.run(Transpose::scatter([channels, pixels], source, row_len, target, channels));
+                }
+            }
+        });
+    }
+
+    /// The weights of a convolution.
+    pub fn weights(&self, step: &Step) -> &Packed<T> {
+        self.packed[step.value - 1].as_ref().expect("packed for every convolution")
+    }
+
+    /// Takes the statistics of a value's channels (measured here unless they are known) for the
+    /// norms that read it.
+    pub fn normalise(&mut self, value: usize, known: Option<Vec<Statistics>>, found: &mut [Statistics]) {
+        let data = &self.program.values[value];
+        if !data.normed {
+            return;
+        }
+        let known = known.unwrap_or_else(|| {
+            let len = self.row_len(value);
+            let mut statistics = vec![(0.0, 0.0, 0.0); data.channels];
+            let shared = Shared(statistics.as_mut_ptr());
+            self.for_tasks(data.channels, 1, |c, _| {
+                // SAFETY: the value has been written; each task writes its own statistics.
+                unsafe {
+                    let (mean, squares) = self.isa.run(Moments(self.row(value, c, 0..len)));
+                    shared.ptr().add(c).write((len as f64, mean, squares));
+                }
+            });
+            statistics
+        });
+        for &(channel, norm) in &data.norms {
+            found[norm] = known[channel];
+            let (count, mean, squares) = known[channel];
+            self.set_norm(norm, mean, squares / count);
+        }
+    }
+
+    /// Takes given statistics for all norms.
+    pub fn fix_statistics(&mut self, statistics: &[T]) {
+        let (means, variances) = statistics.split_at(self.program.norm_channels());
+        for (channel, (mean, variance)) in means.iter().zip(variances).enumerate() {
+            self.set_norm(channel, mean.to_f64(), variance.to_f64());
+        }
+    }
+
+    fn set_norm(&mut self, channel: usize, mean: f64, variance: f64) {
+        // Norms are sorted by their channels.
+        let index = self.program.norms.partition_point(|norm| norm.channels.end <= channel);
+        let norm = &self.program.norms[index];
+        let own = channel - norm.channels.start;
+        let gamma = norm.gamma.map_or(1.0, |gamma| self.parameters[gamma + own].to_f64());
+        let inverse = 1.0 / (variance + norm.epsilon).sqrt();
+        let shift = self.parameters[norm.beta + own].to_f64() - mean * gamma * inverse;
+        self.affine[channel] = (T::from_f64(gamma * inverse), T::from_f64(shift));
+        self.moments[channel] = (T::from_f64(mean), T::from_f64(inverse));
+    }
+
+    /// Into how many parts of whole images the work on images of that many pixels is divided.
+    pub fn parts(&self, pixels: usize) -> usize {
+        PARTS.min(self.count).min((self.count * pixels).div_ceil(PART_PIXELS)).max(1)
+    }
+
+    /// What follows a convolution while its result is in the cache: the statistics of new values of
+    /// some channels, or what their readers make of them.
+    ///
+    /// # Safety
+    /// The pixels must have been written by this task.
+    pub unsafe fn apply_epilogue(
+        &self,
+        value: usize,
+        channels: Range<usize>,
+        pixels: Range<usize>,
+        statistics: &mut [Statistics],
+    ) {
+        if self.stores_views {
+            // SAFETY: the caller's promise.
+            unsafe { self.apply_view(value, channels, pixels) };
+        } else if self.program.values[value].normed {
+            for (channel, statistics) in channels.zip(statistics) {
+                // SAFETY: the caller's promise.
+                let row = unsafe { self.row(value, channel, pixels.clone()) };
+                let (mean, squares) = self.isa.run(Moments(row));
+                *statistics = merge_statistics(*statistics, (row.len() as f64, mean, squares));
+            }
+        }
+    }
+
+    /// Makes of new values of some channels what their readers will, if this pass does so.
+    ///
+    /// # Safety
+    /// As for [`Pass::apply_epilogue`].
+    pub unsafe fn apply_view(&self, value: usize, channels: Range<usize>, pixels: Range<usize>) {
+        let Some(view) = self.program.values[value].view.as_ref().filter(|_| self.stores_views) else { return };
+        let (activation, len) = (view.activation, self.row_len(value));
+        // The norms of a convolution's value are in its weights: see [`Arguments::packed`].
+        let folded = matches!(self.program.steps[value - 1].kind, Kind::Conv(_));
+        let norms = view.norms[channels.clone()].iter().map(|norm| norm.filter(|_| !folded));
+        let plain = norms.clone().all(|norm| norm.is_none());
+        if plain && activation == Activation::Identity {
+            return;
+        }
+        let rows = self.rows(value);
+        let run = |start: usize, len: usize, affine: (T, T)| {
+            // SAFETY: the caller's promise.
+            let row = unsafe { std::slice::from_raw_parts_mut(rows.ptr().add(start), len) };
+            self.isa.run(ActivateInPlace { activation, row, affine });
+        };
+        let one = (T::ONE, T::default());
+        if plain && pixels.len() == len {
+            // Rows follow each other.
+            return run(channels.start * len, channels.len() * len, one);
+        }
+        for (channel, norm) in channels.zip(norms) {
+            run(channel * len + pixels.start, pixels.len(), norm.map_or(one, |norm| self.affine[norm]));
+        }
+    }
+
+    /// Calls `task(i, j)` for all `i < rows` and `j < columns` on this pass's threads.
+    pub fn for_tasks(&self, rows: usize, columns: usize, task: impl Fn(usize, usize) + Sync) {
+        parallel_for(self.threads, rows * columns, |index| task(index / columns, index % columns));
+    }
+}
