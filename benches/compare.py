@@ -34,6 +34,7 @@ import against
 import frameworks
 import networks
 import numpy as np
+import plans
 from limits import Limits, best, measure_limits, seconds
 from numpy.typing import NDArray
 
@@ -624,6 +625,8 @@ def main() -> None:
     """Parses the command line and runs."""
     if sys.argv[1:2] == ["against"]:
         sys.exit(against.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["plans"]:
+        sys.exit(plans.main(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -8,7 +8,7 @@ use super::pass::{Pass, Statistics, merge_statistics};
 use super::program::{Conv, Source};
 use super::source::NormSums;
 use crate::memory;
-use crate::microkernels::conv1x1_nchw::{ConvRows, Start};
+use crate::microkernels::conv1x1_nchw::{Conv1x1Nchw, Init};
 use crate::parallel::{Shared, add_parts};
 use crate::simd::element::WideElement;
 use crate::simd::mul_acc::Fma;
@@ -18,20 +18,20 @@ use crate::simd::{IsaKind, Promised};
 pub(super) type RowPointers<'a, P> = (P, &'a [usize]);
 
 /// The products of input rows with a block of [packed weights](super::pack::Packed), over some
-/// pixels: see [`ConvRows`].
+/// pixels: see [`Conv1x1Nchw`].
 ///
 /// # Safety
-/// As for [`ConvRows`].
+/// As for [`Conv1x1Nchw`].
 pub(super) unsafe fn multiply_rows<T: WideElement>(
     isa: IsaKind,
     (x, x_offsets): RowPointers<'_, *const T>,
     weights: &[T],
-    start: Start<'_, T>,
+    init: Init<'_, T>,
     (y, y_offsets): RowPointers<'_, *mut T>,
     pixels: usize,
-    ahead: [usize; 2],
+    prefetch: [usize; 2],
 ) {
-    let rows = ConvRows { products: Fma, x, x_offsets, weights, start, y, y_offsets, pixels, ahead };
+    let rows = Conv1x1Nchw { mul_acc: Fma, x, x_offsets, weights, init, y, y_offsets, pixels, prefetch };
     // SAFETY: the caller's promise.
     isa.run(unsafe { Promised::new_unchecked(rows) });
 }

@@ -9,8 +9,9 @@ use super::pack::Packed;
 use super::pass::{Pass, Statistics};
 use super::program::{Conv, Step};
 use super::source::NormSums;
-use crate::conv1x1::dot_nt::RowProducts;
-use crate::microkernels::conv1x1_nchw::{Rows, Start};
+use crate::conv1x1::dot_nt::MatmulNt;
+use crate::microkernels::conv1x1_nchw::Init;
+use crate::microkernels::dot_nt::Rows;
 use crate::microkernels::reduce::Sum;
 use crate::pool::chunks;
 use crate::pool::part;
@@ -89,7 +90,7 @@ struct PointwiseGrad<'s, T> {
     conv: &'s Conv,
     /// The weights that bring the gradient back, if it is wanted.
     packed: Packed<T>,
-    products: RowProducts<T, Fma>,
+    products: MatmulNt<T, Fma>,
     /// Pixels of a tile.
     tile: usize,
     grads: ParameterGrads<T>,
@@ -108,7 +109,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
             step,
             conv,
             packed: Packed::new(pass.isa, groups, k, m, |g, i, o| weights[conv.index(g, o, i, 0)]),
-            products: RowProducts::new(pass.isa, Fma, [m, k], tile),
+            products: MatmulNt::new(pass.isa, Fma, [m, k], tile),
             tile,
             grads: ParameterGrads::new(conv, parts),
         };
@@ -146,7 +147,7 @@ impl<T: WideElement> PointwiseGrad<'_, T> {
                         *sum += pass.isa.run(Sum(unsafe { std::slice::from_raw_parts(a.add(offset), pixels.len()) }));
                     }
                 }
-                let rows = |base, offsets| Rows { base, offsets, image_stride: 0, ahead: 0 };
+                let rows = |base, offsets| Rows { base, offsets, image_stride: 0, prefetch: 0 };
                 // SAFETY: rows of these pixels.
                 unsafe {
                     self.products.add(rows(a, &a_offsets), rows(b, &b_offsets), [1, pixels.len()], weight_slots);
@@ -178,7 +179,7 @@ impl<T: WideElement> PointwiseGrad<'_, T> {
         for block in &self.packed.blocks {
             let (weights, y) = (self.packed.block(g, block), (grad_x.as_mut_ptr(), &y_offsets[block.clone()]));
             // SAFETY: the gradient's rows, and rows of `grad_x`.
-            unsafe { multiply_rows(pass.isa, (grad, offsets), weights, Start::Zero, y, pixels, [0; 2]) };
+            unsafe { multiply_rows(pass.isa, (grad, offsets), weights, Init::Zero, y, pixels, [0; 2]) };
         }
     }
 }

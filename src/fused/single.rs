@@ -6,7 +6,7 @@ use super::conv::multiply_rows;
 use super::pass::Pass;
 use super::program::{Conv, Row, Source, Step};
 use crate::microkernels::activations::Activation;
-use crate::microkernels::conv1x1_nchw::Start;
+use crate::microkernels::conv1x1_nchw::Init;
 use crate::microkernels::norm_act::{Activate, Factors};
 use crate::pool::parallel_for;
 use crate::scratch;
@@ -77,7 +77,7 @@ impl<T: WideElement> Pass<'_, T> {
                         self.isa,
                         (weights.as_ptr(), &starts[b]),
                         x,
-                        Start::Zero,
+                        Init::Zero,
                         (y, &[0]),
                         block.len(),
                         [0; 2],

@@ -16,11 +16,12 @@ use super::pack::Packed;
 use super::pass::{Pass, Statistics};
 use super::program::{Conv, Step};
 use super::source::NormSums;
-use crate::conv1x1::dot_nt::RowProducts;
+use crate::conv1x1::dot_nt::MatmulNt;
 use crate::dwconv::nchw::{Planes, ahead, merge, planes_together};
 use crate::dwconv::polyphase::{Phase, most_pixels, sum_seen};
 use crate::memory;
-use crate::microkernels::conv1x1_nchw::{Rows, Start};
+use crate::microkernels::conv1x1_nchw::Init;
+use crate::microkernels::dot_nt::Rows;
 use crate::microkernels::reduce::Sum;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
@@ -205,7 +206,7 @@ struct SpatialGrad<'s, T> {
     grad_planes: Planes,
     /// For each pair of phases of the source, if its gradient is wanted.
     kernels: Vec<PhaseKernel<T>>,
-    products: RowProducts<T, Fma>,
+    products: MatmulNt<T, Fma>,
     /// Views of the planes of the gradient and of the source whose products are the weights'
     /// gradients.
     views: [Vec<usize>; 2],
@@ -231,7 +232,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let a_offsets: Vec<_> = (0..m).map(|o| o * grad_planes.len::<T>() + first).collect();
         let b_offsets = views::<T>(&planes, &phases.forward[0][0], &phases.forward[1][0], k);
         let back = SpatialGrad {
-            products: RowProducts::new(pass.isa, Fma, [m, b_offsets.len()], 1),
+            products: MatmulNt::new(pass.isa, Fma, [m, b_offsets.len()], 1),
             views: [a_offsets, b_offsets],
             grads: ParameterGrads::new(conv, parts),
             step,
@@ -349,7 +350,7 @@ impl<T: WideElement> SpatialGrad<'_, T> {
     ) {
         let isa = tape.pass.isa;
         // The gradient is zero between the images and between the rows.
-        let rows = |base: &[T], offsets| Rows { base: base.as_ptr(), offsets, image_stride: 0, ahead: 0 };
+        let rows = |base: &[T], offsets| Rows { base: base.as_ptr(), offsets, image_stride: 0, prefetch: 0 };
         let (a, b) = (rows(grads, &self.views[0]), rows(padded, &self.views[1]));
         let columns = self.planes.columns(images.len(), self.size[1]);
         let len = (self.size[0] - 1) * self.planes.pitch + columns;
@@ -407,7 +408,7 @@ impl<T: WideElement> SpatialGrad<'_, T> {
                     let (x, y) = ((grads.as_ptr(), &kernel.views[..]), results.as_mut_ptr());
                     let y = (y, &y_offsets[block.clone()]);
                     // SAFETY: views of the planes end inside them; `results` hold the phase's rows.
-                    unsafe { multiply_rows(pass.isa, x, weights, Start::Zero, y, len, [0; 2]) };
+                    unsafe { multiply_rows(pass.isa, x, weights, Init::Zero, y, len, [0; 2]) };
                 }
             }
             for (i, grad_x) in grad_x.chunks_exact_mut(images * pixels).enumerate() {

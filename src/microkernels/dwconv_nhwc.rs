@@ -118,7 +118,7 @@ pub struct DwConvNhwc<'a, T: Element> {
 impl<'a, T: Element> DwConvNhwc<'a, T> {
     /// What can be checked of a description.
     #[inline(always)]
-    fn check(&self) {
+    fn validate(&self) {
         self.window.check();
         assert!(self.bias.is_none_or(|bias| bias.len() == self.window.channels), "bias");
     }
@@ -293,9 +293,13 @@ impl<T: Element> RawKernel for DwConvNhwc<'_, T> {
     type Output = [*const T; 2];
 
     #[inline(always)]
+    fn check(&self) {
+        self.validate();
+    }
+
+    #[inline(always)]
     unsafe fn run<I: Isa>(self, isa: I) -> [*const T; 2] {
         let mut conv = self;
-        conv.check();
         let (Window { taps: [rows, columns], step, channels, .. }, lanes) = (conv.window, T::lanes::<I>());
         assert!(conv.weights.len() >= channels.div_ceil(lanes) * conv.kernel_taps * lanes, "weights");
         let [down, right] = [(rows, 0), (columns, 1)].map(|(taps, axis)| (taps as isize - 1) * conv.tap_steps[axis]);
@@ -353,7 +357,7 @@ const fn sum_rows(registers: usize, kernel: usize) -> usize {
 impl<'a, T: Element> DwConvNhwcGradWeight<'a, T> {
     /// What can be checked of a description.
     #[inline(always)]
-    fn check(&self) {
+    fn validate(&self) {
         self.window.check();
         assert_eq!(self.window.taps[0], self.window.taps[1], "taps");
     }
@@ -500,9 +504,13 @@ impl<T: Element> RawKernel for DwConvNhwcGradWeight<'_, T> {
     type Output = ();
 
     #[inline(always)]
+    fn check(&self) {
+        self.validate();
+    }
+
+    #[inline(always)]
     unsafe fn run<I: Isa>(self, isa: I) {
         let mut grad = self;
-        grad.check();
         let Window { taps: [kernel, _], step, channels, .. } = grad.window;
         let lanes = T::lanes::<I>();
         assert_eq!(grad.sums.len(), channels.div_ceil(lanes) * kernel * kernel * lanes, "sums");

@@ -6,14 +6,15 @@
 //! ([`transpose`]). Pixels are the vector dimension, so any group size runs at full width, and
 //! permuting channels (the interleave) is only another table of offsets. Where transposing costs
 //! more than it saves, NHWC pixels are computed with as they are, channels being the vector
-//! dimension ([`outer`], [`side_by_side`], [`folds`], [`dwconv_nhwc`]), and permuted ([`permute`]).
+//! dimension ([`outer`], [`grouped_nhwc`], [`segmented_sum`], [`dwconv_nhwc`]), and permuted ([`permute`]).
 
 pub mod activations;
 pub mod conv1x1_nchw;
+pub mod dot_nt;
 pub mod dwconv_nchw;
 pub mod dwconv_nchw_s2_grad;
 pub mod dwconv_nhwc;
-pub mod folds;
+pub mod grouped_nhwc;
 pub mod norm_act;
 pub mod outer;
 pub mod permute;
@@ -22,6 +23,6 @@ pub mod probe;
 pub mod reduce;
 pub mod row_copy;
 mod rows;
-pub mod side_by_side;
+pub mod segmented_sum;
 pub mod tap_view;
 pub mod transpose;

@@ -1,8 +1,8 @@
 //! Sums and moments of rows of pixels.
 
 use super::rows::{BLOCK, Body, Lanes, load, run, total};
-use crate::simd::element::Element;
-use crate::simd::{Isa, Kernel};
+use crate::simd::element::{Element, WideElement};
+use crate::simd::{Isa, Kernel, line};
 
 /// The sum of a row.
 pub struct Sum<'a, T>(pub &'a [T]);
@@ -76,6 +76,46 @@ impl<T: Element, I: Isa> Body<T, I> for Distances<T, T::Vector<I>> {
             }
             sum[i] = T::add_vectors(isa, sum[i], distance);
             squares[i] = T::mul_add(isa, distance, distance, squares[i]);
+        }
+    }
+}
+
+/// Sums each slot's first vector into one value: the end of a series of [`DotNt`](super::dot_nt::DotNt).
+pub struct SumSlots<'a, T>(pub &'a [T], pub &'a mut [T]);
+
+impl<T: WideElement> Kernel for SumSlots<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        assert_eq!(self.0.len(), self.1.len() * line::<T>(), "slots");
+        for (slot, sum) in self.0.chunks_exact(line::<T>()).zip(self.1) {
+            // SAFETY: a slot is at least a vector long.
+            *sum = T::sum(isa, unsafe { T::load(isa, slot.as_ptr()) });
+        }
+    }
+}
+
+/// The sums of the columns of a matrix whose rows are as long as the second slice: the bias gradient in NHWC.
+pub struct SumColumns<'a, T: Element>(pub &'a [T], pub &'a mut [T::Wide]);
+
+impl<T: Element> Kernel for SumColumns<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self(rows, sums) = self;
+        let lanes = T::lanes::<I>();
+        let columns = sums.len();
+        for (i, out) in sums.chunks_mut(lanes).enumerate() {
+            let mask = T::mask(isa, out.len());
+            let mut sum = T::splat(isa, T::default());
+            for row in rows.chunks_exact(columns) {
+                // SAFETY: the mask selects the columns that `out` stands for, which the row holds.
+                sum = T::add_vectors(isa, sum, unsafe { T::load_masked(isa, mask, row.as_ptr().add(i * lanes)) });
+            }
+            // SAFETY: the mask selects the values of `out`.
+            unsafe { T::store_wide_masked(isa, mask, out.as_mut_ptr(), sum) };
         }
     }
 }

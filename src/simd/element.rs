@@ -242,6 +242,11 @@ pub(crate) fn has_permute<T: Element>(isa: IsaKind) -> bool {
     isa.run(HasPermute::<T>(PhantomData))
 }
 
+/// Whether an instruction set's vectors are single values.
+pub(crate) const fn is_scalar<T: Element, I: Isa>() -> bool {
+    size_of::<T::Vector<I>>() == size_of::<T::Wide>()
+}
+
 /// How many values an instruction set's vectors hold.
 pub(crate) fn lanes<T: Element>(isa: IsaKind) -> usize {
     isa.run(Lanes::<T>(PhantomData))

@@ -60,6 +60,8 @@ pub trait Isa: pulp::Simd {
     /// Whether there are instructions for [`Isa::permute_f32s`], [`Isa::permute2_f32s`] and
     /// [`Isa::load_quads_f32s`].
     const PERMUTES: bool = false;
+    /// Whether a processor with these instructions may have [`Isa::dot_bf16`].
+    const BF16_DOT: bool = false;
 
     /// Prefetches the cache line at `ptr`, which need not be readable, into L1; does nothing where
     /// there is no such instruction.
@@ -333,6 +335,10 @@ macro_rules! entries {
 pub trait Kernel: Sized {
     /// What the kernel returns.
     type Output;
+    /// Panics where the kernel is not what it should be. [`IsaKind::run`] calls it outside of the
+    /// kernel's code, in which a compiler that knows of checks may let sums leave the registers.
+    #[inline(always)]
+    fn check(&self) {}
     /// Runs on the instruction set that `isa` stands for.
     fn run<I: Isa>(self, isa: I) -> Self::Output;
 
@@ -344,6 +350,9 @@ pub trait Kernel: Sized {
 pub trait RawKernel: Sized {
     /// What the kernel returns.
     type Output;
+    /// As [`Kernel::check`].
+    #[inline(always)]
+    fn check(&self) {}
     /// Runs on the instruction set that `isa` stands for.
     ///
     /// # Safety
@@ -371,6 +380,10 @@ impl<K> Promised<K> {
 impl<K: RawKernel> Kernel for Promised<K> {
     type Output = K::Output;
 
+    #[inline(always)]
+    fn check(&self) {
+        self.0.check();
+    }
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> K::Output {
         // SAFETY: promised to `new_unchecked`.
@@ -418,6 +431,7 @@ impl IsaKind {
     /// Runs `kernel` with this instruction set.
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.check();
         // SAFETY: to have a token is to have the instructions, and a `Kernel` is safe to run.
         unsafe {
             match self {

@@ -4,7 +4,7 @@
 use super::element::Element;
 use crate::simd::{Isa, IsaKind};
 
-/// A way to add up products of values of type `T`. To have one is to have its instructions.
+/// How products of values of type `T` are summed. To have one is to have its instructions.
 ///
 /// A step of the conv1x1 microkernel multiplies [`MulAcc::TERMS`] rows by their weights, one of the
 /// dot microkernel `TERMS` times a vector's values of two rows.
@@ -95,6 +95,11 @@ pub trait MulAcc<T: Element>: Copy + Send + Sync {
     /// # Safety
     /// Two steps' values must be readable at `ptr`.
     unsafe fn load_row_part<I: Isa>(self, isa: I, ptr: *const T, part: usize) -> T::Vector<I>;
+}
+
+/// Whether the instruction set has what sums of products need: kernels are compiled for it only then.
+pub const fn has_code<T: Element, M: MulAcc<T>, I: Isa>() -> bool {
+    M::TERMS == 1 || I::BF16_DOT
 }
 
 /// One product at a time, as an [`Element`] computes.

@@ -328,6 +328,7 @@ avx!(pulp::x86::V3 {
     }
 });
 avx!(pulp::x86::V4 {
+    const BF16_DOT: bool = true;
     const EXPONENTIALS: bool = true;
     const PERMUTES: bool = true;
 
