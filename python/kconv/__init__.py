@@ -68,6 +68,7 @@ __all__ = [
 _SUBMODULES = {
     "cai",
     "datasets",
+    "export",
     "jax",
     "keras",
     "ktypes",

@@ -12,6 +12,7 @@ Example:
 import keras as _keras
 
 from kconv._versions import warn_of_version
+from kconv.keras._create import create_model
 from kconv.keras._freeze import freeze
 from kconv.keras.blocks import kPointwiseConv2D
 from kconv.keras.builder import build
@@ -41,6 +42,7 @@ __all__ = [
     "accelerate",
     "build",
     "compress",
+    "create_model",
     "freeze",
     "fuse",
     "kPointwiseConv2D",

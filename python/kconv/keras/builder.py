@@ -6,6 +6,7 @@ from typing import Literal
 
 import keras
 
+from kconv._creating import expect_spec
 from kconv.keras._model import model_of
 from kconv.keras.convert import to_native
 from kconv.models import Spec
@@ -37,8 +38,10 @@ def build(spec: Spec, kernels: Kernels = "kconv", *, fused: bool = True) -> kera
 
     Raises:
         ValueError: if ``kernels`` is unknown.
+        TypeError: if ``spec`` is none.
     """
     if kernels not in ("kconv", "keras"):
         raise ValueError(f"kernels={kernels!r}, expected 'kconv' or 'keras'")
+    expect_spec(spec, "keras")
     model = model_of(spec.graph(), fused=fused and kernels == "kconv")
     return model if kernels == "kconv" else to_native(model)

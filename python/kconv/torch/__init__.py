@@ -9,10 +9,13 @@ Example:
 
 from __future__ import annotations
 
+import sys as _sys
+
 import torch as _torch
 
 from kconv._versions import warn_of_version
 from kconv.torch import _flops as _flops  # FlopCounterMode knows the operators
+from kconv.torch._create import create_model, register_timm
 from kconv.torch._freeze import freeze
 from kconv.torch.convert import accelerate, compress, report, restore
 from kconv.torch.layers import (
@@ -39,14 +42,18 @@ __all__ = [
     "accelerate",
     "build",
     "compress",
+    "create_model",
     "deinterleave",
     "depthwise_conv",
     "freeze",
     "interleave",
     "pointwise_conv",
+    "register_timm",
     "report",
     "restore",
     "to_native",
 ]
 
 warn_of_version("torch", _torch.__version__)
+if "timm.models" in _sys.modules:
+    register_timm()

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from kconv.ktypes import KType
+from kconv._creating import expect_spec
+from kconv.ktypes import KType, resolve
 from kconv.models import Graph, GraphBuilder, Layer, Spec, graph
 from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS, ActivationName
 from kconv.models.blocks import conv_unit_graph, mbconv_graph
@@ -53,9 +54,11 @@ def build(
 
     Raises:
         ValueError: if ``kernels`` is neither.
+        TypeError: if ``spec`` is none.
     """
     if kernels not in ("kconv", "torch"):
         raise ValueError(f"kernels must be 'kconv' or 'torch', got {kernels!r}")
+    expect_spec(spec, "torch")
     layers = spec.graph()
     last = layers[layers.output]
     if isinstance(last, graph.Activation) and last.kind == "softmax":
@@ -117,6 +120,14 @@ class Network(nn.Module):
             steps = [(name, inputs) for name, inputs, _ in self._steps]
             self._plan = Plan(self, steps, self._input, self._output)
         return self._plan
+
+    _described = ""
+    """A block's arguments, which its repr has in the place of its layers."""
+
+    def __repr__(self) -> str:
+        if not self._described:
+            return super().__repr__()
+        return f"{type(self).__name__}({self._described})"
 
     @property
     def _fused(self) -> dict[str, FusedSegment]:
@@ -202,6 +213,10 @@ class KPointwiseConv2d(ReadsAsConv2d, Network):
         )
         super().__init__(g.build(output), fused=fused)
         self.in_channels, self.out_channels = in_channels, out_channels
+        self._described = (
+            f"{in_channels}, {out_channels}, ktype={resolve(ktype).name!r}, "
+            f"activation={activation!r}"
+        )
 
 
 class ConvUnit(Network):
@@ -267,6 +282,11 @@ class ConvUnit(Network):
             1 - momentum,
         )
         super().__init__(layers, fused=fused)
+        self._described = (
+            f"{in_channels}, {out_channels}, kernel_size={kernel_size}, stride={stride}, "
+            f"groups={groups}, activation={activation!r}, interleave={interleave}, "
+            f"residual={residual}"
+        )
 
 
 class MBConv(Network):
@@ -329,6 +349,11 @@ class MBConv(Network):
             drop_connect,
         )
         super().__init__(layers, fused=fused)
+        kind = None if ktype is None else resolve(ktype).name
+        self._described = (
+            f"{in_channels}, {out_channels}, kernel_size={kernel_size}, stride={stride}, "
+            f"expand_ratio={expand_ratio}, se_ratio={se_ratio}, ktype={kind!r}"
+        )
 
 
 def _module(layer: Layer, padding: graph.ZeroPad | None) -> nn.Module:
