@@ -151,6 +151,31 @@ const SCALAR_COST: f64 = 2.0;
 /// [`interleave_dst_index`](crate::shape::interleave_dst_index) it undoes that (which is also the
 /// gradient).
 pub fn permute<T: Element>(isa: IsaKind, src_index: &[usize], images: Images, x: &[T], y: &mut [MaybeUninit<T>]) {
+    permute_by(isa, plan::choose, src_index, images, x, y);
+}
+
+/// As [`permute`], as a part of another operation: what is forced on that is none of these algorithms.
+pub(crate) fn permute_cheapest<T: Element>(
+    isa: IsaKind,
+    src_index: &[usize],
+    images: Images,
+    x: &[T],
+    y: &mut [MaybeUninit<T>],
+) {
+    let cheapest = |table: &[Entry], problem: &Problem, caps: &Caps| {
+        plan::cheapest(plan::applicable(table, problem, caps)).unwrap_or((Algorithm::Scalar, 0.0))
+    };
+    permute_by(isa, cheapest, src_index, images, x, y);
+}
+
+fn permute_by<T: Element>(
+    isa: IsaKind,
+    choose: impl Fn(&[Entry], &Problem, &Caps) -> (Algorithm, f64),
+    src_index: &[usize],
+    images: Images,
+    x: &[T],
+    y: &mut [MaybeUninit<T>],
+) {
     let Images { count, pixels, channels, order } = images;
     assert_eq!((src_index.len(), x.len(), y.len()), (channels, images.len(), images.len()));
     assert!(src_index.iter().all(|&source| source < channels));
@@ -159,7 +184,7 @@ pub fn permute<T: Element>(isa: IsaKind, src_index: &[usize], images: Images, x:
     }
     let caps = Caps::new::<T>(isa);
     let problem = Problem::of(|i| src_index[i], channels, order, count * pixels, &caps);
-    let (algorithm, _) = plan::choose(CANDIDATES, &problem, &caps);
+    let (algorithm, _) = choose(CANDIDATES, &problem, &caps);
     let threads = threads_for(estimate(0, 2 * size_of_val(x)));
     let y = Shared::new(y);
     let rows = if order == Order::Nchw { count * channels } else { count * pixels };

@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::grouped::Grouped;
 use super::plan::{Algorithm, GRAD_TILE, Plan, Problem, grad_weight_groups};
 use super::{TASKS_PER_THREAD, images_work};
-use crate::interleave::{Permutation, permute};
+use crate::interleave::{Permutation, permute_cheapest};
 use crate::memory;
 use crate::parallel::{Shared, add_parts};
 use crate::plan::{Caps, Direction};
@@ -86,7 +86,8 @@ pub(super) fn run<T: Element, M: MulAcc<T>>(
     memory::with(if whole { grad_output.len() } else { 0 }, |permuted: &mut [MaybeUninit<T>]| {
         let mut grad_output = grad_output;
         if whole {
-            permute(isa, &interleave_dst_index(shape.out_channels, shape.interleave), out, grad_output, permuted);
+            let src_index = interleave_dst_index(shape.out_channels, shape.interleave);
+            permute_cheapest(isa, &src_index, out, grad_output, permuted);
             // SAFETY: all of it has been written.
             grad_output = unsafe { std::slice::from_raw_parts(permuted.as_ptr().cast(), permuted.len()) };
         }

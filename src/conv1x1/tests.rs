@@ -294,6 +294,8 @@ const LAYERS: &[(&str, Case)] = &[
     ("kmobilenet D6_32ch 224x224", case(16, 3136, 64, 128, 2, 1)),
     ("kmobilenet_v3_large D6_16ch 224x224", case(16, 12544, 16, 64, 1, 1)),
     ("kmobilenet conv 224x224", case(16, 49, 1024, 1024, 1, 1)),
+    ("keffnet_b0 conv 224x224", case(32, 3136, 144, 24, 1, 1)),
+    ("keffnet_b0 D6_16ch 224x224, one image", case(1, 49, 1152, 320, 64, 1)),
 ];
 
 /// An algorithm that no layer chooses is to be deleted.
