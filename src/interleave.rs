@@ -154,7 +154,8 @@ pub fn permute<T: Element>(isa: IsaKind, src_index: &[usize], images: Images, x:
     permute_by(isa, plan::choose, src_index, images, x, y);
 }
 
-/// As [`permute`], as a part of another operation: what is forced on that is none of these algorithms.
+/// As [`permute`], as a part of another operation: what is forced on that is none of these
+/// algorithms.
 pub(crate) fn permute_cheapest<T: Element>(
     isa: IsaKind,
     src_index: &[usize],

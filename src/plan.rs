@@ -30,7 +30,7 @@ pub struct Caps {
     pub lanes: usize,
     /// Whether there is an instruction that permutes a vector's values.
     pub permute: bool,
-    /// Products that one instruction adds to a sum: 2 with AVX512-BF16, else 1.
+    /// How many products one instruction adds to a sum: 2 with AVX512-BF16, else 1.
     pub terms: usize,
     /// Bytes of a value as it is stored.
     pub bytes: usize,

@@ -6,7 +6,8 @@
 //! ([`transpose`]). Pixels are the vector dimension, so any group size runs at full width, and
 //! permuting channels (the interleave) is only another table of offsets. Where transposing costs
 //! more than it saves, NHWC pixels are computed with as they are, channels being the vector
-//! dimension ([`outer`], [`grouped_nhwc`], [`segmented_sum`], [`dwconv_nhwc`]), and permuted ([`permute`]).
+//! dimension ([`outer`], [`grouped_nhwc`], [`segmented_sum`], [`dwconv_nhwc`]), and permuted
+//! ([`permute`]).
 
 pub mod activations;
 pub mod conv1x1_nchw;

@@ -80,7 +80,8 @@ impl<T: Element, I: Isa> Body<T, I> for Distances<T, T::Vector<I>> {
     }
 }
 
-/// Sums each slot's first vector into one value: the end of a series of [`DotNt`](super::dot_nt::DotNt).
+/// Sums each slot's first vector into one value: the end of a series of
+/// [`DotNt`](super::dot_nt::DotNt).
 pub struct SumSlots<'a, T>(pub &'a [T], pub &'a mut [T]);
 
 impl<T: WideElement> Kernel for SumSlots<'_, T> {
@@ -96,7 +97,8 @@ impl<T: WideElement> Kernel for SumSlots<'_, T> {
     }
 }
 
-/// The sums of the columns of a matrix whose rows are as long as the second slice: the bias gradient in NHWC.
+/// The sums of the columns of a matrix whose rows are as long as the second slice: the bias
+/// gradient in NHWC.
 pub struct SumColumns<'a, T: Element>(pub &'a [T], pub &'a mut [T::Wide]);
 
 impl<T: Element> Kernel for SumColumns<'_, T> {

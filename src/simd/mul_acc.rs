@@ -9,7 +9,7 @@ use crate::simd::{Isa, IsaKind};
 /// A step of the conv1x1 microkernel multiplies [`MulAcc::TERMS`] rows by their weights, one of the
 /// dot microkernel `TERMS` times a vector's values of two rows.
 pub trait MulAcc<T: Element>: Copy + Send + Sync {
-    /// Products that a step adds to each sum: 1 or 2.
+    /// How many products a step adds to each sum: 1 or 2.
     const TERMS: usize;
     /// What [`MulAcc::splat`] reads: values as they are, or as they are computed with.
     type Value: Copy;
@@ -97,7 +97,7 @@ pub trait MulAcc<T: Element>: Copy + Send + Sync {
     unsafe fn load_row_part<I: Isa>(self, isa: I, ptr: *const T, part: usize) -> T::Vector<I>;
 }
 
-/// Whether the instruction set has what sums of products need: kernels are compiled for it only then.
+/// Whether the instruction set has what sums of products need: kernels are compiled only then.
 pub const fn has_code<T: Element, M: MulAcc<T>, I: Isa>() -> bool {
     M::TERMS == 1 || I::BF16_DOT
 }
