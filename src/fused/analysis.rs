@@ -1,6 +1,6 @@
 //! What follows from which step of a program reads which value.
 
-use super::program::{Kind, Program, Row, Value, View};
+use super::program::{Kind, Program, ReaderView, Row, Value};
 use crate::error::{Result, bail};
 use crate::microkernels::activations::Activation;
 
@@ -142,7 +142,7 @@ impl Program {
             let Some(Some((activation, _))) = first.first().copied() else { continue };
             if same && first.iter().all(|reading| reading.is_some_and(|(other, _)| other == activation)) {
                 let norms = first.iter().map(|reading| reading.and_then(|(_, norm)| norm)).collect();
-                value.view = Some(View { activation, norms });
+                value.view = Some(ReaderView { activation, norms });
             }
         }
     }

@@ -9,7 +9,6 @@ use super::forward::ROW_TILE;
 use super::pass::Pass;
 use super::program::{Kind, Source, Step, timed};
 use crate::memory;
-use crate::microkernels::pool::PoolPlaneGrad;
 use crate::parallel::Shared;
 use crate::pool::{chunks, num_threads, part};
 use crate::scratch;
@@ -180,12 +179,13 @@ impl<T: WideElement> Tape<'_, '_, T> {
         timed(&clocks[step.value - 1].backward, || match &step.kind {
             Kind::Conv(conv) if conv.pointwise() => self.pointwise(step, conv),
             Kind::Conv(conv) if conv.depthwise() => self.depthwise(step, conv),
+            Kind::Conv(conv) if conv.is_unfolded() => self.unfolded(step, conv),
             Kind::Conv(conv) => self.spatial(step, conv),
             Kind::Copy | Kind::Mean | Kind::Pool(_) if !step.differentiate => {}
             Kind::Copy => self.copy(step),
             Kind::Mean if self.pass.program.values[step.value].kept_rows > 1 => self.defer_mean(step),
             Kind::Mean => self.mean(step),
-            Kind::Pool(_) => self.pool(step),
+            Kind::Pool(pool) => self.pool(step, pool),
         });
     }
 
@@ -215,24 +215,6 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     unsafe {
                         let grad = this.read_grad(step.value, c, n..n + 1, one)[0];
                         row.fill(grad / T::from_f64(pixels as f64));
-                        this.accumulate_grad(&step.source, c, n * pixels..(n + 1) * pixels, row, None, None, sums);
-                    }
-                }
-            });
-        });
-    }
-
-    fn pool(&mut self, step: &Step) {
-        let (size, pixels) = (step.source.size(), step.source.pixels());
-        let (out, parts) = (self.pass.program.values[step.value].pixels(), self.pass.parts(pixels));
-        self.backprop_source(&step.source, step.source.channels(), parts, |this, c, images, _, sums| {
-            scratch::with(pixels + out, |buffer: &mut [T]| {
-                let (row, own) = buffer.split_at_mut(pixels);
-                for n in images {
-                    // SAFETY: as in `copy`.
-                    unsafe {
-                        let grad = this.read_grad(step.value, c, n * out..(n + 1) * out, own);
-                        this.pass.isa.run(PoolPlaneGrad { grad, size, grad_x: row });
                         this.accumulate_grad(&step.source, c, n * pixels..(n + 1) * pixels, row, None, None, sums);
                     }
                 }

@@ -36,6 +36,12 @@ pub const RELU6: i64 = 2;
 pub const SWISH: i64 = 3;
 pub const SIGMOID: i64 = 4;
 pub const HARD_SWISH: i64 = 6;
+pub const CLIP: i64 = 7;
+pub const LEAKY_RELU: i64 = 8;
+pub const ELU: i64 = 9;
+pub const GELU: i64 = 10;
+pub const GELU_TANH: i64 = 11;
+pub const MISH: i64 = 12;
 
 impl Term {
     pub fn norm(self, norm: usize) -> Self {
@@ -142,8 +148,15 @@ impl Builder {
         self.step(2, &[], terms, [channels, 1, 1])
     }
 
-    pub fn pool(&mut self, window: Window, terms: &[Term], value: [usize; 3]) -> usize {
-        self.step(3, &window.integers(), terms, value)
+    /// `counted`: zeros below and at the right that count, if zeros do.
+    pub fn mean_pool(&mut self, window: Window, counted: Option<[i64; 2]>, terms: &[Term], value: [usize; 3]) -> usize {
+        let [rows, columns] = counted.unwrap_or_default();
+        let attributes = [window.integers(), vec![i64::from(counted.is_some()), rows, columns]].concat();
+        self.step(3, &attributes, terms, value)
+    }
+
+    pub fn max_pool(&mut self, window: Window, terms: &[Term], value: [usize; 3]) -> usize {
+        self.step(4, &window.integers(), terms, value)
     }
 
     /// The program, with the gradient by the input.

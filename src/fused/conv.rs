@@ -147,7 +147,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         channels: Range<usize>,
         pixels: &Range<usize>,
         (grads, grad_pitch): Tile<'_, T>,
-        (slopes, slope_pitch): Tile<'_, T>,
+        slopes: Option<Tile<'_, T>>,
         values: Option<Tile<'_, T>>,
         mut sums: &mut [NormSums],
     ) {
@@ -156,7 +156,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
             sums = rest;
             let grad = &grads[i * grad_pitch..][..pixels.len()];
             let values = values.map(|(values, pitch)| &values[i * pitch..][..pixels.len()]);
-            let slopes = Some(&slopes[i * slope_pitch..]);
+            let slopes = slopes.map(|(slopes, pitch)| &slopes[i * pitch..]);
             // SAFETY: the caller's promise.
             unsafe { self.accumulate_grad(source, channel, pixels.clone(), grad, slopes, values, own) };
         }

@@ -7,12 +7,11 @@ use super::pass::{Pass, Statistics};
 use super::program::{Kind, Step, timed};
 use crate::dwconv::nchw::planes_together;
 use crate::microkernels::norm_act::ActivateMeans;
-use crate::microkernels::pool::PoolPlane;
 use crate::microkernels::reduce::Sum;
 use crate::parallel::Shared;
 use crate::pool::{num_threads, part};
 use crate::scratch;
-use crate::simd::element::{WideElement, writable};
+use crate::simd::element::WideElement;
 
 /// Values of a row that a task works on at a time: a tile of all of a group's rows stays in the L1
 /// or L2 cache.
@@ -76,10 +75,11 @@ impl<T: WideElement> Pass<'_, T> {
             match &step.kind {
                 Kind::Conv(conv) if conv.pointwise() => return Some(self.pointwise(step, conv)),
                 Kind::Conv(conv) if conv.depthwise() => return Some(self.depthwise(step, conv)),
+                Kind::Conv(conv) if conv.is_unfolded() => return Some(self.unfolded(step, conv)),
                 Kind::Conv(conv) => return Some(self.spatial(step, conv)),
                 Kind::Copy => self.copy(step),
                 Kind::Mean => self.mean(step),
-                Kind::Pool(_) => self.pool(step),
+                Kind::Pool(pool) => self.pool(step, pool),
             }
             None
         })
@@ -132,27 +132,6 @@ impl<T: WideElement> Pass<'_, T> {
         let together = planes_together(self.count * pixels, channels.div_ceil(self.threads));
         let tasks = channels.div_ceil(together);
         self.for_tasks(tasks, 1, |task, _| part(channels, tasks, task).for_each(mean));
-    }
-
-    fn pool(&self, step: &Step) {
-        let (size, pixels) = (step.source.size(), step.source.pixels());
-        let out = self.program.values[step.value].pixels();
-        let parts = self.parts(pixels);
-        self.for_tasks(step.source.channels(), parts, |c, p| {
-            let images = part(self.count, parts, p);
-            scratch::with(pixels, |buffer: &mut [T]| {
-                for n in images.clone() {
-                    // SAFETY: this image of row c is this task's own; sources are earlier values.
-                    unsafe {
-                        let x = self.load(&step.source, c, n * pixels..(n + 1) * pixels, buffer, None);
-                        let y = writable(self.row_mut(step.value, c, n * out..(n + 1) * out));
-                        self.isa.run(PoolPlane { x, size, y });
-                    }
-                }
-            });
-            // SAFETY: just written.
-            unsafe { self.apply_view(step.value, c..c + 1, images.start * out..images.end * out) };
-        });
     }
 }
 

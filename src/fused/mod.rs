@@ -29,7 +29,8 @@
 //! | `pass`, `source` | values in memory, statistics, how steps read values and return gradients |
 //! | `forward`, `infer`, `backward` | the three ways through a program |
 //! | `conv`, `pack` | what the convolutions share |
-//! | `pointwise`, `depthwise`, `spatial`, `single` | the convolutions |
+//! | `pointwise`, `depthwise`, `spatial`, `unfold`, `single` | the convolutions |
+//! | `pool` | means and maxima over windows |
 
 mod analysis;
 mod backward;
@@ -42,6 +43,7 @@ mod infer;
 mod pack;
 mod pass;
 mod pointwise;
+mod pool;
 mod program;
 mod reader;
 mod single;
@@ -50,6 +52,7 @@ mod source;
 mod spatial;
 #[cfg(test)]
 mod tests;
+mod unfold;
 
 pub use backward::backward;
 pub use forward::forward;

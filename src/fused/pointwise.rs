@@ -157,7 +157,7 @@ impl<T: WideElement> PointwiseGrad<'_, T> {
                     let (values, channels) = (Some((&*x_rows, tile)), g * k..(g + 1) * k);
                     // SAFETY: the group's channels and these images are this task's own.
                     unsafe {
-                        let (grads, slopes) = ((&*grad_x, tile), (&*slopes, most * tile));
+                        let (grads, slopes) = ((&*grad_x, tile), Some((&*slopes, most * tile)));
                         tape.accumulate_grads(&step.source, channels, &pixels, grads, slopes, values, &mut *sums);
                     }
                 }

@@ -27,6 +27,10 @@ pub(super) const MOST_NUMBERS: usize = 1 << 42;
 /// Rows or columns of a kernel, stride and dilation, at most.
 pub(super) const LARGEST_KERNEL: usize = 64;
 
+/// Input channels of a group from which on a convolution is unfolded, though kernels know its
+/// phases.
+const UNFOLDED_CHANNELS: usize = 16;
+
 /// That the program has no more of something than it may.
 pub(super) fn limit(what: &str, count: usize, most: usize) -> Result<()> {
     if count > most { bail!("the program has {count} {what}, expected at most {most}") } else { Ok(()) }
@@ -43,7 +47,7 @@ pub(super) struct Value {
     /// Whether its gradient starts from zeros, because no step writes all of it first.
     pub zeroed: bool,
     /// What all readers make of it, where that is the same: inference stores that at once.
-    pub view: Option<View>,
+    pub view: Option<ReaderView>,
     /// The batch norms' channels that read it: (own channel, channel of all norms).
     pub norms: Vec<(usize, usize)>,
     /// The mean whose gradient waits until this value's own is read, which saves a pass over both:
@@ -92,7 +96,7 @@ impl Value {
 
 /// What readers make of a value.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct View {
+pub(super) struct ReaderView {
     pub activation: Activation,
     /// For each channel, that of all norms.
     pub norms: Vec<Option<usize>>,
@@ -227,6 +231,12 @@ impl Conv {
         self.group_in == 1 && self.group_out == 1 && fits
     }
 
+    /// Whether the convolution is computed by [unfolding](super::unfold): where it has no phases,
+    /// or channels enough to be worth it.
+    pub fn is_unfolded(&self) -> bool {
+        !self.window.phased() || self.group_in >= UNFOLDED_CHANNELS
+    }
+
     /// Takes groups and parameters that follow from source and value.
     fn fit(&mut self, source: &Source, out: &Value, parameters: &mut usize) -> Result<()> {
         let (c_in, c_out, groups) = (source.channels(), out.channels, self.groups);
@@ -255,6 +265,25 @@ impl Window {
     }
 }
 
+/// A pool's geometry.
+#[derive(Clone, Debug)]
+pub(super) struct Pool {
+    pub window: Window,
+    /// Whether maxima are wanted, else means.
+    pub max: bool,
+    /// Zeros below and at the right that count in a mean, as all before then do; else only pixels
+    /// count.
+    pub counted: Option<[usize; 2]>,
+}
+
+impl Pool {
+    /// Whether this is the mean of each 2 x 2 pixels, for which there is a kernel.
+    pub fn halves(&self, source: [usize; 2], out: [usize; 2]) -> bool {
+        let Window { kernel, stride, before, .. } = self.window;
+        !self.max && (kernel, stride, before, out) == ([2, 2], [2, 2], [0, 0], source.map(|size| size / 2))
+    }
+}
+
 #[derive(Clone, Debug)]
 pub(super) enum Kind {
     /// A convolution.
@@ -263,24 +292,18 @@ pub(super) enum Kind {
     Copy,
     /// The mean over the pixels.
     Mean,
-    /// The means over windows.
-    Pool(Window),
+    /// The means or maxima over windows.
+    Pool(Pool),
 }
 
 impl Kind {
     /// Checks that the kind makes the step's value of its source, and takes the next parameters.
     pub fn fit(&mut self, step: usize, source: &Source, out: &Value, parameters: &mut usize) -> Result<()> {
         let expected = match self {
-            Self::Conv(conv) if !conv.window.phased() => {
-                bail!("the program has a convolution of {:?}, which is not supported", conv.window)
-            }
             Self::Conv(conv) => return conv.fit(source, out, parameters),
             Self::Copy => source.size(),
             Self::Mean => [1, 1],
-            Self::Pool(window) if (window.kernel, window.stride, window.before) == ([2, 2], [2, 2], [0, 0]) => {
-                source.size().map(|size| size / 2)
-            }
-            Self::Pool(window) => bail!("the program has a pool of {window:?}, which is not supported"),
+            Self::Pool(_) => out.size(),
         };
         if source.channels() != out.channels || expected != out.size() {
             let Value { channels, height, width, .. } = out;

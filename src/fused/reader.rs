@@ -5,10 +5,10 @@
 
 use crate::error::{Result, bail};
 use crate::fused::program::{
-    Conv, Kind, LARGEST_KERNEL, MOST_CHANNELS, MOST_NUMBERS, MOST_VALUES, Norm, Parts, Program, Row, Source, Step,
-    Value, Window, limit,
+    Conv, Kind, LARGEST_KERNEL, MOST_CHANNELS, MOST_NUMBERS, MOST_VALUES, Norm, Parts, Pool, Program, Row, Source,
+    Step, Value, Window, limit,
 };
-use crate::microkernels::activations::Activation;
+use crate::microkernels::activations::{Activation, Clip, Elu, LeakyRelu};
 use crate::shape::WeightLayout;
 
 /// The version of the format that is read: the first integer of every program.
@@ -131,8 +131,9 @@ impl<'a> Reader<'a> {
             0 => Kind::Conv(attributes.conv(layout)?),
             1 => Kind::Copy,
             2 => Kind::Mean,
-            3 => Kind::Pool(attributes.window()?),
-            _ => bail!("the program has a step of kind {code}, expected 0 to 3"),
+            3 => Kind::Pool(attributes.mean_pool()?),
+            4 => Kind::Pool(Pool { window: attributes.window()?, max: true, counted: None }),
+            _ => bail!("the program has a step of kind {code}, expected 0 to 4"),
         };
         attributes.end("a step's last attribute")?;
         Ok(kind)
@@ -157,6 +158,16 @@ impl<'a> Reader<'a> {
             );
         }
         Ok(window)
+    }
+
+    /// A mean over windows: its window, whether zeros count, and how many then do below and at the
+    /// right.
+    fn mean_pool(&mut self) -> Result<Pool> {
+        let (window, counts, after) = (self.window()?, self.flag()?, self.sizes()?);
+        if window.dilation != [1, 1] {
+            bail!("the program has means over windows of dilation {:?}", window.dilation);
+        }
+        Ok(Pool { window, max: false, counted: counts.then_some(after) })
     }
 
     /// A convolution: its window, groups, and whether there is a bias.
@@ -231,14 +242,20 @@ impl<'a> Reader<'a> {
         }
         Ok(match (code, &parameters[..]) {
             (0, []) => Activation::Identity,
-            (1, []) => Activation::Relu,
-            (2, []) => Activation::Relu6,
+            (1, []) => Activation::RELU,
+            (2, []) => Activation::RELU6,
             (3, []) => Activation::Swish,
             (4, []) => Activation::Sigmoid,
             (5, []) => Activation::HardSigmoid,
             (6, []) => Activation::HardSwish,
-            (0..=6, _) => bail!("the program gives activation {code} the parameters {parameters:?}"),
-            _ => bail!("the program names activation {code}, expected 0 to 6"),
+            (7, &[low, high]) if low <= high => Activation::Clip(Clip { low, high }),
+            (8, &[slope]) if slope.is_finite() => Activation::LeakyRelu(LeakyRelu { slope }),
+            (9, &[alpha]) if alpha.is_finite() => Activation::Elu(Elu { alpha }),
+            (10, []) => Activation::Gelu,
+            (11, []) => Activation::GeluTanh,
+            (12, []) => Activation::Mish,
+            (0..=12, _) => bail!("the program gives activation {code} the parameters {parameters:?}"),
+            _ => bail!("the program names activation {code}, expected 0 to 12"),
         })
     }
 }
@@ -287,7 +304,8 @@ impl Program {
     /// * the values: value 0 is the input, value `i` that of step `i`, the last one the output;
     /// * the norms;
     /// * for each step its kind, the number of its attributes, these, and its source. Kinds are 0
-    ///   (a convolution), 1 (a copy), 2 (the mean over the pixels) and 3 (the means over windows).
+    ///   (a convolution), 1 (a copy), 2 (the mean over the pixels), 3 (the means over windows) and
+    ///   4 (the maxima over windows).
     ///
     /// Real numbers are written as the bits of a double. Parameters follow each other in the order
     /// of the program: weights and bias of each convolution, then gamma and beta of each norm.

@@ -296,7 +296,7 @@ impl<T: WideElement> SpatialGrad<'_, T> {
                 }
                 let range = images.start * pixels..images.end * pixels;
                 self.multiply(pass, g, grads, results, &mut grad_x[..k * range.len()]);
-                let (grads, slopes) = ((&*grad_x, range.len()), (&*slopes, self.slope_pitch()));
+                let (grads, slopes) = ((&*grad_x, range.len()), Some((&*slopes, self.slope_pitch())));
                 // SAFETY: the group's channels and these images are this task's own.
                 unsafe {
                     tape.accumulate_grads(&step.source, g * k..(g + 1) * k, &range, grads, slopes, None, &mut *sums);

@@ -3,7 +3,9 @@
 
 use std::mem::MaybeUninit;
 
-use super::builder::{Builder, HARD_SWISH, RELU6, SIGMOID, SWISH, Term, Window, term};
+use super::builder::{
+    Builder, CLIP, ELU, GELU, GELU_TANH, HARD_SWISH, LEAKY_RELU, MISH, RELU6, SIGMOID, SWISH, Term, Window, term,
+};
 use super::{Arguments, Inference, Program, backward, forward, infer};
 use crate::shape::Order;
 use crate::simd::IsaKind;
@@ -36,14 +38,47 @@ fn pooling() -> Vec<i64> {
     let norms = [program.norm(6, true), program.norm(6, true)];
     let conv = program.conv(Window::square(1, 1, 0), 2, false, &[term(0, 0..4)], [6, 4, 7]);
     let swish = term(conv, 0..6).norm(norms[0]).activation(SWISH, &[]);
-    let pool = program.pool(Window::square(2, 2, 0), &[swish], [6, 2, 3]);
+    let pool = program.mean_pool(Window::square(2, 2, 0), None, &[swish], [6, 2, 3]);
     program.conv(Window::square(3, 1, 1), 6, false, &[term(pool, 0..6).norm(norms[1])], [6, 2, 3]);
     program.integers()
 }
 
+/// An unfolded convolution with strides and dilation that differ along the axes, the maxima over
+/// windows of what a norm and GELU make of it, and means in which zeros count, of pixels alone and
+/// of images.
+fn windows() -> Vec<i64> {
+    let mut program = Builder::new([2, 6, 5]);
+    let norm = program.norm(4, true);
+    let window = Window { kernel: [3, 3], stride: [2, 1], dilation: [1, 2], before: [1, 2] };
+    let conv = program.conv(window, 2, true, &[term(0, 0..2)], [4, 3, 5]);
+    let gelu = term(conv, 0..4).norm(norm).activation(GELU, &[]);
+    let maxima = program.max_pool(Window::square(2, 1, 0), &[gelu], [4, 2, 4]);
+    let means = program.mean_pool(Window::square(3, 1, 1), Some([1, 1]), &[term(maxima, 0..4)], [4, 2, 4]);
+    let pixels = program.mean_pool(Window::square(3, 2, 1), None, &[term(means, 0..4)], [4, 1, 2]);
+    let patches = Window { kernel: [1, 2], stride: [1, 3], dilation: [1, 1], before: [0, 0] };
+    program.conv(patches, 1, false, &[term(pixels, 0..4)], [3, 1, 1]);
+    program.integers()
+}
+
+/// A channel for each activation that has parameters or an exponential of its own.
+fn activations() -> Vec<i64> {
+    let mut program = Builder::new([6, 2, 3]);
+    let norm = program.norm(6, true);
+    let conv = program.conv(Window::square(1, 1, 0), 1, false, &[term(0, 0..6)], [6, 2, 3]);
+    let functions: [(i64, &[f64]); 6] =
+        [(CLIP, &[-0.3, 0.8]), (LEAKY_RELU, &[0.2]), (ELU, &[0.7]), (GELU, &[]), (GELU_TANH, &[]), (MISH, &[])];
+    let activated = |(channel, (code, parameters)): (usize, (i64, &[f64]))| {
+        term(conv, [channel]).norm(norm).activation(code, parameters).start(channel)
+    };
+    let terms: Vec<_> = functions.into_iter().enumerate().map(activated).collect();
+    let copy = program.copy(&terms, [6, 2, 3]);
+    program.conv(Window::square(1, 1, 0), 6, false, &[term(copy, 0..6)], [6, 2, 3]);
+    program.integers()
+}
+
 /// Every program that is tested.
-fn programs() -> [Vec<i64>; 2] {
-    [gated(), pooling()]
+fn programs() -> [Vec<i64>; 4] {
+    [gated(), pooling(), windows(), activations()]
 }
 
 fn values<T: WideElement>(len: usize, seed: u64) -> Vec<T> {
@@ -84,7 +119,7 @@ impl<T: WideElement> Case<T> {
     }
 
     /// Of each program.
-    fn all() -> [Self; 2] {
+    fn all() -> [Self; 4] {
         programs().map(|program| Self::new(Program::parse(&program).unwrap(), COUNT))
     }
 

@@ -9,14 +9,14 @@ use crate::simd::Isa;
 use crate::simd::element::Element;
 
 /// An activation function.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// `x`
     Identity,
-    /// `max(x, 0)`
-    Relu,
-    /// `min(max(x, 0), 6)`
-    Relu6,
+    /// `min(max(x, low), high)`: ReLU, ReLU6, hard tanh
+    Clip(Clip),
+    /// `x`, below 0 times the slope
+    LeakyRelu(LeakyRelu),
     /// `x * sigmoid(x)`, also called SiLU
     Swish,
     /// `1 / (1 + exp(-x))`
@@ -25,12 +25,27 @@ pub enum Activation {
     HardSigmoid,
     /// `x * hard_sigmoid(x)`
     HardSwish,
+    /// `x`, below 0 `alpha * (exp(x) - 1)`
+    Elu(Elu),
+    /// `x` times the normal distribution function of it
+    Gelu,
+    /// `x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))`
+    GeluTanh,
+    /// `x * tanh(ln(1 + exp(x)))`
+    Mish,
+}
+
+impl Activation {
+    /// `max(x, 0)`
+    pub const RELU: Self = Self::Clip(Clip { low: 0.0, high: f64::INFINITY });
+    /// `min(max(x, 0), 6)`
+    pub const RELU6: Self = Self::Clip(Clip { low: 0.0, high: 6.0 });
 }
 
 /// An activation as a type, compiled into a kernel.
-pub(super) trait Function<T: Element> {
+pub(super) trait Function<T: Element>: Copy {
     /// The function and its derivative; NaN stays NaN.
-    fn both<I: Isa, const N: usize>(isa: I, x: [T::Vector<I>; N]) -> [[T::Vector<I>; N]; 2];
+    fn both<I: Isa, const N: usize>(self, isa: I, x: [T::Vector<I>; N]) -> [[T::Vector<I>; N]; 2];
 }
 
 /// Vector arithmetic in the order of formulas.
@@ -64,15 +79,15 @@ impl<I: Isa> Vectors<I> {
     }
 }
 
+/// Implements [`Function`] for types by a function and its derivative at a vector.
 macro_rules! functions {
-    ($($name:ident($v:ident, $x:ident) $both:expr;)*) => {
+    ($($name:ident($this:ident, $v:ident, $x:ident) $both:expr;)*) => {
         $(
-            pub(super) struct $name;
             impl<T: Element> Function<T> for $name {
                 #[inline(always)]
-                fn both<I: Isa, const N: usize>(isa: I, mut x: [T::Vector<I>; N]) -> [[T::Vector<I>; N]; 2] {
+                fn both<I: Isa, const N: usize>(self, isa: I, mut x: [T::Vector<I>; N]) -> [[T::Vector<I>; N]; 2] {
                     let mut slopes = x;
-                    let $v = Vectors(isa);
+                    let ($v, $this) = (Vectors(isa), self);
                     for i in 0..N {
                         let $x = x[i];
                         (x[i], slopes[i]) = $both;
@@ -84,16 +99,44 @@ macro_rules! functions {
     };
 }
 
+#[derive(Clone, Copy)]
+pub(super) struct Identity;
+
+/// See [`Activation::Clip`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Clip {
+    /// The least value.
+    pub low: f64,
+    /// The largest value.
+    pub high: f64,
+}
+
+/// See [`Activation::LeakyRelu`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LeakyRelu {
+    /// The derivative below 0.
+    pub slope: f64,
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct HardSigmoid;
+
+#[derive(Clone, Copy)]
+pub(super) struct HardSwish;
+
 functions! {
-    Identity(v, x) (x, v.of::<T>(1.0));
-    Relu(v, x) (v.at_least::<T>(x, 0.0), v.between::<T>(x, 0.0, f64::INFINITY, v.of::<T>(1.0)));
-    Relu6(v, x) (v.clamp::<T>(x, 0.0, 6.0), v.between::<T>(x, 0.0, 6.0, v.of::<T>(1.0)));
-    HardSigmoid(v, x) {
+    Identity(_f, v, x) (x, v.of::<T>(1.0));
+    Clip(f, v, x) (v.clamp::<T>(x, f.low, f.high), v.between::<T>(x, f.low, f.high, v.of::<T>(1.0)));
+    LeakyRelu(f, v, x) {
+        let slope = T::select_less(v.0, [v.of::<T>(0.0), x, v.of::<T>(1.0), v.of::<T>(f.slope)]);
+        (T::mul_vectors(v.0, x, slope), slope)
+    };
+    HardSigmoid(_f, v, x) {
         let sixth = v.of::<T>(1.0 / 6.0);
         let s = v.clamp::<T>(T::mul_add(v.0, x, sixth, v.of::<T>(0.5)), 0.0, 1.0);
         (s, v.between::<T>(x, -3.0, 3.0, sixth))
     };
-    HardSwish(v, x) {
+    HardSwish(_f, v, x) {
         let sixth = v.of::<T>(1.0 / 6.0);
         // Minus infinity times 0 would not be a number.
         let x = v.at_least::<T>(x, -4.0);
@@ -102,10 +145,11 @@ functions! {
     };
 }
 
+#[derive(Clone, Copy)]
 pub(super) struct Sigmoid;
 impl<T: Element> Function<T> for Sigmoid {
     #[inline(always)]
-    fn both<I: Isa, const N: usize>(isa: I, x: [T::Vector<I>; N]) -> [[T::Vector<I>; N]; 2] {
+    fn both<I: Isa, const N: usize>(self, isa: I, x: [T::Vector<I>; N]) -> [[T::Vector<I>; N]; 2] {
         let s = T::sigmoid(isa, x);
         let one = T::splat(isa, T::ONE);
         let mut slopes = s;
@@ -116,10 +160,11 @@ impl<T: Element> Function<T> for Sigmoid {
     }
 }
 
+#[derive(Clone, Copy)]
 pub(super) struct Swish;
 impl<T: Element> Function<T> for Swish {
     #[inline(always)]
-    fn both<I: Isa, const N: usize>(isa: I, mut x: [T::Vector<I>; N]) -> [[T::Vector<I>; N]; 2] {
+    fn both<I: Isa, const N: usize>(self, isa: I, mut x: [T::Vector<I>; N]) -> [[T::Vector<I>; N]; 2] {
         let s = T::sigmoid(isa, x);
         let one = T::splat(isa, T::ONE);
         let mut slopes = x;
@@ -133,17 +178,115 @@ impl<T: Element> Function<T> for Swish {
     }
 }
 
-/// Evaluates an expression with the type of an activation.
+/// See [`Activation::Elu`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Elu {
+    /// Minus the limit at minus infinity.
+    pub alpha: f64,
+}
+impl<T: Element> Function<T> for Elu {
+    #[inline(always)]
+    fn both<I: Isa, const N: usize>(self, isa: I, mut x: [T::Vector<I>; N]) -> [[T::Vector<I>; N]; 2] {
+        let v = Vectors(isa);
+        let [zero, one, alpha] = [0.0, 1.0, self.alpha].map(|value| v.of::<T>(value));
+        let below = T::exp_m1(isa, x.map(|x| T::at_most(isa, x, zero)));
+        let mut slopes = below;
+        for i in 0..N {
+            let positive = |yes, no| T::select_less(isa, [zero, x[i], yes, no]);
+            slopes[i] = positive(one, T::mul_add(isa, below[i], alpha, alpha));
+            x[i] = positive(x[i], T::mul_vectors(isa, below[i], alpha));
+        }
+        [x, slopes]
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Gelu;
+impl<T: Element> Function<T> for Gelu {
+    #[inline(always)]
+    fn both<I: Isa, const N: usize>(self, isa: I, mut x: [T::Vector<I>; N]) -> [[T::Vector<I>; N]; 2] {
+        let [cumulative, density] = T::normal(isa, x);
+        let mut slopes = x;
+        for i in 0..N {
+            // Infinity times 0 would not be a number.
+            let limited = Vectors(isa).clamp::<T>(x[i], -1e30, 1e30);
+            slopes[i] = T::mul_add(isa, limited, density[i], cumulative[i]);
+            x[i] = T::mul_vectors(isa, Vectors(isa).at_least::<T>(x[i], -1e30), cumulative[i]);
+        }
+        [x, slopes]
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct GeluTanh;
+impl<T: Element> Function<T> for GeluTanh {
+    #[inline(always)]
+    fn both<I: Isa, const N: usize>(self, isa: I, mut x: [T::Vector<I>; N]) -> [[T::Vector<I>; N]; 2] {
+        const LINEAR: f64 = 1.595_769_121_605_730_7; // 2 sqrt(2 / pi)
+        const CUBIC: f64 = LINEAR * 0.044_715;
+        let v = Vectors(isa);
+        // Beyond, the sigmoid is 0 or 1; cubes are numbers.
+        let limited = x.map(|x| v.clamp::<T>(x, -1e12, 1e12));
+        let square = limited.map(|x| T::mul_vectors(isa, x, x));
+        let mut argument = limited;
+        for (argument, square) in argument.iter_mut().zip(square) {
+            let factor = T::mul_add(isa, square, v.of::<T>(CUBIC), v.of::<T>(LINEAR));
+            *argument = T::mul_vectors(isa, *argument, factor);
+        }
+        let s = T::sigmoid(isa, argument);
+        let mut slopes = s;
+        for i in 0..N {
+            let slope = T::mul_add(isa, square[i], v.of::<T>(3.0 * CUBIC), v.of::<T>(LINEAR));
+            // x s (1 - s) is 0 before the square is large.
+            let product = T::mul_vectors(isa, T::sub_vectors(isa, v.of::<T>(1.0), s[i]), s[i]);
+            let product = T::mul_vectors(isa, product, limited[i]);
+            slopes[i] = T::mul_add(isa, product, slope, s[i]);
+            x[i] = T::mul_vectors(isa, v.at_least::<T>(x[i], -1e12), s[i]);
+        }
+        [x, slopes]
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Mish;
+impl<T: Element> Function<T> for Mish {
+    #[inline(always)]
+    fn both<I: Isa, const N: usize>(self, isa: I, mut x: [T::Vector<I>; N]) -> [[T::Vector<I>; N]; 2] {
+        let v = Vectors(isa);
+        let [one, two] = [1.0, 2.0].map(|value| v.of::<T>(value));
+        // Beyond 20 the hyperbolic tangent is 1.
+        let limited = x.map(|x| v.clamp::<T>(x, -1e30, 20.0));
+        let e = T::exp(isa, limited);
+        let mut slopes = e;
+        for i in 0..N {
+            // tanh(ln(1 + e)) = n / (n + 2) with n = e^2 + 2 e; its derivative by x is 4 e (1 + e)
+            // / (n + 2)^2.
+            let n = T::mul_vectors(isa, e[i], T::add_vectors(isa, e[i], two));
+            let inverse = T::div_vectors(isa, one, T::add_vectors(isa, n, two));
+            let tanh = T::mul_vectors(isa, n, inverse);
+            let product = T::mul_vectors(isa, T::mul_add(isa, e[i], e[i], e[i]), inverse);
+            let product = T::mul_vectors(isa, T::mul_vectors(isa, product, inverse), v.of::<T>(4.0));
+            slopes[i] = T::mul_add(isa, limited[i], product, tanh);
+            x[i] = T::mul_vectors(isa, v.at_least::<T>(x[i], -1e30), tanh);
+        }
+        [x, slopes]
+    }
+}
+
+/// Evaluates an expression with an activation as a value of its own type.
 macro_rules! with_function {
-    ($activation:expr, $F:ident => $body:expr) => {
-        with_function!($activation, $F => $body, Identity Relu Relu6 Swish Sigmoid HardSigmoid HardSwish)
+    ($activation:expr, $function:ident => $body:expr) => {
+        with_function!($activation, $function => $body, Identity Swish Sigmoid HardSigmoid HardSwish Gelu GeluTanh Mish)
     };
-    ($activation:expr, $F:ident => $body:expr, $($name:ident)*) => {
+    ($activation:expr, $function:ident => $body:expr, $($name:ident)*) => {
         match $activation {
             $(Activation::$name => {
-                type $F = $crate::microkernels::activations::$name;
+                let $function = $crate::microkernels::activations::$name;
                 $body
             })*
+            Activation::Clip($function) => $body,
+            Activation::LeakyRelu($function) => $body,
+            Activation::Elu($function) => $body,
         }
     };
 }
@@ -275,6 +418,94 @@ fn minus_exp_f32<I: Isa, const N: usize>(isa: I, x: [I::f32s; N]) -> [I::f32s; N
     p
 }
 
+/// `exp(x)` for `x` up to 40.
+#[inline(always)]
+pub(crate) fn exp_f32<I: Isa, const N: usize>(isa: I, x: [I::f32s; N]) -> [I::f32s; N] {
+    minus_exp_f32(isa, x).map(|e| isa.neg_f32s(e))
+}
+
+/// `exp(x) - 1` for `x <= 0`, with a relative error below 1e-6.
+#[inline(always)]
+pub(crate) fn exp_m1_f32<I: Isa, const N: usize>(isa: I, x: [I::f32s; N]) -> [I::f32s; N] {
+    // exp(x) - 1 = x (1 + x / 2 + ...): above -1/2 the difference would have few digits.
+    const COEFFICIENTS: [f32; 6] = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0];
+    let mut y = minus_exp_f32(isa, x);
+    for (y, x) in y.iter_mut().zip(x) {
+        let mut p = isa.splat_f32s(1.0 / 5040.0);
+        for coefficient in COEFFICIENTS {
+            p = isa.mul_add_e_f32s(p, x, isa.splat_f32s(coefficient));
+        }
+        let far = isa.less_than_f32s(x, isa.splat_f32s(-0.5));
+        *y = isa.select_f32s(far, isa.sub_f32s(isa.splat_f32s(-1.0), *y), isa.mul_f32s(x, p));
+    }
+    y
+}
+
+/// The normal distribution function and its density, with an absolute error below 3e-7 and a
+/// relative one below 1e-5.
+#[inline(always)]
+pub(crate) fn normal_f32<I: Isa, const N: usize>(isa: I, x: [I::f32s; N]) -> [[I::f32s; N]; 2] {
+    // The density's factor, and that of the scaled complementary error function's argument.
+    const DENSITY: f32 = 0.398_942_3;
+    const SCALE: f32 = 0.3 * std::f32::consts::FRAC_1_SQRT_2;
+    // exp(z^2) erfc(z) = t p(t) with t = 1 / (1 + 0.3 z): the polynomial of degree 8 that is
+    // nearest.
+    const COEFFICIENTS: [f32; 8] =
+        [0.485_730_83, -0.512_655_44, 0.548_195, -0.095_015_7, 0.215_101_12, 0.148_288_07, 0.170_723_51, 0.169_187_44];
+    let half = isa.splat_f32s(0.5);
+    let mut squares = x;
+    for x in &mut squares {
+        // Beyond 14 the density is no number of this type.
+        let limited = isa.at_least_f32s(isa.at_most_f32s(*x, isa.splat_f32s(14.0)), isa.splat_f32s(-14.0));
+        *x = isa.mul_f32s(isa.mul_f32s(limited, limited), isa.splat_f32s(-0.5));
+    }
+    let e = exp_f32(isa, squares);
+    let (mut cumulative, mut density) = (e, e);
+    for i in 0..N {
+        let one = isa.splat_f32s(1.0);
+        let limited = isa.at_most_f32s(isa.abs_f32s(x[i]), isa.splat_f32s(14.0));
+        let t = isa.div_f32s(one, isa.mul_add_e_f32s(limited, isa.splat_f32s(SCALE), one));
+        let mut p = isa.splat_f32s(-0.129_554_82);
+        for coefficient in COEFFICIENTS {
+            p = isa.mul_add_e_f32s(p, t, isa.splat_f32s(coefficient));
+        }
+        let tail = isa.mul_f32s(isa.mul_f32s(p, t), isa.mul_f32s(e[i], half));
+        let positive = isa.less_than_f32s(isa.splat_f32s(0.0), x[i]);
+        cumulative[i] = isa.select_f32s(positive, isa.sub_f32s(one, tail), tail);
+        density[i] = isa.mul_f32s(e[i], isa.splat_f32s(DENSITY));
+    }
+    [cumulative, density]
+}
+
+/// A function of doubles, one by one.
+#[inline(always)]
+fn each_f64<I: Isa, const N: usize>(mut x: [I::f64s; N], function: impl Fn(f64) -> f64) -> [I::f64s; N] {
+    for x in pulp::bytemuck::cast_slice_mut::<_, f64>(&mut x) {
+        *x = function(*x);
+    }
+    x
+}
+
+/// `exp(x)`.
+#[inline(always)]
+pub(crate) fn exp_f64<I: Isa, const N: usize>(_isa: I, x: [I::f64s; N]) -> [I::f64s; N] {
+    each_f64::<I, N>(x, f64::exp)
+}
+
+/// `exp(x) - 1`.
+#[inline(always)]
+pub(crate) fn exp_m1_f64<I: Isa, const N: usize>(_isa: I, x: [I::f64s; N]) -> [I::f64s; N] {
+    each_f64::<I, N>(x, f64::exp_m1)
+}
+
+/// The normal distribution function and its density.
+#[inline(always)]
+pub(crate) fn normal_f64<I: Isa, const N: usize>(_isa: I, x: [I::f64s; N]) -> [[I::f64s; N]; 2] {
+    const DENSITY: f64 = 0.398_942_280_401_432_7;
+    let cumulative = |x: f64| 0.5 * libm::erfc(-x * std::f64::consts::FRAC_1_SQRT_2);
+    [each_f64::<I, N>(x, cumulative), each_f64::<I, N>(x, |x| DENSITY * (-0.5 * x * x).exp())]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -332,30 +563,89 @@ mod tests {
 
     /// A function and its derivative at a point.
     fn both<T: Element<Vector<pulp::Scalar> = T>>(activation: Activation, x: T) -> (f64, f64) {
-        let [[value], [slope]] = with_function!(activation, F => <F as Function<T>>::both(pulp::Scalar::new(), [x]));
+        let [[value], [slope]] =
+            with_function!(activation, function => Function::<T>::both(function, pulp::Scalar::new(), [x]));
         (value.to_f64(), slope.to_f64())
     }
 
+    type Formula = Box<dyn Fn(f64) -> f64>;
+
+    /// All activations, each with its formula.
+    fn formulas() -> Vec<(Activation, Formula)> {
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        let hard_sigmoid = |x: f64| ((x + 3.0) / 6.0).clamp(0.0, 1.0);
+        let gelu_tanh =
+            |x: f64| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh());
+        vec![
+            (Activation::Identity, Box::new(|x| x)),
+            (Activation::RELU, Box::new(|x| x.max(0.0))),
+            (Activation::RELU6, Box::new(|x| x.clamp(0.0, 6.0))),
+            (Activation::Clip(Clip { low: -1.0, high: 2.0 }), Box::new(|x| x.clamp(-1.0, 2.0))),
+            (Activation::LeakyRelu(LeakyRelu { slope: 0.1 }), Box::new(|x| x.max(0.1 * x))),
+            (Activation::Swish, Box::new(move |x| x * sigmoid(x))),
+            (Activation::Sigmoid, Box::new(sigmoid)),
+            (Activation::HardSigmoid, Box::new(hard_sigmoid)),
+            (Activation::HardSwish, Box::new(move |x| x * hard_sigmoid(x))),
+            (Activation::Elu(Elu { alpha: 0.7 }), Box::new(|x| if x > 0.0 { x } else { 0.7 * x.exp_m1() })),
+            (Activation::Gelu, Box::new(|x| 0.5 * x * (1.0 + libm::erf(x / 2f64.sqrt())))),
+            (Activation::GeluTanh, Box::new(gelu_tanh)),
+            (Activation::Mish, Box::new(|x| x * x.exp().ln_1p().tanh())),
+        ]
+    }
+
     #[test]
-    fn activations_have_their_limits_and_derivatives() {
+    fn activations_are_their_formulas() {
+        for (activation, formula) in formulas() {
+            for i in -1200..1200 {
+                let (x, h) = (f64::from(i) * 0.01 + 0.003, 1e-6);
+                let (value, slope) = both(activation, x);
+                assert!((value - formula(x)).abs() < 1e-12, "{activation:?}({x})");
+                let expected = (formula(x + h) - formula(x - h)) / (2.0 * h);
+                assert!((slope - expected).abs() < 1e-7, "{activation:?}'({x})");
+                let (found, found_slope) = both(activation, x as f32);
+                let (value, slope) = both(activation, f64::from(x as f32));
+                let near = |found: f64, expected: f64| (found - expected).abs() < 4e-6 * expected.abs().max(0.3);
+                assert!(near(found, value), "{activation:?}({x}) of floats: {found}, expected {value}");
+                assert!(near(found_slope, slope), "{activation:?}'({x}) of floats: {found_slope}, expected {slope}");
+            }
+        }
+    }
+
+    #[test]
+    fn small_values_keep_their_digits() {
+        for x in [-1e-6f32, -1e-4, -0.01, -0.3, -0.49, -0.51] {
+            let found = both(Activation::Elu(Elu { alpha: 1.0 }), x).0;
+            assert!((found / f64::from(x).exp_m1() - 1.0).abs() < 1e-6, "{x}");
+            let found = both(Activation::Gelu, x).0;
+            let expected = 0.5 * f64::from(x) * libm::erfc(-f64::from(x) / 2f64.sqrt());
+            assert!((found / expected - 1.0).abs() < 2e-6, "{x}");
+        }
+    }
+
+    #[test]
+    fn activations_have_their_limits() {
+        let infinity = f64::INFINITY;
         for (activation, low, high) in [
-            (Activation::Relu, 0.0, f64::INFINITY),
-            (Activation::Relu6, 0.0, 6.0),
-            (Activation::Swish, 0.0, f64::INFINITY),
+            (Activation::RELU, 0.0, infinity),
+            (Activation::RELU6, 0.0, 6.0),
+            (Activation::LeakyRelu(LeakyRelu { slope: 0.1 }), -infinity, infinity),
+            (Activation::Swish, 0.0, infinity),
             (Activation::Sigmoid, 0.0, 1.0),
             (Activation::HardSigmoid, 0.0, 1.0),
-            (Activation::HardSwish, 0.0, f64::INFINITY),
+            (Activation::HardSwish, 0.0, infinity),
+            (Activation::Elu(Elu { alpha: 0.7 }), f64::from(-0.7f32), infinity),
+            (Activation::Gelu, 0.0, infinity),
+            (Activation::GeluTanh, 0.0, infinity),
+            (Activation::Mish, 0.0, infinity),
         ] {
-            for x in [f32::NEG_INFINITY, -1e38, -100.0] {
-                assert!((both(activation, x).0 - low).abs() < 1e-30, "{activation:?}({x})");
+            for x in [f32::NEG_INFINITY, -1e38, -120.0] {
+                let found = both(activation, x).0;
+                assert!((found - low).abs() < 1e-30 || low == -infinity && found < -11.9, "{activation:?}({x})");
             }
-            assert_eq!(both(activation, f32::INFINITY).0, high, "{activation:?}");
+            let (value, slope) = both(activation, f32::INFINITY);
+            assert!(value == high && !slope.is_nan(), "{activation:?}");
+            assert!(!both(activation, f32::NEG_INFINITY).1.is_nan(), "{activation:?}");
             assert!(both(activation, f32::NAN).0.is_nan(), "{activation:?}");
-            for i in -50..50 {
-                let (x, h) = (f64::from(i) * 0.173 + 0.01, 1e-6);
-                let slope = (both(activation, x + h).0 - both(activation, x - h).0) / (2.0 * h);
-                assert!((both(activation, x).1 - slope).abs() < 1e-6, "{activation:?}'({x})");
-            }
         }
     }
 }

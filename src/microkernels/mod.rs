@@ -27,3 +27,4 @@ mod rows;
 pub mod segmented_sum;
 pub mod tap_view;
 pub mod transpose;
+pub mod window_pool;

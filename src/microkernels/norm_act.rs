@@ -1,6 +1,5 @@
 //! What batch norms and activations do to rows of pixels, forward and backward.
 
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::activations::{Activation, Function, with_function};
@@ -72,8 +71,7 @@ impl<T: Element> Kernel for Activate<'_, T> {
             slopes.as_mut_ptr()
         });
         let constants = [scale, shift, T::ONE].map(|value| T::splat(isa, value));
-        with_function!(activation, F => {
-            let function = PhantomData::<F>;
+        with_function!(activation, function => {
             let mut body = Forward { x: x.as_ptr(), y: y.as_mut_ptr(), len: x.len(), slopes, constants, add, function };
             for (image, pixels) in factors.parts(x.len()) {
                 body.constants[2] = T::splat(isa, factors.at(image));
@@ -101,8 +99,7 @@ impl<T: Element> Kernel for ActivateInPlace<'_, T> {
     fn run<I: Isa>(self, isa: I) {
         let Self { activation, row, affine: (scale, shift) } = self;
         let (y, constants) = (row.as_mut_ptr(), [scale, shift, T::ONE].map(|value| T::splat(isa, value)));
-        with_function!(activation, F => {
-            let function = PhantomData::<F>;
+        with_function!(activation, function => {
             // SAFETY: one row, of which each block is read before it is written.
             unsafe { run(isa, row.len(), &mut Forward { x: y, y, len: 0, slopes: None, constants, add: false, function }) }
         });
@@ -117,7 +114,7 @@ struct Forward<T, V, F> {
     /// Scale, shift and factor.
     constants: [V; 3],
     add: bool,
-    function: PhantomData<F>,
+    function: F,
 }
 
 impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Forward<T, T::Vector<I>, F> {
@@ -130,7 +127,7 @@ impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Forward<T, T::Vector<I>,
         for z in &mut z {
             *z = T::mul_add(isa, *z, scale, shift);
         }
-        let [mut values, slopes] = F::both(isa, z);
+        let [mut values, slopes] = self.function.both(isa, z);
         if let Some(to) = self.slopes {
             // SAFETY: as above.
             unsafe { store(isa, to.add(at), lanes, slopes) };
@@ -215,9 +212,9 @@ impl<T: Element> Kernel for ActivateGrad<'_, T> {
             return unsafe { self.through(isa, function, true) };
         }
         let affine = [self.affine.0, self.affine.1].map(|value| T::splat(isa, value));
-        with_function!(self.activation, F => {
+        with_function!(self.activation, function => {
             // SAFETY: the function itself reads no memory.
-            unsafe { self.through(isa, Computed { affine, function: PhantomData::<F> }, false) }
+            unsafe { self.through(isa, Computed { affine, function }, false) }
         })
     }
 }
@@ -279,7 +276,7 @@ trait Slopes<T: Element, I: Isa> {
 struct Computed<V, F> {
     /// Scale and shift before the function.
     affine: [V; 2],
-    function: PhantomData<F>,
+    function: F,
 }
 
 impl<T: Element, I: Isa, F: Function<T>> Slopes<T, I> for Computed<T::Vector<I>, F> {
@@ -294,7 +291,7 @@ impl<T: Element, I: Isa, F: Function<T>> Slopes<T, I> for Computed<T::Vector<I>,
         for x in &mut x {
             *x = T::mul_add(isa, *x, self.affine[0], self.affine[1]);
         }
-        F::both(isa, x)
+        self.function.both(isa, x)
     }
 }
 
@@ -400,10 +397,10 @@ impl<T: Element> Kernel for ActivateMeans<'_, T> {
         let (pixels, zero) = (x.len() / means.len().max(1), T::splat(isa, T::default()));
         assert_eq!([x.len(), means.len(), means.len()], [means.len() * pixels, slopes.len(), normalised.len()]);
         let constants = [scale, shift, moments.0].map(|value| T::splat(isa, value));
-        with_function!(activation, F => {
+        with_function!(activation, function => {
             for image in 0..means.len() {
                 let sums = [[zero; BLOCK]; 3];
-                let mut body = Means { x: x.as_ptr(), constants, sums, function: PhantomData::<F> };
+                let mut body = Means { x: x.as_ptr(), constants, sums, function };
                 // SAFETY: the row has these pixels.
                 unsafe { run_range(isa, image * pixels..(image + 1) * pixels, &mut body) };
                 let [value, slope, product] = body.sums;
@@ -421,7 +418,7 @@ struct Means<T, V, F> {
     constants: [V; 3],
     /// Partial sums of values, derivatives, and these times the distances from the mean.
     sums: [[V; BLOCK]; 3],
-    function: PhantomData<F>,
+    function: F,
 }
 
 impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Means<T, T::Vector<I>, F> {
@@ -434,7 +431,7 @@ impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Means<T, T::Vector<I>, F
         for z in &mut z {
             *z = T::mul_add(isa, *z, scale, shift);
         }
-        let [mut values, mut slopes] = F::both(isa, z);
+        let [mut values, mut slopes] = self.function.both(isa, z);
         let [value, slope, product] = &mut self.sums;
         for i in 0..N {
             if let Lanes::First(mask) = lanes {
@@ -489,11 +486,11 @@ impl<T: Element> Kernel for NormGrad<'_, T> {
             // SAFETY: all rows have this length.
             return unsafe { run(isa, x.len(), &mut body) };
         };
-        with_function!(activation, F => {
+        with_function!(activation, function => {
             for (image, pixels) in factors.parts(x.len()) {
                 let mean = [scale, shift, factors.at(image)].map(|value| T::splat(isa, value));
                 let Normal { w, x, y, len, constants, mean: () } = body;
-                let mut body = Normal { w, x, y, len, constants, mean: (mean, PhantomData::<F>) };
+                let mut body = Normal { w, x, y, len, constants, mean: (mean, function) };
                 // SAFETY: all rows have these pixels.
                 unsafe { run_range(isa, pixels, &mut body) };
             }
@@ -523,14 +520,14 @@ impl<T: Element, I: Isa> Addition<T, I> for () {
 }
 
 /// Scale, shift and factor of a function.
-impl<T: Element, I: Isa, F: Function<T>> Addition<T, I> for ([T::Vector<I>; 3], PhantomData<F>) {
+impl<T: Element, I: Isa, F: Function<T>> Addition<T, I> for ([T::Vector<I>; 3], F) {
     #[inline(always)]
     fn add<const N: usize>(&self, isa: I, mut x: [T::Vector<I>; N], mut y: [T::Vector<I>; N]) -> [T::Vector<I>; N] {
         let [scale, shift, factor] = self.0;
         for x in &mut x {
             *x = T::mul_add(isa, *x, scale, shift);
         }
-        let [_, slopes] = F::both(isa, x);
+        let [_, slopes] = self.1.both(isa, x);
         for (y, slope) in y.iter_mut().zip(slopes) {
             *y = T::mul_add(isa, slope, factor, *y);
         }

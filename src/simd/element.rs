@@ -86,6 +86,8 @@ pub trait Element:
     fn sub_vectors<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> Self::Vector<I>;
     /// `a * b`.
     fn mul_vectors<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> Self::Vector<I>;
+    /// `a / b`.
+    fn div_vectors<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> Self::Vector<I>;
     /// The larger of `x` and `low`; NaN stays NaN.
     fn at_least<I: Isa>(isa: I, x: Self::Vector<I>, low: Self::Vector<I>) -> Self::Vector<I>;
     /// The smaller of `x` and `high`; NaN stays NaN.
@@ -94,6 +96,12 @@ pub trait Element:
     fn select_less<I: Isa>(isa: I, a_b_yes_no: [Self::Vector<I>; 4]) -> Self::Vector<I>;
     /// `1 / (1 + exp(-x))` of vectors whose instructions may overlap.
     fn sigmoid<I: Isa, const N: usize>(isa: I, x: [Self::Vector<I>; N]) -> [Self::Vector<I>; N];
+    /// `exp(x)` for `x` up to 40.
+    fn exp<I: Isa, const N: usize>(isa: I, x: [Self::Vector<I>; N]) -> [Self::Vector<I>; N];
+    /// `exp(x) - 1` for `x <= 0`.
+    fn exp_m1<I: Isa, const N: usize>(isa: I, x: [Self::Vector<I>; N]) -> [Self::Vector<I>; N];
+    /// The normal distribution function and its density.
+    fn normal<I: Isa, const N: usize>(isa: I, x: [Self::Vector<I>; N]) -> [[Self::Vector<I>; N]; 2];
     /// The values of `a` and `b` at even indices, and those at odd ones.
     fn split<I: Isa>(isa: I, a: Self::Vector<I>, b: Self::Vector<I>) -> [Self::Vector<I>; 2];
     /// The values of `a` and `b` in turns.
@@ -276,6 +284,7 @@ macro_rules! vectors {
         sum: $sum:ident,
         sub: $sub:ident,
         mul: $mul:ident,
+        div: $div:ident,
         at_least: $at_least:ident,
         at_most: $at_most:ident,
         less: $less:ident,
@@ -287,6 +296,9 @@ macro_rules! vectors {
         split: $split:ident,
         zip: $zip:ident,
         sigmoid: $sigmoid:path,
+        exp: $exp:path,
+        exp_m1: $exp_m1:path,
+        normal: $normal:path,
     ) => {
         type Wide = $wide;
         type Vector<I: Isa> = I::$vector;
@@ -313,6 +325,10 @@ macro_rules! vectors {
             isa.$mul(a, b)
         }
         #[inline(always)]
+        fn div_vectors<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> I::$vector {
+            isa.$div(a, b)
+        }
+        #[inline(always)]
         fn at_least<I: Isa>(isa: I, x: I::$vector, low: I::$vector) -> I::$vector {
             isa.$at_least(x, low)
         }
@@ -327,6 +343,18 @@ macro_rules! vectors {
         #[inline(always)]
         fn sigmoid<I: Isa, const N: usize>(isa: I, x: [I::$vector; N]) -> [I::$vector; N] {
             $sigmoid(isa, x)
+        }
+        #[inline(always)]
+        fn exp<I: Isa, const N: usize>(isa: I, x: [I::$vector; N]) -> [I::$vector; N] {
+            $exp(isa, x)
+        }
+        #[inline(always)]
+        fn exp_m1<I: Isa, const N: usize>(isa: I, x: [I::$vector; N]) -> [I::$vector; N] {
+            $exp_m1(isa, x)
+        }
+        #[inline(always)]
+        fn normal<I: Isa, const N: usize>(isa: I, x: [I::$vector; N]) -> [[I::$vector; N]; 2] {
+            $normal(isa, x)
         }
         #[inline(always)]
         fn split<I: Isa>(isa: I, a: I::$vector, b: I::$vector) -> [I::$vector; 2] {
@@ -389,6 +417,7 @@ macro_rules! f32_vectors {
             sum: reduce_sum_f32s,
             sub: sub_f32s,
             mul: mul_f32s,
+            div: div_f32s,
             at_least: at_least_f32s,
             at_most: at_most_f32s,
             less: less_than_f32s,
@@ -400,6 +429,9 @@ macro_rules! f32_vectors {
             split: split_f32s,
             zip: zip_f32s,
             sigmoid: $crate::microkernels::activations::sigmoid_f32,
+            exp: $crate::microkernels::activations::exp_f32,
+            exp_m1: $crate::microkernels::activations::exp_m1_f32,
+            normal: $crate::microkernels::activations::normal_f32,
         );
         const PERMUTES: bool = true;
 
@@ -544,6 +576,7 @@ impl Element for f64 {
         sum: reduce_sum_f64s,
         sub: sub_f64s,
         mul: mul_f64s,
+        div: div_f64s,
         at_least: at_least_f64s,
         at_most: at_most_f64s,
         less: less_than_f64s,
@@ -555,6 +588,9 @@ impl Element for f64 {
         split: split_f64s,
         zip: zip_f64s,
         sigmoid: crate::microkernels::activations::sigmoid_f64,
+        exp: crate::microkernels::activations::exp_f64,
+        exp_m1: crate::microkernels::activations::exp_m1_f64,
+        normal: crate::microkernels::activations::normal_f64,
     );
     wide_storage!(transpose: transpose_f64, gemm: matrixmultiply::dgemm);
     const PERMUTES: bool = false;

@@ -1,6 +1,7 @@
 """The table of activations beside the frameworks' functions: each row names one function."""
 
 import importlib
+import math
 
 import numpy as np
 import pytest
@@ -20,7 +21,30 @@ def numpy_result(kind: str) -> np.ndarray:
         "sigmoid": 1 / (1 + np.exp(-x)),
         "hard_sigmoid": np.clip(x + 3, 0, 6) / 6,
         "hard_swish": x * np.clip(x + 3, 0, 6) / 6,
+        "clip": np.clip(x, *PARAMETERS["clip"]),
+        "leaky_relu": np.maximum(x, 0.2 * x),
+        "elu": np.where(x > 0, x, 0.6 * np.expm1(x)),
+        "gelu": x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2,
+        "gelu_tanh": x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+        "mish": x * np.tanh(np.log1p(np.exp(x))),
     }[kind]
+
+
+PARAMETERS = {"clip": (-1.5, 2.0), "leaky_relu": (0.2,), "elu": (0.6,)}
+
+
+@pytest.mark.parametrize("kind", [row.name for row in ACTIVATIONS.values() if row.code])
+def test_calls(kind):
+    """With parameters, as graphs have them."""
+    torch = pytest.importorskip("torch")
+    keras = pytest.importorskip("keras")
+    row, parameters = ACTIVATIONS[kind], PARAMETERS.get(kind, ())
+    results = (
+        row.call_torch(torch.nn.functional, torch.from_numpy(VALUES), parameters),
+        keras.ops.convert_to_numpy(row.call_keras(keras.ops, VALUES, parameters)),
+    )
+    for result in results:
+        np.testing.assert_allclose(result, numpy_result(kind), 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -56,5 +80,6 @@ def test_names_exist(framework):
 def test_codes_and_names_are_unique():
     codes = [row.code for row in ACTIVATIONS.values() if row.code is not None]
     assert sorted(codes) == list(range(1, len(codes) + 1))
-    assert len(FUSED_ACTIVATIONS) == len(codes)
+    specs = [row.name for row in ACTIVATIONS.values() if row.code and row.in_specs]
+    assert list(FUSED_ACTIVATIONS) == specs
     assert len(SYNONYMS) == sum(1 + len(row.synonyms) for row in ACTIVATIONS.values())

@@ -18,18 +18,20 @@ Example:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from kconv._geometry import interleave_order, same_padding
 from kconv.models import wire
-from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS
+from kconv.models.activations import ACTIVATIONS
 from kconv.models.graph import (
     Activation,
     Add,
     BatchNorm,
     Borders,
+    ChannelScale,
     Concat,
     Conv,
     CopyChannels,
@@ -44,8 +46,10 @@ from kconv.models.graph import (
     Layer,
     Multiply,
     Pool,
+    PReLU,
     Reshape,
     Shape,
+    WindowPool,
     ZeroPad,
 )
 from kconv.models.wire import Term, WeightLayout
@@ -131,7 +135,7 @@ class Segment:
     @property
     def parameters(self) -> list[tuple[str, str]]:
         """(layer, weight) of each parameter, as programs have them."""
-        trained = ("kernel", "depthwise_kernel", "bias", "gamma", "beta")
+        trained = ("kernel", "depthwise_kernel", "bias", "scale", "alpha", "gamma", "beta")
         norms = [layer for layer in self.layers if isinstance(layer, BatchNorm)]
         others = [layer for layer in self.layers if not isinstance(layer, BatchNorm)]
         return [
@@ -230,10 +234,10 @@ def is_fusable(layer: Layer, readers: Sequence[Layer] = ()) -> bool:
     """Whether a segment can hold a layer, which a padding's readers are asked about, too."""
     match layer:
         case Conv():
-            fits = layer.strides in ((1, 1), (2, 2)) and max(layer.kernel_size) <= _MAX_KERNEL
-            return fits and _pads(layer, layer.padding)
+            largest = max(*layer.kernel_size, *layer.strides, *layer.dilation)
+            return largest <= _MAX_KERNEL and _pads(layer, layer.padding)
         case DepthwiseConv():
-            return layer.strides in (1, 2) and layer.kernel_size <= _MAX_KERNEL
+            return max(layer.strides, layer.kernel_size) <= _MAX_KERNEL
         case ZeroPad():
             return bool(readers) and all(
                 isinstance(reader, Conv | DepthwiseConv)
@@ -242,14 +246,20 @@ def is_fusable(layer: Layer, readers: Sequence[Layer] = ()) -> bool:
                 for reader in readers
             )
         case Activation():
-            return layer.kind in FUSED_ACTIVATIONS
+            row = ACTIVATIONS[layer.kind]
+            return row.code is not None and len(row.parameters) == len(layer.parameters)
         case Dropout():
             return layer.per_sample
         case GlobalPool():
             return layer.kind == "avg"
         case Pool():
-            geometry = (layer.kind, layer.pool_size, layer.strides, layer.padding)
-            return geometry == ("avg", 2, 2, "valid")
+            return max(layer.pool_size, layer.strides) <= _MAX_KERNEL
+        case WindowPool():
+            largest = max(*layer.kernel_size, *layer.strides, *layer.dilation)
+            flat = layer.kind == "max" or layer.dilation == (1, 1)
+            return largest <= _MAX_KERNEL and flat and _pads(layer, layer.padding)
+        case ChannelScale() | PReLU():
+            return True
         case Multiply() | Reshape() | Flatten():
             return True
         case BatchNorm() | Interleave() | CopyChannels() | Concat() | FoldHalves() | Add():
@@ -261,16 +271,25 @@ def is_fusable(layer: Layer, readers: Sequence[Layer] = ()) -> bool:
 
 
 _MAX_KERNEL = 64
+_CLIP = ACTIVATIONS["clip"].code or 0
+_SIGNS = (-math.inf, 0.0), (0.0, math.inf)
 _NO_BORDERS = ((0, 0), (0, 0))
 
 
-def _pads(layer: Conv | DepthwiseConv, padding: str | Borders) -> bool:
-    """Whether a convolution's kernel covers a pixel at every place, as programs have it."""
+def _pads(layer: Conv | DepthwiseConv | WindowPool, padding: str | Borders) -> bool:
+    """Whether a window covers a pixel at every index, as programs have it."""
     kernel = layer.kernel_size
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    dilation = (1, 1) if isinstance(layer, DepthwiseConv) else layer.dilation
+    spans = [_span(k, d) for k, d in zip(kernel, dilation, strict=True)]
     return isinstance(padding, str) or all(
-        0 <= side < size for sides, size in zip(padding, kernel, strict=True) for side in sides
+        0 <= side < span for sides, span in zip(padding, spans, strict=True) for side in sides
     )
+
+
+def _span(kernel: int, dilation: int) -> int:
+    """Pixels from the first to the last tap."""
+    return (kernel - 1) * dilation + 1
 
 
 @dataclass(frozen=True)
@@ -346,20 +365,20 @@ class _Lowering:
         x = inputs[0]
         match layer:
             case Conv():
-                y = self._conv(layer, x, padding, layer.kernel_size, layer.strides[0], layer.groups)
+                window = wire.Window(layer.kernel_size, layer.strides, layer.dilation)
+                y = self._conv(layer, x, padding, window, layer.groups)
                 return self._interleave(y, layer.interleave) if layer.interleave > 1 else y
             case DepthwiseConv():
-                size = (layer.kernel_size, layer.kernel_size)
-                return self._conv(layer, x, padding, size, layer.strides, layer.in_channels)
+                size, stride = layer.kernel_size, layer.strides
+                window = wire.Window((size, size), (stride, stride))
+                return self._conv(layer, x, padding, window, layer.in_channels)
             case BatchNorm():
                 return self._norm(layer, x)
             case Activation():
-                if not x.disjoint or not all(term.linear for term in x.terms):
-                    x = self._copy(x)
+                x = self._linear(x)
                 code = ACTIVATIONS[layer.kind].code
                 assert code is not None
-                function = wire.Function(code)
-                assert code is not None
+                function = wire.Function(code, layer.parameters)
                 return _each(x, lambda term: replace(term, activation=function))
             case Dropout():
                 if any(term.mask != -1 for term in x.terms):
@@ -388,9 +407,17 @@ class _Lowering:
             case GlobalPool():
                 return self._step(wire.Mean(), x, x.channels, (1, 1))
             case Pool():
-                window = wire.Window((2, 2), (2, 2))
-                size = (x.size[0] // 2, x.size[1] // 2)
-                return self._step(wire.Pool(window), x, x.channels, size)
+                return self._pool(layer, x)
+            case WindowPool():
+                return self._window_pool(layer, x)
+            case ChannelScale():
+                return self._scale(x)
+            case PReLU():
+                x = self._linear(x)
+                negative, positive = (wire.Function(_CLIP, low_high) for low_high in _SIGNS)
+                scaled = self._scale(_each(x, lambda term: replace(term, activation=negative)))
+                kept = _each(x, lambda term: replace(term, activation=positive))
+                return self._sum([kept, scaled])
             case Reshape() | Flatten():
                 self._one_pixel(layer, x)
                 return x
@@ -416,26 +443,36 @@ class _Lowering:
         layer: Conv | DepthwiseConv,
         x: Tensor,
         padding: ZeroPad | None,
-        kernel: tuple[int, int],
-        stride: int,
+        window: wire.Window,
         groups: int,
     ) -> Tensor:
-        borders = padding.padding if padding else layer.padding
-        if borders == "same":
-            rows, columns = (
-                same_padding(n, k, stride) for n, k in zip(x.size, kernel, strict=True)
-            )
-            borders = rows, columns
-        elif isinstance(borders, str):
-            borders = _NO_BORDERS
-        before = (borders[0][0], borders[1][0])
-        height, width = (
-            (n + sum(sides) - k) // stride + 1
-            for n, sides, k in zip(x.size, borders, kernel, strict=True)
-        )
-        window = wire.Window(kernel, (stride, stride), before=before)
+        borders = _borders(padding.padding if padding else layer.padding, x.size, window)
+        window, size = _placed(window, borders, x.size)
         convolution = wire.Convolution(window, groups, layer.use_bias)
-        return self._step(convolution, x, layer.channels, (height, width))
+        return self._step(convolution, x, layer.channels, size)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        """Each channel times a parameter: a convolution of one channel a group."""
+        convolution = wire.Convolution(wire.Window((1, 1)), x.channels, False)
+        return self._step(convolution, x, x.channels, x.size)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        """The tensor so that an activation can be applied to its terms."""
+        linear = x.disjoint and all(term.linear for term in x.terms)
+        return x if linear else self._copy(x)
+
+    def _pool(self, layer: Pool, x: Tensor) -> Tensor:
+        window = wire.Window((layer.pool_size,) * 2, (layer.strides,) * 2)
+        window, size = _placed(window, _borders(layer.padding, x.size, window), x.size)
+        kind = wire.MaxPool(window) if layer.kind == "max" else wire.MeanPool(window)
+        return self._step(kind, x, x.channels, size)
+
+    def _window_pool(self, layer: WindowPool, x: Tensor) -> Tensor:
+        (top, bottom), (left, right) = layer.padding
+        window = wire.Window(layer.kernel_size, layer.strides, layer.dilation, (top, left))
+        counted = (bottom, right) if layer.count_include_pad else None
+        kind = wire.MaxPool(window) if layer.kind == "max" else wire.MeanPool(window, counted)
+        return self._step(kind, x, x.channels, layer.size(x.size))
 
     def _norm(self, layer: BatchNorm, x: Tensor) -> Tensor:
         if not x.disjoint:
@@ -510,6 +547,34 @@ class _Lowering:
     def _stored(self, value: int) -> Tensor:
         channels, height, width = self.values[value]
         return Tensor((Term(0, tuple(range(channels)), value),), channels, (height, width))
+
+
+def _borders(padding: str | Borders, size: tuple[int, int], window: wire.Window) -> Borders:
+    """Zeros ((top, bottom), (left, right)) around an image of a size."""
+    if padding == "valid":
+        return _NO_BORDERS
+    if not isinstance(padding, str):
+        return padding
+    rows, columns = (
+        same_padding(n, _span(k, dilation), stride)
+        for n, k, stride, dilation in zip(
+            size, window.kernel, window.stride, window.dilation, strict=True
+        )
+    )
+    return rows, columns
+
+
+def _placed(
+    window: wire.Window, borders: Borders, size: tuple[int, int]
+) -> tuple[wire.Window, tuple[int, int]]:
+    """The window with its zeros before, and the result's size."""
+    height, width = (
+        (n + sum(sides) - _span(k, dilation)) // stride + 1
+        for n, sides, k, stride, dilation in zip(
+            size, borders, window.kernel, window.stride, window.dilation, strict=True
+        )
+    )
+    return replace(window, before=(borders[0][0], borders[1][0])), (height, width)
 
 
 def _each(x: Tensor, change: object) -> Tensor:

@@ -84,6 +84,7 @@ class Conv(Layer):
     groups: int = 1
     use_bias: bool = False
     interleave: int = 1
+    dilation: tuple[int, int] = (1, 1)
     initializer: Initializer = "glorot_uniform"
 
     @property
@@ -132,9 +133,14 @@ class BatchNorm(Layer):
 
 @dataclass(frozen=True, kw_only=True)
 class Activation(Layer):
-    """An elementwise activation (softmax: over the channels)."""
+    """An elementwise activation (softmax: over the channels).
+
+    ``parameters`` are those of the function, in the order of
+    :attr:`~kconv.models.activations.ActivationFunction.parameters`.
+    """
 
     kind: ActivationName
+    parameters: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +186,55 @@ class Pool(Layer):
     pool_size: int
     strides: int
     padding: Padding = "valid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPool(Layer):
+    """Maximum or average pooling with any window; pairs are (height, width).
+
+    ``ceil_mode`` keeps a last window that is not whole if it begins inside the borders before and
+    the image. With ``count_include_pad``, averages count the zeros of the borders.
+    """
+
+    kind: Literal["max", "avg"]
+    kernel_size: tuple[int, int]
+    strides: tuple[int, int]
+    padding: Borders = ((0, 0), (0, 0))
+    dilation: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+
+    def size(self, image: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the result of an image of a size."""
+        height, width = (self._length(image[axis], axis) for axis in (0, 1))
+        return height, width
+
+    def _length(self, n: int, axis: int) -> int:
+        before, after = self.padding[axis]
+        stride = self.strides[axis]
+        rest = n + before + after - (self.kernel_size[axis] - 1) * self.dilation[axis] - 1
+        if not self.ceil_mode:
+            return rest // stride + 1
+        length = -(-rest // stride) + 1
+        return length - ((length - 1) * stride >= n + before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelScale(Layer):
+    """Each channel times a weight: LayerScale."""
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The factors."""
+        return {"scale": (self.channels,)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PReLU(Layer):
+    """``x``, below 0 times a weight of the channel."""
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The derivatives below 0."""
+        return {"alpha": (self.channels,)}
 
 
 @dataclass(frozen=True, kw_only=True)

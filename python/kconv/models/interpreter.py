@@ -7,17 +7,30 @@ wanted.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
+
 from kconv.models.activations import ACTIVATIONS
-from kconv.models.wire import IDENTITY, Code, Convolution, Mean, Pool, Step, Term
+from kconv.models.wire import (
+    IDENTITY,
+    Code,
+    Convolution,
+    MaxPool,
+    Mean,
+    MeanPool,
+    Step,
+    Term,
+    Window,
+)
 
 __all__ = ["interpret"]
 
 Tensor = Any
 
 
-_ACTIVATIONS = {row.code: row.keras for row in ACTIVATIONS.values()}
+_ACTIVATIONS = {row.code: row for row in ACTIVATIONS.values()}
 
 
 def interpret(
@@ -83,8 +96,10 @@ class _Run:
                     source = self._conv(step, step.kind, source, *own)
                 case Mean():
                     source = ops.mean(source, axis=(1, 2), keepdims=True)
-                case Pool():
-                    source = ops.average_pool(source, 2, 2, "valid", data_format="channels_last")
+                case MeanPool():
+                    source = self._mean_pool(step.kind, source)
+                case MaxPool():
+                    source = self._max_pool(step.kind.window, source)
             # TensorFlow's compiled operations forget shapes.
             self.values.append(ops.reshape(source, (-1, *size[1:], size[0])))
         y = self.values[-1]
@@ -129,7 +144,8 @@ class _Run:
         if term.norm != -1:
             y = self._normalised(term, y)
         if term.activation != IDENTITY:
-            y = getattr(ops, _ACTIVATIONS[term.activation.code])(y)
+            function = term.activation
+            y = _ACTIVATIONS[function.code].call_keras(ops, y, function.parameters)
         if term.gate != -1:
             channels = tuple(channel + term.gate_offset for channel in term.channels)
             y = y * self._some(self.values[term.gate], channels)
@@ -182,15 +198,83 @@ class _Run:
         self, step: Step, kind: Convolution, x: Tensor, kernel: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         ops, window = self.ops, kind.window
-        source = self.code.values[step.terms[0].value][1:]
-        after = window.after(source, self.code.values[len(self.values)][1:])
-        rows, columns = zip(window.before, after, strict=True)
-        if any((*rows, *columns)):
-            x = ops.pad(x, ((0, 0), rows, columns, (0, 0)))
+        x = self._padded(window, x, 0.0)
+        kernel = self._dilated(window, kernel)
         options = {"strides": window.stride, "padding": "valid", "data_format": "channels_last"}
         if kind.groups == step.channels > 1:
-            kernel = ops.reshape(kernel, (*window.kernel, step.channels, -1))
+            kernel = ops.reshape(kernel, (*kernel.shape[:2], step.channels, -1))
             y = ops.depthwise_conv(x, kernel, **options)
         else:
             y = ops.conv(x, kernel, **options)
         return y if bias is None else y + bias
+
+    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) of the source and of the value of the step at hand."""
+        number = len(self.values)
+        source = self.code.steps[number - 1].terms[0].value
+        (_, *before), (_, *after) = self.code.values[source], self.code.values[number]
+        return (before[0], before[1]), (after[0], after[1])
+
+    def _padded(self, window: Window, x: Tensor, value: float) -> Tensor:
+        """What the windows see: the source with borders, up to the last tap."""
+        (height, width), size = self._sizes()
+        rows, columns = zip(window.before, window.after((height, width), size), strict=True)
+        if any((*rows, *columns)):
+            borders = ((0, 0), rows, columns, (0, 0))
+            x = self.ops.pad(x, borders, constant_values=value)
+        bottom, right = (
+            (out - 1) * stride + (k - 1) * dilation + 1
+            for out, stride, k, dilation in zip(
+                size, window.stride, window.kernel, window.dilation, strict=True
+            )
+        )
+        return x[:, :bottom, :right]
+
+    def _dilated(self, window: Window, kernel: Tensor) -> Tensor:
+        """The kernel with zeros between its taps: not all backends dilate and stride."""
+        if window.dilation == (1, 1):
+            return kernel
+        ops, (height, width), (rows, columns) = self.ops, window.kernel, window.dilation
+        kernel = ops.reshape(kernel, (height, 1, width, 1, *kernel.shape[2:]))
+        zeros = ((0, 0), (0, rows - 1), (0, 0), (0, columns - 1), (0, 0), (0, 0))
+        kernel = ops.pad(kernel, zeros)
+        kernel = ops.reshape(kernel, (height * rows, width * columns, *kernel.shape[4:]))
+        return kernel[: (height - 1) * rows + 1, : (width - 1) * columns + 1]
+
+    def _mean_pool(self, kind: MeanPool, x: Tensor) -> Tensor:
+        ops, window = self.ops, kind.window
+        x = self._padded(window, x, 0.0)
+        options = {"padding": "valid", "data_format": "channels_last"}
+        y = ops.average_pool(x, window.kernel, window.stride, **options)
+        rows, columns = (np.array(self._shares(kind, axis)) for axis in (0, 1))
+        factors = np.outer(rows, columns)[None, :, :, None]
+        return y * ops.convert_to_tensor(factors, self.parameters.dtype)
+
+    def _shares(self, kind: MeanPool, axis: int) -> list[float]:
+        """Taps of each window beside those that count, along an axis."""
+        window, (source, size) = kind.window, self._sizes()
+        before, k, n = window.before[axis], window.kernel[axis], source[axis]
+        shares = []
+        for index in range(size[axis]):
+            start = index * window.stride[axis]
+            if kind.counted is None:
+                count = min(start + k, before + n) - max(start, before)
+            else:
+                count = min(start + k, before + n + kind.counted[axis]) - start
+            shares.append(k / max(count, 1))
+        return shares
+
+    def _max_pool(self, window: Window, x: Tensor) -> Tensor:
+        ops = self.ops
+        x = self._padded(window, x, -math.inf)
+        if window.dilation == (1, 1):
+            options = {"padding": "valid", "data_format": "channels_last"}
+            return ops.max_pool(x, window.kernel, window.stride, **options)
+        _, (height, width) = self._sizes()
+        taps = []
+        for i, j in np.ndindex(*window.kernel):
+            y0, x0 = i * window.dilation[0], j * window.dilation[1]
+            rows = slice(y0, y0 + (height - 1) * window.stride[0] + 1, window.stride[0])
+            columns = slice(x0, x0 + (width - 1) * window.stride[1] + 1, window.stride[1])
+            taps.append(x[:, rows, columns])
+        return ops.max(ops.stack(taps), axis=0)

@@ -28,9 +28,10 @@ __all__ = [
     "Copy",
     "Function",
     "Kind",
+    "MaxPool",
     "Mean",
+    "MeanPool",
     "Norm",
-    "Pool",
     "Step",
     "Term",
     "WeightLayout",
@@ -207,8 +208,31 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """The means over windows."""
+class MeanPool:
+    """The means over windows.
+
+    Attributes:
+        window: of dilation 1.
+        counted: zeros below and at the right that count, as all before then do; None where only
+            pixels count.
+    """
+
+    window: Window
+    counted: Pair | None = None
+
+    def attributes(self) -> list[int]:
+        """What of this is sent."""
+        return [*self.window.integers(), int(self.counted is not None), *(self.counted or (0, 0))]
+
+    @classmethod
+    def read(cls, numbers: Sequence[int]) -> MeanPool:
+        """What :meth:`attributes` wrote."""
+        return cls(Window.of(numbers), (numbers[9], numbers[10]) if numbers[8] else None)
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """The maxima over windows."""
 
     window: Window
 
@@ -217,13 +241,13 @@ class Pool:
         return self.window.integers()
 
     @classmethod
-    def read(cls, numbers: Sequence[int]) -> Pool:
+    def read(cls, numbers: Sequence[int]) -> MaxPool:
         """What :meth:`attributes` wrote."""
         return cls(Window.of(numbers))
 
 
-Kind = Convolution | Copy | Mean | Pool
-_KINDS: tuple[type[Kind], ...] = (Convolution, Copy, Mean, Pool)
+Kind = Convolution | Copy | Mean | MeanPool | MaxPool
+_KINDS: tuple[type[Kind], ...] = (Convolution, Copy, Mean, MeanPool, MaxPool)
 """By their codes."""
 
 

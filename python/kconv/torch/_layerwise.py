@@ -6,9 +6,11 @@ are to be differentiated again come from here.
 
 from __future__ import annotations
 
+import math
 from math import prod
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -114,7 +116,7 @@ def _layer(layer: graph.Layer, inputs: list[Tensor], weights: dict[str, Tensor])
         case graph.ZeroPad():
             return pad_explicit(x, layer.padding, "zeros")
         case graph.Activation():
-            return getattr(F, ACTIVATIONS[layer.kind].torch_function)(x)
+            return ACTIVATIONS[layer.kind].call_torch(F, x, layer.parameters)
         case graph.Interleave():
             return interleave_by_index(x, layer.step)
         case graph.CopyChannels():
@@ -130,18 +132,74 @@ def _layer(layer: graph.Layer, inputs: list[Tensor], weights: dict[str, Tensor])
         case graph.GlobalPool():
             return x.mean((2, 3), keepdim=True)
         case graph.Pool():
-            return F.avg_pool2d(x, layer.pool_size, layer.strides)
+            return _pool(layer, x)
+        case graph.WindowPool():
+            return _window_pool(layer, x)
+        case graph.ChannelScale():
+            return x * weights["scale"][:, None, None]
+        case graph.PReLU():
+            return F.prelu(x, weights["alpha"])
         case graph.Identity() | graph.Reshape() | graph.Flatten():
             return x
     raise TypeError(f"layer {layer.name!r}: a {type(layer).__name__} is in no fused program")
 
 
+def _pool(layer: graph.Pool, x: Tensor) -> Tensor:
+    size, strides = layer.pool_size, layer.strides
+    borders: graph.Borders = ((0, 0), (0, 0))
+    if layer.padding == "same":
+        rows, columns = (same_padding(n, size, strides) for n in x.shape[2:])
+        borders = rows, columns
+    window = graph.WindowPool(
+        name=layer.name,
+        inputs=layer.inputs,
+        shape=layer.shape,
+        kind=layer.kind,
+        kernel_size=(size, size),
+        strides=(strides, strides),
+        padding=borders,
+        count_include_pad=False,
+    )
+    return _window_pool(window, x)
+
+
+def _window_pool(layer: graph.WindowPool, x: Tensor) -> Tensor:
+    (top, bottom), (left, right) = layer.padding
+    height, width = layer.size((x.shape[2], x.shape[3]))
+    # What the windows see: borders up to the last tap.
+    ends = [
+        (out - 1) * stride + (k - 1) * dilation + 1
+        for out, stride, k, dilation in zip(
+            (height, width), layer.strides, layer.kernel_size, layer.dilation, strict=True
+        )
+    ]
+    sides = (left, ends[1] - x.shape[3] - left, top, ends[0] - x.shape[2] - top)
+    if layer.kind == "max":
+        x = F.pad(x, sides, value=-math.inf)
+        return F.max_pool2d(x, layer.kernel_size, layer.strides, 0, layer.dilation)
+    ones = torch.ones_like(x[:1, :1])
+    if layer.count_include_pad:
+        ones = F.pad(ones, (left, right, top, bottom), value=1.0)
+        counted = (0, ends[1] - ones.shape[3], 0, ends[0] - ones.shape[2])
+    else:
+        counted = sides
+    sums, counts = (
+        F.avg_pool2d(F.pad(image, around), layer.kernel_size, layer.strides, divisor_override=1)
+        for image, around in ((x, sides), (ones, counted))
+    )
+    return sums / counts
+
+
 def _convolve(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     strides = layer.strides if isinstance(layer.strides, tuple) else (layer.strides,) * 2
+    dilation = layer.dilation if isinstance(layer, graph.Conv) else (1, 1)
     borders = layer.padding
     if borders == "same":
         sizes = zip(x.shape[2:], weight.shape[2:], strides, strict=True)
-        borders = [same_padding(size, kernel, stride) for size, kernel, stride in sizes]
+        borders = [
+            same_padding(size, (kernel - 1) * d + 1, stride)
+            for (size, kernel, stride), d in zip(sizes, dilation, strict=True)
+        ]
     if borders != "valid":
         x = pad_explicit(x, borders, "zeros")
-    return F.conv2d(x, weight, bias, strides, groups=groups)
+    return F.conv2d(x, weight, bias, strides, dilation=dilation, groups=groups)

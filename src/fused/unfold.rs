@@ -1,0 +1,354 @@
+//! Dense convolutions of a fused network, with any window: as pointwise convolutions of what each
+//! tap sees (im2col), a tile of pixels at a time.
+//!
+//! ```text
+//!   source rows of a tile  --unfold-->  a row for each channel and tap  --conv1x1-->  output rows
+//! ```
+//!
+//! A tile is some rows of an image's result, or whole images where these are small; what is
+//! unfolded stays in the L2 cache. The way back multiplies the gradient by the transposed weights
+//! and adds what comes out to the pixels that the taps saw (col2im).
+
+use std::ops::Range;
+
+use super::PARTS;
+use super::backward::Tape;
+use super::conv::{ParameterGrads, PartSums, multiply_rows};
+use super::pack::Packed;
+use super::pass::{Pass, Statistics};
+use super::program::{Conv, Step};
+use super::source::NormSums;
+use crate::conv1x1::dot_nt::MatmulNt;
+use crate::microkernels::conv1x1_nchw::Init;
+use crate::microkernels::dot_nt::Rows;
+use crate::microkernels::reduce::Sum;
+use crate::microkernels::window_pool::Span;
+use crate::pool::{chunks, part};
+use crate::scratch::{self, cut};
+use crate::simd::element::WideElement;
+use crate::simd::mul_acc::Fma;
+
+/// Values of a group's unfolded rows in a tile, about: they stay in the L2 cache.
+const TILE_VALUES: usize = 128 << 10;
+/// Pixels of a tile, at least and at most.
+const TILE_PIXELS: (usize, usize) = (64, 1024);
+/// Values of all partial weight gradients together, about: more parts than this allows would take
+/// longer to add up than they save.
+const PARTIAL_VALUES: usize = 8 << 20;
+
+/// A tile: some rows of the result of some images, which follow each other in memory.
+#[derive(Clone)]
+struct Tile {
+    images: Range<usize>,
+    /// Rows of each image's result; all of them where there are several images.
+    rows: Range<usize>,
+}
+
+/// A convolution's geometry.
+struct Unfold<'s> {
+    step: &'s Step,
+    conv: &'s Conv,
+    /// Height and width of the result.
+    size: [usize; 2],
+    /// What each pixel of the result sees along columns and rows.
+    spans: [Vec<Span>; 2],
+    /// Images and rows of a tile.
+    tile: [usize; 2],
+}
+
+impl<'s> Unfold<'s> {
+    fn new(step: &'s Step, conv: &'s Conv, size: [usize; 2]) -> Self {
+        let source = step.source.size();
+        let rows = conv.group_in * conv.taps() + conv.group_out;
+        let pixels = (TILE_VALUES / rows).clamp(TILE_PIXELS.0, TILE_PIXELS.1);
+        let tile = match pixels / (size[0] * size[1]) {
+            0 => [1, (pixels / size[1]).max(1)],
+            images => [images, size[0]],
+        };
+        Self { step, conv, size, spans: [0, 1].map(|i| conv.window.spans(i, source[i], size[i])), tile }
+    }
+
+    /// Rows that are unfolded.
+    fn unfolded(&self) -> usize {
+        self.conv.group_in * self.conv.taps()
+    }
+
+    /// Pixels of the result in the largest tile.
+    fn tile_pixels(&self) -> usize {
+        self.tile[0] * self.tile[1] * self.size[1]
+    }
+
+    /// The tiles of some images.
+    fn tiles(&self, images: Range<usize>) -> impl Iterator<Item = Tile> {
+        let (height, rows) = (self.size[0], self.tile[1]);
+        chunks(images, self.tile[0])
+            .flat_map(move |images| chunks(0..height, rows).map(move |rows| Tile { images: images.clone(), rows }))
+    }
+
+    /// The pixels of a tile in a row of the result.
+    fn pixels(&self, tile: &Tile) -> Range<usize> {
+        let [height, width] = self.size;
+        let start = (tile.images.start * height + tile.rows.start) * width;
+        start..start + tile.images.len() * tile.rows.len() * width
+    }
+
+    /// Rows of the source that a tile sees of each image; all of them where there are several
+    /// images.
+    fn source_rows(&self, tile: &Tile) -> Range<usize> {
+        if tile.images.len() > 1 {
+            return 0..self.step.source.height;
+        }
+        let spans = self.spans[0][tile.rows.clone()].iter().filter(|span| span.taps > 0);
+        let start = spans.clone().map(|span| span.first).min().unwrap_or(0);
+        let end = spans.map(|span| span.first + (span.taps - 1) * self.conv.window.dilation[0] + 1).max();
+        start..end.unwrap_or(start)
+    }
+
+    /// Calls `body` for each run of pixels of a tile that see pixels of the source through a tap:
+    /// the first pixel in the tile, the first in the source's rows of it, how many, and their
+    /// distance in the source.
+    fn runs(&self, tile: &Tile, [ty, tx]: [usize; 2], mut body: impl FnMut(usize, usize, usize, usize)) {
+        let (window, width) = (&self.conv.window, self.size[1]);
+        let [(stride, dilation), (column_stride, column_dilation)] =
+            [0, 1].map(|i| (window.stride[i], window.dilation[i]));
+        let (source, seen) = (self.step.source.size(), self.source_rows(tile));
+        // Columns of the result whose tap is inside of the source.
+        let offset = tx * column_dilation;
+        let first = window.before[1].saturating_sub(offset).div_ceil(column_stride);
+        let end = (source[1] + window.before[1]).saturating_sub(offset).div_ceil(column_stride).min(width);
+        if first >= end {
+            return;
+        }
+        let column = first * column_stride + offset - window.before[1];
+        for (i, row) in tile.rows.clone().enumerate() {
+            let Some(y) = (row * stride + ty * dilation).checked_sub(window.before[0]).filter(|&y| y < source[0])
+            else {
+                continue;
+            };
+            for image in 0..tile.images.len() {
+                let to = (image * tile.rows.len() + i) * width + first;
+                let from = (image * seen.len() + y - seen.start) * source[1] + column;
+                body(to, from, end - first, column_stride);
+            }
+        }
+    }
+
+    /// Writes what each tap of a group's channels sees to `rows`, `pitch` apart.
+    ///
+    /// # Safety
+    /// The values that the source reads must have been written.
+    unsafe fn unfold<T: WideElement>(
+        &self,
+        pass: &Pass<'_, T>,
+        group: usize,
+        tile: &Tile,
+        buffer: &mut [T],
+        (rows, pitch): (&mut [T], usize),
+    ) {
+        let source = &self.step.source;
+        let (seen, len) = (self.source_rows(tile), self.pixels(tile).len());
+        let start = (tile.images.start * source.height + seen.start) * source.width;
+        let pixels = start..start + tile.images.len() * seen.len() * source.width;
+        let mut rows = rows.chunks_exact_mut(pitch);
+        for channel in group * self.conv.group_in..(group + 1) * self.conv.group_in {
+            // SAFETY: the caller's promise.
+            let x = unsafe { pass.load(source, channel, pixels.clone(), buffer, None) };
+            for tap in self.taps() {
+                let row = &mut rows.next().expect("one for each channel and tap")[..len];
+                row.fill(T::default());
+                self.runs(tile, tap, |to, from, count, stride| {
+                    let row = &mut row[to..to + count];
+                    if stride == 1 {
+                        row.copy_from_slice(&x[from..from + count]);
+                    } else {
+                        row.iter_mut().zip(x[from..].iter().step_by(stride)).for_each(|(y, &x)| *y = x);
+                    }
+                });
+            }
+        }
+    }
+
+    /// Adds what each tap of a group's channels gives back to the pixels that it saw: to planes of
+    /// whole images, from the first image of `images` on, `plane` values apart.
+    fn fold<T: WideElement>(&self, tile: &Tile, images: usize, (rows, pitch): (&[T], usize), grad_x: &mut [T]) {
+        let source = &self.step.source;
+        let plane = grad_x.len() / self.conv.group_in;
+        let start = ((tile.images.start - images) * source.height + self.source_rows(tile).start) * source.width;
+        let mut rows = rows.chunks_exact(pitch);
+        for grad_x in grad_x.chunks_exact_mut(plane) {
+            let grad_x = &mut grad_x[start..];
+            for tap in self.taps() {
+                let row = rows.next().expect("one for each channel and tap");
+                self.runs(tile, tap, |to, from, count, stride| {
+                    let row = &row[to..to + count];
+                    if stride == 1 {
+                        grad_x[from..from + count].iter_mut().zip(row).for_each(|(sum, &x)| *sum += x);
+                    } else {
+                        grad_x[from..].iter_mut().step_by(stride).zip(row).for_each(|(sum, &x)| *sum += x);
+                    }
+                });
+            }
+        }
+    }
+
+    /// The taps: row and column of each.
+    fn taps(&self) -> impl Iterator<Item = [usize; 2]> + use<> {
+        let [height, width] = self.conv.window.kernel;
+        (0..height).flat_map(move |y| (0..width).map(move |x| [y, x]))
+    }
+}
+
+impl<T: WideElement> Pass<'_, T> {
+    /// Makes the value of a convolution by unfolding, and its statistics.
+    pub(super) fn unfolded(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
+        let unfold = Unfold::new(step, conv, self.program.values[step.value].size());
+        let (k, m, packed) = (unfold.unfolded(), conv.group_out, self.weights(step));
+        let (pitch, len, rows) = (unfold.tile_pixels(), self.row_len(step.value), self.rows(step.value));
+        let parts = PARTS.min(self.count);
+        let sums = PartSums::statistics(parts, conv.groups * m);
+        let x_offsets: Vec<_> = (0..k).map(|i| i * pitch).collect();
+        let y_offsets: Vec<_> = (0..m).map(|o| o * len).collect();
+        // Fewer tasks than threads: some share a group's output channels, though each has to
+        // unfold.
+        let sets = self.threads.div_ceil(conv.groups * parts).min(packed.blocks.len());
+        self.for_tasks(conv.groups * sets, parts, |task, p| {
+            let (g, blocks) = (task / sets, &packed.blocks[part(packed.blocks.len(), sets, task % sets)]);
+            let sizes = [k * pitch, step.source.pixels() * unfold.tile[0]];
+            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+                let [x, buffer] = cut(memory, sizes);
+                for tile in unfold.tiles(part(self.count, parts, p)) {
+                    let pixels = unfold.pixels(&tile);
+                    // SAFETY: sources are values of earlier steps.
+                    unsafe { unfold.unfold(self, g, &tile, buffer, (&mut *x, pitch)) };
+                    for block in blocks {
+                        let channels = g * m + block.start..g * m + block.end;
+                        let (weights, bias) = (packed.block(g, block), packed.bias(channels.clone()));
+                        // SAFETY: the unfolded rows, and these pixels of the value's rows, which
+                        // are this task's own, as are their statistics.
+                        unsafe {
+                            let y = (rows.ptr().add(g * m * len + pixels.start), &y_offsets[block.clone()]);
+                            let x = (x.as_ptr(), &x_offsets[..]);
+                            multiply_rows(self.isa, x, weights, bias.into(), y, pixels.len(), [0; 2]);
+                            let statistics = sums.of(p, channels.clone());
+                            self.apply_epilogue(step.value, channels, pixels.clone(), statistics);
+                        }
+                    }
+                }
+            });
+        });
+        sums.merged()
+    }
+}
+
+/// The way back through an unfolded convolution.
+struct UnfoldGrad<'s, T> {
+    unfold: Unfold<'s>,
+    /// The weights that bring the gradient back.
+    packed: Packed<T>,
+    products: MatmulNt<T, Fma>,
+    grads: ParameterGrads<T>,
+}
+
+impl<T: WideElement> Tape<'_, '_, T> {
+    /// Goes back through an unfolded convolution.
+    pub(super) fn unfolded(&mut self, step: &Step, conv: &Conv) {
+        let pass = self.pass;
+        let unfold = Unfold::new(step, conv, pass.program.values[step.value].size());
+        let (k, m) = (unfold.unfolded(), conv.group_out);
+        let (weights, taps) = (pass.conv_weights(conv), conv.taps());
+        let most = (PARTIAL_VALUES / conv.weights()).max(2);
+        let parts = PARTS.min(pass.count).min(most);
+        let weight = |g, row: usize, o| weights[conv.index(g, o, row / taps, row % taps)];
+        let back = UnfoldGrad {
+            packed: Packed::new(pass.isa, conv.groups, k, m, weight),
+            products: MatmulNt::new(pass.isa, Fma, [m, k], unfold.tile_pixels()),
+            grads: ParameterGrads::new(conv, parts),
+            unfold,
+        };
+        self.backprop_source(&step.source, conv.groups, parts, |this, g, images, p, sums| {
+            back.task(this, g, images, p, sums);
+        });
+        back.grads.write(conv, self.grad_parameters);
+    }
+}
+
+impl<T: WideElement> UnfoldGrad<'_, T> {
+    /// A group's gradients over some images.
+    fn task(&self, tape: &Tape<'_, '_, T>, g: usize, images: Range<usize>, part: usize, sums: &mut [NormSums]) {
+        let (unfold, pass) = (&self.unfold, tape.pass);
+        let (step, conv) = (unfold.step, unfold.conv);
+        let (k, m, pitch) = (unfold.unfolded(), conv.group_out, unfold.tile_pixels());
+        let (pixels, together) = (step.source.pixels(), unfold.tile[0]);
+        let sizes = [
+            self.products.memory(),
+            k * pitch,
+            m * pitch,
+            if step.differentiate { k * pitch } else { 0 },
+            pixels * together,
+            if step.differentiate { conv.group_in * pixels * together } else { 0 },
+        ];
+        scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+            let [weight_slots, x, grad_rows, back, buffer, grad_x] = cut(memory, sizes);
+            weight_slots.fill(T::default());
+            // SAFETY: sums of this part and group alone.
+            let (weight_sums, bias) = unsafe { self.grads.of(part, g) };
+            let x_offsets: Vec<_> = (0..k).map(|i| i * pitch).collect();
+            let mut offsets = vec![0; m];
+            for images in chunks(images, together) {
+                let range = images.start * pixels..images.end * pixels;
+                let grad_x = &mut grad_x[..if step.differentiate { conv.group_in * range.len() } else { 0 }];
+                grad_x.fill(T::default());
+                for tile in unfold.tiles(images.clone()) {
+                    let out = unfold.pixels(&tile);
+                    // SAFETY: all that read the value come later in the program and have added
+                    // their gradients; the forward pass wrote the source's values.
+                    let grad = unsafe {
+                        unfold.unfold(pass, g, &tile, buffer, (&mut *x, pitch));
+                        tape.read_grad_rows(step.value, g * m, &out, grad_rows, pitch, &mut offsets)
+                    };
+                    let rows = |base, offsets| Rows { base, offsets, image_stride: 0, prefetch: 0 };
+                    let (a, b) = (rows(grad, &offsets[..]), rows(x.as_ptr(), &x_offsets[..]));
+                    // SAFETY: rows of these pixels.
+                    unsafe { self.products.add(a, b, [1, out.len()], weight_slots) };
+                    if conv.bias.is_some() {
+                        self.add_bias(pass, (grad, &offsets), out.len(), bias);
+                    }
+                    if step.differentiate {
+                        self.multiply(pass, g, (grad, &offsets), (&mut *back, &x_offsets), out.len());
+                        unfold.fold(&tile, images.start, (&*back, pitch), grad_x);
+                    }
+                }
+                if step.differentiate {
+                    let (channels, grads) = (g * conv.group_in..(g + 1) * conv.group_in, (&*grad_x, range.len()));
+                    // SAFETY: the group's channels and these images are this task's own.
+                    unsafe { tape.accumulate_grads(&step.source, channels, &range, grads, None, None, &mut *sums) };
+                }
+            }
+            self.products.finish(weight_slots, weight_sums);
+        });
+    }
+
+    /// The gradient by the bias: the sums of the gradient's rows.
+    fn add_bias(&self, pass: &Pass<'_, T>, (grad, offsets): (*const T, &[usize]), pixels: usize, bias: &mut [f64]) {
+        for (sum, &offset) in bias.iter_mut().zip(offsets) {
+            // SAFETY: one of the gradient's rows.
+            *sum += pass.isa.run(Sum(unsafe { std::slice::from_raw_parts(grad.add(offset), pixels) }));
+        }
+    }
+
+    /// The gradient by a group's unfolded rows over the pixels of a tile.
+    fn multiply(
+        &self,
+        pass: &Pass<'_, T>,
+        g: usize,
+        grad: (*const T, &[usize]),
+        (back, back_offsets): (&mut [T], &[usize]),
+        pixels: usize,
+    ) {
+        for block in &self.packed.blocks {
+            let (weights, y) = (self.packed.block(g, block), (back.as_mut_ptr(), &back_offsets[block.clone()]));
+            // SAFETY: the gradient's rows, and rows of `back`.
+            unsafe { multiply_rows(pass.isa, grad, weights, Init::Zero, y, pixels, [0; 2]) };
+        }
+    }
+}
