@@ -20,8 +20,15 @@ import keras
 import numpy as np
 from keras import layers
 
-from kconv.keras._fusion import WALK
 from kconv.keras._initialize import call_new_layer
+from kconv.keras._private import (
+    WALK,
+    all_layers,
+    calls_of,
+    inner_functional,
+    operation_of,
+    run_through_graph,
+)
 
 Tensor = Any
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, functools.partial)
@@ -73,8 +80,7 @@ class Graph:
     @property
     def nodes(self) -> list[Any]:
         """The calls of layers, each with ``operation``, ``input_tensors`` and ``outputs``."""
-        nodes = (node for depth in self.model._nodes_by_depth.values() for node in depth)
-        return [node for node in nodes if node.operation and not node.is_input]
+        return calls_of(self.model)
 
 
 @dataclass
@@ -116,11 +122,12 @@ def clone(model: Any, plan: Plan, changes: Changes, *, plain: type | None = None
 def functional(model: Any) -> Any:
     """The functional model that a model is, or that a sequential model has inside."""
     if isinstance(model, keras.Sequential):
-        if model._functional is None:
+        inner = inner_functional(model)
+        if inner is None:
             raise ValueError(
                 f"the sequential model {model.name!r} has not been built: give it an Input"
             )
-        return model._functional
+        return inner
     if not is_functional(model):
         raise TypeError(
             f"expected a functional or sequential model without a call of its own, got {model!r}"
@@ -182,7 +189,7 @@ def _bound_layers(model: Any) -> dict[int, str]:
     owners = Counter(id(v) for layer in leaves.values() for v in layer.variables)
     reasons = {}
     for key, layer in leaves.items():
-        parts = list(layer._flatten_layers())
+        parts = all_layers(layer)
         methods = [name for part in parts for name in own_methods(part)]
         if methods:
             reasons[key] = f"it has a {methods[0]} of its own"
@@ -254,8 +261,8 @@ class _Run:
             elif found is not None:
                 self.kept[path + layer.name] = found
         inputs = keras.tree.map_structure(_input_like, source.input)
-        outputs = source._run_through_graph(
-            inputs, operation_fn=lambda operation: self._stand_in(operation, path)
+        outputs = run_through_graph(
+            source, inputs, lambda operation: self._stand_in(operation, path)
         )
         kind = type(model)
         to_be_plain = self.plain is not None and issubclass(kind, self.plain)
@@ -307,10 +314,10 @@ class _Run:
 
 def _hand_over(layer: Any, copy: Any) -> bool:
     """Give a copy the state of a layer; False if they differ inside."""
-    parts = list(zip(layer._flatten_layers(), copy._flatten_layers(), strict=False))
+    parts = list(zip(all_layers(layer), all_layers(copy), strict=False))
     variables = list(zip(layer.variables, copy.variables, strict=False))
     if (
-        len(parts) != len(list(layer._flatten_layers()))
+        len(parts) != len(all_layers(layer))
         or len(variables) != len(layer.variables)
         or len(variables) != len(copy.variables)
         or any(type(a) is not type(b) for a, b in parts[1:])
@@ -354,7 +361,7 @@ def _without_nones(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _input_like(x: Any) -> Any:
-    layer = x._keras_history.operation
+    layer = operation_of(x)
     return type(layer).from_config(layer.get_config()).output
 
 

@@ -15,12 +15,9 @@ from kconv.keras._native import LAYOUTS, fused, is_compiling, runs_natively
 from kconv.models import graph
 from kconv.models.fusion import Segment, UnfitError, partition
 
-__all__ = ["WALK", "Plan", "plan_of", "run_fused"]
+__all__ = ["Plan", "plan_of", "run_fused"]
 
 Tensor = Any
-
-WALK = "_run_through_graph"
-"""Keras's method that calls a functional model's layers."""
 
 
 @dataclass(frozen=True)

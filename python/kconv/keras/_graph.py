@@ -18,6 +18,7 @@ from kconv.keras._lift import (
     lift,
     same,
 )
+from kconv.keras._private import calls_of
 from kconv.models import graph
 
 __all__ = ["CallGraph", "call_graph"]
@@ -59,9 +60,7 @@ class CallGraph:
 
 def call_graph(model: keras.Model) -> CallGraph:
     """The calls of a functional model, in the order in which Keras makes them."""
-    depths = sorted(model._nodes_by_depth, reverse=True)
-    nodes = [node for depth in depths for node in model._nodes_by_depth[depth]]
-    nodes = [node for node in nodes if node.operation and not node.is_input]
+    nodes = calls_of(model)
     operations = {id(node.operation): node.operation for node in nodes}
     prints = {key: fingerprint(operation) for key, operation in operations.items()}
     builder = _Builder(prints, _data_format(operations.values()))

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 import keras
 from keras import activations, layers, ops
 
+from kconv.keras._private import operation_of
 from kconv.keras.layers import (
     CopyChannels,
     DepthwiseConv2D,
@@ -356,7 +357,7 @@ def _number(call: Call) -> float:
 def _made_by(function: Callable[[Any], Any]) -> type:
     """The class of the operation that a function of a symbolic tensor is."""
     result = function(keras.KerasTensor((1, 1, 1, 1)))
-    return type(result._keras_history.operation)
+    return type(operation_of(result))
 
 
 # Only what all of a class's layers have: PyTorch's modules take long to say that they lack a name.

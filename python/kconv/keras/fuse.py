@@ -17,7 +17,8 @@ import keras
 
 from kconv._report import Report
 from kconv.keras._clone import functional
-from kconv.keras._fusion import WALK, Plan, plan_of, run_fused
+from kconv.keras._fusion import Plan, plan_of, run_fused
+from kconv.keras._private import WALK, all_layers, inner_functional
 from kconv.keras.network import Network
 from kconv.models.fusion import Segment, is_fusable
 
@@ -105,7 +106,7 @@ def _functionals(model: Any) -> list[Any]:
     """All functional models in a model, and those that sequential ones have inside."""
     if not isinstance(model, keras.Model):
         raise TypeError(f"expected a Keras model, got {model!r}")
-    for part in model._flatten_layers():
+    for part in all_layers(model):
         if isinstance(part, keras.Sequential):
             functional(part)  # or its error
     found = [part for _, part in _named(model)]
@@ -116,7 +117,7 @@ def _functionals(model: Any) -> list[Any]:
 
 def _named(model: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The functional models in a model, and what to put before the names of their layers."""
-    part = model._functional if isinstance(model, keras.Sequential) else model
+    part = inner_functional(model) if isinstance(model, keras.Sequential) else model
     if hasattr(part, WALK):
         yield path, part
     for layer in model.layers if isinstance(model, keras.Model) else model._layers:
@@ -125,7 +126,7 @@ def _named(model: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _forget_compiled(model: Any) -> None:
     """What Keras has compiled calls the layers as they were called before."""
-    for part in model._flatten_layers():
+    for part in all_layers(model):
         if isinstance(part, keras.Model):
             part.train_function = part.test_function = part.predict_function = None
 

@@ -10,6 +10,8 @@ import keras
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kconv.keras._private import all_layers
+
 Tensor = Any
 
 
@@ -146,5 +148,5 @@ class _InTrainingMode(keras.Model):
 def _batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
     """Those of a model, also inside other models, blocks and wrappers, each once."""
     kind = keras.layers.BatchNormalization
-    norms = [layer for layer in model._flatten_layers() if isinstance(layer, kind) and layer.built]
+    norms = [layer for layer in all_layers(model) if isinstance(layer, kind) and layer.built]
     return list({id(norm): norm for norm in norms}.values())
