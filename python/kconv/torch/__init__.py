@@ -17,6 +17,7 @@ from kconv._versions import warn_of_version
 from kconv.torch import _flops as _flops  # FlopCounterMode knows the operators
 from kconv.torch._create import create_model, register_timm
 from kconv.torch._freeze import freeze
+from kconv.torch._fuse import fuse
 from kconv.torch.convert import accelerate, compress, report, restore
 from kconv.torch.layers import (
     AcceleratedConv2d,
@@ -46,6 +47,7 @@ __all__ = [
     "deinterleave",
     "depthwise_conv",
     "freeze",
+    "fuse",
     "interleave",
     "pointwise_conv",
     "register_timm",

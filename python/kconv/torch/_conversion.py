@@ -32,7 +32,7 @@ def report(model: nn.Module) -> Report:
           kept     2  16 to 4 channels in 1 groups is not depthwise
 
     Args:
-        model: what ``accelerate``, ``compress``, ``restore`` or ``to_native`` returned.
+        model: what ``accelerate``, ``compress``, ``fuse``, ``restore`` or ``to_native`` returned.
 
     Returns:
         The report.
@@ -43,8 +43,8 @@ def report(model: nn.Module) -> Report:
     stored = unwrapped(model).__dict__.get(_KEY)
     if stored is None:
         raise ValueError(
-            f"report: this {type(model).__name__} is none that accelerate, compress, restore or "
-            f"to_native returned"
+            f"report: this {type(model).__name__} is none that accelerate, compress, fuse, "
+            f"restore or to_native returned"
         )
     return Report(**stored)
 

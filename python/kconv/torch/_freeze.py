@@ -99,7 +99,9 @@ def _layers_of(model: Network) -> tuple[graph.Graph, Mapping[str, Any]]:
             module, inputs = modules[layer.name], [layers[name] for name in layer.inputs]
             # Again, as more is known now of what it reads; but what is changed in place others see.
             stays = type(layer) is graph.Layer and is_in_place(module)
-            found = None if stays else lift(module, layer.name, inputs)
+            stays |= type(module) is nn.Linear  # a classifier's keeps its own kind of layer
+            made = () if stays else lift(module, layer.name, inputs)
+            found = made[0] if len(made) == 1 else None
             if found is None and module is not None and not _has_hooks(module):
                 found = _lift(module, {"name": layer.name, "inputs": layer.inputs}, inputs)
             if found is None:

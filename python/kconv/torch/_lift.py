@@ -7,11 +7,11 @@ only, as a subclass may compute anything. What it reads is the module's fingerpr
 
 Example:
     >>> x = graph.Input(name="x", inputs=(), shape=UNKNOWN)
-    >>> layer = lift(nn.Conv2d(8, 16, 3, stride=2, padding=1), "conv", [x])
+    >>> (layer,) = lift(nn.Conv2d(8, 16, 3, stride=2, padding=1), "conv", [x])
     >>> layer.in_channels, layer.strides, layer.padding
     (8, (2, 2), ((1, 1), (1, 1)))
-    >>> lift(nn.Conv2d(8, 16, 3, dilation=2), "conv", [x]) is None  # no fused operation has this
-    True
+    >>> lift(nn.Conv2d(8, 16, 3, dilation=2), "conv", [x])  # no fused operation has this
+    ()
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kconv.models import graph
@@ -41,37 +41,61 @@ from kconv.torch.layers import (
     PointwiseConv2d,
 )
 
-__all__ = ["UNKNOWN", "Watch", "is_chain", "is_in_place", "lift"]
+__all__ = ["UNKNOWN", "Derived", "Watch", "is_chain", "is_in_place", "is_known", "lift"]
 
 UNKNOWN: graph.Shape = (None, None, None)
 """The shape of what nothing is known about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived(graph.Layer):
+    """What is computed on the way from layer to layer, and of no interest to a fused operation.
+
+    Attributes:
+        kind: what it is, such as a size of the input or its channels in groups.
+        source: the name of the layer that it is about.
+        numbers: what else there is to know.
+        like: the name of a layer that it is as large as.
+    """
+
+    kind: str
+    source: str
+    numbers: tuple[int, ...] = ()
+    like: str = ""
+
 
 Common = dict[str, Any]
 Inputs = Sequence[graph.Layer]
 
 
-def lift(module: nn.Module | None, name: str, inputs: Inputs) -> graph.Layer | None:
-    """The layer of the graph that computes exactly what a module does.
+def lift(module: nn.Module | None, name: str, inputs: Inputs) -> tuple[graph.Layer, ...]:
+    """The layers of the graph that compute exactly what a module does.
 
     Args:
         module: as it is now.
-        name: of the layer.
+        name: of the last layer.
         inputs: the layers that it reads; their channels may be unknown (None).
 
     Returns:
-        The layer, with the channels that the module's parameters have; None for a module of another
-        class, one that somebody watches or has changed (hooks, a forward of its own), and one that
-        computes what no layer of the graph does.
+        The layers, with the channels that the module's parameters have; none for a module of
+        another class, one that somebody watches or has changed (hooks, a forward of its own), and
+        one that computes what no layer of the graph does.
     """
-    kind = _KINDS.get(type(module))
+    kind = _kind_of(type(module))
     if module is None or kind is None or not (inputs and (kind.joins or len(inputs) == 1)):
-        return None
+        return ()
     try:
         if _is_touched(module, kind) or not _is_constant(kind.read and kind.read(vars(module))):
-            return None
+            return ()
     except (AttributeError, KeyError):  # of which the module's forward will speak
-        return None
-    return kind.lift(module, {"name": name, "inputs": tuple(x.name for x in inputs)}, inputs)
+        return ()
+    made = kind.lift(module, {"name": name, "inputs": tuple(x.name for x in inputs)}, inputs)
+    return made if isinstance(made, tuple) else () if made is None else (made,)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether modules of this class can be lifted, not looked into."""
+    return _kind_of(type(module)) is not None and type(module) is not nn.Sequential
 
 
 def is_chain(module: nn.Module | None) -> bool:
@@ -98,9 +122,12 @@ class Watch:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._all = list(modules)
+        composite = [m for m in modules if is_known(m) and m._modules]
+        self._children = [(m, list(m._modules.values())) for m in composite]
+        inner = (child for _, children in self._children for child in children if child is not None)
+        modules = self._all = [*modules, *inner]
         self._kinds = list(map(type, self._all))
-        self._known = [module for module in modules if type(module) in _KINDS]
+        self._known = [module for module in modules if _kind_of(type(module))]
         self._classes = [(cls, _KINDS[cls].methods) for cls in {*map(type, self._known)}]
         self._parametrized = [m for m in self._known if _KINDS[type(m)].parametrized]
         self._readable: dict[Callable[[Any], Any], list[int]] = {}
@@ -116,6 +143,9 @@ class Watch:
         """Whether all is as it was when this was made."""
         if list(map(type, self._all)) != self._kinds:
             return False
+        for module, children in self._children:
+            if list(module._modules.values()) != children:
+                return False
         try:
             if self._look() != self._fingerprints:
                 return False
@@ -222,9 +252,10 @@ def _convolution(conv: Any, common: Common, inputs: Inputs) -> graph.Layer | Non
         or not _is_image(inputs[0], group_inputs * groups)
     ):
         return None
+    one_pixel = inputs[0].shape[:2] == (1, 1) and padding == _NO_BORDERS
     return graph.Conv(
         **common,
-        shape=(None, None, filters),
+        shape=(*((1, 1) if one_pixel else (None, None)), filters),
         filters=filters,
         in_channels=group_inputs * groups,
         kernel_size=(kernel[0], kernel[1]),
@@ -236,10 +267,30 @@ def _convolution(conv: Any, common: Common, inputs: Inputs) -> graph.Layer | Non
     )
 
 
+def _linear(linear: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    if weight is None or weight.dim() != 2 or len(inputs[0].shape) != 1:
+        return None
+    if inputs[0].shape[0] not in (None, weight.shape[1]):
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return None
+    return graph.Conv(
+        **common,
+        shape=(weight.shape[0],),
+        filters=weight.shape[0],
+        in_channels=weight.shape[1],
+        padding="valid",
+        use_bias=bias is not None,
+    )
+
+
 def _convolution_padding(
     conv: Any, kernel: tuple[int, int], strides: tuple[int, int]
 ) -> graph.Padding | graph.Borders | None:
     padding = conv.padding
+    if type(conv).__name__ == "Conv2dSame":  # timm's, with TensorFlow's padding
+        return "same"
     if isinstance(conv, PaddedConv2d):
         if padding not in (0, (0, 0), "valid"):
             return None
@@ -274,6 +325,39 @@ def _batch_norm(norm: Any, common: Common, inputs: Inputs) -> graph.Layer | None
     shape = (*inputs[0].shape[:2], len(bias))
     epsilon = float(norm.eps)
     return graph.BatchNorm(**common, shape=shape, epsilon=epsilon, scale=weight is not None)
+
+
+def _batch_norm_act(module: Any, common: Common, inputs: Inputs) -> Lifted:
+    """A batch norm of timm's, which activates, too."""
+    children = module._modules
+    if children.keys() != {"drop", "act"} or type(children["drop"]) is not nn.Identity:
+        return None
+    norm_name = f"{common['name']}.norm"
+    norm = _batch_norm(module, {**common, "name": norm_name}, inputs)
+    if norm is None or not lift(children["drop"], "drop", [norm]):
+        return None
+    activation = lift(children["act"], common["name"], [norm])
+    return (norm, *activation) if activation else None
+
+
+def _frozen_batch_norm(norm: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
+    tensors = [norm._buffers.get(name) for name in _NORM_BUFFERS]
+    channels = len(tensors[0]) if isinstance(tensors[0], Tensor) and tensors[0].dim() == 1 else -1
+    if any(not isinstance(t, Tensor) or t.shape != (channels,) for t in tensors):
+        return None
+    if not _is_image(inputs[0], channels):
+        return None
+    shape = (*inputs[0].shape[:2], channels)
+    return graph.BatchNorm(**common, shape=shape, epsilon=float(norm.eps))
+
+
+_NORM_BUFFERS = "weight", "bias", "running_mean", "running_var"
+
+
+def _dropout(module: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
+    if module.training and module.p != 0:
+        return None
+    return _identity(module, common, inputs)
 
 
 def _activation(kind: ActivationName) -> Lifter:
@@ -407,7 +491,8 @@ def _is_image(layer: graph.Layer, channels: int | None = None) -> bool:
     return len(layer.shape) == 3 and (None in (known, channels) or known == channels)
 
 
-Lifter = Callable[[Any, Common, Inputs], graph.Layer | None]
+Lifted = graph.Layer | tuple[graph.Layer, ...] | None
+Lifter = Callable[[Any, Common, Inputs], Lifted]
 
 
 @dataclass(frozen=True)
@@ -447,7 +532,18 @@ def _kind(
     _KINDS[cls] = _Kind(lift, read, getter, getter(cls), parametrized, joins)
 
 
+def _kind_of(cls: type) -> _Kind | None:
+    """A class's kind; those of other packages are found by name, without importing them."""
+    kind = _KINDS.get(cls)
+    if kind is None and (named := _NAMED.get(f"{cls.__module__}.{cls.__qualname__}")):
+        lifter, attributes, parametrized = named
+        _kind(cls, lifter, attributes, parametrized=parametrized)
+        kind = _KINDS[cls]
+    return kind
+
+
 _KINDS: dict[type, _Kind] = {}
+_NO_BORDERS = ((0, 0), (0, 0))
 _GEOMETRY = "stride padding dilation groups padding_mode"
 for _cls, _attributes in {
     nn.Conv2d: _GEOMETRY,
@@ -490,3 +586,16 @@ _kind(nn.Identity, _identity)
 _kind(nn.Sequential, _sequential, methods="__iter__")
 _kind(DropConnect, _drop_connect)
 _kind(Call, _call, read=_read_call, joins=True)
+_kind(nn.Linear, _linear, parametrized=True)
+_kind(nn.Dropout, _dropout, "p training")
+_kind(nn.Dropout2d, _dropout, "p training")
+
+_NORM = "eps track_running_stats"
+_NAMED: dict[str, tuple[Lifter, str, bool]] = {
+    "timm.layers.conv2d_same.Conv2dSame": (_convolution, _GEOMETRY, True),
+    "timm.layers.drop.DropPath": (_drop_connect, "drop_prob scale_by_keep", False),
+    "timm.layers.norm_act.BatchNormAct2d": (_batch_norm_act, _NORM, True),
+    "torchvision.ops.misc.FrozenBatchNorm2d": (_frozen_batch_norm, "eps", False),
+    "torchvision.ops.stochastic_depth.StochasticDepth": (_drop_connect, "p mode", False),
+}
+"""Classes of other packages: how they are lifted, what is read, whether there is a weight."""

@@ -1,58 +1,271 @@
-"""How a chain of modules runs: which of them as one operation, which by themselves."""
+"""How modules run one after the other: which of them as one operation, which by themselves."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from kconv.models import graph
-from kconv.models.fusion import Segment, partition
-from kconv.torch._lift import UNKNOWN, Watch, is_chain, is_in_place, lift
-from kconv.torch.fused import FusedSegment
+from kconv.models.chains import Node, find_chains
+from kconv.models.fusion import Segment, is_fusable
+from kconv.torch._lift import UNKNOWN, Derived, Watch, is_chain, is_in_place, lift
+from kconv.torch.fused import FusedSegment, trains
 
-__all__ = ["Plan"]
+__all__ = ["Call", "Part", "Plan", "Step", "divide", "not_lifted", "run_parts"]
 
-Step = tuple[str, tuple[str, ...]]
-"""The name of a module, which is that of its output, and the names of what it reads."""
+Values = dict[str, Any]
+"""Tensors, and what else is computed on the way, by their names."""
 
 
 @dataclass
-class _Call:
-    """A module that runs by itself: what has that name in its owner at the time.
+class Call:
+    """Something that is called by itself, where it is not fused.
 
     Attributes:
-        owner: a container among the modules; None for that of all.
+        name: of the value that it gives.
+        inputs: the names of the values that it reads.
+        run: computes the value, for the module that all is about.
+        module: what is called; None for functions.
+        lift: the layers that compute the same from the layers that it reads; () for none.
+        in_place: whether it writes its result into its first input.
+        writes: whether it may change any of its inputs.
+        label: what users know it by.
+        is_tensor_function: whether it is a function that a layer might have been.
     """
 
     name: str
     inputs: tuple[str, ...]
-    owner: nn.Module | None
-    key: str
-
-    def __call__(self, root: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-        result: Tensor = getattr(self.owner or root, self.key)(*inputs)
-        return result
+    run: Callable[[Any, Values], Any]
+    module: nn.Module | None
+    lift: Callable[[Sequence[graph.Layer]], tuple[graph.Layer, ...]]
+    in_place: bool = False
+    writes: bool = False
+    label: str = ""
+    is_tensor_function: bool = False
 
 
 @dataclass
-class _Part:
-    """What runs together, and the tensors that are read for the last time by it."""
+class Part:
+    """What runs together, and what is read for the last time by it."""
 
-    calls: list[_Call]
+    calls: list[Call]
     fused: FusedSegment | None
     finished: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
+        """Of the value that comes out."""
         return self.calls[-1].name
 
     @property
     def inputs(self) -> tuple[str, ...]:
+        """The names of the values that go in."""
         return self.fused.segment.inputs if self.fused else self.calls[0].inputs
+
+
+def run_parts(parts: Sequence[Part], root: nn.Module, values: Values) -> None:
+    """Computes the values of parts, and keeps only what is still to be read."""
+    for part in parts:
+        fused = part.fused
+        y = fused(values[fused.segment.input]) if fused else None
+        if y is not None:
+            values[part.name] = y
+        else:
+            _run_each(part, root, values)
+        for name in part.finished:
+            del values[name]
+
+
+def _run_each(part: Part, root: nn.Module, values: Values) -> None:
+    if len(part.calls) == 1:
+        values[part.name] = part.calls[0].run(root, values)
+        return
+    last = {name: i for i, call in enumerate(part.calls) for name in call.inputs}
+    inner = {call.name for call in part.calls[:-1]}
+    for i, call in enumerate(part.calls):
+        values[call.name] = call.run(root, values)
+        for name in {call.name, *call.inputs} & inner:
+            if last.get(name, i) == i:
+                del values[name]
+
+
+def divide(
+    calls: Sequence[Call], sources: Sequence[str], outputs: Iterable[str], *, by_mode: bool = False
+) -> tuple[list[Part], dict[str, graph.Layer]]:
+    """The parts in which calls run, the largest chains of them fused.
+
+    Args:
+        calls: in their order.
+        sources: the names of the values that come from outside.
+        outputs: the names of the values that are wanted.
+        by_mode: whether chains end where batch norms that train meet others that do not (which a
+            fused operation cannot compute), or else are made for any mode.
+
+    Returns:
+        The parts, and all layers by name; plain ones stand for what no layer computes.
+    """
+    outputs = list(outputs)
+    lifted, layers = _lift_all(calls, sources, outputs)
+    nodes = _nodes(calls, lifted, layers, by_mode)
+    chains = {chain.nodes[0]: chain for chain in find_chains(sources, nodes, outputs)}
+    by_name = {call.name: call for call in calls}
+    parts: list[Part] = []
+    done: set[str] = set()
+    for call in calls:
+        chain = chains.get(call.name)
+        if chain is not None:
+            members = [by_name[name] for name in chain.nodes]
+            parts.append(Part(members, _fuse(chain.input, members, lifted, layers)))
+            done |= {member.name for member in members}
+        elif call.name not in done:
+            parts.append(Part([call], None))
+    _set_finished(parts, sources, outputs)
+    return parts, layers
+
+
+def _nodes(
+    calls: Sequence[Call],
+    lifted: dict[str, tuple[graph.Layer, ...]],
+    layers: dict[str, graph.Layer],
+    by_mode: bool,
+) -> list[Node]:
+    readers: dict[str, list[graph.Layer]] = {name: [] for name in layers}
+    for layer in layers.values():
+        for name in layer.inputs:
+            readers[name].append(layer)
+    nodes = []
+    for call in calls:
+        own = [layers[layer.name] for layer in lifted[call.name]]
+        norms = any(isinstance(layer, graph.BatchNorm) for layer in own)
+        nodes.append(
+            Node(
+                call.name,
+                call.inputs,
+                fusable=bool(own)
+                and all(isinstance(x, Derived) or is_fusable(x, readers[x.name]) for x in own)
+                and not (by_mode and any(map(_loses, own))),
+                ends=bool(own) and _may_end(own[-1]),
+                is_convolution=any(map(_wins if by_mode else _convolves, own)),
+                mode=trains(call.module) if norms and by_mode else None,
+                writes=call.writes,
+            )
+        )
+    return nodes
+
+
+def _convolves(layer: graph.Layer) -> bool:
+    return isinstance(layer, graph.Conv | graph.DepthwiseConv) and _image(layer)
+
+
+def _wins(layer: graph.Layer) -> bool:
+    """Whether a convolution makes a chain faster than PyTorch's layers: if it has groups.
+
+    The operations round it gain less than an ungrouped convolution loses beside oneDNN's.
+    """
+    return isinstance(layer, graph.Conv) and _image(layer) and layer.groups > 1
+
+
+def _loses(layer: graph.Layer) -> bool:
+    """Whether a convolution is better left to PyTorch, whatever stands round it.
+
+    So if it is larger than 1x1 and reads more than a few channels. (ResNet-50, 4 images of 96 x 96,
+    one thread: 949 ms of processor time for a step with all fused, 355 by PyTorch.)
+    """
+    if not isinstance(layer, graph.Conv) or layer.kernel_size == (1, 1):
+        return False
+    return layer.in_channels // layer.groups > _MOST_DENSE_INPUTS
+
+
+_MOST_DENSE_INPUTS = 4
+
+
+def _lift_all(
+    calls: Sequence[Call], sources: Sequence[str], outputs: Sequence[str]
+) -> tuple[dict[str, tuple[graph.Layer, ...]], dict[str, graph.Layer]]:
+    """For each call its layers, and all layers by name; plain ones stand for all other calls."""
+    readers = Counter(name for call in calls for name in call.inputs) + Counter(outputs)
+    layers: dict[str, graph.Layer] = {
+        name: graph.Input(name=name, inputs=(), shape=UNKNOWN) for name in sources
+    }
+    lifted: dict[str, tuple[graph.Layer, ...]] = {}
+    new: set[str] = set()  # values in memory of their own, which nobody else reads
+    for call in calls:
+        made = call.lift([layers[source] for source in call.inputs])
+        source = call.inputs[0] if call.inputs else ""
+        if call.in_place and source not in new:
+            made = ()  # others see what it changes
+        same = call.in_place or (made and isinstance(made[-1], _SAME_MEMORY))
+        if made and readers[call.name] == 1 and (source in new or not same):
+            new.add(call.name)
+        lifted[call.name] = made
+        for layer in made or (graph.Layer(name=call.name, inputs=call.inputs, shape=UNKNOWN),):
+            layers[layer.name] = layer
+            _settle_inputs(layers, layer)
+    for call in calls:
+        if any(
+            layers[layer.name].shape[-1:] == (None,) and not isinstance(layer, Derived)
+            for layer in lifted[call.name]
+        ):
+            lifted[call.name] = ()
+            layers[call.name] = graph.Layer(name=call.name, inputs=call.inputs, shape=UNKNOWN)
+    return lifted, layers
+
+
+def _image(layer: graph.Layer) -> bool:
+    return len(layer.shape) == 3
+
+
+def _may_end(layer: graph.Layer) -> bool:
+    """Whether a chain's output may be that of a layer: an image, or means of images.
+
+    What is computed from vectors is better left to the framework, unless it is a gate.
+    """
+    if isinstance(layer, Derived | graph.ZeroPad):
+        return False
+    if _image(layer):
+        return True
+    return isinstance(layer, graph.GlobalPool | graph.Flatten) and len(layer.shape) == 1
+
+
+def _fuse(
+    source: str,
+    calls: Sequence[Call],
+    lifted: dict[str, tuple[graph.Layer, ...]],
+    layers: dict[str, graph.Layer],
+) -> FusedSegment:
+    own = [
+        (layers[layer.name], call.module)
+        for call in calls
+        for layer in lifted[call.name]
+        if not isinstance(layer, Derived)
+    ]
+    segment = _shared(Segment(tuple(layer for layer, _ in own), source, layers[source].channels))
+    return FusedSegment(segment, {layer.name: module for layer, module in own})
+
+
+@lru_cache(maxsize=256)
+def _shared(segment: Segment) -> Segment:
+    """One for all that are equal, so that a copy of a network makes no programs of its own."""
+    return segment
+
+
+def _set_finished(parts: Sequence[Part], sources: Sequence[str], outputs: Sequence[str]) -> None:
+    last: dict[str, int] = dict.fromkeys(sources, -1)
+    for i, part in enumerate(parts):
+        last[part.name] = i  # where nobody reads it
+        inner = {call.name for call in part.calls}
+        last |= {name: i for call in part.calls for name in call.inputs if name not in inner}
+    for i, part in enumerate(parts):
+        part.finished = tuple(n for n, at in last.items() if at == i and n not in outputs)
+
+
+Step = tuple[str, tuple[str, ...]]
+"""The name of a module, which is that of its output, and the names of what it reads."""
 
 
 class Plan:
@@ -76,69 +289,46 @@ class Plan:
         self._keys = [name for name, _ in steps]
         self._children = list(map(root._modules.get, self._keys))
         self._containers: list[tuple[nn.Module, list[nn.Module | None]]] = []
-        self._modules: dict[str, nn.Module | None] = {}
-        self._calls: dict[str, _Call] = {}
+        self._calls: list[Call] = []
         for (name, inputs), module in zip(steps, self._children, strict=True):
-            self._add(_Call(name, inputs, None, name), module, name)
-        watched = [*self._modules.values(), *(container for container, _ in self._containers)]
+            self._add(name, inputs, None, name, module, name)
+        modules = [call.module for call in self._calls if call.lift is not not_lifted]
+        watched = [*modules, *(container for container, _ in self._containers)]
         # Made before the modules are lifted, so that no change goes unseen between.
         self._watch = Watch([module for module in watched if module is not None])
-        self.graph = self._graph()
-        self._parts = self._partition(self.graph)
+        self._parts, layers = divide(self._calls, [source], [output])
+        self.graph = graph.Graph("", tuple(layers.values()), output)
 
-    def _add(self, call: _Call, module: nn.Module | None, path: str) -> None:
+    def _add(
+        self,
+        name: str,
+        inputs: tuple[str, ...],
+        owner: nn.Module | None,
+        key: str,
+        module: nn.Module | None,
+        path: str,
+    ) -> None:
         """A module, or those in a container, of which the last has the container's name."""
         if not (is_chain(module) and module):
-            self._calls[call.name], self._modules[call.name] = call, module
+            in_place = is_in_place(module)
+            run = _by_name(owner, key, inputs)
+            # A dropout is nothing in evaluation, but one plan serves both modes.
+            by_mode = isinstance(module, nn.Dropout | nn.Dropout2d)
+            lifter = not_lifted if by_mode else _lifted(module, name)
+            self._calls.append(Call(name, inputs, run, module, lifter, in_place, in_place))
             return
         children = module._modules
         self._containers.append((module, list(children.values())))
-        inputs = call.inputs
-        for number, (key, child) in enumerate(children.items(), 1):
-            inner = f"{path}.{key}"
-            name = call.name if number == len(children) else inner
-            self._add(_Call(name, inputs, module, key), child, inner)
-            inputs = (name,)
-
-    def _graph(self) -> graph.Graph:
-        """See :attr:`graph`."""
-        readers = Counter(name for call in self._calls.values() for name in call.inputs)
-        layers: dict[str, graph.Layer] = {
-            self._source: graph.Input(name=self._source, inputs=(), shape=UNKNOWN)
-        }
-        for name, call in self._calls.items():
-            module, inputs = self._modules[name], [layers[source] for source in call.inputs]
-            layer = lift(module, name, inputs)
-            if is_in_place(module) and not (
-                # Whose result is new and read by nobody else, so that nobody sees it change.
-                isinstance(inputs[0], graph.Conv | graph.BatchNorm) and readers[inputs[0].name] == 1
-            ):
-                layer = None
-            layers[name] = layer or graph.Layer(name=name, inputs=call.inputs, shape=UNKNOWN)
-            if layer is not None:
-                _settle_inputs(layers, layer)
-        for name, layer in layers.items():
-            if layer.shape[-1] is None and name != self._source:
-                layers[name] = graph.Layer(name=name, inputs=layer.inputs, shape=UNKNOWN)
-        return graph.Graph("", tuple(layers.values()), self._output)
-
-    def _partition(self, layers: graph.Graph) -> list[_Part]:
-        parts: list[_Part] = []
-        for part in partition(layers):
-            if isinstance(part, Segment):
-                calls = [self._calls[layer.name] for layer in part.layers]
-                parts.append(_Part(calls, FusedSegment(part, self._modules)))
-            else:
-                parts.append(_Part([self._calls[part.name]], None))
-        last = {name: i for i, made in enumerate(parts) for name in made.inputs}
-        for i, made in enumerate(parts):
-            made.finished = tuple(name for name in set(made.inputs) if last[name] == i)
-        return parts
+        for number, (inner, child) in enumerate(children.items(), 1):
+            inner_path = f"{path}.{inner}"
+            inner_name = name if number == len(children) else inner_path
+            self._add(inner_name, inputs, module, inner, child, inner_path)
+            inputs = (inner_name,)
 
     @property
     def modules(self) -> dict[str, nn.Module | None]:
         """The modules of the graph's layers, by their names there."""
-        return dict(self._modules)
+        return {call.name: call.module for call in self._calls}
 
     @property
     def segments(self) -> dict[str, FusedSegment]:
@@ -154,34 +344,42 @@ class Plan:
                 return False
         return self._watch.unchanged()
 
-    def run(self, root: nn.Module, x: Tensor) -> Tensor:
+    def run(self, root: nn.Module, x: Any) -> Any:
         """The output for an input."""
         values = {self._source: x}
-        for part in self._parts:
-            inputs = [values[name] for name in part.inputs]
-            y: Any = part.fused(inputs[0]) if part.fused else None
-            values[part.name] = _run(part.calls, root, part.inputs, inputs) if y is None else y
-            for name in part.finished:  # so that inference keeps only what is still to be read
-                del values[name]
-            del inputs
+        del x
+        run_parts(self._parts, root, values)
         return values[self._output]
 
 
-def _run(
-    calls: Sequence[_Call], root: nn.Module, names: Sequence[str], inputs: Sequence[Tensor]
-) -> Tensor:
-    """One by one."""
-    if len(calls) == 1:
-        return calls[0](root, inputs)
-    values = dict(zip(names, inputs, strict=True))
-    last = {name: i for i, call in enumerate(calls) for name in call.inputs}
-    for i, call in enumerate(calls):
-        values[call.name] = call(root, [values[name] for name in call.inputs])
-        for name in {*call.inputs}:
-            if last[name] == i:
-                del values[name]
-    return values[calls[-1].name]
+def _by_name(owner: nn.Module | None, key: str, inputs: tuple[str, ...]) -> Any:
+    """Calls what has a name in its owner at the time, by default in the root."""
 
+    def run(root: nn.Module, values: Values) -> Any:
+        return getattr(owner or root, key)(*(values[name] for name in inputs))
+
+    return run
+
+
+def not_lifted(inputs: Sequence[graph.Layer]) -> tuple[graph.Layer, ...]:
+    """For what no layer computes."""
+    return ()
+
+
+def _lifted(module: nn.Module | None, name: str) -> Any:
+    return lambda inputs: lift(module, name, inputs)
+
+
+_SAME_MEMORY = (
+    graph.CopyChannels
+    | graph.Dropout
+    | graph.Flatten
+    | graph.Identity
+    | graph.Interleave
+    | graph.Reshape
+    | Derived
+)
+"""What may give (a part of) its input itself."""
 
 _PRESERVING = (
     graph.Activation
@@ -209,6 +407,6 @@ def _settle_inputs(layers: dict[str, graph.Layer], layer: graph.Layer) -> None:
         return
     for name in layer.inputs:
         source = layers[name]
-        if source.shape[-1] is None:
+        if source.shape[-1] is None and not isinstance(source, Derived):
             layers[name] = replace(source, shape=(*source.shape[:-1], channels))
             _settle_inputs(layers, layers[name])

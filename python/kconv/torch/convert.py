@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from kconv import ktypes
 from kconv._report import Report
 from kconv.torch._conversion import change_classes, names_of, report, set_report, unwrapped
+from kconv.torch._fuse import unfuse
 from kconv.torch.layers import (
     AcceleratedConv2d,
     DepthwiseConv2d,
@@ -71,7 +72,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes :func:`accelerate`, in place.
+    """Undoes :func:`accelerate` and :func:`fuse`, in place.
 
     What has been done to the modules since then, such as hooks, pruning and parametrizations,
     stays.
@@ -91,10 +92,9 @@ def restore(model: nn.Module) -> nn.Module:
         ValueError: if the class of an accelerated module was exchanged for one derived from it,
             which may compute something else; nothing has changed then.
     """
-    changed = change_classes(
-        unwrapped(model), {AcceleratedConv2d: lambda _: (nn.Conv2d, {})}, "restore"
-    )
-    set_report(model, Report("restore", changed, {}))
+    inner = unwrapped(model)
+    changed = change_classes(inner, {AcceleratedConv2d: lambda _: (nn.Conv2d, {})}, "restore")
+    set_report(model, Report("restore", changed | unfuse(inner), {}))
     return model
 
 

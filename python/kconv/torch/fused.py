@@ -28,7 +28,7 @@ from kconv.torch._private import (
     to_dlpack,
 )
 
-__all__ = ["FusedSegment", "fused", "is_eager"]
+__all__ = ["FusedSegment", "fused", "is_eager", "is_watched", "trains"]
 
 
 @cache
@@ -90,7 +90,7 @@ class FusedSegment:
         self._norms = [modules[x.name] for x in segment.layers if isinstance(x, BatchNorm)]
         self._drops = [modules[x.name] for x in segment.layers if isinstance(x, Dropout)]
         self._parameters = [(layer, _WEIGHTS[name]) for layer, name in segment.parameters]
-        self._owners = [(modules[layer], name) for layer, name in self._parameters]
+        self._owners = [_holder(modules[layer], name) for layer, name in self._parameters]
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The segment's output, or None where its modules must run one by one.
@@ -109,11 +109,11 @@ class FusedSegment:
         if not is_eager(x) or x.shape[1] != self.segment.input_channels or not x.numel():
             return None
         norms = self._norms
-        training = norms[0].training if norms else False
-        if not all(norm.training is training for norm in norms):
+        training = trains(norms[0]) if norms else False
+        if not all(trains(norm) is training for norm in norms):
             return None
         # Straight from where modules keep them: a fifth of the time of `getattr`.
-        parameters = [owner._parameters[name] for owner, name in self._owners]
+        parameters = [owner.__dict__[kind][name] for owner, kind, name in self._owners]
         statistics = _running_statistics(norms)
         if not _plain([*parameters, *statistics], x.dtype):
             return None
@@ -150,6 +150,16 @@ class FusedSegment:
         return y if self.segment.keeps_pixels else y.flatten(1)
 
 
+def trains(norm: Any) -> bool:
+    """Whether a batch norm uses the batch's own statistics; frozen ones never do."""
+    return norm.training is True and isinstance(norm, nn.BatchNorm2d)
+
+
+def _holder(module: Any, name: str) -> tuple[Any, str, str]:
+    """A module, where it has a tensor (frozen norms have buffers), and the tensor's name."""
+    return module, "_parameters" if name in module._parameters else "_buffers", name
+
+
 _WEIGHTS = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias"}
 """PyTorch's names of parameters by Keras's."""
 _DTYPE, _IS_CPU, _REQUIRES_GRAD = map(attrgetter, ("dtype", "is_cpu", "requires_grad"))
@@ -182,13 +192,21 @@ def is_eager(x: Tensor) -> bool:
         and x.layout is torch.strided
         and x.dim() == 4
         and not x.is_neg()
-        and not is_tracing()
-        and not torch.is_autocast_enabled("cpu")
-        and not peek_interpreter_stack()
         and not is_legacy_batchedtensor(x)
-        and not dispatch_mode_stack()
-        and not torch.autograd.forward_ad._current_level >= 0
-        and not (len_function_stack() and _function_modes())
+        and not is_watched()
+    )
+
+
+def is_watched() -> bool:
+    """Whether somebody watches the operators of this thread."""
+    return bool(
+        torch.compiler.is_compiling()
+        or is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or peek_interpreter_stack()
+        or dispatch_mode_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+        or (len_function_stack() and _function_modes())
     )
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from kconv._report import Report
 from kconv.torch._conversion import change_classes, copied, set_report
+from kconv.torch._fuse import unfuse
 from kconv.torch.layers import NATIVE
 
 __all__ = ["make_native", "to_native"]
@@ -45,7 +46,7 @@ def make_native(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: as :func:`to_native`; nothing has changed then.
     """
-    changed = change_classes(model, NATIVE, "to_native")
+    changed = change_classes(model, NATIVE, "to_native") | unfuse(model)
     for module in model.modules():
         if "_fuses" in module.__dict__:  # of a network, whose layers then run as they are
             module.__dict__["_fuses"] = False

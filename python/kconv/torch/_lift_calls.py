@@ -1,0 +1,376 @@
+"""What functions and methods of tensors compute, as layers of :mod:`kconv.models.graph`.
+
+A call in a trace is a function of layers and constants. Each entry of the table has the signature
+of the PyTorch function that it stands for, so Python itself sorts the arguments; a call that does
+not fit it, or that no layer computes, is not lifted.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from kconv.models import graph
+from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS
+from kconv.torch._lift import Derived
+
+__all__ = ["lift_call"]
+
+Layer = graph.Layer
+Lifter = Callable[..., Layer | None]
+
+_CALLS: dict[Any, Lifter] = {}
+"""By function, or name of a method; the first argument is the name of the layer."""
+
+
+def lift_call(node: fx.Node, layers: dict[str, Layer]) -> tuple[Layer, ...]:
+    """The layers that compute what a call does.
+
+    Args:
+        node: of a trace, a function's or method's call.
+        layers: those that it reads, by name.
+    """
+    lifter = _CALLS.get(node.target)
+    if lifter is None:
+        return ()
+    of_node: Any = lambda other: layers[other.name]  # noqa: E731
+    args: Any = fx.map_arg(node.args, of_node)
+    kwargs: Any = fx.map_arg(node.kwargs, of_node)
+    try:
+        layer = lifter(node.name, *args, **kwargs)
+    except (TypeError, ValueError):  # other arguments than those of the table
+        return ()
+    return () if layer is None else (layer,)
+
+
+def _calls(*targets: Any) -> Callable[[Lifter], Lifter]:
+    def enter(lifter: Lifter) -> Lifter:
+        for target in targets:
+            _CALLS[target] = lifter
+        return lifter
+
+    return enter
+
+
+def _is_image(x: Any, *, known: bool = False) -> bool:
+    """Whether a value is a layer of images, of which the channels may have to be known."""
+    if not isinstance(x, Layer) or isinstance(x, Derived) or len(x.shape) != 3:
+        return False
+    return x.shape[-1] is not None or not known
+
+
+def _activation(kind: str) -> Lifter:
+    def lift(name: str, x: Layer, inplace: bool = False) -> Layer | None:
+        if not isinstance(x, Layer) or isinstance(x, Derived):
+            return None
+        return graph.Activation(name=name, inputs=(x.name,), shape=x.shape, kind=kind)
+
+    return lift
+
+
+for _name in FUSED_ACTIVATIONS:
+    _function = ACTIVATIONS[_name].torch_function
+    _lifter = _activation(_name)
+    for _owner in (F, torch):
+        for _spelling in (_function, f"{_function}_"):
+            if hasattr(_owner, _spelling):
+                _CALLS[getattr(_owner, _spelling)] = _lifter
+    _CALLS[_function] = _CALLS[f"{_function}_"] = _lifter
+
+
+@_calls(F.hardtanh, F.hardtanh_, torch.clamp, torch.clip, "clamp", "clamp_", "clip")
+def _clamp(name: str, x: Layer, *bounds: Any, **options: Any) -> Layer | None:
+    named = [options.pop(key, None) for key in ("min", "max", "min_val", "max_val")]
+    inplace = options.pop("inplace", False)
+    if options or (*bounds, *(bound for bound in named if bound is not None)) != (0, 6):
+        return None
+    return _activation("relu6")(name, x, inplace)
+
+
+@_calls(operator.add, operator.iadd, torch.add, "add", "add_")
+def _add(name: str, x: Any, y: Any) -> Layer | None:
+    if not (_is_image(x) and _is_image(y)):
+        return None
+    channels = {shape for shape in (x.shape[-1], y.shape[-1]) if shape is not None}
+    if len(channels) > 1 or (x.shape[:2] == (1, 1)) != (y.shape[:2] == (1, 1)):
+        return None
+    shape = (*x.shape[:2], channels.pop() if channels else None)
+    return graph.Add(name=name, inputs=(x.name, y.name), shape=shape)
+
+
+@_calls(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
+def _multiply(name: str, x: Any, y: Any) -> Layer | None:
+    if isinstance(x, Derived):
+        x, y = y, x
+    if isinstance(y, Derived) and _is_image(x, known=True):
+        if y.kind != "expanded" or y.like != x.name or y.shape[-1] != x.shape[-1]:
+            return None
+        return graph.Multiply(name=name, inputs=(x.name, y.source), shape=x.shape)
+    if not (_is_image(x, known=True) and _is_image(y, known=True)):
+        return None
+    if x.shape[:2] == (1, 1):
+        x, y = y, x
+    if y.shape[:2] != (1, 1) or x.shape[:2] == (1, 1) or x.shape[-1] != y.shape[-1]:
+        return None
+    return graph.Multiply(name=name, inputs=(x.name, y.name), shape=x.shape)
+
+
+@_calls(torch.mean, "mean")
+def _mean(name: str, x: Layer, dim: Any, keepdim: bool = False) -> Layer | None:
+    dims = {d % 4 for d in dim} if isinstance(dim, list | tuple) else {dim}
+    if dims != {2, 3} or len(dim) != 2 or not _is_image(x):
+        return None
+    return _global_pool(name, x, keepdim)
+
+
+@_calls(F.adaptive_avg_pool2d)
+def _adaptive_mean(name: str, x: Layer, output_size: Any) -> Layer | None:
+    one = output_size == 1 or tuple(output_size) == (1, 1)
+    return _global_pool(name, x, True) if one and _is_image(x) else None
+
+
+def _global_pool(name: str, x: Layer, keepdims: bool) -> Layer:
+    shape = (1, 1, x.shape[-1]) if keepdims else x.shape[-1:]
+    return graph.GlobalPool(name=name, inputs=(x.name,), shape=shape, keepdims=keepdims)
+
+
+@_calls(F.avg_pool2d)
+def _average_pool(
+    name: str, x: Layer, kernel_size: Any, stride: Any = None, padding: Any = 0
+) -> Layer | None:
+    size = _pair(kernel_size)
+    if size[0] != size[1] or _pair(stride or size) != size or _pair(padding) != (0, 0):
+        return None
+    if not _is_image(x):
+        return None
+    return graph.Pool(
+        name=name,
+        inputs=(x.name,),
+        shape=(None, None, x.shape[-1]),
+        kind="avg",
+        pool_size=size[0],
+        strides=size[0],
+    )
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    one, other = value if isinstance(value, list | tuple) else (value, value)
+    return one, other
+
+
+@_calls(torch.cat, torch.concat)
+def _concatenate(name: str, tensors: Sequence[Layer], dim: int = 0, axis: int = 0) -> Layer | None:
+    if (dim or axis) not in (1, -3) or not all(_is_image(x, known=True) for x in tensors):
+        return None
+    shape = (*tensors[0].shape[:2], sum(x.channels for x in tensors))
+    return graph.Concat(name=name, inputs=tuple(x.name for x in tensors), shape=shape)
+
+
+@_calls("contiguous")
+def _contiguous(name: str, x: Layer) -> Layer | None:
+    if isinstance(x, Derived):
+        return _derived(name, x, x.kind, *x.numbers) if x.kind in _REGROUPED else None
+    return graph.Identity(name=name, inputs=(x.name,), shape=x.shape)
+
+
+@_calls(F.dropout, F.dropout2d)
+def _dropout(
+    name: str, x: Layer, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Layer | None:
+    return _contiguous(name, x) if (p == 0 or not training) and _is_value(x) else None
+
+
+def _is_value(x: Any) -> bool:
+    return isinstance(x, Layer) and not isinstance(x, Derived)
+
+
+# Sizes, and tensors in other shapes. What is between has no layer of its own.
+
+_REGROUPED = "groups", "shuffled"
+
+
+def _derived(name: str, x: Layer, kind: str, *numbers: int) -> Derived:
+    about = x.source if isinstance(x, Derived) else x.name
+    return Derived(
+        name=name, inputs=(x.name,), shape=x.shape, kind=kind, source=about, numbers=numbers
+    )
+
+
+@_calls("size", getattr)
+def _size(name: str, x: Layer, dim: Any = None) -> Layer | None:
+    if not _is_value(x) or dim not in (None, "shape", 0, 1, 2, 3):
+        return None
+    if dim in (None, "shape"):
+        return _derived(name, x, "sizes")
+    return _one_size(name, x, dim)
+
+
+def _one_size(name: str, x: Layer, dim: int) -> Layer | None:
+    """The number of images (numbers: none), of channels, or of rows or columns."""
+    if dim == 1 and len(x.shape) in (1, 3):
+        return None if x.shape[-1] is None else _derived(name, x, "number", x.channels)
+    return _derived(name, x, "batch") if dim == 0 else _derived(name, x, "pixels", dim)
+
+
+@_calls(operator.floordiv)
+def _floor_divide(name: str, x: Any, y: Any) -> Layer | None:
+    if not (isinstance(x, Derived) and x.kind == "number" and isinstance(y, int) and y > 0):
+        return None
+    return _derived(name, x, "number", x.numbers[0] // y)
+
+
+@_calls(operator.getitem)
+def _item(name: str, x: Layer, index: Any) -> Layer | None:
+    if isinstance(x, Derived):
+        if x.kind == "pieces" and isinstance(index, int):
+            start, count = x.numbers[2 * index], x.numbers[2 * index + 1]
+            inputs, shape = (x.source,), (*x.shape[:-1], count)
+            return graph.CopyChannels(
+                name=name, inputs=inputs, shape=shape, start=start, count=count
+            )
+        if x.kind == "sizes" and index in (0, 1, 2, 3):
+            return _one_size(name, x, index)
+        return None
+    if not _is_value(x) or not isinstance(index, tuple):
+        return None
+    everything = slice(None)
+    if len(x.shape) == 1:  # [:, :, None, None]
+        if index != (everything, everything, None, None):
+            return None
+        return graph.Reshape(name=name, inputs=(x.name,), shape=(1, 1, x.shape[0]))
+    if len(index) < 2 or any(i != everything for i in (index[0], *index[2:])):
+        return None
+    if not isinstance(index[1], slice) or not _is_image(x, known=True) or len(index) > 4:
+        return None
+    start, stop, step = index[1].indices(x.channels)
+    if step != 1 or stop <= start:
+        return None
+    return _narrow(name, x, start, stop - start)
+
+
+def _narrow(name: str, x: Layer, start: int, count: int) -> Layer:
+    shape = (*x.shape[:-1], count)
+    if count == x.shape[-1]:
+        return graph.Identity(name=name, inputs=(x.name,), shape=shape)
+    return graph.CopyChannels(name=name, inputs=(x.name,), shape=shape, start=start, count=count)
+
+
+@_calls(torch.chunk, "chunk")
+def _chunk(name: str, x: Layer, chunks: int, dim: int = 0) -> Layer | None:
+    if dim not in (1, -3) or not _is_image(x, known=True) or x.channels < chunks:
+        return None
+    count = -(-x.channels // chunks)
+    return _split(name, x, count, 1)
+
+
+@_calls(torch.split, "split")
+def _split(name: str, x: Layer, split_size: Any, dim: int = 0) -> Layer | None:
+    if dim not in (1, -3) or not _is_image(x, known=True):
+        return None
+    if isinstance(split_size, int):
+        starts = range(0, x.channels, split_size)
+        counts = [min(split_size, x.channels - start) for start in starts]
+    else:
+        counts = list(split_size)
+    if min(counts) < 1 or sum(counts) != x.channels:
+        return None
+    numbers = [n for i, count in enumerate(counts) for n in (sum(counts[:i]), count)]
+    return _derived(name, x, "pieces", *numbers)
+
+
+@_calls(torch.flatten, "flatten")
+def _flatten(name: str, x: Layer, start_dim: int = 0, end_dim: int = -1) -> Layer | None:
+    if (start_dim, end_dim) not in ((1, -1), (1, 3)) or not _is_value(x):
+        return None
+    if x.shape[:2] != (1, 1) or len(x.shape) != 3:
+        return None
+    return graph.Flatten(name=name, inputs=(x.name,), shape=x.shape[2:])
+
+
+@_calls("view", "reshape", torch.reshape)
+def _view(name: str, x: Layer, *sizes: Any) -> Layer | None:
+    if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
+        sizes = tuple(sizes[0])
+    known = [_number(size) for size in sizes]
+    if None in known:
+        return None
+    if isinstance(x, Derived):
+        return _join_groups(name, x, known)
+    channels = x.shape[-1]
+    if channels is None or not _is_value(x):
+        return None
+    rest = known[1:]
+    if known[0] not in ("batch", -1) or (known[0] == -1 and -1 in rest):
+        return None
+    one = len(x.shape) == 1 or x.shape[:2] == (1, 1)
+    if one and rest in ([channels], [-1]):
+        if len(x.shape) == 1:
+            return graph.Identity(name=name, inputs=(x.name,), shape=x.shape)
+        return graph.Flatten(name=name, inputs=(x.name,), shape=(channels,))
+    if one and rest in ([channels, 1, 1], [-1, 1, 1]):
+        kind = graph.Reshape if len(x.shape) == 1 else graph.Identity
+        return kind(name=name, inputs=(x.name,), shape=(1, 1, channels))
+    if known[0] == "batch" and len(x.shape) == 3 and rest[2:] == _pixels(x.name):
+        groups, each = rest[:2]  # (N, groups, channels of each, H, W)
+        divides = isinstance(groups, int) and groups > 0 and channels % groups == 0
+        if divides and each in (-1, channels // groups):
+            return _derived(name, x, "groups", groups, channels // groups)
+    return None
+
+
+def _number(size: Any) -> Any:
+    """A whole number, "batch", ("pixels", axis, layer); None for what is none of these."""
+    if isinstance(size, Derived):
+        if size.kind == "number":
+            return size.numbers[0]
+        if size.kind == "batch":
+            return "batch"
+        return ("pixels", size.numbers[0], size.source) if size.kind == "pixels" else None
+    return size if type(size) is int else None
+
+
+def _pixels(name: str) -> list[tuple[str, int, str]]:
+    """The rows and columns of a layer."""
+    return [("pixels", axis, name) for axis in (2, 3)]
+
+
+def _join_groups(name: str, x: Derived, sizes: list[Any]) -> Layer | None:
+    """Channels that were grouped, and the groups exchanged: a shuffle."""
+    if x.kind != "shuffled" or sizes[0] != "batch":
+        return None
+    groups, each = x.numbers
+    if sizes[1:] not in ([channels, *_pixels(x.source)] for channels in (-1, groups * each)):
+        return None
+    return graph.Interleave(name=name, inputs=(x.source,), shape=x.shape, step=each)
+
+
+@_calls(torch.transpose, "transpose")
+def _transpose(name: str, x: Layer, dim0: int, dim1: int) -> Layer | None:
+    if not isinstance(x, Derived) or x.kind != "groups" or {dim0, dim1} != {1, 2}:
+        return None
+    return _derived(name, x, "shuffled", *x.numbers)
+
+
+@_calls("unsqueeze", torch.unsqueeze)
+def _unsqueeze(name: str, x: Layer, dim: int) -> Layer | None:
+    """Twice in a row it makes an image of one pixel of a vector."""
+    if not _is_value(x):
+        if isinstance(x, Derived) and x.kind == "column" and dim in (3, -1, 2):
+            return graph.Reshape(name=name, inputs=(x.source,), shape=(1, 1, x.shape[-1]))
+        return None
+    return _derived(name, x, "column") if len(x.shape) == 1 and dim in (2, -1) else None
+
+
+@_calls("expand_as")
+def _expand(name: str, x: Layer, other: Layer) -> Layer | None:
+    """A gate as large as what it scales: lifted with the product that reads it."""
+    if not (_is_image(x, known=True) and x.shape[:2] == (1, 1) and _is_image(other)):
+        return None
+    return Derived(
+        name=name, inputs=(x.name,), shape=x.shape, kind="expanded", source=x.name, like=other.name
+    )

@@ -1,0 +1,403 @@
+"""What a module's forward computes, as a graph of calls, and whether it still does.
+
+The tracer is that of torch.fx, with these differences. Modules that :mod:`kconv.torch._lift` knows
+are calls, and so is any module whose forward cannot be followed: it is called as it is, with all
+that it does. What Python decides in a forward (``if self.training``, attributes, ``None`` or a
+layer) is decided once, so all that it may depend on is compared before a trace is used again.
+"""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import random
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
+
+from kconv.torch._lift import is_known
+
+__all__ = ["HOOKED", "Placeholder", "State", "Trace", "is_opaque", "trace", "visible"]
+
+_LOCK = threading.RLock()
+
+
+class Trace:
+    """The calls of a forward.
+
+    Attributes:
+        nodes: of torch.fx, in their order.
+        through: the modules whose forward has been followed, the root first.
+        opaque: why others that have modules inside are called as they are.
+    """
+
+    def __init__(
+        self, nodes: Sequence[fx.Node], through: list[nn.Module], opaque: dict[nn.Module, str]
+    ) -> None:
+        self.nodes, self.through, self.opaque = nodes, through, opaque
+
+
+def trace(root: nn.Module, forward: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Trace:
+    """Follows a forward.
+
+    Args:
+        root: the module.
+        forward: its function of the module and the arguments.
+        args: :class:`Placeholder` for each tensor, and constants.
+        kwargs: likewise.
+
+    Raises:
+        ValueError: if it cannot be followed.
+    """
+    opaque: dict[nn.Module, str] = {}
+    # A module that changes itself as it runs is found afterwards, and is a call the next time.
+    for _ in range(10):
+        state = State(visible(root, opaque))
+        tracer = _Tracer(forward, args, kwargs, opaque)
+        numbers = _random_state()
+        try:
+            with _LOCK:
+                nodes = list(tracer.trace(root).nodes)
+        except Exception as error:
+            state.put_back()
+            raise ValueError(_reason(error)) from error
+        finally:
+            _set_random_state(numbers)
+        changed = state.put_back()
+        if tracer.leaked():
+            raise ValueError("its forward keeps tensors outside of it")
+        if not changed:
+            through = [root, *(m for m in tracer.through if m is not root)]
+            return Trace(nodes, list(dict.fromkeys(through)), tracer.opaque)
+        if root in changed:
+            raise ValueError("its forward changes attributes or buffers of the module")
+        opaque |= dict.fromkeys(changed, "its forward changes attributes or buffers of the module")
+    raise ValueError("forwards change attributes of their modules")
+
+
+class Placeholder:
+    """Stands for a tensor among arguments."""
+
+
+def is_opaque(module: nn.Module) -> str | None:
+    """Why a module's forward is not followed, as far as its state tells."""
+    own = module.__dict__
+    if any(map(own.get, _HOOKS)):
+        return HOOKED
+    if "forward" in own or "_call_impl" in own or "_compiled_call_impl" in own:
+        return "it has a forward of its own"
+    if isinstance(module, torch.jit.ScriptModule | nn.parallel.DistributedDataParallel):
+        return f"it is a {type(module).__name__}"
+    if any(isinstance(value, _generators()) for value in own.values()):
+        return "it draws random numbers"
+    return None
+
+
+def visible(root: nn.Module, opaque: Any = ()) -> list[nn.Module]:
+    """The modules whose forward can be followed, the root first."""
+    found: dict[nn.Module, None] = {}
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        if module in found or (module is not root and (module in opaque or _is_call(module))):
+            continue
+        found[module] = None
+        waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found)
+
+
+def _is_call(module: nn.Module) -> bool:
+    if is_known(module) or is_opaque(module):
+        return True
+    from_torch = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+    containers = nn.Sequential | nn.ModuleList | nn.ModuleDict
+    return from_torch and not isinstance(module, containers)
+
+
+HOOKED = "it has hooks"
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+def _generators() -> tuple[type, ...]:
+    numpy = sys.modules.get("numpy")
+    of_numpy = (numpy.random.Generator, numpy.random.RandomState) if numpy else ()
+    return (random.Random, torch.Generator, *of_numpy)
+
+
+def _random_state() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    return (
+        random.getstate(),
+        torch.random.get_rng_state().numpy().tobytes(),
+        numpy and pickle.dumps(numpy.random.get_state(legacy=False)),
+    )
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    random.setstate(state[0])
+    torch.random.set_rng_state(torch.frombuffer(bytearray(state[1]), dtype=torch.uint8))
+    if state[2] is not None:
+        sys.modules["numpy"].random.set_state(pickle.loads(state[2]))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0].rstrip(".")
+    return f"its forward cannot be traced: {text or type(error).__name__}"
+
+
+class _Proxy(fx.Proxy):
+    """A tensor that is not there yet; code that asks whether it is one is told so."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_is_param":  # which isinstance(x, nn.Parameter) asks
+            return False
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise TraceError(f"it sets the attribute {name!r} of a tensor")
+        object.__setattr__(self, name, value)
+
+
+class _Tracer(fx.Tracer):
+    """See the module; ``through`` and ``opaque`` are as in :class:`Trace`."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        forward: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        opaque: dict[nn.Module, str],
+    ) -> None:
+        super().__init__()
+        self._call = forward, args, kwargs
+        self._thread = threading.get_ident()
+        self._names: dict[int, str] = {}
+        self._proxies: list[weakref.ref[Any]] = []
+        self.through: list[nn.Module] = []
+        self.opaque = dict(opaque)
+
+    def leaked(self) -> bool:
+        """Whether somebody outside has kept a tensor of the trace."""
+        if any(proxy() is not None for proxy in self._proxies):
+            gc.collect()
+        return any(proxy() is not None for proxy in self._proxies)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """The root's forward, and what it is called with."""
+        root: Any = self.root
+        tensors = [*root.named_parameters(), *root.named_buffers()]
+        self._names = {id(tensor): name for name, tensor in tensors}
+        forward, args, kwargs = self._call
+
+        def given(value: Any, name: str) -> Any:
+            if isinstance(value, Placeholder):
+                return self.create_proxy("placeholder", name, (), {})
+            return value
+
+        proxies = [given(value, f"input_{i}") for i, value in enumerate(args)]
+        named = {name: given(value, f"input_{name}") for name, value in kwargs.items()}
+        return lambda *tensors: forward(root, *tensors, **named), proxies
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Of a class of our own."""
+        made = _Proxy(node, self)
+        self._proxies.append(weakref.ref(made))
+        return made
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is called, not looked into."""
+        if m in self.opaque or _is_call(m):
+            reason = is_opaque(m)
+            if reason and m._modules:
+                self.opaque.setdefault(m, reason)
+            return True
+        return False
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Follows a module's forward, or makes it a call if that is not possible."""
+        if threading.get_ident() != self._thread:  # torch.fx replaces functions for all threads
+            return forward(*args, **kwargs)
+        name = self.path_of_module(m)
+        if self.is_leaf_module(m, name):
+            return super().call_module(m, forward, args, kwargs)
+        count, stack = len(self.graph.nodes), dict(self.module_stack)
+        through = len(self.through)
+        try:
+            numbers = _random_state()
+            y = super().call_module(m, forward, args, kwargs)
+            if _random_state() != numbers:
+                raise TraceError("it draws random numbers")
+            self.through.append(m)
+            return y
+        except Exception as error:
+            self.opaque[m] = _reason(error)
+        del self.through[through:]
+        self.module_stack.clear()
+        self.module_stack.update(stack)
+        for node in reversed(list(self.graph.nodes)[count:]):
+            self.graph.erase_node(node)
+        return self.create_proxy("call_module", name, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        """A parameter or buffer is read at each call."""
+        if threading.get_ident() == self._thread and id(attr_val) in self._names:
+            return self.create_proxy("get_attr", self._names[id(attr_val)], (), {})
+        return attr_val
+
+    def create_arg(self, a: Any) -> Any:
+        """What goes into a call."""
+        if type(a) is _Proxy:
+            return a.node
+        if isinstance(a, Tensor):
+            if id(a) in self._names:
+                return self.create_node("get_attr", self._names[id(a)], (), {})
+            raise TraceError("it uses a tensor that is neither parameter nor buffer")
+        if isinstance(a, nn.Module):
+            raise TraceError("it passes a module to a function")
+        return super().create_arg(a)
+
+
+class State:
+    """What Python's decisions in the forwards of modules may depend on, as it is now."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._own = [dict(_own(module)) for module in modules]
+        self._tensors = [_tensors(own) for own in self._own]
+        self._versions = [_versions(tensors) for tensors in self._tensors]
+        self._children = [list(own["_modules"].items()) for own in self._own]
+        values = [
+            (i, value)
+            for i, own in enumerate(self._own)
+            for name, value in own.items()
+            if name not in _OF_MODULES and not isinstance(value, _CONSTANT)
+        ]
+        self._mutable = [(value, _frozen(value)) for _, value in values]
+        self._copies = [(i, v, type(v)(v)) for i, v in values if type(v) in (list, dict, set)]
+        classes = {base for module in modules for base in type(module).__mro__}
+        self._classes = [(cls, dict(vars(cls))) for cls in classes - {nn.Module, object}]
+        self._present = list(map(_presence, self._own))
+        self._call = nn.Module.__call__
+        self._types = list(map(type, self._modules[1:]))  # the root's forward is asked for
+
+    def unchanged(self) -> bool:
+        """Whether all is as it was, but for the tensors in parameters and buffers."""
+        own = list(map(_own, self._modules))
+        try:
+            return (
+                list(map(type, self._modules[1:])) == self._types
+                and own == self._own
+                and [list(attributes["_modules"].items()) for attributes in own] == self._children
+                and list(map(_presence, own)) == self._present
+                and all(_frozen(value) == frozen for value, frozen in self._mutable)
+                and all(vars(cls) == attributes for cls, attributes in self._classes)
+                and nn.Module.__call__ is self._call
+            )
+        except Exception:  # what cannot be compared is not what it was
+            return False
+
+    def put_back(self) -> list[nn.Module]:
+        """The modules that have changed themselves since; they no longer have."""
+        changed = {i for i, value, copy in self._copies if _members(value) != _members(copy)}
+        for i, value, copy in self._copies:
+            if i in changed:
+                value.clear()
+                value.extend(copy) if isinstance(value, list) else value.update(copy)
+        for i, module in enumerate(self._modules):
+            own, tensors = _own(module), self._tensors[i]
+            if not (_same(own, self._own[i]) and _same(_tensors(own), tensors)):
+                changed.add(i)
+                module.__dict__.update(self._own[i])
+                for name in own.keys() - self._own[i].keys():
+                    del module.__dict__[name]
+                for kind in ("_parameters", "_buffers"):
+                    own[kind].clear()
+                for (kind, name), tensor in tensors.items():
+                    own[kind][name] = tensor
+            if _versions(tensors) != self._versions[i]:
+                changed.add(i)
+        return [self._modules[i] for i in sorted(changed)]
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes but for kconv's notes."""
+    own = module.__dict__
+    if "_kconv_report" in own or "_kconv_fusion" in own:
+        return {name: value for name, value in own.items() if name not in _NOTES}
+    return own
+
+
+def _members(value: Any) -> Any:
+    """A list, dict or set as something to compare."""
+    if isinstance(value, dict):
+        return [(id(key), id(item)) for key, item in value.items()]
+    return list(map(id, value)) if isinstance(value, list) else set(map(id, value))
+
+
+def _same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    return one.keys() == other.keys() and all(one[k] is other[k] for k in one)
+
+
+def _tensors(own: dict[str, Any]) -> dict[tuple[str, str], Any]:
+    kinds = ("_parameters", "_buffers")
+    return {(kind, name): value for kind in kinds for name, value in own[kind].items()}
+
+
+def _versions(tensors: dict[tuple[str, str], Any]) -> list[int]:
+    return [t._version for t in tensors.values() if t is not None and not t.is_inference()]
+
+
+def _presence(own: dict[str, Any]) -> list[Any]:
+    parameters, buffers = own["_parameters"], own["_buffers"]
+    return [
+        list(parameters),
+        [value is None for value in parameters.values()],
+        list(buffers),
+        [value is None for value in buffers.values()],
+        any(map(own.get, _HOOKS)),
+    ]
+
+
+_CONSTANT = int | float | str | bool | None | types.FunctionType | type | Tensor | nn.Module
+_NOTES = frozenset({"_kconv_report", "_kconv_fusion"})
+_OF_MODULES = frozenset(nn.Module().__dict__)
+
+
+def _frozen(value: Any, depth: int = 4) -> Any:
+    """Something that is equal as long as what can be changed in its place is not."""
+    if isinstance(value, list | tuple) and depth:
+        return (type(value), *(_frozen(item, depth - 1) for item in value))
+    if isinstance(value, dict) and depth:
+        return (dict, *((key, _frozen(item, depth - 1)) for key, item in value.items()))
+    if isinstance(value, set | frozenset):
+        return (set, frozenset(map(id, value)))
+    if isinstance(value, _PLAIN):
+        return value
+    own = getattr(value, "__dict__", None)
+    if type(own) is dict and depth and not isinstance(value, nn.Module | type):
+        plain = dict(_plain_items(own))
+        return (type(value), id(value), *((k, _frozen(v, depth - 1)) for k, v in plain.items()))
+    return id(value)
+
+
+def _plain_items(own: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in own.items():
+        if isinstance(value, (*_PLAIN, list, tuple, dict)):
+            yield name, value
+
+
+_PLAIN = (int, float, complex, str, bytes, bool, type(None))
