@@ -2,6 +2,7 @@
 
     python benches/compare.py pointwise|interleave|depthwise|memory|frameworks [--layout NHWC] ...
     python benches/compare.py against OLD_WHEEL ...    # this kconv beside an older one
+    python benches/compare.py fuse --models ...        # models of timm and torchvision
 
 Every result is checked against the peers' before anything is timed. Then kconv and the peers take
 turns; figures are comparable within one run only. As the peers do, kconv allocates its result
@@ -32,6 +33,7 @@ from typing import Any
 
 import against
 import frameworks
+import fuse
 import networks
 import numpy as np
 import plans
@@ -627,6 +629,8 @@ def main() -> None:
         sys.exit(against.main(sys.argv[2:]))
     if sys.argv[1:2] == ["plans"]:
         sys.exit(plans.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["fuse"]:
+        sys.exit(fuse.main(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
