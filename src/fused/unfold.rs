@@ -5,9 +5,10 @@
 //!   source rows of a tile  --unfold-->  a row for each channel and tap  --conv1x1-->  output rows
 //! ```
 //!
-//! A tile is some rows of an image's result, or whole images where these are small; what is
-//! unfolded stays in the L2 cache. The way back multiplies the gradient by the transposed weights
-//! and adds what comes out to the pixels that the taps saw (col2im).
+//! A tile is some rows of an image's result, or whole images where these are small. Of a tile, some
+//! channels are unfolded at a time, so that what is unfolded stays in the L2 cache. The way back
+//! multiplies the gradient by the transposed weights and adds what comes out to the pixels that the
+//! taps saw (col2im).
 
 use std::ops::Range;
 
@@ -28,7 +29,9 @@ use crate::scratch::{self, cut};
 use crate::simd::element::WideElement;
 use crate::simd::mul_acc::Fma;
 
-/// Values of a group's unfolded rows in a tile, about: they stay in the L2 cache.
+/// Rows that are unfolded at a time, at most, but for those of one channel.
+const UNFOLDED_ROWS: usize = 576;
+/// Values of these rows in a tile, about: they stay in the L2 cache.
 const TILE_VALUES: usize = 128 << 10;
 /// Pixels of a tile, at least and at most.
 const TILE_PIXELS: (usize, usize) = (64, 1024);
@@ -54,23 +57,40 @@ struct Unfold<'s> {
     spans: [Vec<Span>; 2],
     /// Images and rows of a tile.
     tile: [usize; 2],
+    /// Channels of a group that are unfolded at a time: a divisor of their number.
+    together: usize,
 }
 
 impl<'s> Unfold<'s> {
     fn new(step: &'s Step, conv: &'s Conv, size: [usize; 2]) -> Self {
         let source = step.source.size();
-        let rows = conv.group_in * conv.taps() + conv.group_out;
-        let pixels = (TILE_VALUES / rows).clamp(TILE_PIXELS.0, TILE_PIXELS.1);
+        let fits =
+            |&channels: &usize| channels * conv.taps() <= UNFOLDED_ROWS && conv.group_in.is_multiple_of(channels);
+        let together = (1..=conv.group_in).rev().find(fits).unwrap_or(1);
+        let pixels = (TILE_VALUES / (together * conv.taps())).clamp(TILE_PIXELS.0, TILE_PIXELS.1);
         let tile = match pixels / (size[0] * size[1]) {
             0 => [1, (pixels / size[1]).max(1)],
             images => [images, size[0]],
         };
-        Self { step, conv, size, spans: [0, 1].map(|i| conv.window.spans(i, source[i], size[i])), tile }
+        Self { step, conv, size, spans: [0, 1].map(|i| conv.window.spans(i, source[i], size[i])), tile, together }
     }
 
-    /// Rows that are unfolded.
+    /// Rows that are unfolded at a time.
     fn unfolded(&self) -> usize {
-        self.conv.group_in * self.conv.taps()
+        self.together * self.conv.taps()
+    }
+
+    /// A group's channels in the sets that are unfolded at a time.
+    fn sets(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        chunks(0..self.conv.group_in, self.together)
+    }
+
+    /// Parts of the images, at most `most`: whole tiles, and an even number for the threads.
+    fn parts(&self, count: usize, most: usize) -> usize {
+        match (count / self.tile[0]).min(most) {
+            0 | 1 => 1,
+            parts => parts / 2 * 2,
+        }
     }
 
     /// Pixels of the result in the largest tile.
@@ -133,14 +153,14 @@ impl<'s> Unfold<'s> {
         }
     }
 
-    /// Writes what each tap of a group's channels sees to `rows`, `pitch` apart.
+    /// Writes what each tap of some channels sees to `rows`, `pitch` apart.
     ///
     /// # Safety
     /// The values that the source reads must have been written.
     unsafe fn unfold<T: WideElement>(
         &self,
         pass: &Pass<'_, T>,
-        group: usize,
+        channels: Range<usize>,
         tile: &Tile,
         buffer: &mut [T],
         (rows, pitch): (&mut [T], usize),
@@ -150,7 +170,7 @@ impl<'s> Unfold<'s> {
         let start = (tile.images.start * source.height + seen.start) * source.width;
         let pixels = start..start + tile.images.len() * seen.len() * source.width;
         let mut rows = rows.chunks_exact_mut(pitch);
-        for channel in group * self.conv.group_in..(group + 1) * self.conv.group_in {
+        for channel in channels {
             // SAFETY: the caller's promise.
             let x = unsafe { pass.load(source, channel, pixels.clone(), buffer, None) };
             for tap in self.taps() {
@@ -168,12 +188,17 @@ impl<'s> Unfold<'s> {
         }
     }
 
-    /// Adds what each tap of a group's channels gives back to the pixels that it saw: to planes of
-    /// whole images, from the first image of `images` on, `plane` values apart.
-    fn fold<T: WideElement>(&self, tile: &Tile, images: usize, (rows, pitch): (&[T], usize), grad_x: &mut [T]) {
+    /// Adds what each tap of some channels gives back to the pixels that it saw: to their planes of
+    /// some images, `plane` values each, of which `first` is the first image.
+    fn fold<T: WideElement>(
+        &self,
+        tile: &Tile,
+        first: usize,
+        (rows, pitch): (&[T], usize),
+        (grad_x, plane): (&mut [T], usize),
+    ) {
         let source = &self.step.source;
-        let plane = grad_x.len() / self.conv.group_in;
-        let start = ((tile.images.start - images) * source.height + self.source_rows(tile).start) * source.width;
+        let start = ((tile.images.start - first) * source.height + self.source_rows(tile).start) * source.width;
         let mut rows = rows.chunks_exact(pitch);
         for grad_x in grad_x.chunks_exact_mut(plane) {
             let grad_x = &mut grad_x[start..];
@@ -198,53 +223,96 @@ impl<'s> Unfold<'s> {
     }
 }
 
+/// An unfolded convolution in the forward pass.
+struct Unfolded<'s, T> {
+    unfold: Unfold<'s>,
+    packed: &'s Packed<T>,
+    /// Where unfolded rows and the value's rows start.
+    x_offsets: Vec<usize>,
+    y_offsets: Vec<usize>,
+    sums: PartSums<Statistics>,
+}
+
 impl<T: WideElement> Pass<'_, T> {
     /// Makes the value of a convolution by unfolding, and its statistics.
     pub(super) fn unfolded(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         let unfold = Unfold::new(step, conv, self.program.values[step.value].size());
-        let (k, m, packed) = (unfold.unfolded(), conv.group_out, self.weights(step));
-        let (pitch, len, rows) = (unfold.tile_pixels(), self.row_len(step.value), self.rows(step.value));
-        let parts = PARTS.min(self.count);
-        let sums = PartSums::statistics(parts, conv.groups * m);
-        let x_offsets: Vec<_> = (0..k).map(|i| i * pitch).collect();
-        let y_offsets: Vec<_> = (0..m).map(|o| o * len).collect();
+        let (packed, len, pitch) = (self.weights(step), self.row_len(step.value), unfold.tile_pixels());
+        let parts = unfold.parts(self.count, PARTS);
+        let forward = Unfolded {
+            packed,
+            x_offsets: (0..unfold.unfolded()).map(|i| i * pitch).collect(),
+            y_offsets: (0..conv.group_out).map(|o| o * len).collect(),
+            sums: PartSums::statistics(parts, conv.groups * conv.group_out),
+            unfold,
+        };
         // Fewer tasks than threads: some share a group's output channels, though each has to
         // unfold.
         let sets = self.threads.div_ceil(conv.groups * parts).min(packed.blocks.len());
         self.for_tasks(conv.groups * sets, parts, |task, p| {
-            let (g, blocks) = (task / sets, &packed.blocks[part(packed.blocks.len(), sets, task % sets)]);
-            let sizes = [k * pitch, step.source.pixels() * unfold.tile[0]];
-            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-                let [x, buffer] = cut(memory, sizes);
-                for tile in unfold.tiles(part(self.count, parts, p)) {
-                    let pixels = unfold.pixels(&tile);
+            let blocks = &packed.blocks[part(packed.blocks.len(), sets, task % sets)];
+            forward.task(self, task / sets, blocks, part(self.count, parts, p), p);
+        });
+        forward.sums.merged()
+    }
+}
+
+impl<T: WideElement> Unfolded<'_, T> {
+    /// Some blocks of a group's output channels for some images.
+    fn task(&self, pass: &Pass<'_, T>, g: usize, blocks: &[Range<usize>], images: Range<usize>, part: usize) {
+        let (unfold, group_in) = (&self.unfold, self.unfold.conv.group_in);
+        let pitch = unfold.tile_pixels();
+        let sizes = [unfold.unfolded() * pitch, unfold.step.source.pixels() * unfold.tile[0]];
+        scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+            let [x, buffer] = cut(memory, sizes);
+            for tile in unfold.tiles(images) {
+                for set in unfold.sets() {
+                    let channels = g * group_in + set.start..g * group_in + set.end;
                     // SAFETY: sources are values of earlier steps.
-                    unsafe { unfold.unfold(self, g, &tile, buffer, (&mut *x, pitch)) };
+                    unsafe { unfold.unfold(pass, channels, &tile, buffer, (&mut *x, pitch)) };
                     for block in blocks {
-                        let channels = g * m + block.start..g * m + block.end;
-                        let (weights, bias) = (packed.block(g, block), packed.bias(channels.clone()));
-                        // SAFETY: the unfolded rows, and these pixels of the value's rows, which
-                        // are this task's own, as are their statistics.
-                        unsafe {
-                            let y = (rows.ptr().add(g * m * len + pixels.start), &y_offsets[block.clone()]);
-                            let x = (x.as_ptr(), &x_offsets[..]);
-                            multiply_rows(self.isa, x, weights, bias.into(), y, pixels.len(), [0; 2]);
-                            let statistics = sums.of(p, channels.clone());
-                            self.apply_epilogue(step.value, channels, pixels.clone(), statistics);
-                        }
+                        self.multiply(pass, g, block, (x, &set), unfold.pixels(&tile), part);
                     }
                 }
-            });
+            }
         });
-        sums.merged()
+    }
+
+    /// Adds to a block of a group's output channels what a set of its channels makes, over the
+    /// pixels of a tile.
+    fn multiply(
+        &self,
+        pass: &Pass<'_, T>,
+        g: usize,
+        block: &Range<usize>,
+        (x, set): (&[T], &Range<usize>),
+        pixels: Range<usize>,
+        part: usize,
+    ) {
+        let (value, conv) = (self.unfold.step.value, self.unfold.conv);
+        let (taps, first) = (conv.taps() * block.len(), g * conv.group_out);
+        let channels = first + block.start..first + block.end;
+        let weights = &self.packed.block(g, block)[set.start * taps..set.end * taps];
+        let init = if set.start == 0 { self.packed.bias(channels.clone()).into() } else { Init::Output };
+        let start = first * pass.row_len(value) + pixels.start;
+        // SAFETY: the unfolded rows, and these pixels of the value's rows, which are the task's
+        // own, as are their statistics.
+        unsafe {
+            let y = (pass.rows(value).ptr().add(start), &self.y_offsets[block.clone()]);
+            multiply_rows(pass.isa, (x.as_ptr(), &self.x_offsets), weights, init, y, pixels.len(), [0; 2]);
+            if set.end == conv.group_in {
+                pass.apply_epilogue(value, channels.clone(), pixels, self.sums.of(part, channels));
+            }
+        }
     }
 }
 
 /// The way back through an unfolded convolution.
 struct UnfoldGrad<'s, T> {
     unfold: Unfold<'s>,
-    /// The weights that bring the gradient back.
+    /// The weights that bring the gradient back, for each set of channels of each group.
     packed: Packed<T>,
+    /// Those of the gradient with a set's unfolded rows.
     products: MatmulNt<T, Fma>,
     grads: ParameterGrads<T>,
 }
@@ -254,13 +322,15 @@ impl<T: WideElement> Tape<'_, '_, T> {
     pub(super) fn unfolded(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;
         let unfold = Unfold::new(step, conv, pass.program.values[step.value].size());
-        let (k, m) = (unfold.unfolded(), conv.group_out);
+        let (k, m, sets) = (unfold.unfolded(), conv.group_out, conv.group_in / unfold.together);
         let (weights, taps) = (pass.conv_weights(conv), conv.taps());
-        let most = (PARTIAL_VALUES / conv.weights()).max(2);
-        let parts = PARTS.min(pass.count).min(most);
-        let weight = |g, row: usize, o| weights[conv.index(g, o, row / taps, row % taps)];
+        let parts = unfold.parts(pass.count, PARTS.min(PARTIAL_VALUES / conv.weights()).max(2));
+        let weight = |set: usize, row: usize, o| {
+            let row = set % sets * k + row;
+            weights[conv.index(set / sets, o, row / taps, row % taps)]
+        };
         let back = UnfoldGrad {
-            packed: Packed::new(pass.isa, conv.groups, k, m, weight),
+            packed: Packed::new(pass.isa, conv.groups * sets, k, m, weight),
             products: MatmulNt::new(pass.isa, Fma, [m, k], unfold.tile_pixels()),
             grads: ParameterGrads::new(conv, parts),
             unfold,
@@ -279,20 +349,21 @@ impl<T: WideElement> UnfoldGrad<'_, T> {
         let (step, conv) = (unfold.step, unfold.conv);
         let (k, m, pitch) = (unfold.unfolded(), conv.group_out, unfold.tile_pixels());
         let (pixels, together) = (step.source.pixels(), unfold.tile[0]);
+        let sets = conv.group_in / unfold.together;
         let sizes = [
-            self.products.memory(),
+            sets * self.products.memory(),
             k * pitch,
             m * pitch,
             if step.differentiate { k * pitch } else { 0 },
             pixels * together,
             if step.differentiate { conv.group_in * pixels * together } else { 0 },
+            m * k,
         ];
         scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-            let [weight_slots, x, grad_rows, back, buffer, grad_x] = cut(memory, sizes);
+            let [weight_slots, x, grad_rows, back, buffer, grad_x, set_sums] = cut(memory, sizes);
             weight_slots.fill(T::default());
             // SAFETY: sums of this part and group alone.
             let (weight_sums, bias) = unsafe { self.grads.of(part, g) };
-            let x_offsets: Vec<_> = (0..k).map(|i| i * pitch).collect();
             let mut offsets = vec![0; m];
             for images in chunks(images, together) {
                 let range = images.start * pixels..images.end * pixels;
@@ -301,22 +372,13 @@ impl<T: WideElement> UnfoldGrad<'_, T> {
                 for tile in unfold.tiles(images.clone()) {
                     let out = unfold.pixels(&tile);
                     // SAFETY: all that read the value come later in the program and have added
-                    // their gradients; the forward pass wrote the source's values.
-                    let grad = unsafe {
-                        unfold.unfold(pass, g, &tile, buffer, (&mut *x, pitch));
-                        tape.read_grad_rows(step.value, g * m, &out, grad_rows, pitch, &mut offsets)
-                    };
-                    let rows = |base, offsets| Rows { base, offsets, image_stride: 0, prefetch: 0 };
-                    let (a, b) = (rows(grad, &offsets[..]), rows(x.as_ptr(), &x_offsets[..]));
-                    // SAFETY: rows of these pixels.
-                    unsafe { self.products.add(a, b, [1, out.len()], weight_slots) };
+                    // their gradients.
+                    let grad = unsafe { tape.read_grad_rows(step.value, g * m, &out, grad_rows, pitch, &mut offsets) };
                     if conv.bias.is_some() {
                         self.add_bias(pass, (grad, &offsets), out.len(), bias);
                     }
-                    if step.differentiate {
-                        self.multiply(pass, g, (grad, &offsets), (&mut *back, &x_offsets), out.len());
-                        unfold.fold(&tile, images.start, (&*back, pitch), grad_x);
-                    }
+                    let memory = [&mut *weight_slots, x, back, buffer, grad_x];
+                    self.tile(pass, g, (&tile, images.start), (grad, &offsets), memory);
                 }
                 if step.differentiate {
                     let (channels, grads) = (g * conv.group_in..(g + 1) * conv.group_in, (&*grad_x, range.len()));
@@ -324,8 +386,43 @@ impl<T: WideElement> UnfoldGrad<'_, T> {
                     unsafe { tape.accumulate_grads(&step.source, channels, &range, grads, None, None, &mut *sums) };
                 }
             }
-            self.products.finish(weight_slots, weight_sums);
+            for (index, slots) in weight_slots.chunks_exact(self.products.memory()).enumerate() {
+                self.products.finish(slots, set_sums);
+                for (sums, own) in weight_sums.chunks_exact_mut(sets * k).zip(set_sums.chunks_exact(k)) {
+                    sums[index * k..(index + 1) * k].copy_from_slice(own);
+                }
+            }
         });
+    }
+
+    /// A group's gradients over a tile of images of which `first` is the first.
+    fn tile(
+        &self,
+        pass: &Pass<'_, T>,
+        g: usize,
+        (tile, first): (&Tile, usize),
+        (grad, offsets): (*const T, &[usize]),
+        [weight_slots, x, back, buffer, grad_x]: [&mut [T]; 5],
+    ) {
+        let (unfold, conv) = (&self.unfold, self.unfold.conv);
+        let (pitch, len, sets) = (unfold.tile_pixels(), unfold.pixels(tile).len(), conv.group_in / unfold.together);
+        let (x_offsets, plane): (Vec<_>, _) =
+            ((0..unfold.unfolded()).map(|i| i * pitch).collect(), grad_x.len() / conv.group_in);
+        let rows = |base, offsets| Rows { base, offsets, image_stride: 0, prefetch: 0 };
+        let slots = weight_slots.chunks_exact_mut(self.products.memory());
+        for ((index, set), slots) in unfold.sets().enumerate().zip(slots) {
+            let channels = g * conv.group_in + set.start..g * conv.group_in + set.end;
+            // SAFETY: the forward pass wrote the source's values; rows of these pixels.
+            unsafe {
+                unfold.unfold(pass, channels, tile, buffer, (&mut *x, pitch));
+                self.products.add(rows(grad, offsets), rows(x.as_ptr(), &x_offsets[..]), [1, len], slots);
+            }
+            if unfold.step.differentiate {
+                self.multiply(pass, g * sets + index, (grad, offsets), (&mut *back, &x_offsets), len);
+                let planes = &mut grad_x[set.start * plane..set.end * plane];
+                unfold.fold(tile, first, (&*back, pitch), (planes, plane));
+            }
+        }
     }
 
     /// The gradient by the bias: the sums of the gradient's rows.
@@ -336,17 +433,17 @@ impl<T: WideElement> UnfoldGrad<'_, T> {
         }
     }
 
-    /// The gradient by a group's unfolded rows over the pixels of a tile.
+    /// The gradient by the unfolded rows of a set of channels over the pixels of a tile.
     fn multiply(
         &self,
         pass: &Pass<'_, T>,
-        g: usize,
+        set: usize,
         grad: (*const T, &[usize]),
         (back, back_offsets): (&mut [T], &[usize]),
         pixels: usize,
     ) {
         for block in &self.packed.blocks {
-            let (weights, y) = (self.packed.block(g, block), (back.as_mut_ptr(), &back_offsets[block.clone()]));
+            let (weights, y) = (self.packed.block(set, block), (back.as_mut_ptr(), &back_offsets[block.clone()]));
             // SAFETY: the gradient's rows, and rows of `back`.
             unsafe { multiply_rows(pass.isa, grad, weights, Init::Zero, y, pixels, [0; 2]) };
         }

@@ -82,6 +82,7 @@ CASES: dict[str, list[Make]] = {
     "3x3 in groups, stride 2": convolution(
         2 * WIDE, kernel_size=(3, 3), padding="same", strides=(2, 2), groups=2
     ),
+    "3x3 of many channels": convolution(80, kernel_size=(3, 3), padding=DENSE, use_bias=True),
     "1x1, stride 2": convolution(WIDE, strides=(2, 2)),
     "rows": convolution(kernel_size=(1, 5), padding="same"),
     "columns, strides": convolution(kernel_size=(5, 1), padding="same", strides=(2, 1)),
