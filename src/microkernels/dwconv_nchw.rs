@@ -78,12 +78,14 @@ pub struct DwConvNchw<'a, T: Element> {
     pub size: [usize; 2],
 }
 
-/// The most vectors of pixels of a tile: those whose `rows` sums registers hold. Portable code has
-/// tiles of one, to be small.
+/// The most vectors of pixels of a tile: as many as give 8 independent sums, which hide the latency
+/// of multiply-adds, if registers hold them. Portable code has tiles of one, to be small.
 const fn tile_vectors<T: Element, I: Isa>(rows: usize) -> usize {
-    match (I::REGISTER_COUNT - 2) / (rows + 1) {
+    let (held, wanted) = ((I::REGISTER_COUNT - 2) / (rows + 1), 8usize.div_ceil(rows));
+    match if held < wanted { held } else { wanted } {
         _ if one_lane::<T, I>() => 1,
-        4.. => 4,
+        // Images come in fours.
+        3 if held > 3 => 4,
         vectors => vectors,
     }
 }
@@ -139,6 +141,8 @@ impl<T: Element> DwConvNchw<'_, T> {
             unsafe {
                 if const { tile_vectors::<T, I>(J) == 4 } && count == 1 && channels.0 - c >= 4 {
                     c += self.tile::<I, K, J, S, 4, false, _>(isa, c, edges, starts(c, channels.1), rows);
+                } else if const { tile_vectors::<T, I>(J) == 2 } && count == 1 && channels.0 - c >= 2 {
+                    c += self.tile::<I, K, J, S, 2, false, _>(isa, c, edges, starts(c, channels.1), rows);
                 } else {
                     self.tiles::<I, K, J, S>(isa, c, edges, count, starts(c, steps), rows);
                     c += 1;

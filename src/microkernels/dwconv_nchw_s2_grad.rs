@@ -107,7 +107,7 @@ impl<T: Element> DwConvNchwS2Grad<'_, T> {
                     // SAFETY: `run` has checked the slices; what of these columns is outside the
                     // planes is masked.
                     unsafe {
-                        if whole {
+                        if const { !I::MASK_REGISTERS } && whole {
                             self.rows::<I, K, J, ODD, false>(isa, &edges, g, y, weights);
                         } else {
                             self.rows::<I, K, J, ODD, true>(isa, &edges, g, y, weights);

@@ -136,7 +136,7 @@ impl<'a, T: Element> DwConvNhwc<'a, T> {
             // SAFETY: the caller's promise; all these channels exist, but for those that the mask
             // leaves out.
             unsafe {
-                if const { one_lane::<T, I>() } || channels - c >= lanes {
+                if const { !I::MASK_REGISTERS } && (const { one_lane::<T, I>() } || channels - c >= lanes) {
                     self.channels::<I, false, K, S, F>(isa, c, mask);
                 } else {
                     self.channels::<I, true, K, S, F>(isa, c, mask);
@@ -375,7 +375,7 @@ impl<'a, T: Element> DwConvNhwcGradWeight<'a, T> {
             // SAFETY: the caller's promise; all these channels exist, but for those that the mask
             // leaves out.
             unsafe {
-                if const { one_lane::<T, I>() } || channels - c >= lanes {
+                if const { !I::MASK_REGISTERS } && (const { one_lane::<T, I>() } || channels - c >= lanes) {
                     self.channels::<I, false, K, S, F>(isa, c, mask);
                 } else {
                     self.channels::<I, true, K, S, F>(isa, c, mask);

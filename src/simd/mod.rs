@@ -62,6 +62,9 @@ pub trait Isa: pulp::Simd {
     const PERMUTES: bool = false;
     /// Whether a processor with these instructions may have [`Isa::dot_bf16`].
     const BF16_DOT: bool = false;
+    /// Whether masks are registers of their own, so that masked loads and stores take as long as
+    /// others: then kernels are not compiled for whole vectors too.
+    const MASK_REGISTERS: bool = false;
 
     /// Prefetches the cache line at `ptr`, which need not be readable, into L1; does nothing where
     /// there is no such instruction.

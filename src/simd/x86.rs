@@ -331,6 +331,7 @@ avx!(pulp::x86::V4 {
     const BF16_DOT: bool = true;
     const EXPONENTIALS: bool = true;
     const PERMUTES: bool = true;
+    const MASK_REGISTERS: bool = true;
 
     #[inline(always)]
     unsafe fn load_first_u16s(self, len: usize, ptr: *const u16) -> Self::u32s {
