@@ -656,4 +656,40 @@ mod tests {
             }
         }
     }
+
+    /// Every function of rows of float32, added to what is there, on each instruction set.
+    #[test]
+    fn every_function_of_rows_of_all_lengths() {
+        let relu6 = |x: f64| x.clamp(0.0, 6.0);
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        type Case<'a> = (Activation, &'a dyn Fn(f64) -> f64);
+        let functions: [Case; 7] = [
+            (Activation::Identity, &|x| x),
+            (Activation::Relu, &|x| x.max(0.0)),
+            (Activation::Relu6, &relu6),
+            (Activation::Swish, &|x| x * sigmoid(x)),
+            (Activation::Sigmoid, &sigmoid),
+            (Activation::HardSigmoid, &|x| relu6(x + 3.0) / 6.0),
+            (Activation::HardSwish, &|x| x * relu6(x + 3.0) / 6.0),
+        ];
+        for isa in IsaKind::available() {
+            for len in (0..100).step_by(if cfg!(miri) { 33 } else { 1 }) {
+                let x: Vec<f32> = (0..len).map(|i| (i as f32 * 0.37).sin() * 5.0).collect();
+                for (activation, function) in functions {
+                    let (affine, mut y) = ((1.5, 0.25), vec![1.0; len + 1]);
+                    let to = &mut y[..len];
+                    let factors = Factors::ONE;
+                    isa.run(Activate { activation, x: &x, affine, factors, add: true, y: to, slopes: None });
+                    let mut row = x.clone();
+                    isa.run(ActivateInPlace { activation, row: &mut row, affine });
+                    for ((y, row), x) in y.iter().zip(row).zip(&x) {
+                        let expected = function(1.5 * f64::from(*x) + 0.25);
+                        assert!((f64::from(*y) - 1.0 - expected).abs() < 1e-5, "{} {activation:?}", isa.name());
+                        assert!((f64::from(row) - expected).abs() < 1e-5, "{} {activation:?}", isa.name());
+                    }
+                    assert_eq!(y[len], 1.0);
+                }
+            }
+        }
+    }
 }

@@ -90,3 +90,35 @@ impl<T: WideElement> Kernel for PoolPlaneGrad<'_, T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::IsaKind;
+    use crate::simd::element::writable;
+
+    /// Of odd and even sizes, of less than a vector and more than two.
+    #[test]
+    fn means_and_their_gradient() {
+        let sizes = [[1, 1], [2, 2], [3, 5], [4, 7], [5, 16], [2, 33], [4, 71]];
+        for (isa, [height, width]) in IsaKind::available().into_iter().flat_map(|isa| sizes.map(|size| (isa, size))) {
+            let x: Vec<f32> = (0..height * width).map(|i| (i as f32 * 0.7).sin()).collect();
+            let half = width / 2;
+            let mut y = vec![f32::NAN; height / 2 * half];
+            isa.run(PoolPlane { x: &x, size: [height, width], y: writable(&mut y) });
+            let mut grad_x = vec![f32::NAN; x.len()];
+            isa.run(PoolPlaneGrad { grad: &y, size: [height, width], grad_x: &mut grad_x });
+            for (i, grad) in grad_x.into_iter().enumerate() {
+                let (row, column) = (i / width, i % width);
+                let inside = row / 2 < height / 2 && column / 2 < half;
+                let mean = if inside { y[row / 2 * half + column / 2] } else { 0.0 };
+                assert_eq!(grad, mean / 4.0, "{} {height} x {width}", isa.name());
+                if inside {
+                    let corner = row / 2 * 2 * width + column / 2 * 2;
+                    let four = [0, 1, width, width + 1].map(|next| f64::from(x[corner + next]));
+                    assert!((f64::from(mean) - four.iter().sum::<f64>() / 4.0).abs() < 1e-6);
+                }
+            }
+        }
+    }
+}

@@ -210,6 +210,7 @@ impl<T: Element> Kernel for ZipRows<'_, T> {
 mod tests {
     use super::*;
     use crate::simd::IsaKind;
+    use crate::simd::element::writable;
 
     #[test]
     fn split_and_zipped_rows() {
@@ -230,11 +231,41 @@ mod tests {
                     assert_eq!([&even, &odd][column % 2][row * half + column / 2], x, "{}", isa.name());
                 }
                 let mut y = vec![-1f32; rows * width + 1];
-                let memory = crate::simd::element::writable(&mut y);
+                let memory = writable(&mut y);
                 isa.run(ZipRows::<f32> { x: ([&even, &odd], half), y: (memory, width), size: [rows, width], ahead: 0 });
                 assert_eq!(&y[..rows * width], &x, "{}", isa.name());
                 assert_eq!(y[rows * width], -1.0);
             }
         }
+    }
+
+    /// Rows of all lengths, further apart in what is written than in what is read, and back.
+    fn widened_and_narrowed_rows<T: Element>() {
+        for isa in IsaKind::available() {
+            for (rows, width) in (0..70usize).step_by(if cfg!(miri) { 23 } else { 1 }).map(|width| (3, width)) {
+                let x: Vec<T> = (0..rows * width).map(|i| T::from_f64((i % 200) as f64)).collect();
+                let (pitch, size) = (width + 2, [rows, width]);
+                let mut wide = vec![T::from_f64(-1.0).widen(); rows * pitch];
+                let y = (writable(&mut wide), pitch);
+                isa.run(WidenRows { x: (&x[..], width), y, size, ahead: 0 });
+                for (i, value) in wide.iter().enumerate() {
+                    let (row, column) = (i / pitch, i % pitch);
+                    let expected = if column < width { x[row * width + column].to_f64() } else { -1.0 };
+                    assert_eq!(value.to_f64(), expected, "{}", isa.name());
+                }
+                let mut y = vec![T::from_f64(-1.0); rows * width + 1];
+                let to = (writable(&mut y), width);
+                isa.run(NarrowRows::<T> { x: (&wide[..], pitch), y: to, size, ahead: 0 });
+                assert_eq!(&y[..rows * width], &x[..], "{}", isa.name());
+                assert_eq!(y[rows * width].to_f64(), -1.0);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_widened_and_narrowed() {
+        widened_and_narrowed_rows::<half::bf16>();
+        widened_and_narrowed_rows::<f32>();
+        widened_and_narrowed_rows::<f64>();
     }
 }
