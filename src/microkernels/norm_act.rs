@@ -1,45 +1,10 @@
 //! What batch norms and activations do to rows of pixels, forward and backward.
 
-use std::ops::Range;
-
 use super::activations::{Activation, Function, with_function};
+pub use super::factors::Factors;
 use super::rows::{BLOCK, Body, Lanes, load, prefetch, run, run_range, store, total};
 use crate::simd::element::Element;
-use crate::simd::{Isa, Kernel};
-
-/// Factors of the images that a row's pixels belong to.
-#[derive(Clone, Copy)]
-pub struct Factors<'a, T> {
-    /// Pixels of an image.
-    pub pixels: usize,
-    /// Pixels of the first image that are not the row's.
-    pub skipped: usize,
-    /// For each image, from the first one on, the factors that are multiplied; nothing where they
-    /// are 1.
-    pub sets: [&'a [T]; 2],
-}
-
-impl<T: Element> Factors<'_, T> {
-    /// No factors at all.
-    pub const ONE: Self = Factors { pixels: usize::MAX, skipped: 0, sets: [&[]; 2] };
-
-    /// The factor of an image.
-    #[inline(always)]
-    fn at(&self, image: usize) -> T {
-        self.sets.iter().filter_map(|set| set.get(image)).fold(T::ONE, |product, &factor| product * factor)
-    }
-
-    /// A row's pixels, image by image.
-    #[inline(always)]
-    fn parts(&self, len: usize) -> impl Iterator<Item = (usize, Range<usize>)> + use<T> {
-        let Self { pixels, skipped, sets } = *self;
-        let images = (len.saturating_add(skipped)).div_ceil(pixels);
-        assert!(skipped < pixels && sets.iter().all(|set| set.is_empty() || set.len() >= images), "factors");
-        // Images are whole but for the first and the last one.
-        let start = move |image: usize| if image == 0 { 0 } else { (image * pixels - skipped).min(len) };
-        (0..images).map(move |image| (image, start(image)..if image + 1 < images { start(image + 1) } else { len }))
-    }
-}
+use crate::simd::{Isa, Kernel, RawKernel, run_by_raw_kernel};
 
 /// `activation(scale * x + shift) * factor` of a row, written or (with `add`) added to `y`.
 pub struct Activate<'a, T> {
@@ -59,27 +24,24 @@ pub struct Activate<'a, T> {
     pub slopes: Option<&'a mut [T]>,
 }
 
-impl<T: Element> Kernel for Activate<'_, T> {
-    type Output = ();
-
+impl<'a, T: Element> Activate<'a, T> {
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let Self { activation, x, affine: (scale, shift), factors, add, y, slopes } = self;
+    fn raw(self) -> RawActivate<'a, T> {
+        let Self { activation, x, affine, factors, add, y, slopes } = self;
         assert_eq!(x.len(), y.len());
         let slopes = slopes.map(|slopes| {
             assert_eq!(x.len(), slopes.len());
             slopes.as_mut_ptr()
         });
-        let constants = [scale, shift, T::ONE].map(|value| T::splat(isa, value));
-        with_function!(activation, function => {
-            let mut body = Forward { x: x.as_ptr(), y: y.as_mut_ptr(), len: x.len(), slopes, constants, add, function };
-            for (image, pixels) in factors.parts(x.len()) {
-                body.constants[2] = T::splat(isa, factors.at(image));
-                // SAFETY: both rows have these pixels.
-                unsafe { run_range(isa, pixels, &mut body) }
-            }
-        });
+        let (len, x, y) = (x.len(), x.as_ptr(), y.as_mut_ptr());
+        RawActivate { activation, x, y, len, prefetch: len, affine, factors, add, slopes }
     }
+}
+
+impl<T: Element> Kernel for Activate<'_, T> {
+    type Output = ();
+
+    run_by_raw_kernel!(Self::raw);
 }
 
 /// `activation(scale * x + shift)` of a row, in place.
@@ -95,13 +57,42 @@ pub struct ActivateInPlace<'a, T> {
 impl<T: Element> Kernel for ActivateInPlace<'_, T> {
     type Output = ();
 
+    run_by_raw_kernel!(|Self { activation, row, affine }| {
+        let (y, len, factors) = (row.as_mut_ptr(), row.len(), Factors::ONE);
+        RawActivate { activation, x: y, y, len, prefetch: 0, affine, factors, add: false, slopes: None }
+    });
+}
+
+/// Both of these, compiled once.
+///
+/// # Safety
+/// `len` values must be readable at `x`, and writable at `y`, which may be `x`, and at `slopes`.
+struct RawActivate<'a, T> {
+    activation: Activation,
+    x: *const T,
+    y: *mut T,
+    len: usize,
+    prefetch: usize,
+    affine: (T, T),
+    factors: Factors<'a, T>,
+    add: bool,
+    slopes: Option<*mut T>,
+}
+
+impl<T: Element> RawKernel for RawActivate<'_, T> {
+    type Output = ();
+
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let Self { activation, row, affine: (scale, shift) } = self;
-        let (y, constants) = (row.as_mut_ptr(), [scale, shift, T::ONE].map(|value| T::splat(isa, value)));
+    unsafe fn run<I: Isa>(self, isa: I) {
+        let Self { activation, x, y, len, prefetch, affine: (scale, shift), factors, add, slopes } = self;
+        let constants = [scale, shift, T::ONE].map(|value| T::splat(isa, value));
         with_function!(activation, function => {
-            // SAFETY: one row, of which each block is read before it is written.
-            unsafe { run(isa, row.len(), &mut Forward { x: y, y, len: 0, slopes: None, constants, add: false, function }) }
+            let mut body = Forward { x, y, len: prefetch, slopes, constants, add, function };
+            for (image, pixels) in factors.parts(len) {
+                body.constants[2] = T::splat(isa, factors.at(image));
+                // SAFETY: the rows have these pixels; each block is read before it is written.
+                unsafe { run_range(isa, pixels, &mut body) }
+            }
         });
     }
 }
@@ -557,24 +548,6 @@ impl<T: Element, I: Isa, M: Addition<T, I>> Body<T, I> for Normal<T, T::Vector<I
 mod tests {
     use super::*;
     use crate::simd::IsaKind;
-
-    #[test]
-    fn parts_are_images() {
-        let set = [2.0f32, 3.0, 5.0, 7.0];
-        for (pixels, len) in (4..8usize).flat_map(|pixels| (0..13).map(move |len| (pixels, len))) {
-            for skipped in 0..pixels {
-                let factors = Factors { pixels, skipped, sets: [&set, &[]] };
-                let mut found = Vec::new();
-                for (image, range) in factors.parts(len) {
-                    assert_eq!(range.start, found.len());
-                    found.extend(range.map(|_| factors.at(image)));
-                }
-                let expected: Vec<_> = (0..len).map(|pixel| set[(pixel + skipped) / pixels]).collect();
-                assert_eq!(found, expected, "{pixels} {skipped} {len}");
-            }
-        }
-        assert_eq!(Factors::<f32>::ONE.parts(9).collect::<Vec<_>>(), [(0, 0..9)]);
-    }
 
     /// Images of a row through a function with factors, forward and back, beside the same with the
     /// means' gradient.

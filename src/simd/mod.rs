@@ -379,7 +379,36 @@ impl<K> Promised<K> {
     }
 }
 
-// The entries are the raw kernel's.
+/// Makes a kernel one without code of its own, whose entries are those of a [`RawKernel`] that
+/// `$raw` makes of it.
+macro_rules! run_by_raw_kernel {
+    ($raw:expr) => {
+        #[inline(always)]
+        fn run<I: $crate::simd::Isa>(self, isa: I) -> Self::Output {
+            // SAFETY: promised, or the kernel's own fields are what its raw kernel demands.
+            unsafe { $raw(self).run(isa) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        unsafe fn enter_avx512(self, isa: pulp::x86::V4) -> Self::Output {
+            // SAFETY: as above.
+            unsafe { $raw(self).enter_avx512(isa) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        unsafe fn enter_avx2(self, isa: pulp::x86::V3) -> Self::Output {
+            // SAFETY: as above.
+            unsafe { $raw(self).enter_avx2(isa) }
+        }
+        #[inline(always)]
+        unsafe fn enter_baseline<I: $crate::simd::Isa>(self, isa: I) -> Self::Output {
+            // SAFETY: as above.
+            unsafe { $raw(self).enter_baseline(isa) }
+        }
+    };
+}
+pub(crate) use run_by_raw_kernel;
+
 impl<K: RawKernel> Kernel for Promised<K> {
     type Output = K::Output;
 
@@ -387,28 +416,7 @@ impl<K: RawKernel> Kernel for Promised<K> {
     fn check(&self) {
         self.0.check();
     }
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> K::Output {
-        // SAFETY: promised to `new_unchecked`.
-        unsafe { self.0.run(isa) }
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    unsafe fn enter_avx512(self, isa: pulp::x86::V4) -> K::Output {
-        // SAFETY: as above.
-        unsafe { self.0.enter_avx512(isa) }
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    unsafe fn enter_avx2(self, isa: pulp::x86::V3) -> K::Output {
-        // SAFETY: as above.
-        unsafe { self.0.enter_avx2(isa) }
-    }
-    #[inline(always)]
-    unsafe fn enter_baseline<I: Isa>(self, isa: I) -> K::Output {
-        // SAFETY: as above.
-        unsafe { self.0.enter_baseline(isa) }
-    }
+    run_by_raw_kernel!(|promised: Self| promised.0);
 }
 
 /// The instruction sets that this build knows, each with the proof that it exists.
