@@ -220,38 +220,10 @@ impl<T: Element> DwConvNchw<'_, T> {
         let mut sums = [start; J];
         for t in 0..rows + J - 1 {
             for s in 0..S {
-                let i = S * t + s;
-                if !real.contains(&i) {
-                    continue;
-                }
-                let row = x_row.wrapping_add(s * width);
-                let masks = edges.row(i);
-                (0..V).for_each(|v| self.view.prefetch(isa, row.wrapping_add(v * x_step), edges.span()));
-                for c in (0..columns.len()).step_by(E::TOGETHER) {
-                    let mut x = [start; 2];
-                    let both = E::TOGETHER == 2 && c + 1 < columns.len();
-                    let [first, second] = &mut x;
-                    for (v, (first, second)) in first.iter_mut().zip(second).enumerate() {
-                        let ptr = row.wrapping_offset(columns[c]).wrapping_add(v * x_step);
-                        // SAFETY: `check` saw that it can be read.
-                        [*first, *second] = unsafe { edges.load(isa, masks, c, ptr) };
-                    }
-                    for (side, x) in x.into_iter().enumerate() {
-                        if side > 0 && !both {
-                            break;
-                        }
-                        for (j, sums) in sums.iter_mut().enumerate() {
-                            if s + S * j < K {
-                                let tap = (c + side) * K + s + S * j;
-                                // SAFETY: the channels' taps.
-                                let weight = |v| T::splat_wide(isa, unsafe { *weights.get_unchecked(v * len + tap) });
-                                let shared = weight(0);
-                                for (v, (sum, x)) in sums.iter_mut().zip(x).enumerate() {
-                                    *sum = T::mul_add(isa, if SHARED { shared } else { weight(v) }, x, *sum);
-                                }
-                            }
-                        }
-                    }
+                if real.contains(&(S * t + s)) {
+                    let (rows, row) = ([s, S * t + s], (x_row.wrapping_add(s * width), x_step));
+                    // SAFETY: a row of the plane.
+                    unsafe { self.add_row::<I, K, J, S, V, SHARED, E>(isa, &edges, rows, row, weights, &mut sums) };
                 }
             }
             if t + 1 >= J {
@@ -275,6 +247,61 @@ impl<T: Element> DwConvNchw<'_, T> {
             sums[0] = start;
         }
         V
+    }
+
+    /// Adds row `i` of the input, row `s` of those of one row of results, to the sums that see it;
+    /// of several vectors, `x_step` apart.
+    ///
+    /// # Safety
+    /// As for [`DwConvNchw::tiles`].
+    #[inline(always)]
+    unsafe fn add_row<
+        I: Isa,
+        const K: usize,
+        const J: usize,
+        const S: usize,
+        const V: usize,
+        const SHARED: bool,
+        E: Edges<T, I>,
+    >(
+        &self,
+        isa: I,
+        edges: &E,
+        [s, i]: [usize; 2],
+        (row, x_step): (*const T::Wide, usize),
+        weights: &[T::Wide],
+        sums: &mut [[T::Vector<I>; V]; J],
+    ) {
+        let (columns, masks) = (self.view.columns, edges.row(i));
+        let len = columns.len() * K;
+        (0..V).for_each(|v| self.view.prefetch(isa, row.wrapping_add(v * x_step), edges.span()));
+        for c in (0..columns.len()).step_by(E::TOGETHER) {
+            // What this column of taps sees, and perhaps the next.
+            let mut x = [[T::splat(isa, T::default()); V]; 2];
+            let [first, second] = &mut x;
+            for (v, (first, second)) in first.iter_mut().zip(second).enumerate() {
+                let ptr = row.wrapping_offset(columns[c]).wrapping_add(v * x_step);
+                // SAFETY: `check` saw that it can be read.
+                [*first, *second] = unsafe { edges.load(isa, masks, c, ptr) };
+            }
+            let both = E::TOGETHER == 2 && c + 1 < columns.len();
+            for (side, x) in x.into_iter().enumerate() {
+                if side > 0 && !both {
+                    break;
+                }
+                for (j, sums) in sums.iter_mut().enumerate() {
+                    if s + S * j < K {
+                        let tap = (c + side) * K + s + S * j;
+                        // SAFETY: the channels' taps.
+                        let weight = |v| T::splat_wide(isa, unsafe { *weights.get_unchecked(v * len + tap) });
+                        let shared = weight(0);
+                        for (v, (sum, x)) in sums.iter_mut().zip(x).enumerate() {
+                            *sum = T::mul_add(isa, if SHARED { shared } else { weight(v) }, x, *sum);
+                        }
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -638,8 +638,8 @@ mod tests {
         type Case<'a> = (Activation, &'a dyn Fn(f64) -> f64);
         let functions: [Case; 7] = [
             (Activation::Identity, &|x| x),
-            (Activation::Relu, &|x| x.max(0.0)),
-            (Activation::Relu6, &relu6),
+            (Activation::RELU, &|x| x.max(0.0)),
+            (Activation::RELU6, &relu6),
             (Activation::Swish, &|x| x * sigmoid(x)),
             (Activation::Sigmoid, &sigmoid),
             (Activation::HardSigmoid, &|x| relu6(x + 3.0) / 6.0),
