@@ -296,6 +296,7 @@ const LAYERS: &[(&str, Case)] = &[
     ("kmobilenet conv 224x224", case(16, 49, 1024, 1024, 1, 1)),
     ("keffnet_b0 conv 224x224", case(32, 3136, 144, 24, 1, 1)),
     ("keffnet_b0 D6_16ch 224x224, one image", case(1, 49, 1152, 320, 64, 1)),
+    ("keffnet_b0 D6v3_4ch 32x32, one image", case(1, 64, 96, 24, 24, 1)),
 ];
 
 /// An algorithm that no layer chooses is to be deleted.
