@@ -25,6 +25,7 @@ from jax.interpreters import ad, batching, mlir
 
 from kconv import _kconv
 from kconv.jax import _kernels
+from kconv.jax._operations import operations
 from kconv.models.fusion import Program
 from kconv.models.interpreter import interpret
 
@@ -76,10 +77,8 @@ def fused(
 def _interpret(
     program: Program, layout: str, x: Any, parameters: Any, masks: Any, statistics: Any
 ) -> tuple[Any, Any]:
-    from keras import ops  # on this backend: nothing else than Keras makes programs
-
     given = [operand if operand.size else None for operand in (masks, statistics)]
-    return interpret(ops, program.integers, layout, x, parameters, *given)
+    return interpret(operations, program.integers, layout, x, parameters, *given)
 
 
 # The primitives' functions.

@@ -14,10 +14,10 @@ import keras as _keras
 from kconv._versions import warn_of_version
 from kconv.keras._create import create_model
 from kconv.keras._freeze import freeze
+from kconv.keras._fuse import fuse, restore
 from kconv.keras.blocks import kPointwiseConv2D
 from kconv.keras.builder import build
 from kconv.keras.convert import accelerate, compress, report, to_native
-from kconv.keras.fuse import fuse, restore
 from kconv.keras.layers import (
     CopyChannels,
     DepthwiseConv2D,

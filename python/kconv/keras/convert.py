@@ -22,9 +22,9 @@ from kconv import ktypes
 from kconv._geometry import interleave_order
 from kconv._report import Report
 from kconv.keras._clone import Changes, Exchange, Graph, Plan, clone, copied, from_config
+from kconv.keras._fuse import fusion_report, is_fused
 from kconv.keras._initialize import call_new_layer
 from kconv.keras.blocks import apply_plan
-from kconv.keras.fuse import fusion_report, is_fused
 from kconv.keras.layers import (
     CopyChannels,
     DepthwiseConv2D,
