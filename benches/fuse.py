@@ -135,7 +135,7 @@ def _print_ratios(sides: list[_Side]) -> None:
 
 
 def _serve(side: str, name: str, size: int, batch: int, threads: int) -> None:
-    """What a process does: says what it has made, then times the calls that it is asked for."""
+    """What a process does: says what it has made, then times the calls that it is told."""
     import torch
 
     import kconv

@@ -53,8 +53,8 @@ fn drop_if_own(pool: Option<Arc<Pool>>) {
     }
 }
 
-/// Workers of this process for `threads` threads, a caller among them, or for more; built where there
-/// are none.
+/// Workers of this process for `threads` threads, a caller among them, or for more; built where
+/// there are none.
 fn pool(threads: usize) -> Option<Arc<Pool>> {
     let generation = generation();
     let fits = |pool: &&Arc<Pool>| pool.generation == generation && pool.threads >= threads;
@@ -69,8 +69,8 @@ fn pool(threads: usize) -> Option<Arc<Pool>> {
     Some(pool)
 }
 
-/// Lets workers go that are more than that many threads need, as soon as running calls are done with
-/// them.
+/// Lets workers go that are more than that many threads need, as soon as running calls are done
+/// with them.
 fn shrink(threads: usize) {
     let larger = |pool: &mut Arc<Pool>| pool.threads > threads;
     drop_if_own(CURRENT.with(|current| current.take_if(larger)));

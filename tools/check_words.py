@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("python", "docs", "benches", "tests")
+FOLDERS = ("src", "python", "docs", "benches", "tests")
 ENDINGS = (".rs", ".py", ".pyi", ".md")
 MAX_LINES = 700
 MAX_COMMENT = 100
@@ -36,7 +36,7 @@ WORDS = {
     r"\bProducts\b": "MulAcc (Fma, Bf16Dot)",
     r"\bpromise\(|\bChecked[A-Z]\w*": "new_unchecked, Promised",
     r"\bStart::(Zero|Bias|Output)\b": "Init",
-    r"\bSight\b|\b(struct|enum) View\b": "Window, TapView",
+    r"\bSight\b": "Window, TapView",
     r"\bActive::": "IsaKind",
     r"\bhold_f32s\b": "optimization_barrier",
     r"\b(first|second|last)(-level)? cache\b": "L1, L2, LLC",

@@ -1,8 +1,8 @@
 //! Which kernel computes a depthwise convolution or one of its gradients.
 //!
 //! [`Plan::choose`] takes the cheapest candidate that applies, and nothing else chooses;
-//! [`explain`] lists all, and [`crate::plan::with_algorithm`] forces one. `docs/ALGORITHMS.md` says what was
-//! measured.
+//! [`explain`] lists all, and [`crate::plan::with_algorithm`] forces one. `docs/ALGORITHMS.md` says
+//! what was measured.
 //!
 //! | algorithm | microkernel | vectors hold |
 //! |---|---|---|

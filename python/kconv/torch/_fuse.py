@@ -8,10 +8,10 @@ import inspect
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from kconv._report import Report
 from kconv.torch._conversion import set_report, unwrapped
+from kconv.torch._private import has_any_global_hook
 from kconv.torch._trace import HOOKED, Placeholder, is_opaque
 from kconv.torch._traced import Fusion, TracedPlan, why_not
 from kconv.torch.fused import is_watched
@@ -188,7 +188,7 @@ def _fused_class(cls: Any) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         fusion = self.__dict__.get(_KEY)
-        if fusion is None or is_watched() or _has_any_global_hook():
+        if fusion is None or is_watched() or has_any_global_hook():
             return cls.forward(self, *args, **kwargs)
         plan = fusion.plan(self, cls.forward, args, kwargs)
         if plan is None:

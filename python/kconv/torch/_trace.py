@@ -292,7 +292,7 @@ class State:
         self._classes = [(cls, dict(vars(cls))) for cls in classes - {nn.Module, object}]
         self._present = list(map(_presence, self._own))
         self._call = nn.Module.__call__
-        self._types = list(map(type, self._modules[1:]))  # the root's forward is asked for
+        self._types = list(map(type, self._modules[1:]))  # the root's forward is looked up
 
     def unchanged(self) -> bool:
         """Whether all is as it was, but for the tensors in parameters and buffers."""

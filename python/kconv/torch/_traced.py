@@ -26,7 +26,7 @@ Key = tuple[Any, ...]
 _MOST_PLANS = 8
 """Kept of a module: for training, evaluation, and what else changes to and fro."""
 _MOST_TRACES = 100
-"""After so many, a module changes all the time, and is better called as it is."""
+"""After that many, a module changes all the time, and is better called as it is."""
 
 
 class Fusion:
