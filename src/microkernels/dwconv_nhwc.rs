@@ -14,7 +14,7 @@
 //! So nothing is copied, no zeros are multiplied at the left and right, and what is read again are
 //! only the rows of taps, from the L1 cache.
 
-use crate::simd::element::{Element, one_lane};
+use crate::simd::element::{Element, masks_are_free, one_lane};
 use crate::simd::{Isa, RawKernel};
 
 /// Rows of results of a strip, at most.
@@ -136,7 +136,7 @@ impl<'a, T: Element> DwConvNhwc<'a, T> {
             // SAFETY: the caller's promise; all these channels exist, but for those that the mask
             // leaves out.
             unsafe {
-                if const { !I::MASK_REGISTERS } && (const { one_lane::<T, I>() } || channels - c >= lanes) {
+                if const { !masks_are_free::<T, I>() } && (const { one_lane::<T, I>() } || channels - c >= lanes) {
                     self.channels::<I, false, K, S, F>(isa, c, mask);
                 } else {
                     self.channels::<I, true, K, S, F>(isa, c, mask);
@@ -375,7 +375,7 @@ impl<'a, T: Element> DwConvNhwcGradWeight<'a, T> {
             // SAFETY: the caller's promise; all these channels exist, but for those that the mask
             // leaves out.
             unsafe {
-                if const { !I::MASK_REGISTERS } && (const { one_lane::<T, I>() } || channels - c >= lanes) {
+                if const { !masks_are_free::<T, I>() } && (const { one_lane::<T, I>() } || channels - c >= lanes) {
                     self.channels::<I, false, K, S, F>(isa, c, mask);
                 } else {
                     self.channels::<I, true, K, S, F>(isa, c, mask);

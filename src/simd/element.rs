@@ -265,6 +265,12 @@ pub(crate) const fn one_lane<T: Element, I: Isa>() -> bool {
     size_of::<T::Vector<I>>() == size_of::<T::Wide>()
 }
 
+/// Whether masked loads take as long as others, so that there need not be code for whole vectors:
+/// not of bfloat16, where widening then takes an instruction more.
+pub(crate) const fn masks_are_free<T: Element, I: Isa>() -> bool {
+    I::MASK_REGISTERS && size_of::<T>() == size_of::<T::Wide>()
+}
+
 /// Memory that holds values as memory to be written.
 pub(crate) fn writable<T: Element>(values: &mut [T]) -> &mut [MaybeUninit<T>] {
     // SAFETY: the same layout; kernels write nothing but values.
