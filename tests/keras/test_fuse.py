@@ -167,6 +167,15 @@ def hard_swish(x):
     return keras.ops.hard_silu(layers.Conv2D(8, 1)(keras.ops.relu(x + y)))
 
 
+def windows(x):
+    """What the engine has for users' models."""
+    x = layers.Conv2D(8, (3, 2), padding="same", dilation_rate=(2, 1), activation="gelu")(x)
+    x = layers.Conv2D(8, (2, 3), strides=(1, 2), padding="same")(x)
+    x = layers.LeakyReLU(0.3)(layers.MaxPooling2D(3, 2, padding="same")(x))
+    x = layers.ELU(0.7)(layers.Conv2D(8, 3, activation="leaky_relu", padding="same")(x))
+    return layers.ReLU(max_value=4)(layers.AveragePooling2D(2, 1, padding="same")(x))
+
+
 def branches(x):
     parts = [conv_unit(x, 5), conv_unit(x, 3, 3, padding="same"), x]
     return layers.Concatenate()(parts)
@@ -207,6 +216,7 @@ TAILS = {  # chains, and what is outside but for the last layer
     separable: (1, []),
     squeeze_excite: (1, []),
     hard_swish: (1, []),
+    windows: (1, []),
     branches: (1, []),
     drop_connect: (1, []),
     custom_layer: (2, ["twice"]),

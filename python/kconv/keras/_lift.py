@@ -139,6 +139,7 @@ def _conv(read: Read, call: Call) -> Made:
         filters=read.filters,
         in_channels=kernel[2] * read.groups,
         interleave=getattr(read, "interleave", 1),
+        dilation=read.dilation_rate,
     )
     return _activated(conv, read.activation)
 
@@ -189,17 +190,16 @@ def _conv_kernel(read: Read) -> tuple[int, ...]:
 def _check_convolution(read: Read) -> None:
     if getattr(read, "lora_enabled", False):
         raise KeptError("it has LoRA weights")
-    if read.dilation_rate != (1, 1):
-        raise KeptError(f"dilation_rate={read.dilation_rate}")
-    if read.strides[0] != read.strides[1]:
-        raise KeptError(f"strides={read.strides}")
     if read.padding not in ("same", "valid"):
         raise KeptError(f"padding={read.padding!r}")
 
 
 def _check_square(read: Read) -> None:
-    if read.kernel_size[0] != read.kernel_size[1]:
-        raise KeptError(f"kernel_size={read.kernel_size}")
+    for name in ("kernel_size", "strides"):
+        if len(set(getattr(read, name))) > 1:
+            raise KeptError(f"{name}={getattr(read, name)}")
+    if read.dilation_rate != (1, 1):
+        raise KeptError(f"dilation_rate={read.dilation_rate}")
 
 
 def _activated(layer: graph.Layer, function: Any) -> Made:
@@ -207,15 +207,23 @@ def _activated(layer: graph.Layer, function: Any) -> Made:
     if function is None or function is activations.linear:
         return layer
     inner = replace(layer, name=f"{layer.name}/linear")  # no Keras layer's name has a "/"
-    kind = _activation_kind(function)
-    after = graph.Activation(name=layer.name, inputs=(inner.name,), shape=layer.shape, kind=kind)
-    return inner, after
+    common = {"name": layer.name, "inputs": (inner.name,), "shape": layer.shape}
+    return inner, _activation_of(function, common)
 
 
-def _activation_kind(function: Any) -> ActivationName:
-    for known, name in ACTIVATION_NAMES.items():
+_FUNCTIONS: dict[Any, tuple[ActivationName, tuple[float, ...]]] = {
+    **{function: (name, ()) for function, name in ACTIVATION_NAMES.items()},
+    activations.leaky_relu: ("leaky_relu", (0.2,)),
+    activations.elu: ("elu", (1.0,)),
+    activations.gelu: ("gelu", ()),
+}
+"""Those of users' models, too: names and parameters, which are Keras's defaults."""
+
+
+def _activation_of(function: Any, common: Mapping[str, Any]) -> graph.Activation:
+    for known, (kind, parameters) in _FUNCTIONS.items():
         if function is known:
-            return name
+            return graph.Activation(**common, kind=kind, parameters=parameters)
     raise KeptError(f"activation={getattr(function, '__name__', function)}")
 
 
@@ -230,16 +238,26 @@ def _norm(read: Read, call: Call) -> Made:
 
 
 def _activation(read: Read, call: Call) -> Made:
-    return graph.Activation(**call.common, kind=_activation_kind(read.activation))
+    return _activation_of(read.activation, call.common)
 
 
 def _relu(read: Read, call: Call) -> Made:
-    for name in ("negative_slope", "threshold"):
-        if getattr(read, name):
-            raise KeptError(f"{name}={getattr(read, name)}")
-    if read.max_value not in (None, 6):
-        raise KeptError(f"max_value={read.max_value}")
-    return graph.Activation(**call.common, kind="relu" if read.max_value is None else "relu6")
+    if read.threshold or (read.negative_slope and read.max_value is not None):
+        raise KeptError(f"threshold={read.threshold}, negative_slope={read.negative_slope}")
+    if read.negative_slope:
+        return _leaky_relu(read, call)
+    if read.max_value in (None, 6):
+        return graph.Activation(**call.common, kind="relu" if read.max_value is None else "relu6")
+    return graph.Activation(**call.common, kind="clip", parameters=(0.0, float(read.max_value)))
+
+
+def _leaky_relu(read: Read, call: Call) -> Made:
+    parameters = (float(read.negative_slope),)
+    return graph.Activation(**call.common, kind="leaky_relu", parameters=parameters)
+
+
+def _elu(read: Read, call: Call) -> Made:
+    return graph.Activation(**call.common, kind="elu", parameters=(float(read.alpha),))
 
 
 def _zero_pad(read: Read, call: Call) -> Made:
@@ -402,6 +420,8 @@ _KINDS = {
     layers.BatchNormalization: _Kind(_norm, _NORM, _STATISTICS),
     layers.Activation: _Kind(_activation, ("activation",)),
     layers.ReLU: _Kind(_relu, ("negative_slope", "max_value", "threshold")),
+    layers.LeakyReLU: _Kind(_leaky_relu, ("negative_slope",)),
+    layers.ELU: _Kind(_elu, ("alpha",)),
     layers.ZeroPadding2D: _Kind(_zero_pad, ("padding", "data_format")),
     InterleaveChannels: _Kind(_interleave, ("step_size", "data_format")),
     CopyChannels: _Kind(_copy_channels, ("channel_start", "channel_count", "data_format")),
