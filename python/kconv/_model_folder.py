@@ -258,11 +258,18 @@ _CLASSES = {
 
 
 def expected_weights(graph: models.Graph) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
-    """For each (layer, weight) of a graph its name in the file, and its shape there."""
+    """For each (layer, weight) of a graph its name in the file, and its shape there.
+
+    Raises:
+        ValueError: a layer's weights have no names in files.
+    """
     found = {}
     for layer in graph.layers:
+        kind = _CLASSES.get(type(layer).__name__)
         for weight, shape in layer.weights().items():
-            how = layout(_CLASSES[type(layer).__name__], weight, shape)
+            if kind is None:
+                raise ValueError(f"layer {layer.name!r}, a {type(layer).__name__}, cannot be kept")
+            how = layout(kind, weight, shape)
             name = f"{layer.name}.{how.name}".replace("/", "_")
             found[layer.name, weight] = name, how.shape(shape)
     return found

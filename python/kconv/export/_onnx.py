@@ -169,11 +169,12 @@ class _Writer:
     def _conv(self, layer: graph.Conv | graph.DepthwiseConv, x: str, output: str) -> None:
         if isinstance(layer, graph.Conv):
             kernel, strides, groups = layer.kernel_size, layer.strides, layer.groups
-            weight = "kernel"
+            weight, dilation = "kernel", layer.dilation
         else:
             kernel = (layer.kernel_size, layer.kernel_size)
             strides, groups = (layer.strides, layer.strides), layer.in_channels
-            weight = "depthwise_kernel"
+            weight, dilation = "depthwise_kernel", (1, 1)
+        reach = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True))
         names = [weight, *(["bias"] if layer.use_bias else [])]
         self.node(
             "Conv",
@@ -181,8 +182,9 @@ class _Writer:
             output,
             kernel_shape=kernel,
             strides=strides,
+            dilations=dilation,
             group=groups,
-            **_padding(layer.padding, kernel, strides),
+            **_padding(layer.padding, (reach[0], reach[1]), strides),
         )
 
     def _norm(self, layer: graph.BatchNorm, x: str, output: str) -> None:
@@ -212,6 +214,8 @@ class _Writer:
                 self.node("Softmax", [x], output, axis=1)
             case kind:
                 names = {"relu": "Relu", "sigmoid": "Sigmoid", "hard_swish": "HardSwish"}
+                if kind not in names:
+                    raise ValueError(f"layer {layer.name!r}: the activation {kind!r} has no node")
                 self.node(names[kind], [x], output)
 
     def _interleave(self, layer: graph.Interleave, x: str, output: str) -> None:
