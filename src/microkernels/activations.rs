@@ -211,8 +211,8 @@ impl<T: Element> Function<T> for Gelu {
         let [cumulative, density] = T::normal(isa, x);
         let mut slopes = x;
         for i in 0..N {
-            // Infinity times 0 would not be a number, and what is left of the functions beyond 14 is
-            // not to be multiplied by large ones.
+            // Infinity times 0 would not be a number, and what is left of the functions beyond 14
+            // is not to be multiplied by large ones.
             let limited = Vectors(isa).clamp::<T>(x[i], -1e3, 1e3);
             slopes[i] = T::mul_add(isa, limited, density[i], cumulative[i]);
             x[i] = T::mul_vectors(isa, Vectors(isa).at_least::<T>(x[i], -1e3), cumulative[i]);
