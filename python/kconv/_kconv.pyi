@@ -11,7 +11,9 @@ __all__ = [
     "depthwise_conv",
     "depthwise_conv_grad_input",
     "depthwise_conv_grad_weight",
+    "explain",
     "fma_peak",
+    "force_algorithm",
     "get_num_threads",
     "interleave",
     "memory_stats",
@@ -131,6 +133,34 @@ def depthwise_conv_grad_weight(
     out: NDArray[_Float] | None = None,
 ) -> NDArray[_Float]:
     """Gradient of :func:`depthwise_conv` by its weight."""
+
+class _Candidate(TypedDict):
+    algorithm: str
+    applies: bool
+    cost: float | None
+    chosen: bool
+    detail: str
+
+def explain(
+    operation: Literal["pointwise_conv", "depthwise_conv", "interleave"],
+    direction: Literal["forward", "grad_input", "grad_weight"],
+    layout: _Layout,
+    dtype: Literal["float32", "float64", "bfloat16"],
+    images: int,
+    height: int,
+    width: int,
+    in_channels: int,
+    out_channels: int,
+    groups: int = 1,
+    interleave: int = 1,
+    kernel: int | None = None,
+    stride: int = 1,
+    threads: int | None = None,
+) -> list[_Candidate]:
+    """Lists the algorithms for a call, what each is predicted to cost, and which is chosen."""
+
+def force_algorithm(name: str | None) -> str | None:
+    """Makes every call of the process take one algorithm, for tests and measurements."""
 
 def set_num_threads(threads: int) -> None:
     """Sets how many threads the kernels use."""

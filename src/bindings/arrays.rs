@@ -5,6 +5,7 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::slice;
+use std::str::FromStr;
 
 use half::bf16;
 use numpy::{
@@ -18,7 +19,7 @@ use smallvec::SmallVec;
 use super::call::Float;
 use super::dlpack;
 use super::operation::expect_shape;
-use crate::error::{Result, bail};
+use crate::error::{Error, Result, bail};
 use crate::memory::{Memory, RECYCLED};
 use crate::shape::Order;
 
@@ -37,6 +38,16 @@ impl fmt::Display for Dtype {
             Self::F32 => "float32",
             Self::F64 => "float64",
         })
+    }
+}
+
+impl FromStr for Dtype {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Self> {
+        match [Self::BF16, Self::F32, Self::F64].into_iter().find(|dtype| dtype.to_string() == name) {
+            Some(dtype) => Ok(dtype),
+            None => bail!("dtype={name:?}, expected \"float32\", \"float64\" or \"bfloat16\""),
+        }
     }
 }
 
@@ -125,7 +136,7 @@ const MAX_BYTES: usize = isize::MAX as usize;
 pub type Axes<N> = SmallVec<[N; 4]>;
 
 /// An array's memory: its first value, sizes and strides in bytes.
-pub struct View<T> {
+pub struct StridedView<T> {
     pub data: *mut T,
     pub shape: Axes<usize>,
     pub strides: Axes<isize>,
@@ -134,7 +145,7 @@ pub struct View<T> {
 /// An array argument of element type `T`: a NumPy array, or the capsule of a DLPack tensor.
 pub struct Input<'py, T: ArrayElement> {
     name: &'static str,
-    view: View<T>,
+    view: StridedView<T>,
     /// Keeps the memory alive.
     owner: Bound<'py, PyAny>,
 }
@@ -163,6 +174,13 @@ impl<T> Values<T> {
     }
 }
 
+/// The axes of an array in C order.
+fn c_order(shape: &[usize]) -> Axes<usize> {
+    let mut axes = Axes::from_slice(shape);
+    axes.iter_mut().enumerate().for_each(|(i, axis)| *axis = i);
+    axes
+}
+
 /// The logical axes of an image in the order `memory`, where its logical order is `logical`.
 fn axes(logical: Order, memory: Order) -> [usize; 4] {
     match (logical, memory) {
@@ -172,9 +190,9 @@ fn axes(logical: Order, memory: Order) -> [usize; 4] {
     }
 }
 
-impl<T: ArrayElement> View<T> {
+impl<T: ArrayElement> StridedView<T> {
     fn of_array(array: &Bound<'_, PyArrayDyn<T>>) -> Self {
-        Self { data: array.data(), shape: array.shape().into(), strides: array.strides().into() }
+        Self { data: array.data(), shape: Axes::from_slice(array.shape()), strides: Axes::from_slice(array.strides()) }
     }
 
     /// The number of values.
@@ -231,7 +249,7 @@ impl<'py, T: ArrayElement> Input<'py, T> {
     /// Takes an argument that must be an array of `T`, as the call's first array is.
     pub fn new(name: &'static str, value: &Bound<'py, PyAny>) -> PyResult<Self> {
         let view = match array::<T>(value) {
-            Some(array) => Some(View::of_array(array)),
+            Some(array) => Some(StridedView::of_array(array)),
             None => dlpack::tensor(value).map(|tensor| tensor.view(name)).transpose()?.flatten(),
         };
         if let Some(view) = view {
@@ -266,8 +284,7 @@ impl<'py, T: ArrayElement> Input<'py, T> {
 
     /// The values in C order.
     pub fn values(&self) -> PyResult<Values<T>> {
-        let axes: Axes<_> = (0..self.shape().len()).collect();
-        self.values_in(&axes)
+        self.values_in(&c_order(self.shape()))
     }
 
     fn values_in(&self, axes: &[usize]) -> PyResult<Values<T>> {
@@ -310,7 +327,7 @@ fn check_size<T>(shape: &[usize]) -> Result<()> {
 pub struct Output<'py, T: ArrayElement> {
     /// What to return.
     result: Bound<'py, PyAny>,
-    view: View<T>,
+    view: StridedView<T>,
     /// Axes of `view` in the order in which the operation writes its result.
     axes: Axes<usize>,
     /// A temporary result to be copied to `view` at the end, where that cannot be written directly.
@@ -350,8 +367,7 @@ impl<'py, T: ArrayElement> Output<'py, T> {
         out: Option<&Bound<'py, PyAny>>,
         inputs: &[Input<'py, T>],
     ) -> PyResult<Self> {
-        let axes: Axes<_> = (0..shape.len()).collect();
-        Self::new(py, shape, &axes, out, inputs)
+        Self::new(py, shape, &c_order(shape), out, inputs)
     }
 
     fn new(
@@ -361,11 +377,12 @@ impl<'py, T: ArrayElement> Output<'py, T> {
         out: Option<&Bound<'py, PyAny>>,
         inputs: &[Input<'py, T>],
     ) -> PyResult<Self> {
-        let axes = Axes::from(axes);
+        let axes = Axes::from_slice(axes);
         let Some(out) = out else {
             check_size::<T>(shape)?;
-            let sorted: Axes<_> = axes.iter().map(|&axis| shape[axis]).collect();
-            let mut strides = Axes::from_elem(0, axes.len());
+            let mut sorted = Axes::from_slice(shape);
+            sorted.iter_mut().zip(&axes).for_each(|(size, &axis)| *size = shape[axis]);
+            let mut strides = Axes::from_slice(&[0; 4][..axes.len()]);
             let mut stride = size_of::<T>() as isize;
             for &axis in axes.iter().rev() {
                 strides[axis] = stride;
@@ -376,7 +393,12 @@ impl<'py, T: ArrayElement> Output<'py, T> {
             } else {
                 new_array::<T>(py, &sorted, &axes)?
             };
-            return Ok(Self { result, view: View { data, shape: shape.into(), strides }, axes, detour: None });
+            return Ok(Self {
+                result,
+                view: StridedView { data, shape: Axes::from_slice(shape), strides },
+                axes,
+                detour: None,
+            });
         };
         if array::<T>(out).is_some_and(|array| array.try_readwrite().is_err()) {
             return Err(PyValueError::new_err("out is not writable, expected a writable array"));
@@ -460,7 +482,7 @@ pub fn memory_array<'py, T: ArrayElement>(
 }
 
 /// Whether two arrays may share memory: whether their address ranges meet.
-fn overlap<T: ArrayElement>(a: &View<T>, b: &View<T>) -> bool {
+fn overlap<T: ArrayElement>(a: &StridedView<T>, b: &StridedView<T>) -> bool {
     let (a, b) = (a.range(), b.range());
     a.start < b.end && b.start < a.end
 }

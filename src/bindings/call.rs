@@ -2,22 +2,21 @@
 //!
 //! Buffers are dense and row-major, so the logical order of axes is the order in memory.
 
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 use std::fmt;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::slice;
 
 use half::bf16;
 
 use super::arrays::Dtype;
+use super::operation::Dims;
 use crate::error::{Result, bail};
 use crate::memory;
 use crate::simd::element::Element;
-
-/// The most axes that an argument has.
-const AXES: usize = 4;
 
 /// An element type of the kernels.
 pub trait Float: Element {
@@ -38,8 +37,7 @@ impl Float for f64 {
 #[derive(Clone, Copy)]
 pub struct Array {
     dtype: Dtype,
-    rank: usize,
-    dims: [usize; AXES],
+    shape: Dims,
 }
 
 /// An operand: a dense row-major array.
@@ -139,15 +137,25 @@ impl<'a> Call<'a> {
     }
 }
 
+/// The codes of errors that XLA and TensorFlow share.
+pub const INVALID_ARGUMENT: c_int = 3;
+const RESOURCE_EXHAUSTED: c_int = 8;
+pub const INTERNAL: c_int = 13;
+
+/// Runs a call; errors and panics with the code and the message that the framework gets.
+pub fn guarded(run: impl FnOnce() -> Result<()>) -> std::result::Result<(), (c_int, String)> {
+    match catch_unwind(AssertUnwindSafe(|| memory::catch(run))) {
+        Ok(Ok(Ok(()))) => Ok(()),
+        Ok(Ok(Err(error))) => Err((INVALID_ARGUMENT, error.to_string())),
+        Ok(Err(no_memory)) => Err((RESOURCE_EXHAUSTED, format!("kconv: {no_memory}"))),
+        Err(_) => Err((INTERNAL, "kconv: a kernel panicked".into())),
+    }
+}
+
 impl Array {
     /// An array of at most four axes.
-    pub fn new(dtype: Dtype, dims: &[usize]) -> Result<Self> {
-        let mut all = [1; AXES];
-        match all.get_mut(..dims.len()) {
-            Some(first) => first.copy_from_slice(dims),
-            None => bail!("got an array of {} axes, expected at most {AXES}", dims.len()),
-        }
-        Ok(Self { dtype, rank: dims.len(), dims: all })
+    pub fn new(dtype: Dtype, shape: &[usize]) -> Result<Self> {
+        Ok(Self { dtype, shape: Dims::new(shape)? })
     }
 
     /// The dtype.
@@ -156,8 +164,8 @@ impl Array {
     }
 
     /// The sizes of the axes.
-    pub fn shape(&self) -> &[usize] {
-        &self.dims[..self.rank]
+    pub fn shape(&self) -> &Dims {
+        &self.shape
     }
 
     /// The number of values, all of type `T`.
@@ -165,7 +173,7 @@ impl Array {
         if self.dtype != T::DTYPE {
             bail!("the arrays of a call differ in type: {} and {}", self.dtype, T::DTYPE);
         }
-        Ok(self.dims.iter().product())
+        Ok(self.shape.iter().product())
     }
 }
 

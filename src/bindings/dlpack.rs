@@ -10,7 +10,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 
-use super::arrays::{ArrayElement, Axes, Dtype, View, no_memory};
+use super::arrays::{ArrayElement, Axes, Dtype, StridedView, no_memory};
 use crate::memory::Memory;
 
 /// A capsule's name until somebody takes its tensor over.
@@ -77,7 +77,7 @@ impl Tensor {
     }
 
     /// The memory, where the values are of type `T`.
-    pub fn view<T: ArrayElement>(&self, name: &str) -> PyResult<Option<View<T>>> {
+    pub fn view<T: ArrayElement>(&self, name: &str) -> PyResult<Option<StridedView<T>>> {
         let size = size_of::<T>();
         if self.dtype() != Ok(T::DTYPE) {
             return Ok(None);
@@ -96,7 +96,7 @@ impl Tensor {
             numbers(self.strides).map(|stride| stride as isize * size as isize).collect()
         };
         let data = self.data.cast::<u8>().wrapping_add(self.byte_offset as usize).cast();
-        Ok(Some(View { data, shape, strides }))
+        Ok(Some(StridedView { data, shape, strides }))
     }
 }
 

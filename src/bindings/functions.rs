@@ -9,10 +9,10 @@ mod fused;
 use smallvec::SmallVec;
 
 use self::fused::Pass;
-use super::arrays::{Axes, by_dtype, by_wide_dtype};
+use super::arrays::{by_dtype, by_wide_dtype};
 use super::call::{Attribute, Call, Float, Output};
 use super::operation::{
-    Arguments, Batch, EXPECTED_PADDING, Function, MAX_OPERANDS, depthwise_axes, layout, named_padding,
+    Arguments, Batch, Dims, EXPECTED_PADDING, Function, MAX_OPERANDS, depthwise_axes, layout, named_padding,
     padding_of_sides, weight_layout,
 };
 use crate::error::{Error, Result, bail};
@@ -98,7 +98,7 @@ impl Signature {
     }
 
     /// The shapes of the results, which for gradients the caller knows.
-    pub fn result_shapes(&self, call: &Call<'_>) -> Result<Vec<Axes<usize>>> {
+    pub fn result_shapes(&self, call: &Call<'_>) -> Result<Vec<Dims>> {
         match self.kernel {
             Kernel::Single(function) => {
                 let arguments = read(function, call, None)?;
@@ -133,7 +133,7 @@ pub enum ResultLike {
 }
 
 fn shapes<'a>(call: &'a Call<'_>) -> SmallVec<[&'a [usize]; MAX_OPERANDS]> {
-    call.operand_list().iter().map(|operand| operand.shape()).collect()
+    call.operand_list().iter().map(|operand| &operand.shape()[..]).collect()
 }
 
 fn run_single<T: Float>(function: Function, call: &Call<'_>, outputs: Vec<Output<'_>>) -> Result<()> {
@@ -143,8 +143,7 @@ fn run_single<T: Float>(function: Function, call: &Call<'_>, outputs: Vec<Output
     arguments.expect_result(output.shape(), &job.result)?;
     let operands = call.operand_list().iter().map(|operand| operand.read::<T>());
     let operands = operands.collect::<Result<SmallVec<[_; MAX_OPERANDS]>>>()?;
-    job.run(simd::active()?, &operands, output.write()?);
-    Ok(())
+    job.run(simd::active()?, &operands, output.write()?)
 }
 
 /// Reads a function's arguments from a call's attributes and the shape of its result.

@@ -3,6 +3,7 @@
 mod arrays;
 mod call;
 mod dlpack;
+mod explain;
 mod functions;
 mod fused;
 mod numpy;
@@ -171,6 +172,7 @@ fn _kconv(module: &Bound<'_, PyModule>) -> PyResult<()> {
     ] {
         module.add_function(function)?;
     }
+    explain::register(module)?;
     fused::register(module)?;
     numpy::register(module)
 }

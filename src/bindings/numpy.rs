@@ -89,8 +89,8 @@ fn run<'py, T: ArrayElement>(
     compute(py, || {
         let mut operands = [&[][..]; MAX_OPERANDS];
         operands.iter_mut().zip(&values).for_each(|(operand, values)| *operand = values.as_slice());
-        job.run(isa, &operands[..values.len()], memory.as_mut_slice());
-    })?;
+        job.run(isa, &operands[..values.len()], memory.as_mut_slice())
+    })??;
     result.finish()
 }
 

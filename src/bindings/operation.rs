@@ -2,9 +2,12 @@
 //! arguments in, validated geometry and the shape of the result out; and one set of error texts.
 
 use std::mem::MaybeUninit;
+use std::ops::Deref;
 
-use super::arrays::Axes;
+use super::explain;
 use crate::error::{Result, bail};
+use crate::interleave::ChannelOrder;
+use crate::plan::{Caps, Direction, Explained};
 use crate::shape::{
     Depthwise, Images, Order, Padding, Pointwise, Sides, Size2, WeightLayout, check_kernel, check_step,
     interleave_dst_index, interleave_src_index,
@@ -147,12 +150,51 @@ impl Batch {
     }
 }
 
+/// The sizes of at most four axes.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    sizes: [usize; MAX_AXES],
+    rank: usize,
+}
+
+/// The most axes that an array of a call has.
+pub const MAX_AXES: usize = 4;
+
+impl Dims {
+    /// These sizes; an error if there are more than four.
+    pub fn new(sizes: &[usize]) -> Result<Self> {
+        let mut all = [1; MAX_AXES];
+        match all.get_mut(..sizes.len()) {
+            Some(first) => first.copy_from_slice(sizes),
+            None => bail!("got an array of {} axes, expected at most {MAX_AXES}", sizes.len()),
+        }
+        Ok(Self { sizes: all, rank: sizes.len() })
+    }
+}
+
+impl Deref for Dims {
+    type Target = [usize];
+
+    fn deref(&self) -> &[usize] {
+        &self.sizes[..self.rank]
+    }
+}
+
+impl<const N: usize> From<[usize; N]> for Dims {
+    fn from(sizes: [usize; N]) -> Self {
+        const { assert!(N <= MAX_AXES) };
+        let mut all = [1; MAX_AXES];
+        all[..N].copy_from_slice(&sizes);
+        Self { sizes: all, rank: N }
+    }
+}
+
 /// A call that can be run.
 pub struct Job {
     function: Function,
     geometry: Geometry,
     /// The shape of the result.
-    pub result: Axes<usize>,
+    pub result: Dims,
 }
 
 enum Geometry {
@@ -188,11 +230,11 @@ impl Arguments {
         let (geometry, result) = match self.function {
             Function::PointwiseConvGradBias => {
                 let step = check_step("interleave", self.step)?;
-                (Geometry::Channels(step, batch.images(order)), Axes::from_slice(&[batch.channels]))
+                (Geometry::Channels(step, batch.images(order)), Dims::from([batch.channels]))
             }
             Function::Interleave | Function::Deinterleave => {
                 let step = check_step("step", self.step)?;
-                (Geometry::Channels(step, batch.images(order)), Axes::from_slice(shapes[0]))
+                (Geometry::Channels(step, batch.images(order)), Dims::from(batch.shape(self.layout)))
             }
             Function::PointwiseConv | Function::PointwiseConvGradInput | Function::PointwiseConvGradWeight => {
                 let (shape, result) = self.pointwise(batch, shapes)?;
@@ -206,7 +248,7 @@ impl Arguments {
         Ok(Job { function: self.function, geometry, result })
     }
 
-    fn pointwise(&self, batch: Batch, shapes: &[&[usize]]) -> Result<(Pointwise, Axes<usize>)> {
+    fn pointwise(&self, batch: Batch, shapes: &[&[usize]]) -> Result<(Pointwise, Dims)> {
         let new = |c_in, c_out| Pointwise::new(c_in, c_out, self.groups, self.step, self.weight_layout);
         if self.function == Function::PointwiseConvGradWeight {
             let grad = Batch::new("grad_output", shapes[1], self.layout)?;
@@ -214,7 +256,7 @@ impl Arguments {
             let shape = new(batch.channels, grad.channels)?;
             let (c_out, group_in) = (shape.out_channels, shape.group_in());
             let result = if self.weight_layout == WeightLayout::Oi { [c_out, group_in] } else { [group_in, c_out] };
-            return Ok((shape, Axes::from_slice(&result)));
+            return Ok((shape, Dims::from(result)));
         }
         let weight = shapes[1];
         let expected = match self.weight_layout {
@@ -243,10 +285,10 @@ impl Arguments {
             );
         }
         expect_bias(shapes.get(2), c_out)?;
-        Ok((shape, Axes::from(batch.with_channels(result).shape(self.layout))))
+        Ok((shape, Dims::from(batch.with_channels(result).shape(self.layout))))
     }
 
-    fn depthwise(&self, batch: Batch, shapes: &[&[usize]], order: Order) -> Result<(Depthwise, Axes<usize>)> {
+    fn depthwise(&self, batch: Batch, shapes: &[&[usize]], order: Order) -> Result<(Depthwise, Dims)> {
         let layout = self.weight_layout;
         let new = |size, kernel| {
             let Batch { count, channels, .. } = batch;
@@ -257,7 +299,7 @@ impl Arguments {
             self.expect_output(shapes[1], Batch { size: shape.output_size(), ..batch })?;
             let (c, k) = (shape.channels, shape.kernel);
             let result = if layout == WeightLayout::Oi { [c, k, k] } else { [k, k, c] };
-            return Ok((shape, Axes::from_slice(&result)));
+            return Ok((shape, Dims::from(result)));
         }
         let kernel = match depthwise_axes(shapes[1], layout) {
             Some((channels, a, b)) if channels == batch.channels && a == b => a,
@@ -274,10 +316,10 @@ impl Arguments {
         expect_bias(shapes.get(2), batch.channels)?;
         let output = Batch { size: shape.output_size(), ..batch };
         if forward {
-            return Ok((shape, Axes::from(output.shape(self.layout))));
+            return Ok((shape, Dims::from(output.shape(self.layout))));
         }
         self.expect_output(shapes[0], output)?;
-        Ok((shape, Axes::from(Batch { size: self.input_size, ..batch }.shape(self.layout))))
+        Ok((shape, Dims::from(Batch { size: self.input_size, ..batch }.shape(self.layout))))
     }
 
     /// Checks the shape of a gradient by the output.
@@ -350,8 +392,39 @@ impl Job {
         self.result.len() == 4
     }
 
+    /// The algorithms for the call on values of type `T`, where there is a choice.
+    pub fn explain<T: Element>(&self, isa: IsaKind) -> Option<Vec<Explained>> {
+        let caps = Caps::new::<T>(isa);
+        let direction = match self.function {
+            Function::PointwiseConvGradInput | Function::DepthwiseConvGradInput => Direction::GradInput,
+            Function::PointwiseConvGradWeight | Function::DepthwiseConvGradWeight => Direction::GradWeight,
+            _ => Direction::Forward,
+        };
+        match self.geometry {
+            Geometry::Pointwise(shape, images) if !images.is_empty() => {
+                Some(conv1x1::explain(&conv1x1::plan::Problem::new(&caps, direction, &shape, images), &caps))
+            }
+            Geometry::Depthwise(shape) if shape.input_len() * shape.output_len() > 0 => {
+                Some(dwconv::plan::explain(&dwconv::plan::Problem { shape, direction }, &caps))
+            }
+            Geometry::Channels(step, images) if self.function != Function::PointwiseConvGradBias => {
+                if images.is_empty() {
+                    return None;
+                }
+                let order = ChannelOrder { channels: images.channels, step: step.min(images.channels) };
+                let (inverse, pixels) = (self.function == Function::Deinterleave, images.count * images.pixels);
+                let problem = interleave::Problem::new(order, inverse, images.order, pixels, &caps);
+                Some(interleave::explain(&problem, &caps))
+            }
+            _ => None,
+        }
+    }
+
     /// Computes the result from the operands' values.
-    pub fn run<T: Element>(&self, isa: IsaKind, operands: &[&[T]], result: &mut [MaybeUninit<T>]) {
+    ///
+    /// An error only where an algorithm is [forced](explain::force) that does not apply.
+    pub fn run<T: Element>(&self, isa: IsaKind, operands: &[&[T]], result: &mut [MaybeUninit<T>]) -> Result<()> {
+        let _forced = explain::force::<T>(self, isa)?;
         let (first, second) = (operands[0], operands.get(1).copied().unwrap_or_default());
         let bias = operands.get(2).copied();
         match (&self.geometry, self.function) {
@@ -381,5 +454,6 @@ impl Job {
                 interleave::permute(isa, &index(images.channels, step), images, first, result);
             }
         }
+        Ok(())
     }
 }

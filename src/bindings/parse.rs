@@ -30,7 +30,7 @@ pub mod integers {
             })*
         };
     }
-    named!(groups interleave kernel_size step stride threads);
+    named!(images height width in_channels out_channels groups interleave kernel_size step stride threads);
 }
 
 /// Parses `input_size`: (height, width).

@@ -3,9 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::bindings::arrays::Axes;
 use crate::bindings::call::{Array, Buffer, Call, Float, Output};
-use crate::bindings::operation::{Batch, expect_images, expect_shape, expect_values, layout};
+use crate::bindings::operation::{Batch, Dims, expect_images, expect_shape, expect_values, layout};
 use crate::error::{Result, bail};
 use crate::fused::{self, Arguments, Inference, Program};
 use crate::lock::Lock;
@@ -86,19 +85,19 @@ fn expect_len(name: &str, array: &Array, len: usize) -> Result<()> {
 }
 
 /// The shapes of a pass's results.
-pub fn result_shapes(pass: Pass, call: &Call<'_>) -> Result<Vec<Axes<usize>>> {
+pub fn result_shapes(pass: Pass, call: &Call<'_>) -> Result<Vec<Dims>> {
     let (program, order) = (program(call)?, order(call)?);
     let [input_size, output_size] = program.sizes();
     let n = count(pass, call, &program)?;
-    let images = |size| Axes::from(Batch::of(n, size).shape(order));
+    let images = |size| Dims::from(Batch::of(n, size).shape(order));
     if let Pass::Backward = pass {
-        let grad_x = if program.input_grad() { images(input_size) } else { Axes::from_slice(&[0]) };
-        return Ok(vec![Axes::from_slice(&[program.parameters()]), grad_x]);
+        let grad_x = if program.input_grad() { images(input_size) } else { Dims::from([0]) };
+        return Ok(vec![Dims::from([program.parameters()]), grad_x]);
     }
     let mut results = vec![images(output_size)];
     if let Pass::Forward = pass {
-        results.push(Axes::from_slice(&[2, program.norm_channels()]));
-        results.push(Axes::from_slice(&[program.workspace_len(n)?]));
+        results.push(Dims::from([2, program.norm_channels()]));
+        results.push(Dims::from([program.workspace_len(n)?]));
     }
     Ok(results)
 }

@@ -4,23 +4,20 @@
 //! takes part in the build, and one binary serves every TensorFlow.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
 use std::sync::OnceLock;
 
-use crate::bindings::arrays::{Axes, Dtype, by_dtype};
-use crate::bindings::call::{Array, Attribute, Attributes, Buffer, Call, Output};
+use crate::bindings::arrays::{Dtype, by_dtype};
+use crate::bindings::call::{Array, Attribute, Attributes, Buffer, Call, INTERNAL, Output, guarded};
 use crate::bindings::functions::{ResultLike, Signature};
-use crate::error::{Error, Result, bail};
+use crate::bindings::operation::Dims;
+use crate::error::{Result, bail};
 use crate::memory;
 
 /// A pointer to one of TensorFlow's own objects.
 pub type Opaque = *mut c_void;
 
 const OK: c_int = 0;
-const INVALID_ARGUMENT: c_int = 3;
-const RESOURCE_EXHAUSTED: c_int = 8;
-const INTERNAL: c_int = 13;
 /// The types of tensors, TensorFlow's codes of them, and what distinguishes the names of their
 /// kernels.
 const TYPES: [(Dtype, c_int, &str); 3] =
@@ -207,12 +204,12 @@ pub unsafe fn create_kernel(signature: &'static Signature, construction: Opaque)
     let read = |specification: &&'static str| {
         let (name, kind) = specification.split_once(": ").expect("name: type");
         // SAFETY: the caller's promise.
-        unsafe { Ok((name, read_attribute(construction, &text(name), kind)?)) }
+        unsafe { read_attribute(construction, &text(name), kind) }.map(|value| (name, value))
     };
-    match signature.attributes.iter().map(read).collect() {
+    match signature.attributes.iter().map(read).collect::<Result<_>>() {
         Ok(attributes) => Box::into_raw(Box::new(Kernel { signature, attributes })).cast(),
         Err(error) => {
-            let status = Status::of(INTERNAL, &error);
+            let status = Status::of(INTERNAL, &error.to_string());
             // SAFETY: the caller's promise.
             unsafe { (api().TF_OpKernelConstruction_Failure)(construction, status.0) };
             null_mut()
@@ -264,14 +261,11 @@ unsafe extern "C" fn delete_kernel(kernel: Opaque) {
 unsafe extern "C" fn compute(kernel: Opaque, context: Opaque) {
     // SAFETY: TensorFlow passes what `create_kernel` made, which nothing changes, and a context.
     let run = || unsafe { run(&*kernel.cast::<Kernel>(), context) };
-    let status = match catch_unwind(AssertUnwindSafe(|| memory::catch(run))) {
-        Ok(Ok(Ok(()))) => return,
-        Ok(Ok(Err(error))) => Status::of(INVALID_ARGUMENT, &error),
-        Ok(Err(no_memory)) => Status::of(RESOURCE_EXHAUSTED, &Error::new(format!("kconv: {no_memory}"))),
-        Err(_) => Status::of(INTERNAL, &Error::new("kconv: a kernel panicked")),
-    };
-    // SAFETY: the context of this call.
-    unsafe { (api().TF_OpKernelContext_Failure)(context, status.0) };
+    if let Err((code, message)) = guarded(run) {
+        let status = Status::of(code, &message);
+        // SAFETY: the context of this call.
+        unsafe { (api().TF_OpKernelContext_Failure)(context, status.0) };
+    }
 }
 
 /// # Safety
@@ -290,7 +284,7 @@ unsafe fn run(kernel: &Kernel, context: Opaque) -> Result<()> {
     let mut operands = tensors.iter().map(Tensor::buffer).collect::<Result<Vec<_>>>()?;
     let like = kernel.signature.result_like();
     let shapes = match operands.last() {
-        Some(last) if like != ResultLike::Nothing => vec![Axes::from_slice(last.shape())],
+        Some(last) if like != ResultLike::Nothing => vec![*last.shape()],
         _ => kernel.signature.result_shapes(&Call::new(&operands, kernel))?,
     };
     if like == ResultLike::Unknown {
@@ -300,7 +294,7 @@ unsafe fn run(kernel: &Kernel, context: Opaque) -> Result<()> {
     let width = by_dtype!(dtype, T => size_of::<T>());
     // SAFETY: a tensor of this call.
     let code = unsafe { (api.TF_TensorType)(tensors[0].0) };
-    let allocate = |(index, dims): (usize, &Axes<usize>)| {
+    let allocate = |(index, dims): (usize, &Dims)| {
         let sizes: Vec<_> = dims.iter().map(|&size| size as i64).collect();
         let product = dims.iter().try_fold(width, |product, &size| product.checked_mul(size));
         let Some(bytes) = product.filter(|&bytes| bytes <= memory::LARGEST) else {
@@ -313,7 +307,7 @@ unsafe fn run(kernel: &Kernel, context: Opaque) -> Result<()> {
         status.check().map(|()| Tensor(tensor))
     };
     let results = shapes.iter().enumerate().map(allocate).collect::<Result<Vec<_>>>()?;
-    let output = |(tensor, dims): (&Tensor, &Axes<usize>)| {
+    let output = |(tensor, dims): (&Tensor, &Dims)| {
         // SAFETY: TensorFlow has allocated as many bytes, for this call alone.
         Ok(unsafe { Output::new(Array::new(dtype, dims)?, (api.TF_TensorData)(tensor.0)) })
     };
@@ -356,10 +350,10 @@ impl Status {
         Self(unsafe { (api().TF_NewStatus)() })
     }
 
-    fn of(code: c_int, error: &Error) -> Self {
+    fn of(code: c_int, message: &str) -> Self {
         let status = Self::new();
         // SAFETY: TensorFlow copies the message.
-        unsafe { (api().TF_SetStatus)(status.0, code, text(&error.to_string()).as_ptr()) };
+        unsafe { (api().TF_SetStatus)(status.0, code, text(message).as_ptr()) };
         status
     }
 

@@ -7,15 +7,13 @@
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::mem::{offset_of, size_of};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
 use std::slice;
 
 use crate::bindings::arrays::Dtype;
-use crate::bindings::call::{Array, Attribute, Attributes, Buffer, Call, Output};
+use crate::bindings::call::{Array, Attribute, Attributes, Buffer, Call, Output, guarded};
 use crate::bindings::functions::Signature;
 use crate::error::{Result, bail};
-use crate::memory;
 
 /// The newest minor version of major version 0 whose structs are known here.
 const NEWEST_MINOR: c_int = 3;
@@ -31,9 +29,6 @@ const TYPE_I64: c_int = 5;
 const TYPE_F32: c_int = 11;
 const TYPE_F64: c_int = 12;
 const TYPE_BF16: c_int = 16;
-const ERROR_INVALID_ARGUMENT: c_int = 3;
-const ERROR_RESOURCE_EXHAUSTED: c_int = 8;
-const ERROR_INTERNAL: c_int = 13;
 
 #[repr(C)]
 struct Extension {
@@ -166,11 +161,9 @@ pub unsafe fn serve(frame: *mut CallFrame, function: &Signature) -> *mut c_void 
         let results = frame.results.raw().iter().map(|raw| raw.output()).collect::<Result<Vec<_>>>()?;
         function.run(&Call::new(&operands, &frame.attributes), results)
     };
-    match catch_unwind(AssertUnwindSafe(|| memory::catch(run))) {
-        Ok(Ok(Ok(()))) => null_mut(),
-        Ok(Ok(Err(error))) => create_error(frame, ERROR_INVALID_ARGUMENT, &error.to_string()),
-        Ok(Err(no_memory)) => create_error(frame, ERROR_RESOURCE_EXHAUSTED, &format!("kconv: {no_memory}")),
-        Err(_) => create_error(frame, ERROR_INTERNAL, "kconv: a kernel panicked"),
+    match guarded(run) {
+        Ok(()) => null_mut(),
+        Err((code, message)) => create_error(frame, code, &message),
     }
 }
 
