@@ -404,7 +404,7 @@ impl Job {
             Geometry::Pointwise(shape, images) if !images.is_empty() => {
                 Some(conv1x1::explain(&conv1x1::plan::Problem::new(&caps, direction, &shape, images), &caps))
             }
-            Geometry::Depthwise(shape) if shape.input_len() * shape.output_len() > 0 => {
+            Geometry::Depthwise(shape) if shape.input_len().min(shape.output_len()) > 0 => {
                 Some(dwconv::plan::explain(&dwconv::plan::Problem { shape, direction }, &caps))
             }
             Geometry::Channels(step, images) if self.function != Function::PointwiseConvGradBias => {
