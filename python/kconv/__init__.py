@@ -37,6 +37,7 @@ from kconv._kconv import (
 if TYPE_CHECKING:  # read by tools that pack an application, too
     from kconv import ktypes as ktypes
     from kconv import models as models
+    from kconv._explain import explain
     from kconv.models import list_models
     from kconv.runtime import load
     from kconv.weights import load_weights, save_weights
@@ -50,6 +51,7 @@ __all__ = [
     "depthwise_conv",
     "depthwise_conv_grad_input",
     "depthwise_conv_grad_weight",
+    "explain",
     "get_num_threads",
     "interleave",
     "list_models",
@@ -81,6 +83,7 @@ _SUBMODULES = {
 
 
 _HOMES = {
+    "explain": "kconv._explain",
     "list_models": "kconv.models",
     "load": "kconv.runtime",
     "load_weights": "kconv.weights",

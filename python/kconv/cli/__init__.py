@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import kconv
 from kconv._names import did_you_mean
-from kconv.cli import _export, _info, _serve, _train
+from kconv.cli import _explain, _export, _info, _serve, _train
 
 KERAS_BACKENDS = ("jax", "torch", "tensorflow")
 """Named like their packages, the ones to prefer first."""
@@ -78,6 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kconv", description=__doc__)
     parser.add_argument("--version", action="version", version=f"kconv {kconv.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (_train, _serve, _export, _info):
+    for group in (_train, _serve, _export, _explain, _info):
         group.add(commands)
     return parser
