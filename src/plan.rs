@@ -1,8 +1,8 @@
 //! Plans: how an operation is computed, as a value that can be printed, forced and tested.
 //!
 //! Each operation has one table of [`Candidate`]s for each layout and direction. The cheapest
-//! candidate that applies is the plan ([`choose`]), unless one is forced ([`with_algorithm`]);
-//! tests run every candidate that applies.
+//! candidate that applies is the plan ([`choose`]), unless one is forced: by [`with_algorithm`] in
+//! Rust, by `kconv._kconv.force_algorithm` in Python. Tests run every candidate that applies.
 
 use std::cell::RefCell;
 use std::fmt::{Debug, Display, Write};

@@ -1,6 +1,10 @@
 //! The weight gradient in NHWC: sums of outer products of pixels.
 //!
-//! An interleaved `grad_output` is read where its channels are stored, or permuted in a cache.
+//! An interleaved `grad_output` is read where its channels are stored ([`OuterByInput`]), or
+//! permuted in a cache first ([`OuterByOutput`], [`Grouped`](super::plan::Algorithm::Grouped)).
+//!
+//! [`OuterByInput`]: super::plan::Algorithm::OuterByInput
+//! [`OuterByOutput`]: super::plan::Algorithm::OuterByOutput
 
 use std::ops::Range;
 
