@@ -146,7 +146,7 @@ pub fn explained<P: Debug, A: Copy + PartialEq + Debug>(
     table.iter().map(explained).collect()
 }
 
-/// A table of all candidates for a problem, the chosen one marked: what `kconv.explain` prints.
+/// A table of all candidates for a problem, the chosen one marked.
 pub fn explain<P: Display, A: Copy + PartialEq + Debug>(
     table: &[Candidate<P, A>],
     problem: &P,
