@@ -45,8 +45,8 @@ def images(shape, count=3):
     return np.random.default_rng(2).normal(size=(count, *shape))
 
 
-def pair(make, *args, **options):
-    """A fused model and the same one as it is, with equal variables."""
+def pair(make, *args, noise=0.3, **options):
+    """A fused model and the same one as it is, with equal variables that are not as they began."""
     models = []
     for _ in range(2):
         keras.utils.set_random_seed(1)
@@ -54,7 +54,7 @@ def pair(make, *args, **options):
     values = np.random.default_rng(0)
     for a, b in zip(*(model.variables for model in models), strict=True):
         if a.dtype == "float64":  # a dropout's seeds are others
-            a.assign(numbers(a) + 0.3 * values.random(a.shape))
+            a.assign(numbers(a) + noise * values.random(a.shape))
         b.assign(numbers(a))
     assert kk.fuse(models[0]) is models[0]
     return models
@@ -111,15 +111,16 @@ def assert_close(ours, theirs, bound=1e-10):
         np.testing.assert_allclose(a, b, rtol=0, atol=bound * largest)
 
 
-def assert_trains_alike(fused, plain, x):
+def assert_trains_alike(fused, plain, x, rate=0.01):
     """Three steps of SGD and an evaluation."""
     steps = [step(model) for model in (fused, plain)]
     for _ in range(3):
         results = []
         for model, values in zip((fused, plain), steps, strict=True):
+            keras.utils.set_random_seed(3)  # which dropout on PyTorch goes by
             loss, grads = values(x)
             for variable, grad in zip(model.trainable_variables, grads, strict=True):
-                variable.assign_sub(0.01 * grad)
+                variable.assign_sub(rate * grad)
             results.append(([numbers(loss)], [numbers(grad) for grad in grads]))
         (loss, grads), (plain_loss, plain_grads) = results
         assert_close(loss, plain_loss)
@@ -373,6 +374,7 @@ def test_applications(name):
         kind = getattr(keras.applications, name)
         return kind(weights=None, input_shape=(33, 35, 3), classes=3, classifier_activation=None)
 
-    fused, plain = pair(make)
+    # Deep networks amplify rounding, and steps of more than this make them diverge.
+    fused, plain = pair(make, noise=0.01)
     assert chains(fused) == APPLICATIONS[name]
-    assert_trains_alike(fused, plain, images((33, 35, 3)))
+    assert_trains_alike(fused, plain, images((33, 35, 3)), rate=1e-4)
