@@ -414,3 +414,128 @@ def test_keras_and_pytorch_freeze_to_the_same() -> None:
         kconv.keras.freeze(other)
     with pytest.raises(TypeError, match="expected a functional"):
         kconv.keras.freeze(keras.layers.Dense(3))
+
+
+# Models that were fused
+
+
+class Gate(torch.nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reduce, self.expand = torch.nn.Linear(channels, 3), torch.nn.Linear(3, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.expand(torch.relu(self.reduce(x.mean((2, 3)))))
+        return x * torch.sigmoid(y)[:, :, None, None]
+
+
+class Mobile(torch.nn.Module):
+    """A small network as its users write one."""
+
+    def __init__(self, tail: torch.nn.Module) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU6(inplace=True)
+        )
+        self.depthwise, self.norm = nn.Conv2d(6, 6, 3, 1, 1, groups=6), nn.BatchNorm2d(6)
+        self.gate, self.project = Gate(6), nn.Conv2d(6, 6, 1)
+        self.drop, self.tail = nn.Dropout(0.5), tail
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x + self.project(self.gate(torch.nn.functional.silu(self.norm(self.depthwise(x)))))
+        x = torch.nn.functional.adaptive_avg_pool2d(x, 1)
+        return self.tail(self.drop(torch.flatten(x, 1)))
+
+
+def mobile(tail: torch.nn.Module) -> torch.nn.Module:
+    """Fused, with norms that do something."""
+    torch.manual_seed(0)
+    model = Mobile(tail)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return kconv.torch.fuse(model)
+
+
+@pytest.mark.parametrize("tail", ["classifier", "probabilities", "features"])
+def test_a_fused_model_of_pytorchs(tail: str, tmp_path: Path) -> None:
+    """In training mode and its own class it stays; a softmax follows a classifier only."""
+    classifier = torch.nn.Linear(6, 3)
+    model = mobile(
+        {
+            "classifier": classifier,
+            "probabilities": torch.nn.Sequential(classifier, torch.nn.Softmax(1)),
+            "features": torch.nn.Identity(),
+        }[tail]
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    frozen = kconv.torch.freeze(model)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert len(kconv.torch.report(model).changed) == 1
+    torch.testing.assert_close(model.state_dict(), before)
+    x = images(3, 11, 14, 3)
+    with torch.no_grad():
+        expected = kconv.torch.restore(model).eval()(torch.tensor(x).permute(0, 3, 1, 2))
+    if tail == "classifier":
+        expected = expected.softmax(1)
+    np.testing.assert_allclose(frozen(x), expected.numpy(), atol=1e-6)
+    frozen.save(tmp_path)
+    np.testing.assert_array_equal(kconv.load(tmp_path)(x), frozen(x))
+
+
+class Sum(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mobile(torch.nn.Linear(6, 3))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.body(x) + self.body(y)
+
+
+class Undecided(Sum):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) if x.sum() > 0 else x
+
+
+def test_fused_models_that_cannot_be_frozen() -> None:
+    with pytest.raises(ValueError, match="module 'tail', a LayerNorm, cannot be frozen as it is"):
+        kconv.torch.freeze(mobile(torch.nn.LayerNorm(6)))
+    for module, message in (
+        (Sum(), "the Sum cannot be frozen: expected one tensor in, and one out"),
+        (Undecided(), "the Undecided cannot be frozen: its forward cannot be traced"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kconv.torch.freeze(kconv.torch.fuse(module))
+    hooked = mobile(torch.nn.Linear(6, 3))
+    hooked.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="the Mobile cannot be frozen: it has hooks"):
+        kconv.torch.freeze(hooked)
+    restored = kconv.torch.restore(mobile(torch.nn.Linear(6, 3)))
+    with pytest.raises(TypeError, match=r"a Mobile, expected .* that kconv\.torch\.fuse was given"):
+        kconv.torch.freeze(restored)
+
+
+def test_a_fused_model_of_keras() -> None:
+    keras = pytest.importorskip("keras")
+    import kconv.keras
+
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            layers.Input((9, 7, 3)),
+            layers.Conv2D(6, 3, use_bias=False),
+            layers.BatchNormalization(moving_mean_initializer="ones"),
+            layers.ReLU(6.0),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+    x = images(2, 9, 7, 3)
+    expected = keras.ops.convert_to_numpy(model(x, training=False))
+    frozen = kconv.keras.freeze(kconv.keras.fuse(model), class_names=NAMES)
+    np.testing.assert_allclose(frozen(x), expected, atol=1e-6)
+    assert (frozen.config.image.height, frozen.config.image.width) == (9, 7)

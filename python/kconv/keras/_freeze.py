@@ -11,6 +11,7 @@ from keras import activations, layers
 
 from kconv._freezing import frozen
 from kconv._model_folder import expected_weights
+from kconv.keras._clone import functional, is_functional
 from kconv.keras._graph import CallGraph, call_graph
 from kconv.models import graph
 from kconv.runtime import FrozenNetwork
@@ -45,8 +46,8 @@ def freeze(
         True
 
     Args:
-        model: of :func:`kconv.keras.build`, or another functional model with one input and one
-            output, all of whose layers are of classes that kconv knows.
+        model: of :func:`kconv.keras.build`, or another functional or sequential model, fused or
+            not, with one input and one output, all of whose layers are of classes that kconv knows.
         class_names: one name for each output; numbers by default.
         image_size: height and width to which image files are resized; by default the model's.
         interpolation: how, "bilinear" or "nearest".
@@ -59,10 +60,13 @@ def freeze(
 
     Raises:
         ValueError: a layer is none that can be frozen, or an option does not fit.
-        TypeError: it is no functional model.
+        TypeError: it is no functional or sequential model.
     """
-    if not isinstance(model, keras.Model) or not hasattr(model, "_nodes_by_depth"):
-        raise TypeError(f"model is a {type(model).__name__}, expected a functional keras.Model")
+    if not is_functional(model):
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected a functional or sequential keras.Model"
+        )
+    model = functional(model)
     if len(model.inputs) != 1 or len(model.outputs) != 1:
         raise ValueError(
             f"the model has {len(model.inputs)} inputs and {len(model.outputs)} outputs, "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -13,8 +14,12 @@ from kconv._freezing import frozen
 from kconv._model_folder import expected_weights
 from kconv.models import graph
 from kconv.runtime import FrozenNetwork
-from kconv.torch._functions import Call
-from kconv.torch._lift import is_in_place, lift
+from kconv.torch import _functions
+from kconv.torch._conversion import copied, report, unwrapped
+from kconv.torch._fuse import traced, unfuse
+from kconv.torch._lift import Derived
+from kconv.torch._plan import Call
+from kconv.torch._trace import is_opaque
 from kconv.torch.layers import NativeInterleaveChannels
 from kconv.torch.network import Network
 from kconv.weights._entries import Array
@@ -49,31 +54,37 @@ def freeze(
         True
 
     Args:
-        model: of :func:`kconv.torch.build` or another :class:`kconv.torch.Network`, all of whose
-            modules are of classes that kconv knows.
+        model: of :func:`kconv.torch.build` or another :class:`kconv.torch.Network`, or one that
+            :func:`kconv.torch.fuse` was given; all that it calls is of classes that kconv knows.
         class_names: one name for each output; numbers by default.
         image_size: height and width to which image files are resized; None keeps theirs.
         interpolation: how, "bilinear" or "nearest".
         scale: what bytes are multiplied by, one number or one for each channel. The defaults are
             those of ``kconv train``; ``1 / (255 * std)`` elsewhere.
         offset: what is added then; ``-mean / std`` elsewhere.
-        softmax: whether a softmax follows a classifier, as PyTorch's end in logits.
+        softmax: whether a softmax follows a classifier, as PyTorch's end in logits; none follows
+            means of pixels, which are features, or a softmax.
 
     Returns:
         The network, which :meth:`~kconv.runtime.FrozenNetwork.save` writes.
 
     Raises:
-        ValueError: a module is none that can be frozen, or an option does not fit.
-        TypeError: the model is none of kconv's.
+        ValueError: a module or a call is none that can be frozen, a fused model's forward cannot be
+            followed or has several inputs or outputs, or an option does not fit.
+        TypeError: the model is none of kconv's, and has not been fused.
     """
-    if not isinstance(model, Network):
+    model = unwrapped(model)
+    if isinstance(model, Network):
+        layers, modules = _layers_of_network(model)
+    elif _was_fused(model):
+        layers, modules = _layers_of_fused(model)
+    else:
         raise TypeError(
             f"model is a {type(model).__name__}, expected a kconv.torch.Network, as "
-            "kconv.torch.build makes it"
+            "kconv.torch.build makes it, or a model that kconv.torch.fuse was given"
         )
-    layers, modules = _layers_of(model)
     output = layers[layers.output]
-    if softmax and len(output.shape) == 1 and not isinstance(output, graph.GlobalPool):
+    if softmax and len(output.shape) == 1 and _is_classifier(output, layers):
         probabilities = graph.Activation(
             name="probabilities", inputs=(output.name,), shape=output.shape, kind="softmax"
         )
@@ -89,35 +100,104 @@ def freeze(
     )
 
 
-def _layers_of(model: Network) -> tuple[graph.Graph, Mapping[str, Any]]:
-    """The model's layers, and the modules by their names."""
+Layers = tuple[graph.Graph, Mapping[str, Any]]
+"""A model's layers, and the modules by their names."""
+
+
+def _layers_of_network(model: Network) -> Layers:
     plan = model._current_plan()
-    modules = plan.modules
-    layers: dict[str, graph.Layer] = {}
-    for layer in plan.graph.layers:
-        if not isinstance(layer, graph.Input):
-            module, inputs = modules[layer.name], [layers[name] for name in layer.inputs]
-            # Again, as more is known now of what it reads; but what is changed in place others see.
-            stays = type(layer) is graph.Layer and is_in_place(module)
-            stays |= type(module) is nn.Linear  # a classifier's keeps its own kind of layer
-            made = () if stays else lift(module, layer.name, inputs)
-            found = made[0] if len(made) == 1 else None
-            if found is None and module is not None and not _has_hooks(module):
-                found = _lift(module, {"name": layer.name, "inputs": layer.inputs}, inputs)
-            if found is None:
-                raise ValueError(
-                    f"module {layer.name!r}, a {type(module).__name__}, cannot be frozen as it is"
-                )
-            if isinstance(found, graph.Conv) and found.is_pointwise and _is_pixel(inputs[0]):
-                found = replace(found, shape=(1, 1, found.filters))
-            layer = found
-        layers[layer.name] = layer
     name = getattr(model, "_name", "") or type(model).__name__
-    return graph.Graph(name, tuple(layers.values()), plan.graph.output), modules
+    start = plan.graph.layers[0]
+    return _layers_of(name, start, plan.calls, plan.graph.output, plan.graph.layers)
 
 
-def _is_pixel(layer: graph.Layer) -> bool:
-    return layer.shape[:2] == (1, 1)
+def _was_fused(model: nn.Module) -> bool:
+    try:
+        return report(model).action == "fuse"
+    except ValueError:  # there is none
+        return False
+
+
+def _layers_of_fused(model: nn.Module) -> Layers:
+    """Those of the calls in evaluation mode; a copy is in it, so that the model stays as it is."""
+    model = copied(model, "freeze")
+    unfuse(model)
+    for module in model.modules():
+        module.training = False
+    name = type(model).__name__
+    if reason := is_opaque(model):
+        raise ValueError(f"the {name} cannot be frozen: {reason}")
+    plan = traced(model)
+    if plan.parts is None:
+        raise ValueError(f"the {name} cannot be frozen: {plan.reason}")
+    if len(plan.sources) != 1 or plan.output is None:
+        raise ValueError(f"the {name} cannot be frozen: expected one tensor in, and one out")
+    calls = [call for part in plan.parts for call in part.calls]
+    start = plan.layers[plan.sources[0]]
+    found, modules = _layers_of(name, start, calls, plan.output, plan.layers.values())
+    if None in (start.shape[-1], *found[found.output].shape[-1:]):
+        raise ValueError(f"the {name} cannot be frozen: nothing in it tells how many channels")
+    return found, modules
+
+
+def _layers_of(
+    name: str,
+    start: graph.Layer,
+    calls: Sequence[Call],
+    output: str,
+    planned: Iterable[graph.Layer],
+) -> Layers:
+    plain = {layer.name for layer in planned if type(layer) is graph.Layer}
+    layers: dict[str, graph.Layer] = {start.name: start}
+    modules: dict[str, Any] = {}
+    for call in calls:
+        for layer in _frozen(call, [layers[name] for name in call.inputs], call.name in plain):
+            layers[layer.name], modules[layer.name] = layer, call.module
+    kept = tuple(layer for layer in layers.values() if not isinstance(layer, Derived))
+    if output not in {layer.name for layer in kept}:
+        raise ValueError(f"the {name} cannot be frozen: its output is no layer's")
+    return graph.Graph(name, kept, output), modules
+
+
+def _frozen(call: Call, inputs: Sequence[graph.Layer], plain: bool) -> tuple[graph.Layer, ...]:
+    """A call's layers; ``plain`` tells that no layer stands for it where models are trained."""
+    module = call.module
+    # Lifted again, as more is known now of what it reads; but what is changed in place others see.
+    made = () if plain and call.in_place else call.lift(inputs)
+    if not made and module is not None and len(inputs) == 1 and not _has_hooks(module):
+        found = _lift(module, {"name": call.name, "inputs": call.inputs}, inputs)
+        made = () if found is None else (found,)
+    if not made:
+        what = f"module {call.label or call.name!r}, a {type(module).__name__},"
+        if module is None:
+            what = f"the call {call.label!r}" if call.label else f"the tensor {call.name!r}"
+        raise ValueError(f"{what} cannot be frozen as it is")
+    return tuple(map(_settled, made, repeat(inputs[0])))
+
+
+def _settled(layer: graph.Layer, source: graph.Layer) -> graph.Layer:
+    """A layer as the runtime has it."""
+    if not isinstance(layer, graph.Conv):
+        return layer
+    if len(layer.shape) == 1:  # of vectors
+        return graph.Dense(
+            name=layer.name,
+            inputs=layer.inputs,
+            shape=layer.shape,
+            units=layer.filters,
+            in_features=layer.in_channels,
+        )
+    if layer.is_pointwise and source.shape[:2] == (1, 1):
+        return replace(layer, shape=(1, 1, layer.filters))
+    return layer
+
+
+def _is_classifier(layer: graph.Layer, layers: graph.Graph) -> bool:
+    """Whether a vector is that of a classifier: no means of pixels, and no probabilities."""
+    while isinstance(layer, graph.Identity | graph.Dropout | graph.Flatten):
+        layer = layers[layer.inputs[0]]
+    softmax = isinstance(layer, graph.Activation) and layer.kind == "softmax"
+    return not (softmax or isinstance(layer, graph.GlobalPool))
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -131,22 +211,17 @@ def _lift(
     """The layer for a module that no fused operation stands for; None where there is none."""
     shape = inputs[0].shape
     kind = type(module)
-    if isinstance(module, nn.Linear) and kind is nn.Linear:
-        return graph.Dense(
-            **common,
-            shape=(module.out_features,),
-            units=module.out_features,
-            in_features=module.in_features,
-        )
     if isinstance(module, NativeInterleaveChannels) and kind is NativeInterleaveChannels:
         return graph.Interleave(**common, shape=shape, step=module.step)
     if kind is nn.Dropout:
         return graph.Dropout(**common, shape=shape, rate=0.0)
     if kind is nn.Softmax and isinstance(module, nn.Softmax) and module.dim in (1, -1):
         return graph.Activation(**common, shape=shape, kind="softmax") if len(shape) == 1 else None
+    if len(shape) != 3:
+        return None
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and kind in (nn.MaxPool2d, nn.AvgPool2d):
         return _pool(module, common, inputs)
-    if isinstance(module, Call) and module.function is torch.amax and len(inputs) == 1:
+    if isinstance(module, _functions.Call) and module.function is torch.amax and len(inputs) == 1:
         keeps = module.options.get("keepdim", False)
         if module.options != {"dim": (2, 3), "keepdim": keeps}:
             return None

@@ -16,7 +16,7 @@ from kconv.torch._trace import HOOKED, Placeholder, is_opaque
 from kconv.torch._traced import Fusion, TracedPlan, why_not
 from kconv.torch.fused import is_watched
 
-__all__ = ["fuse", "unfuse"]
+__all__ = ["fuse", "traced", "unfuse"]
 
 _KEY = "_kconv_fusion"
 
@@ -82,6 +82,12 @@ def unfuse(model: nn.Module) -> dict[str, str]:
             if type(module).__bases__ == (Fused, cls):
                 module.__class__ = cls
     return restored
+
+
+def traced(module: nn.Module) -> TracedPlan:
+    """A plan for a module in the mode that it is in; itself, it must not be fused."""
+    args, kwargs = _arguments(module)
+    return TracedPlan(module, type(module).forward, (), args, kwargs)
 
 
 def _fuse(module: nn.Module, name: str, changed: dict[str, str], kept: dict[str, str]) -> bool:

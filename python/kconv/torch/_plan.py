@@ -276,6 +276,7 @@ class Plan:
 
     Attributes:
         graph: the modules' layers; plain ones stand for those that run by themselves.
+        calls: of the modules, in their order.
 
     Args:
         root: the module that owns them.
@@ -289,14 +290,14 @@ class Plan:
         self._keys = [name for name, _ in steps]
         self._children = list(map(root._modules.get, self._keys))
         self._containers: list[tuple[nn.Module, list[nn.Module | None]]] = []
-        self._calls: list[Call] = []
+        self.calls: list[Call] = []
         for (name, inputs), module in zip(steps, self._children, strict=True):
             self._add(name, inputs, None, name, module, name)
-        modules = [call.module for call in self._calls if call.lift is not not_lifted]
+        modules = [call.module for call in self.calls if call.lift is not not_lifted]
         watched = [*modules, *(container for container, _ in self._containers)]
         # Made before the modules are lifted, so that no change goes unseen between.
         self._watch = Watch([module for module in watched if module is not None])
-        self._parts, layers = divide(self._calls, [source], [output])
+        self._parts, layers = divide(self.calls, [source], [output])
         self.graph = graph.Graph("", tuple(layers.values()), output)
 
     def _add(
@@ -315,7 +316,7 @@ class Plan:
             # A dropout is nothing in evaluation, but one plan serves both modes.
             by_mode = isinstance(module, nn.Dropout | nn.Dropout2d)
             lifter = not_lifted if by_mode else _lifted(module, name)
-            self._calls.append(Call(name, inputs, run, module, lifter, in_place, in_place))
+            self.calls.append(Call(name, inputs, run, module, lifter, in_place, in_place))
             return
         children = module._modules
         self._containers.append((module, list(children.values())))
@@ -324,11 +325,6 @@ class Plan:
             inner_name = name if number == len(children) else inner_path
             self._add(inner_name, inputs, module, inner, child, inner_path)
             inputs = (inner_name,)
-
-    @property
-    def modules(self) -> dict[str, nn.Module | None]:
-        """The modules of the graph's layers, by their names there."""
-        return {call.name: call.module for call in self._calls}
 
     @property
     def segments(self) -> dict[str, FusedSegment]:

@@ -91,6 +91,8 @@ class TracedPlan:
         parts: what runs one after the other; None if the forward cannot be traced.
         reason: why not.
         traced: the trace.
+        sources: the names of the values that come from outside.
+        layers: all by name, as :func:`divide` has them.
     """
 
     def __init__(
@@ -124,12 +126,17 @@ class TracedPlan:
         self._norms = [module for module in called if hasattr(module, "running_mean")]
         self._trained = list(map(trains, self._norms))
         self._functions = _functions(nodes)
-        self._sources = [node.name for node in nodes if node.op == "placeholder"]
+        self.sources = [node.name for node in nodes if node.op == "placeholder"]
         (output,) = (node for node in nodes if node.op == "output")
         self._output = output.args[0]
         wanted = [node.name for node in output.all_input_nodes]
         calls = [_call(node, modules) for node in nodes if node.op not in ("placeholder", "output")]
-        self.parts, _ = divide(calls, self._sources, wanted, by_mode=True)
+        self.parts, self.layers = divide(calls, self.sources, wanted, by_mode=True)
+
+    @property
+    def output(self) -> str | None:
+        """The name of the value that the forward returns; None if it returns several."""
+        return self._output.name if isinstance(self._output, fx.Node) else None
 
     def holds(self, root: nn.Module) -> bool:
         """Whether the module is in the state that this was made for."""
@@ -147,7 +154,7 @@ class TracedPlan:
         """What the forward returns."""
         assert self.parts is not None
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        values: Values = dict(zip(self._sources, tensors, strict=True))
+        values: Values = dict(zip(self.sources, tensors, strict=True))
         del tensors, args, kwargs
         run_parts(self.parts, self._root, values)
         if isinstance(self._output, fx.Node):
@@ -253,7 +260,8 @@ def _is_in_place(node: fx.Node) -> bool:
     if node.target in _CHANGING or "out" in node.kwargs or node.kwargs.get("inplace"):
         return True
     # As the last argument, where torch.nn.functional has it.
-    return getattr(F, name, None) is node.target and node.args[-1:] == (True,)
+    last = node.args[-1] if node.args else None
+    return getattr(F, name, None) is node.target and last is True
 
 
 _CHANGING = tuple(
