@@ -85,8 +85,12 @@ impl Problem {
 
     /// That of the permutation which takes the channel `src_index(i)` to each index.
     fn of(src_index: impl Fn(usize) -> usize, channels: usize, layout: Order, pixels: usize, caps: &Caps) -> Self {
-        let matrix = matrix(&src_index, channels);
-        let windows = if caps.permute { count_windows(&src_index, channels, caps.lanes) } else { 0 };
+        // A small call would feel it where no kernel takes the problem.
+        let (mut matrix, mut windows) = (None, 0);
+        if layout == Order::Nhwc && pixels >= caps.lanes {
+            matrix = find_matrix(&src_index, channels);
+            windows = if caps.permute { count_windows(&src_index, channels, caps.lanes) } else { 0 };
+        }
         Self { layout, pixels, channels, windows, matrix }
     }
 
@@ -118,8 +122,8 @@ fn has_windows(problem: &Problem, caps: &Caps) -> bool {
     problem.layout == Order::Nhwc && caps.permute && problem.pixels >= caps.lanes
 }
 
-fn has_matrix(problem: &Problem, caps: &Caps) -> bool {
-    problem.layout == Order::Nhwc && problem.matrix.is_some() && problem.pixels >= caps.lanes
+fn has_matrix(problem: &Problem, _: &Caps) -> bool {
+    problem.matrix.is_some()
 }
 
 /// All candidates for a problem.
@@ -302,7 +306,7 @@ impl Permutation {
 
 /// The rows and columns of the matrix of channels whose transposition takes the channel at
 /// `src_index(i)` to each index, if there is one with blocks.
-fn matrix(src_index: &impl Fn(usize) -> usize, channels: usize) -> Option<[usize; 2]> {
+fn find_matrix(src_index: &impl Fn(usize) -> usize, channels: usize) -> Option<[usize; 2]> {
     if channels < 2 {
         return None;
     }

@@ -248,11 +248,10 @@ impl<T: ArrayElement> StridedView<T> {
 impl<'py, T: ArrayElement> Input<'py, T> {
     /// Takes an argument that must be an array of `T`, as the call's first array is.
     pub fn new(name: &'static str, value: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let view = match array::<T>(value) {
-            Some(array) => Some(StridedView::of_array(array)),
-            None => dlpack::tensor(value).map(|tensor| tensor.view(name)).transpose()?.flatten(),
-        };
-        if let Some(view) = view {
+        if let Some(array) = array::<T>(value) {
+            return Ok(Self { name, view: StridedView::of_array(array), owner: value.clone() });
+        }
+        if let Some(view) = dlpack::tensor(value).map(|tensor| tensor.view(name)).transpose()?.flatten() {
             return Ok(Self { name, view, owner: value.clone() });
         }
         let (is, expected) = (dtype(name, value)?, T::DTYPE);

@@ -96,7 +96,7 @@ impl<T: Element, M: MulAcc<T>> MatmulNt<T, M> {
     /// As for [`MatmulNt::add`].
     unsafe fn dot(&self, a: Rows<'_, T>, b: Rows<'_, T>, [images, pixels]: [usize; 2], slots: &mut [T::Wide]) {
         let (m, k) = (a.offsets.len(), b.offsets.len());
-        let most = self.isa.run(DotTileOf::<T>(PhantomData));
+        let most = self.isa.constant(DotTileOf::<T>(PhantomData));
         let width = if m == 1 { most.single_b } else { most.b };
         let (a_tiles, b_tiles) = (m.div_ceil(most.a), k.div_ceil(width));
         for i in (0..a_tiles).map(|i| part(m, a_tiles, i)) {

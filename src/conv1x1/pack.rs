@@ -48,7 +48,7 @@ impl GroupedProduct {
         pixels: usize,
         body: impl FnOnce(Packed<'_, T, M>),
     ) {
-        let height = self.isa.run(ConvHeight::<T> { pixels, values: PhantomData });
+        let height = self.isa.constant(ConvHeight::<T> { pixels, values: PhantomData });
         let count = self.group_out.div_ceil(height);
         let blocks: Vec<_> = (0..count).map(|i| part(self.group_out, count, i)).collect();
         let steps = self.group_in.div_ceil(M::TERMS);

@@ -75,6 +75,8 @@ pub struct Problem {
     pub shape: Pointwise,
     /// The input's images, `shape.in_channels` channels each.
     pub images: Images,
+    /// See [`Problem::groups`]: divisions, of which a small call would feel a dozen.
+    groups: Groups,
     /// What permuting a pixel's interleaved channels costs; infinite where no kernel does.
     permutation: f64,
 }
@@ -83,7 +85,10 @@ impl Problem {
     /// That of a direction; `images` may have any number of channels.
     pub fn new(caps: &Caps, direction: Direction, shape: &Pointwise, images: Images) -> Self {
         let images = images.with_channels(shape.in_channels);
-        let this = Self { direction, shape: *shape, images, permutation: 0.0 };
+        let (k, m) = (shape.group_in(), shape.group_out());
+        let (inputs, outputs) = if direction == Direction::GradInput { (m, k) } else { (k, m) };
+        let groups = Groups { count: shape.groups, inputs, outputs };
+        let this = Self { direction, shape: *shape, images, groups, permutation: 0.0 };
         if this.is_rows() || !this.is_interleaved() {
             return this;
         }
@@ -115,9 +120,7 @@ impl Problem {
 
     /// The groups as the direction multiplies them.
     pub(crate) fn groups(&self) -> Groups {
-        let (k, m) = (self.shape.group_in(), self.shape.group_out());
-        let (inputs, outputs) = if self.direction == Direction::GradInput { (m, k) } else { (k, m) };
-        Groups { count: self.shape.groups, inputs, outputs }
+        self.groups
     }
 
     /// The candidates of this layout and direction.

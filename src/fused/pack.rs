@@ -45,7 +45,7 @@ impl<T: WideElement> Packed<T> {
         taps: &[Option<usize>],
         weight: impl Fn(usize, usize, usize, usize) -> T,
     ) -> Self {
-        let count = outputs.div_ceil(isa.run(ConvHeight::<T> { pixels: 0, values: PhantomData }));
+        let count = outputs.div_ceil(isa.constant(ConvHeight::<T> { pixels: 0, values: PhantomData }));
         let blocks: Vec<_> = (0..count).map(|i| part(outputs, count, i)).collect();
         let inputs = channels * taps.len();
         let mut weights = Vec::new();

@@ -378,7 +378,7 @@ mod tests {
 
     /// Every number of rows, with whole and masked vectors, short and long rows.
     fn check<T: Element, M: MulAcc<T>>(isa: IsaKind, mul_acc: M) {
-        let (lanes, most) = (lanes::<T>(isa), isa.run(ConvHeight::<T> { pixels: 0, values: PhantomData }));
+        let (lanes, most) = (lanes::<T>(isa), isa.constant(ConvHeight::<T> { pixels: 0, values: PhantomData }));
         let exact = size_of::<T>() == size_of::<T::Wide>();
         let sizes = [1, lanes, 2 * lanes + 1, 4 * lanes, 9 * lanes - 1, LONG_ROW + 5];
         for (rows, pixels) in (1..=most).flat_map(|rows| sizes.map(|pixels| (rows, pixels))) {

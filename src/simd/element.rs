@@ -247,7 +247,7 @@ impl<T: Element> Kernel for HasPermute<T> {
 
 /// Whether [`Element::permute`] is there.
 pub(crate) fn has_permute<T: Element>(isa: IsaKind) -> bool {
-    isa.run(HasPermute::<T>(PhantomData))
+    isa.constant(HasPermute::<T>(PhantomData))
 }
 
 /// Whether an instruction set's vectors are single values.
@@ -257,7 +257,7 @@ pub(crate) const fn is_scalar<T: Element, I: Isa>() -> bool {
 
 /// How many values an instruction set's vectors hold.
 pub(crate) fn lanes<T: Element>(isa: IsaKind) -> usize {
-    isa.run(Lanes::<T>(PhantomData))
+    isa.constant(Lanes::<T>(PhantomData))
 }
 
 /// Whether a vector holds one value: portable code, of which there is less to be compiled.

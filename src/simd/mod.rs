@@ -460,6 +460,21 @@ impl IsaKind {
         }
     }
 
+    /// What a kernel answers that is a constant of each instruction set: as [`IsaKind::run`], but
+    /// without a call of code for it, of which a small convolution would feel a few.
+    #[inline]
+    pub fn constant<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(isa) | Self::Avx512(isa) => kernel.run(isa),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(isa) => kernel.run(isa),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(isa) => kernel.run(isa),
+            Self::Portable(isa) => kernel.run(isa),
+        }
+    }
+
     /// Whether bfloat16 numbers are multiplied in pairs.
     pub fn bf16(self) -> bool {
         match self {
