@@ -16,16 +16,20 @@ _MOST_NAMES = 40
 
 
 def training_curves(
-    history: Sequence[Mapping[str, float]], path: Path, *, title: str, test_accuracy: float
+    history: Sequence[Mapping[str, float]],
+    path: Path,
+    *,
+    title: str = "",
+    test_accuracy: float | None = None,
 ) -> None:
     """Draw loss, accuracy and learning rate over the epochs, and save the picture.
 
     Args:
         history: For each epoch ``epoch``, ``loss``, ``val_loss``, ``accuracy``, ``val_accuracy``
-            and ``learning_rate``.
+            and ``learning_rate``; what is in no epoch has no curve.
         path: The file; its suffix says which format.
         title: What was trained.
-        test_accuracy: Of the best state.
+        test_accuracy: Of the best state, if there is one.
     """
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     figure.suptitle(_plain(title))
@@ -37,15 +41,18 @@ def training_curves(
     }
     for axes, (quantity, keys) in zip(figure.subplots(1, 3), curves.items(), strict=True):
         for key, label in keys.items():
+            if all(key not in row for row in history):
+                continue
             axes.plot(epochs, [row[key] for row in history], marker="o", markersize=4, label=label)
-        if quantity == "accuracy":
+        if quantity == "accuracy" and test_accuracy is not None:
             label = f"test, best state: {test_accuracy:.4f}"
             axes.axhline(test_accuracy, color="gray", linestyle="--", label=label)
         axes.set_xlabel("epoch")
         axes.set_title(quantity)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=100)
 
 

@@ -277,8 +277,8 @@ INTERVENTIONS = {
     # Attributes.
     "stride 1": (set_("stem", stride=(1, 1)), ()),
     "stride an int": (set_("stem", stride=1), ()),
-    "stride 3": (set_("stem", stride=(3, 3)), {"pad", "stem"}),
-    "two strides": (set_("stem", stride=(1, 2)), {"pad", "stem"}),
+    "stride 3": (set_("stem", stride=(3, 3)), set()),
+    "two strides": (set_("stem", stride=(1, 2)), set()),
     "stride in the branch": (set_("dw", stride=(2, 2)), {"dw", "sum"}),  # the sum does not fit
     "padding": (set_("stem", padding=(1, 0)), {"pad"}),
     "padding in a list": (set_("stem", padding=[1, 0]), {"pad", "stem"}),

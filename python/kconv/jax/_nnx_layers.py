@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kconv._geometry import interleave_order
-from kconv._versions import warn_of_version
 from kconv.jax import ops
 
 __all__ = ["DepthwiseConv", "InterleaveChannels", "PointwiseConv"]
-
-warn_of_version("flax", flax.__version__)
 
 
 class PointwiseConv(nnx.Conv):

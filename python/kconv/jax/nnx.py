@@ -18,8 +18,13 @@ Example:
     (8, 8, 8, 48)
 """
 
+import flax as _flax
+
+from kconv._versions import warn_of_version
 from kconv.jax._nnx_layers import DepthwiseConv, InterleaveChannels, PointwiseConv
 from kconv.jax._nnx_networks import ConvUnit, MBConv, Network, build
+
+warn_of_version("flax", _flax.__version__)
 
 __all__ = [
     "ConvUnit",
