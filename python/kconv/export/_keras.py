@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kconv._files import replacing
 from kconv._require import require
 from kconv.export import Run
-from kconv.export._layers import plain_graph
+from kconv.export._layers import plain_graph, renamed
 from kconv.models import graph
 from kconv.runtime import FrozenNetwork
 from kconv.weights._entries import Array
@@ -76,14 +75,4 @@ def _renamed(layers: graph.Graph, keras: Any) -> graph.Graph:
         if re.sub(r"_\d+$", "", layer.name) in automatic
     }
 
-    def plain(name: str) -> str:
-        return names.get(name, name)
-
-    return graph.Graph(
-        layers.name,
-        tuple(
-            replace(layer, name=plain(layer.name), inputs=tuple(map(plain, layer.inputs)))
-            for layer in layers.layers
-        ),
-        plain(layers.output),
-    )
+    return renamed(layers, lambda name: names.get(name, name))

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from kconv.models import graph
 
-__all__ = ["plain_graph"]
+__all__ = ["plain_graph", "renamed"]
+
+
+def renamed(layers: graph.Graph, name_of: Callable[[str], str]) -> graph.Graph:
+    """The same layers under other names, which differ where theirs do."""
+    return graph.Graph(
+        layers.name,
+        tuple(
+            replace(layer, name=name_of(layer.name), inputs=tuple(map(name_of, layer.inputs)))
+            for layer in layers.layers
+        ),
+        name_of(layers.output),
+    )
 
 
 def plain_graph(layers: graph.Graph, *, pads: bool = True) -> graph.Graph:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kconv._files import replacing
+from kconv._model_folder import expected_weights
 from kconv._require import require
 from kconv.export import Run, usual_size
-from kconv.export._layers import plain_graph
-from kconv.models import graph
+from kconv.export._layers import plain_graph, renamed
 from kconv.runtime import FrozenNetwork
 from kconv.weights._entries import Array
 
@@ -50,11 +49,12 @@ def module_of(net: FrozenNetwork) -> Any:
     from kconv.torch.native import make_native
     from kconv.torch.network import Network
 
-    layers = _renamed(plain_graph(net.graph))
+    layers = renamed(plain_graph(net.graph), _plain)
     module = Network(layers, fused=False)
     make_native(module)
+    names = {key: name.rpartition(".")[2] for key, (name, _) in expected_weights(net.graph).items()}
     values = {
-        f"{layer.replace('.', '_')}.{_NAMES[weight]}": torch.from_numpy(array)
+        f"{_plain(layer)}.{names[layer, weight]}": torch.from_numpy(array)
         for (layer, weight), array in net.weights.items()
     }
     state = module.state_dict()
@@ -69,28 +69,6 @@ def module_of(net: FrozenNetwork) -> Any:
     return module.eval()
 
 
-_NAMES = {
-    "kernel": "weight",
-    "depthwise_kernel": "weight",
-    "gamma": "weight",
-    "bias": "bias",
-    "beta": "bias",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-}
-
-
-def _renamed(layers: graph.Graph) -> graph.Graph:
-    """The layers under names that modules may have."""
-
-    def plain(name: str) -> str:
-        return name.replace(".", "_")
-
-    return graph.Graph(
-        layers.name,
-        tuple(
-            replace(layer, name=plain(layer.name), inputs=tuple(map(plain, layer.inputs)))
-            for layer in layers.layers
-        ),
-        plain(layers.output),
-    )
+def _plain(name: str) -> str:
+    """A layer's name as a module's."""
+    return name.replace(".", "_")

@@ -252,23 +252,12 @@ def _pool(
     )
 
 
-_NAMES = {
-    "kernel": "weight",
-    "depthwise_kernel": "weight",
-    "gamma": "weight",
-    "bias": "bias",
-    "beta": "bias",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-}
-
-
 def _weights_of(
     layers: graph.Graph, modules: Mapping[str, nn.Module]
 ) -> dict[tuple[str, str], Array]:
     arrays = {}
     for (layer, weight), (name, shape) in expected_weights(layers).items():
-        tensor = getattr(modules[layer], _NAMES[weight], None)
+        tensor = getattr(modules[layer], name.rpartition(".")[2], None)
         if tensor is None:  # a linear layer without bias
             arrays[layer, weight] = torch.zeros(shape).numpy()
             continue
