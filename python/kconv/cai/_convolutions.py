@@ -35,10 +35,6 @@ def left_out(number: int) -> NotImplementedError:
     return NotImplementedError(f"kType {number} of the original is not in kconv")
 
 
-def data_format_of(channel_axis: int) -> str:
-    return "channels_last" if channel_axis == 3 else "channels_first"
-
-
 def kPointwiseConv2D(
     last_tensor: Tensor,
     filters: int = 32,
@@ -336,7 +332,7 @@ def _apply(
     window: tuple[int, int, str],
 ) -> Tensor:
     """A block whose first convolutions have a window (kernel size, strides, padding)."""
-    data_format = data_format_of(channel_axis)
+    data_format = blocks.data_format_of(channel_axis)
 
     def named(layer_name: str) -> str | None:
         return layer_name if has_name else None
@@ -353,12 +349,7 @@ def _apply(
             data_format=data_format,
             name=named(step.conv_name),
         )(x)
-        if has_batch_norm:
-            x = keras.layers.BatchNormalization(
-                axis=channel_axis, scale=has_batch_scale, name=named(step.bn_name)
-            )(x)
-        if activation is not None:
-            x = keras.layers.Activation(activation, name=named(step.activation_name))(x)
-        return x
+        options = (activation, has_batch_norm, has_batch_scale)
+        return blocks.norm_and_activation(x, step, channel_axis, *options, named)
 
     return blocks.apply_plan(plan, last_tensor, unit, data_format, named)

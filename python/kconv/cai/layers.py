@@ -13,7 +13,6 @@ from kconv import ktypes
 from kconv.cai._convolutions import (
     Activation,
     Tensor,
-    data_format_of,
     kConv2D,
     kConv2DType0,
     kConv2DType1,
@@ -38,6 +37,7 @@ from kconv.keras import (
     SumIntoHalfChannels,
 )
 from kconv.keras._model import channel_axis
+from kconv.keras.blocks import data_format_of
 
 __all__ = [
     "ConcatNegation",

@@ -56,7 +56,7 @@ def kPointwiseConv2D(  # noqa: N802 - the original's name
     """
     if channel_axis not in (1, 3):
         raise ValueError(f"channel_axis={channel_axis} is neither 1 nor 3")
-    data_format = "channels_last" if channel_axis == 3 else "channels_first"
+    data_format = data_format_of(channel_axis)
     plan = ktypes.plan(kType, last_tensor.shape[channel_axis], filters, name or "")
 
     def named(layer_name: str) -> str | None:
@@ -70,15 +70,47 @@ def kPointwiseConv2D(  # noqa: N802 - the original's name
             data_format=data_format,
             name=named(step.conv_name),
         )(x)
-        if has_batch_norm:
-            x = keras.layers.BatchNormalization(
-                axis=channel_axis, scale=has_batch_scale, name=named(step.bn_name)
-            )(x)
-        if activation is not None:
-            x = keras.layers.Activation(activation, name=named(step.activation_name))(x)
-        return x
+        options = (activation, has_batch_norm, has_batch_scale)
+        return norm_and_activation(x, step, channel_axis, *options, named)
 
     return apply_plan(plan, last_tensor, unit, data_format, named)
+
+
+def data_format_of(channel_axis: int) -> str:
+    """Keras's name of a layout, of which the channels' axis is 3 or 1."""
+    return "channels_last" if channel_axis == 3 else "channels_first"
+
+
+def norm_and_activation(
+    x: Tensor,
+    step: ktypes.Unit,
+    channel_axis: int,
+    activation: str | Callable[[Tensor], Tensor] | None,
+    has_batch_norm: bool,
+    has_batch_scale: bool,
+    named: Callable[[str], str | None],
+) -> Tensor:
+    """What follows a block's convolution.
+
+    Args:
+        x: the convolution's output.
+        step: its step, which names the layers.
+        channel_axis: 3 or 1.
+        activation: None for none.
+        has_batch_norm: whether there is one.
+        has_batch_scale: whether it has a gamma.
+        named: from a step's name to a layer's.
+
+    Returns:
+        Like ``x``.
+    """
+    if has_batch_norm:
+        x = keras.layers.BatchNormalization(
+            axis=channel_axis, scale=has_batch_scale, name=named(step.bn_name)
+        )(x)
+    if activation is not None:
+        x = keras.layers.Activation(activation, name=named(step.activation_name))(x)
+    return x
 
 
 def apply_plan(
