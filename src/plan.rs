@@ -5,7 +5,7 @@
 //! Rust, by `kconv._kconv.force_algorithm` in Python. Tests run every candidate that applies.
 
 use std::cell::RefCell;
-use std::fmt::{Debug, Display, Write};
+use std::fmt::Debug;
 
 use crate::simd::IsaKind;
 use crate::simd::element::{Element, has_permute, lanes};
@@ -110,6 +110,53 @@ pub fn choose<P: Debug, A: Copy + Debug>(table: &[Candidate<P, A>], problem: &P,
     found.unwrap_or_else(|| panic!("no algorithm for {problem:?}"))
 }
 
+/// One of the ways to compute an operation's problems.
+pub trait Algorithm: Copy + Debug + PartialEq + 'static {
+    /// What its costs are counted in.
+    const UNIT: &'static str;
+
+    /// The files of `src/microkernels` whose kernels it runs.
+    fn kernel(self) -> &'static str;
+}
+
+/// A problem whose algorithms stand in a table.
+pub trait Tabled: Debug + Sized + 'static {
+    /// The operation's algorithms.
+    type Algorithm: Algorithm;
+
+    /// The table of its layout and direction.
+    fn candidates(&self) -> &'static [Candidate<Self, Self::Algorithm>];
+}
+
+/// How a problem is computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Plan<A> {
+    /// The algorithm.
+    pub algorithm: A,
+    /// What it costs, in the algorithms' [unit](Algorithm::UNIT).
+    pub cost: f64,
+}
+
+impl<A: Algorithm> Plan<A> {
+    /// The cheapest of the algorithms that apply, unless one is [forced](with_algorithm).
+    pub fn choose<P: Tabled<Algorithm = A>>(problem: &P, caps: &Caps) -> Self {
+        let (algorithm, cost) = choose(problem.candidates(), problem, caps);
+        Self { algorithm, cost }
+    }
+
+    /// Every algorithm that applies.
+    pub fn all<P: Tabled<Algorithm = A>>(problem: &P, caps: &Caps) -> Vec<Self> {
+        let applicable = applicable(problem.candidates(), problem, caps);
+        applicable.map(|(algorithm, cost)| Self { algorithm, cost }).collect()
+    }
+
+    /// The choice in one line.
+    pub fn explain(&self) -> String {
+        let Self { algorithm, cost } = self;
+        format!("{algorithm:?} ({}), {cost:.2} {}", algorithm.kernel(), A::UNIT)
+    }
+}
+
 /// A candidate for a problem, as `kconv.explain` returns it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Explained {
@@ -144,26 +191,4 @@ pub fn explained<P: Debug, A: Copy + PartialEq + Debug>(
         }
     };
     table.iter().map(explained).collect()
-}
-
-/// A table of all candidates for a problem, the chosen one marked.
-pub fn explain<P: Display, A: Copy + PartialEq + Debug>(
-    table: &[Candidate<P, A>],
-    problem: &P,
-    caps: &Caps,
-    chosen: A,
-) -> String {
-    let mut text = format!("{problem} ({}, vectors of {})\n", caps.isa.name(), caps.lanes);
-    for candidate in table {
-        let mark = if candidate.algorithm == chosen { '*' } else { ' ' };
-        let cost = if (candidate.applies)(problem, caps) {
-            format!("{:.0} vector multiply-adds", (candidate.cost)(problem, caps))
-        } else {
-            "does not apply".into()
-        };
-        let name = format!("{:?}", candidate.algorithm);
-        // Writing to a string does not fail.
-        _ = writeln!(text, "{mark} {name:<12} {cost}");
-    }
-    text
 }

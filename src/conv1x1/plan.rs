@@ -10,7 +10,7 @@ use super::grouped;
 use crate::interleave::{self, ChannelOrder};
 use crate::microkernels::grouped_nhwc::MAX_STEPS;
 use crate::microkernels::segmented_sum::has_segments;
-use crate::plan::{self, Candidate, Caps, Direction, Explained};
+use crate::plan::{self, Algorithm as _, Candidate, Caps, Direction, Explained, Tabled};
 use crate::shape::{Images, Order, Pointwise};
 
 /// Every algorithm of the unfused pointwise convolution.
@@ -42,9 +42,10 @@ pub enum Algorithm {
     OuterByOutput,
 }
 
-impl Algorithm {
-    /// The files of `src/microkernels` whose kernels it runs.
-    pub fn kernel(self) -> &'static str {
+impl plan::Algorithm for Algorithm {
+    const UNIT: &'static str = "vectors of multiply-adds a pixel of a group";
+
+    fn kernel(self) -> &'static str {
         match self {
             Self::Rows | Self::RowsInPasses => "conv1x1_nchw.rs",
             Self::Transposed => "transpose.rs, conv1x1_nchw.rs",
@@ -79,6 +80,19 @@ pub struct Problem {
     groups: Groups,
     /// What permuting a pixel's interleaved channels costs; infinite where no kernel does.
     permutation: f64,
+}
+
+impl Tabled for Problem {
+    type Algorithm = Algorithm;
+
+    fn candidates(&self) -> &'static [Candidate<Self, Algorithm>] {
+        match (self.direction, self.is_rows()) {
+            (Direction::Forward | Direction::GradInput, true) => NCHW_CONV,
+            (Direction::Forward | Direction::GradInput, false) => NHWC_CONV,
+            (Direction::GradWeight, true) => NCHW_GRAD_WEIGHT,
+            (Direction::GradWeight, false) => NHWC_GRAD_WEIGHT,
+        }
+    }
 }
 
 impl Problem {
@@ -121,16 +135,6 @@ impl Problem {
     /// The groups as the direction multiplies them.
     pub(crate) fn groups(&self) -> Groups {
         self.groups
-    }
-
-    /// The candidates of this layout and direction.
-    pub fn candidates(&self) -> &'static [Candidate<Self, Algorithm>] {
-        match (self.direction, self.is_rows()) {
-            (Direction::Forward | Direction::GradInput, true) => NCHW_CONV,
-            (Direction::Forward | Direction::GradInput, false) => NHWC_CONV,
-            (Direction::GradWeight, true) => NCHW_GRAD_WEIGHT,
-            (Direction::GradWeight, false) => NHWC_GRAD_WEIGHT,
-        }
     }
 
     /// Steps of a group's sums.
@@ -430,34 +434,8 @@ fn grouped_grad_weight_cost(problem: &Problem, caps: &Caps) -> f64 {
     Weights::of_machine(caps).grouped_grad * steps + problem.permuted(caps)
 }
 
-/// What was chosen for a problem.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Plan {
-    /// The algorithm.
-    pub algorithm: Algorithm,
-    /// What a pixel of one group costs, in vectors of multiply-adds.
-    pub cost: f64,
-}
-
-impl Plan {
-    /// The cheapest of the algorithms that apply, unless one is [forced](plan::with_algorithm).
-    pub fn choose(problem: &Problem, caps: &Caps) -> Self {
-        let (algorithm, cost) = plan::choose(problem.candidates(), problem, caps);
-        Self { algorithm, cost }
-    }
-
-    /// Every algorithm that applies.
-    pub fn all(problem: &Problem, caps: &Caps) -> Vec<Self> {
-        let applicable = plan::applicable(problem.candidates(), problem, caps);
-        applicable.map(|(algorithm, cost)| Self { algorithm, cost }).collect()
-    }
-
-    /// The choice in one line.
-    pub fn explain(&self) -> String {
-        let Self { algorithm, cost } = self;
-        format!("{algorithm:?} ({}), {cost:.2} vectors of multiply-adds a pixel of a group", algorithm.kernel())
-    }
-}
+/// How a problem is computed.
+pub type Plan = plan::Plan<Algorithm>;
 
 /// All candidates for a problem, in the order of their table.
 pub fn explain(problem: &Problem, caps: &Caps) -> Vec<Explained> {

@@ -11,7 +11,7 @@
 //! | [`Algorithm::Stride2Grad`] | `dwconv_nchw_s2_grad.rs` | pixels of one parity |
 //! | [`Algorithm::Strips`] | `dwconv_nhwc.rs` | channels of a pixel |
 
-use crate::plan::{self, Candidate, Caps, Direction, Explained};
+use crate::plan::{self, Algorithm as _, Candidate, Caps, Direction, Explained, Tabled};
 use crate::shape::{Axis, Depthwise, Order};
 
 /// A way to compute a depthwise convolution or a gradient of it.
@@ -36,24 +36,28 @@ pub struct Problem {
     pub direction: Direction,
 }
 
-impl Algorithm {
-    /// The file of `src/microkernels` whose kernel it runs.
-    pub fn kernel(self) -> &'static str {
+impl plan::Algorithm for Algorithm {
+    const UNIT: &'static str = "vectors of multiply-adds";
+
+    fn kernel(self) -> &'static str {
         match self {
             Self::Rows | Self::RowPairs => "dwconv_nchw.rs",
             Self::Stride2Grad => "dwconv_nchw_s2_grad.rs",
             Self::Strips => "dwconv_nhwc.rs",
         }
     }
+}
 
+impl Algorithm {
     /// Rows of an image in a vector.
     pub(crate) fn vector_rows(self) -> usize {
         if self == Self::RowPairs { 2 } else { 1 }
     }
 }
 
-impl Problem {
-    /// The table of its layout and direction.
+impl Tabled for Problem {
+    type Algorithm = Algorithm;
+
     fn candidates(&self) -> &'static [Candidate<Self, Algorithm>] {
         match (self.shape.order, self.direction) {
             (Order::Nchw, Direction::Forward) => NCHW_FORWARD,
@@ -62,7 +66,9 @@ impl Problem {
             (Order::Nhwc, _) => NHWC,
         }
     }
+}
 
+impl Problem {
     /// The axes of what vectors of results run over.
     fn axes(&self) -> [Axis; 2] {
         [self.shape.vertical, self.shape.horizontal]
@@ -139,33 +145,7 @@ const NCHW_GRAD_WEIGHT: &[Candidate<Problem, Algorithm>] = &[ROWS, ROW_PAIRS];
 const NHWC: &[Candidate<Problem, Algorithm>] = &[STRIPS];
 
 /// How a problem is computed.
-#[derive(Clone, Copy, Debug)]
-pub struct Plan {
-    /// The algorithm.
-    pub algorithm: Algorithm,
-    /// The predicted time, in multiply-adds of vectors.
-    pub cost: f64,
-}
-
-impl Plan {
-    /// The cheapest of the algorithms that apply, unless one is [forced](plan::with_algorithm).
-    pub fn choose(problem: &Problem, caps: &Caps) -> Self {
-        let (algorithm, cost) = plan::choose(problem.candidates(), problem, caps);
-        Self { algorithm, cost }
-    }
-
-    /// Every algorithm that applies.
-    pub fn all(problem: &Problem, caps: &Caps) -> Vec<Self> {
-        let applicable = plan::applicable(problem.candidates(), problem, caps);
-        applicable.map(|(algorithm, cost)| Self { algorithm, cost }).collect()
-    }
-
-    /// The choice in one line.
-    pub fn explain(&self) -> String {
-        let Self { algorithm, cost } = self;
-        format!("{algorithm:?} ({}), {cost:.0} vectors of multiply-adds", algorithm.kernel())
-    }
-}
+pub type Plan = plan::Plan<Algorithm>;
 
 /// All candidates for a problem, in the order of their table.
 pub fn explain(problem: &Problem, caps: &Caps) -> Vec<Explained> {

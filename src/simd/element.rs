@@ -147,16 +147,6 @@ pub trait Element:
     /// # Safety
     /// The selected values must be writable at `ptr`.
     unsafe fn store_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *mut Self, value: Self::Vector<I>);
-    /// Loads `N` values again and again, as [`Element::permute`] does by their `index`; `N` is 2, 4
-    /// or 8.
-    ///
-    /// # Safety
-    /// A vector's values must be readable at `ptr`.
-    #[inline(always)]
-    unsafe fn load_repeated<I: Isa, const N: usize>(isa: I, ptr: *const Self, index: I::u32s) -> Self::Vector<I> {
-        // SAFETY: the caller's promise.
-        Self::permute(isa, unsafe { Self::load(isa, ptr) }, index)
-    }
     /// Loads four values from each of these pointers, as many as fill a vector: of types with
     /// [`Element::PERMUTES`].
     ///
@@ -558,11 +548,6 @@ impl Element for f32 {
     f32_vectors!();
     wide_storage!(transpose: transpose_f32, gemm: matrixmultiply::sgemm);
 
-    #[inline(always)]
-    unsafe fn load_repeated<I: Isa, const N: usize>(isa: I, ptr: *const Self, _index: I::u32s) -> I::f32s {
-        // SAFETY: the caller's promise.
-        unsafe { isa.load_repeated_f32s::<N>(ptr) }
-    }
     #[inline(always)]
     unsafe fn load_quads<I: Isa>(isa: I, quads: [*const Self; 4]) -> I::f32s {
         // SAFETY: the caller's promise.

@@ -127,15 +127,6 @@ pub trait Isa: pulp::Simd {
     fn permute2_f32s(self, values: [Self::f32s; 2], index: Self::u32s) -> Self::f32s {
         portable::gather(self, pulp::bytemuck::cast_slice(&values), index)
     }
-    /// `N` values again and again, as many as fill a vector; `N` is 2, 4 or 8. Only with
-    /// [`Isa::PERMUTES`].
-    ///
-    /// # Safety
-    /// They must be readable.
-    #[inline(always)]
-    unsafe fn load_repeated_f32s<const N: usize>(self, _ptr: *const f32) -> Self::f32s {
-        unreachable!("no instruction")
-    }
     /// Four values from each of these pointers, as many as fill a vector.
     ///
     /// # Safety

@@ -399,18 +399,6 @@ avx!(pulp::x86::V4 {
         cast(unsafe { _mm512_permutex2var_ps(cast(a), cast(index), cast(b)) })
     }
     #[inline(always)]
-    unsafe fn load_repeated_f32s<const N: usize>(self, ptr: *const f32) -> Self::f32s {
-        // SAFETY: the token proves AVX-512; the values are readable, by the caller's promise.
-        cast(unsafe {
-            match const { N } {
-                2 => _mm512_castpd_ps(_mm512_set1_pd(ptr.cast::<f64>().read_unaligned())),
-                4 => _mm512_broadcast_f32x4(_mm_loadu_ps(ptr)),
-                8 => _mm512_broadcast_f32x8(_mm256_loadu_ps(ptr)),
-                _ => unreachable!("no instruction"),
-            }
-        })
-    }
-    #[inline(always)]
     unsafe fn load_quads_f32s(self, [a, b, c, d]: [*const f32; 4]) -> Self::f32s {
         // SAFETY: the token proves AVX-512; the values are readable, by the caller's promise.
         unsafe {
