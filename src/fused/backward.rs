@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::Arguments;
 use super::forward::ROW_TILE;
 use super::pass::Pass;
-use super::program::{Kind, Source, Step, timed};
+use super::program::{Kind, Program, Source, Step, timed};
 use crate::memory;
 use crate::parallel::Shared;
 use crate::pool::{chunks, num_threads, part};
@@ -175,15 +175,16 @@ impl<T: WideElement> Tape<'_, '_, T> {
     /// source.
     fn step(&mut self, step: &Step) {
         self.prepare_norm_grad(step.value);
-        let clocks = &self.pass.program.clocks;
+        let Program { clocks, values, .. } = self.pass.program;
+        let pixels = values[step.value].pixels();
         timed(&clocks[step.value - 1].backward, || match &step.kind {
             Kind::Conv(conv) if conv.pointwise() => self.pointwise(step, conv),
             Kind::Conv(conv) if conv.depthwise() => self.depthwise(step, conv),
-            Kind::Conv(conv) if conv.is_unfolded() => self.unfolded(step, conv),
+            Kind::Conv(conv) if conv.is_unfolded(pixels) => self.unfolded(step, conv),
             Kind::Conv(conv) => self.spatial(step, conv),
             Kind::Copy | Kind::Mean | Kind::Pool(_) if !step.differentiate => {}
             Kind::Copy => self.copy(step),
-            Kind::Mean if self.pass.program.values[step.value].kept_rows > 1 => self.defer_mean(step),
+            Kind::Mean if values[step.value].kept_rows > 1 => self.defer_mean(step),
             Kind::Mean => self.mean(step),
             Kind::Pool(pool) => self.pool(step, pool),
         });

@@ -71,11 +71,12 @@ impl<T: WideElement> Pass<'_, T> {
     /// Makes a step's value; with the statistics of its channels where they are wanted and come for
     /// free.
     pub(super) fn step(&self, step: &Step) -> Option<Vec<Statistics>> {
+        let pixels = self.program.values[step.value].pixels();
         timed(&self.program.clocks[step.value - 1].forward, || {
             match &step.kind {
                 Kind::Conv(conv) if conv.pointwise() => return Some(self.pointwise(step, conv)),
                 Kind::Conv(conv) if conv.depthwise() => return Some(self.depthwise(step, conv)),
-                Kind::Conv(conv) if conv.is_unfolded() => return Some(self.unfolded(step, conv)),
+                Kind::Conv(conv) if conv.is_unfolded(pixels) => return Some(self.unfolded(step, conv)),
                 Kind::Conv(conv) => return Some(self.spatial(step, conv)),
                 Kind::Copy => self.copy(step),
                 Kind::Mean => self.mean(step),

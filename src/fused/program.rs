@@ -27,9 +27,10 @@ pub(super) const MOST_NUMBERS: usize = 1 << 42;
 /// Rows or columns of a kernel, stride and dilation, at most.
 pub(super) const LARGEST_KERNEL: usize = 64;
 
-/// Input channels of a group from which on a convolution is unfolded, though kernels know its
-/// phases.
-const UNFOLDED_CHANNELS: usize = 16;
+/// A convolution whose phases are known is unfolded if a group has at least that many input
+/// channels, and the result fewer pixels than that: what tasks of padded planes need besides then
+/// outweighs the copies. (Measured: docs/ALGORITHMS.md.)
+const UNFOLDED: (usize, usize) = (16, 64);
 
 /// That the program has no more of something than it may.
 pub(super) fn limit(what: &str, count: usize, most: usize) -> Result<()> {
@@ -231,10 +232,10 @@ impl Conv {
         self.group_in == 1 && self.group_out == 1 && fits
     }
 
-    /// Whether the convolution is computed by [unfolding](super::unfold): where it has no phases,
-    /// or channels enough to be worth it.
-    pub fn is_unfolded(&self) -> bool {
-        !self.window.phased() || self.group_in >= UNFOLDED_CHANNELS
+    /// Whether the convolution to a result of that many pixels is computed by
+    /// [unfolding](super::unfold): where it has no phases, or where that is faster.
+    pub fn is_unfolded(&self, pixels: usize) -> bool {
+        !self.window.phased() || self.group_in >= UNFOLDED.0 && pixels < UNFOLDED.1
     }
 
     /// Takes groups and parameters that follow from source and value.

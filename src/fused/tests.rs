@@ -60,6 +60,21 @@ fn windows() -> Vec<i64> {
     program.integers()
 }
 
+/// Two convolutions of many channels with the same phases: one over padded planes, and, as its
+/// result has few pixels, an unfolded one.
+fn dense() -> Vec<i64> {
+    let mut program = Builder::new([16, 9, 8]);
+    let norm = program.norm(3, true);
+    let planes = program.conv(Window::square(3, 1, 1), 1, false, &[term(0, 0..16)], [3, 9, 8]);
+    let swish = term(planes, 0..3).norm(norm).activation(SWISH, &[]);
+    let unfolded = program.conv(Window::square(3, 2, 1), 1, true, &[term(0, 0..16)], [3, 5, 4]);
+    let pooled = program.mean_pool(Window::square(2, 2, 0), None, &[swish], [3, 4, 4]);
+    let cut =
+        program.max_pool(Window { kernel: [2, 1], ..Window::square(1, 1, 0) }, &[term(unfolded, 0..3)], [3, 4, 4]);
+    program.copy(&[term(pooled, 0..3), term(cut, 0..3)], [3, 4, 4]);
+    program.integers()
+}
+
 /// A channel for each activation that has parameters or an exponential of its own.
 fn activations() -> Vec<i64> {
     let mut program = Builder::new([6, 2, 3]);
@@ -77,8 +92,8 @@ fn activations() -> Vec<i64> {
 }
 
 /// Every program that is tested.
-fn programs() -> [Vec<i64>; 4] {
-    [gated(), pooling(), windows(), activations()]
+fn programs() -> [Vec<i64>; 5] {
+    [gated(), pooling(), windows(), dense(), activations()]
 }
 
 fn values<T: WideElement>(len: usize, seed: u64) -> Vec<T> {
@@ -119,7 +134,7 @@ impl<T: WideElement> Case<T> {
     }
 
     /// Of each program.
-    fn all() -> [Self; 4] {
+    fn all() -> [Self; 5] {
         programs().map(|program| Self::new(Program::parse(&program).unwrap(), COUNT))
     }
 
