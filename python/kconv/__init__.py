@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # read by tools that pack an application, too
     from kconv import ktypes as ktypes
     from kconv import models as models
     from kconv._explain import explain
+    from kconv._published import list_weights
     from kconv.models import list_models
     from kconv.runtime import load
     from kconv.weights import load_weights, save_weights
@@ -55,6 +56,7 @@ __all__ = [
     "get_num_threads",
     "interleave",
     "list_models",
+    "list_weights",
     "load",
     "load_weights",
     "memory_stats",
@@ -85,6 +87,7 @@ _SUBMODULES = {
 _HOMES = {
     "explain": "kconv._explain",
     "list_models": "kconv.models",
+    "list_weights": "kconv._published",
     "load": "kconv.runtime",
     "load_weights": "kconv.weights",
     "save_weights": "kconv.weights",

@@ -23,7 +23,7 @@ from kconv._files import replacing
 from kconv._kconv import build_info
 from kconv.models.serial import graph_from_json, graph_to_json
 from kconv.weights._entries import Array, cast
-from kconv.weights._layouts import layout
+from kconv.weights._layouts import Layout, Shape, layout
 from kconv.weights._safetensors import (
     safetensors_entries,
     safetensors_header,
@@ -36,8 +36,10 @@ __all__ = [
     "ImageInput",
     "ModelConfig",
     "expected_weights",
+    "layer_class",
     "read_config",
     "read_weights",
+    "weight_layouts",
     "write_config",
     "write_weights",
 ]
@@ -257,22 +259,37 @@ _CLASSES = {
 """The classes of Keras's that :func:`kconv.weights._layouts.layout` knows layers by."""
 
 
-def expected_weights(graph: models.Graph) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
-    """For each (layer, weight) of a graph its name in the file, and its shape there.
+def layer_class(layer: models.Layer) -> str | None:
+    """Keras's class of a layer with weights."""
+    return _CLASSES.get(type(layer).__name__)
+
+
+def weight_layouts(graph: models.Graph) -> dict[tuple[str, str], tuple[str, Layout, Shape]]:
+    """For each (layer, weight) of a graph its name in the file, its layout, and Keras's shape.
 
     Raises:
         ValueError: a layer's weights have no names in files.
     """
     found = {}
     for layer in graph.layers:
-        kind = _CLASSES.get(type(layer).__name__)
+        kind = layer_class(layer)
         for weight, shape in layer.weights().items():
             if kind is None:
                 raise ValueError(f"layer {layer.name!r}, a {type(layer).__name__}, cannot be kept")
             how = layout(kind, weight, shape)
-            name = f"{layer.name}.{how.name}".replace("/", "_")
-            found[layer.name, weight] = name, how.shape(shape)
+            found[layer.name, weight] = f"{layer.name}.{how.name}".replace("/", "_"), how, shape
     return found
+
+
+def expected_weights(graph: models.Graph) -> dict[tuple[str, str], tuple[str, Shape]]:
+    """For each (layer, weight) of a graph its name in the file, and its shape there.
+
+    Raises:
+        ValueError: a layer's weights have no names in files.
+    """
+    return {
+        key: (name, how.shape(shape)) for key, (name, how, shape) in weight_layouts(graph).items()
+    }
 
 
 def read_weights(folder: Path, graph: models.Graph) -> dict[tuple[str, str], Array]:

@@ -34,6 +34,7 @@ from kconv._model_folder import (
     write_config,
     write_weights,
 )
+from kconv._published import find_network
 from kconv.weights._entries import Array
 
 __all__ = ["FrozenNetwork", "load"]
@@ -48,7 +49,8 @@ def load(path: StrPath, *, threads: int | None = None, dtype: str = "float32") -
     """Open a trained network.
 
     Args:
-        path: the folder of a run, or one that :meth:`FrozenNetwork.save` has written.
+        path: the folder of a run, one that :meth:`FrozenNetwork.save` has written, or a name of
+            :func:`kconv.list_weights`.
         threads: how many all of kconv uses from now on; None leaves it as it is
             (see :func:`kconv.set_num_threads`).
         dtype: that of the computation, "float32".
@@ -65,7 +67,7 @@ def load(path: StrPath, *, threads: int | None = None, dtype: str = "float32") -
         raise ValueError(f"dtype={dtype!r}: whole networks are computed in 'float32' alone")
     if threads is not None:
         set_num_threads(threads)
-    folder = Path(path)
+    folder = find_network(path)
     config = read_config(folder)
     return FrozenNetwork(config, read_weights(folder, config.graph()))
 

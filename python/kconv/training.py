@@ -33,15 +33,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kconv import augment, datasets, models, release_memory
+from kconv._creating import fill_network
 from kconv._files import remove_leftovers, replacing
 from kconv._memory import peak_memory
 from kconv._model_folder import WEIGHTS, ImageInput, ModelConfig, write_config
 from kconv._npz import read_npz
+from kconv._published import find_network
 from kconv._require import require
 from kconv.datasets import Dataset, Images, Labels
 from kconv.evaluation import confusion_matrix, report_of
 from kconv.weights import load_weights, save_weights
-from kconv.weights._finetune import load_pretrained
 
 FRAMEWORKS = ("keras", "torch")
 SCHEDULES = ("cyclic25", "constant")
@@ -81,8 +82,9 @@ class Config:
             evaluation; None does so for runs of fewer than ``SHORT_RUN_STEPS`` steps.
         seed: Fixes the initial weights, the order of the images, and all chance.
         framework: One of ``FRAMEWORKS``.
-        weights: A file, or the folder of a run, whose weights to start from; None starts from
-            random ones. The classifier starts anew if the number of classes differs.
+        weights: A name of :func:`kconv.list_weights`, a file, or the folder of a run, whose
+            weights to start from; None starts from random ones. The classifier starts anew if the
+            number of classes differs.
     """
 
     model: str = "keffnet_b0"
@@ -257,6 +259,8 @@ def _train(config: Config, output: Path, resume: bool, log: Callable[[str], None
         raise ValueError(f"{output} holds a run: continue it with --resume {output}")
     checkpoint = _checkpoint_of(output / "last.npz", config) if resume else None
     _check_installed(config)
+    if config.weights is not None:
+        find_network(config.weights, config.model)  # or there is an error before images are read
     data = datasets.load(
         config.dataset,
         image_size=config.image_size or (None if config.dataset in datasets.PHOTOGRAPHS else 32),
@@ -292,7 +296,7 @@ def _train(config: Config, output: Path, resume: bool, log: Callable[[str], None
         history = _restore(trainer, *checkpoint)
     else:
         if config.weights is not None:
-            whole = load_pretrained(trainer.model, Path(config.weights), spec.graph())
+            whole = fill_network(trainer.model, spec, config.weights)
             log(f"weights      {config.weights}" + ("" if whole else ", with a new classifier"))
         _save_checkpoint(output / "last.npz", config, trainer, history)
     counts = models.count(spec)

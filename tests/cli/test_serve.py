@@ -109,7 +109,7 @@ def test_unreadable_images_are_left_out(
         (["predict", "RUN", "missing.png"], "none of 1 images can be read in missing.png"),
         (["predict", "RUN", "/dev/null"], "/dev/null is neither a file nor a folder"),
         (["predict", "RUN", "."], "there are no images in ."),
-        (["predict", "missing", "a.png"], "there is no folder missing"),
+        (["predict", "missing", "a.png"], "there is no folder or file missing"),
         (["predict", ".", "a.png"], ". is no run, as it has no config.json"),
         (["predict", "/dev/null", "a.png"], "/dev/null is no folder of a run, but a file"),
         (["predict", "RUN", "a.png", "--top", "0"], "--top 0 must be at least 1"),
@@ -122,7 +122,7 @@ def test_unreadable_images_are_left_out(
         (["bench", "RUN", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["export", "RUN", "--format", "onx"], "invalid choice: 'onx' (did you mean 'onnx'?)"),
         (["export", "RUN", "--format", "onnx", "--output", "a.b"], "a.b does not end in .onnx"),
-        (["export", "missing", "--format", "onnx"], "there is no folder missing"),
+        (["export", "missing", "--format", "onnx"], "there is no folder or file missing"),
         (["predcit"], "invalid choice: 'predcit' (did you mean 'predict'?)"),
         (
             ["train", "--epcohs", "3"],

@@ -45,7 +45,7 @@ def test_weights_of_a_run_bring_its_options(tmp_path: Path) -> None:
         "keffnet_s", weights=path, num_classes=3, image_size=8, ktype="D6_4ch"
     )
     torch.testing.assert_close(file.eval()(x), source(x))
-    with pytest.raises(ValueError, match="are not the model's"):
+    with pytest.raises(ValueError, match=r"with width=1\.0, the model has width=2\.0"):
         kconv.torch.create_model("keffnet_s", weights=tmp_path, width=2.0)
 
 

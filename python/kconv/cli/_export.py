@@ -19,17 +19,23 @@ def add(commands: Any) -> None:
     )
     parser.set_defaults(run=_export)
     parser.add_argument(
-        "network", metavar="RUN", help="folder of a run, or of a network that was saved"
+        "network",
+        metavar="RUN",
+        help="folder of a run or a saved network, or a name of `kconv models`",
     )
     parser.add_argument("--format", required=True, choices=export.FORMATS, help="which")
     parser.add_argument(
-        "--output", type=Path, metavar="PATH", help="file to write (default: in the run's folder)"
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="file to write (default: in the run's folder, or here for a name)",
     )
 
 
 def _export(options: argparse.Namespace) -> int:
     net = load(options.network)
-    path = options.output or Path(options.network) / export.default_name(options.format)
+    run = Path(options.network)  # or a name, whose folder is the package's
+    path = options.output or (run if run.is_dir() else Path()) / export.default_name(options.format)
     result = export.export(net, path, options.format)
     print(f"written      {result.path}")
     print(f"input        {result.inputs}")

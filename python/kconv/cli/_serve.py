@@ -71,7 +71,9 @@ def add(commands: Any) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "network", metavar="RUN", help="folder of a run, or of a network that was saved"
+        "network",
+        metavar="RUN",
+        help="folder of a run or a saved network, or a name of `kconv models`",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use")
 

@@ -79,9 +79,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--framework", "what to train with", choices=training.FRAMEWORKS)
     add(
         "--weights",
-        "file, or folder of a run, whose weights to start from; the classifier starts anew where "
-        "the classes differ",
-        metavar="PATH",
+        "file, folder of a run, or name of `kconv models`, whose weights to start from; the "
+        "classifier starts anew where the classes differ",
+        metavar="NAME|PATH",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(

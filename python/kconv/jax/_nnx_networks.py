@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kconv import ktypes
+from kconv._creating import Weights, create, expect_spec, fill_network
 from kconv.jax._fused import fused as run_program
 from kconv.jax._fused import runs_natively
 from kconv.jax._nnx_layers import DepthwiseConv, InterleaveChannels, PointwiseConv
@@ -20,7 +23,7 @@ from kconv.models.activations import ACTIVATIONS, ActivationName
 from kconv.models.blocks import conv_unit_graph, mbconv_graph
 from kconv.models.fusion import Segment, UnfitError, partition
 
-__all__ = ["ConvUnit", "MBConv", "Network", "build"]
+__all__ = ["ConvUnit", "MBConv", "Network", "build", "create_model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +141,29 @@ _PARAMETERS = {
     "bias": "bias",
     "gamma": "scale",
     "beta": "bias",
+    "moving_mean": "mean",
+    "moving_variance": "var",
 }
 """Flax's names of weights."""
+
+
+def graph_and_weights(network: Network) -> tuple[graph.Graph, dict[tuple[str, str], nnx.Variable]]:
+    """A network's layers, and its parameters and running averages by the graph's names.
+
+    Raises:
+        ValueError: if a layer was exchanged for one that lacks them.
+    """
+    layers, found = network._plan.whole, {}
+    for layer in layers.layers:
+        module = getattr(network, _attribute(layer.name), None)
+        for weight, shape in layer.weights().items():
+            variable = getattr(module, _PARAMETERS[weight], None)
+            if not isinstance(variable, nnx.Variable) or variable[...].size != prod(shape):
+                raise ValueError(f"{layer.name!r} was exchanged: it has no {weight} of {shape}")
+            found[layer.name, weight] = variable
+    return layers, found
+
+
 _DTYPES = (jnp.dtype("float32"), jnp.dtype("float64"))
 
 
@@ -284,7 +308,14 @@ def _call(layer: graph.Layer, module: Any, inputs: list[jax.Array]) -> jax.Array
             raise TypeError(f"no Flax layer for {layer}")
 
 
-def build(spec: Spec, *, rngs: nnx.Rngs, fused: bool = True, dtype: Any = jnp.float32) -> Network:
+def build(
+    spec: Spec,
+    *,
+    rngs: nnx.Rngs,
+    fused: bool = True,
+    dtype: Any = jnp.float32,
+    weights: Weights = None,
+) -> Network:
     """The Flax network of a spec, ending in a softmax as the original does.
 
     Example:
@@ -303,11 +334,70 @@ def build(spec: Spec, *, rngs: nnx.Rngs, fused: bool = True, dtype: Any = jnp.fl
         fused: whether chains of layers run as one operation each; the layers and their weights are
             the same.
         dtype: of the parameters.
+        weights: what to fill it with, as for :func:`create_model`.
 
     Returns:
         A :class:`Network` from (N, H, W, channels) to (N, classes), in training mode.
+
+    Raises:
+        TypeError: if ``spec`` is none.
+        ValueError: if the weights are of another network.
     """
-    return Network(spec.graph(), rngs=rngs, fused=fused, dtype=dtype)
+    expect_spec(spec, "jax.nnx")
+    network = Network(spec.graph(), rngs=rngs, fused=fused, dtype=dtype)
+    if weights is not None:
+        fill_network(network, spec, weights)
+    return network
+
+
+def create_model(
+    name: str,
+    *,
+    rngs: nnx.Rngs,
+    ktype: str | int | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    weights: Weights = None,
+    **options: Any,
+) -> Network:
+    """A network by name, under the arguments of ``kconv.torch.create_model``.
+
+    Example:
+        >>> network = create_model("keffnet_s", num_classes=10, image_size=16, rngs=nnx.Rngs(0))
+        >>> network(jnp.ones((2, 16, 16, 3))).shape
+        (2, 10)
+
+    Args:
+        name: of :func:`kconv.list_models`.
+        rngs: the keys of the initial values ("params") and of dropout and drop-connect ("dropout").
+        ktype: kind of pointwise convolution, its name or its number; by default the network's own.
+        num_classes: outputs of the classifier, by default 1000.
+        in_chans: channels of the images, by default 3.
+        image_size: height and width of the images, on which paddings depend; by default 224.
+        weights: a name of :func:`kconv.list_weights` ("cifar10" for this network's trained on it),
+            a file that :func:`kconv.load_weights` reads, or the folder of a run; a run's options
+            are then the defaults of the other arguments. Where the number of classes is another
+            one, the classifier starts anew.
+        **options: further fields of the network's spec (see :mod:`kconv.models`).
+
+    Returns:
+        The network, which ends in a softmax, in training mode.
+
+    Raises:
+        ValueError: an option makes no sense, or the weights are of another network.
+        TypeError: the network has no such option.
+    """
+    return create(
+        partial(build, rngs=rngs),
+        name,
+        ktype=ktype,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        image_size=image_size,
+        weights=weights,
+        options=options,
+    )
 
 
 class ConvUnit(Network):

@@ -22,7 +22,7 @@ import flax as _flax
 
 from kconv._versions import warn_of_version
 from kconv.jax._nnx_layers import DepthwiseConv, InterleaveChannels, PointwiseConv
-from kconv.jax._nnx_networks import ConvUnit, MBConv, Network, build
+from kconv.jax._nnx_networks import ConvUnit, MBConv, Network, build, create_model
 
 warn_of_version("flax", _flax.__version__)
 
@@ -34,4 +34,5 @@ __all__ = [
     "Network",
     "PointwiseConv",
     "build",
+    "create_model",
 ]

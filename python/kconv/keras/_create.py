@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import keras
 
-from kconv._creating import create
+from kconv._creating import Weights, create
 from kconv.keras.builder import build
 
 __all__ = ["create_model"]
@@ -20,7 +19,7 @@ def create_model(
     num_classes: int | None = None,
     in_chans: int | None = None,
     image_size: int | tuple[int, int] | None = None,
-    weights: str | os.PathLike[str] | None = None,
+    weights: Weights = None,
     **options: Any,
 ) -> keras.Model:
     """A network by name, under the arguments of ``kconv.torch.create_model``.
@@ -35,9 +34,10 @@ def create_model(
         num_classes: outputs of the classifier, by default 1000.
         in_chans: channels of the images, by default 3.
         image_size: height and width of the images, on which paddings depend; by default 224.
-        weights: a file that :func:`kconv.load_weights` reads, or the folder of a run, whose
-            options are then the defaults of the other arguments. Where the number of classes is
-            another one, the classifier starts anew.
+        weights: a name of :func:`kconv.list_weights` ("cifar10" for this network's trained on it),
+            a file that :func:`kconv.load_weights` reads, or the folder of a run; a run's options
+            are then the defaults of the other arguments. Where the number of classes is another
+            one, the classifier starts anew.
         **options: further fields of the network's spec (see :mod:`kconv.models`).
 
     Returns:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import keras
 
-from kconv._creating import expect_spec
+from kconv._creating import Weights, expect_spec, fill_network
 from kconv.keras._model import model_of
 from kconv.keras.convert import to_native
 from kconv.models import Spec
@@ -14,7 +14,9 @@ from kconv.models import Spec
 Kernels = Literal["kconv", "keras"]
 
 
-def build(spec: Spec, kernels: Kernels = "kconv", *, fused: bool = True) -> keras.Model:
+def build(
+    spec: Spec, kernels: Kernels = "kconv", *, fused: bool = True, weights: Weights = None
+) -> keras.Model:
     """The Keras model of a spec, ending in a softmax as the original does.
 
     Layers have the original's names, with "_" in the place of "/". The images' data format is
@@ -32,16 +34,19 @@ def build(spec: Spec, kernels: Kernels = "kconv", *, fused: bool = True) -> kera
             the same weights in the same order.
         fused: whether chains of layers run as one operation each (see
             :class:`kconv.keras.Network`); the layers and their weights are the same.
+        weights: what to fill it with, as for :func:`kconv.keras.create_model`.
 
     Returns:
         A functional model from (N, H, W, channels) to (N, classes), not compiled.
 
     Raises:
-        ValueError: if ``kernels`` is unknown.
+        ValueError: if ``kernels`` is unknown, or the weights are of another network.
         TypeError: if ``spec`` is none.
     """
     if kernels not in ("kconv", "keras"):
         raise ValueError(f"kernels={kernels!r}, expected 'kconv' or 'keras'")
     expect_spec(spec, "keras")
     model = model_of(spec.graph(), fused=fused and kernels == "kconv")
+    if weights is not None:
+        fill_network(model, spec, weights)
     return model if kernels == "kconv" else to_native(model)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from kconv import models
-from kconv._creating import create
+from kconv._creating import Weights, create
 from kconv._require import require
 from kconv.torch.network import Network, build
 
@@ -21,7 +20,7 @@ def create_model(
     num_classes: int | None = None,
     in_chans: int | None = None,
     image_size: int | tuple[int, int] | None = None,
-    weights: str | os.PathLike[str] | None = None,
+    weights: Weights = None,
     **options: Any,
 ) -> Network:
     """A network by name, as timm's function of this name has it.
@@ -38,9 +37,10 @@ def create_model(
         num_classes: outputs of the classifier, by default 1000.
         in_chans: channels of the images, by default 3.
         image_size: height and width of the images, on which paddings depend; by default 224.
-        weights: a file that :func:`kconv.load_weights` reads, or the folder of a run, whose
-            options are then the defaults of the other arguments. Where the number of classes is
-            another one, the classifier starts anew.
+        weights: a name of :func:`kconv.list_weights` ("cifar10" for this network's trained on it),
+            a file that :func:`kconv.load_weights` reads, or the folder of a run; a run's options
+            are then the defaults of the other arguments. Where the number of classes is another
+            one, the classifier starts anew.
         **options: further fields of the network's spec (see :mod:`kconv.models`).
 
     Returns:
@@ -100,8 +100,8 @@ def _timm_entry(name: str) -> Callable[..., Network]:
     ) -> Network:
         if pretrained:
             raise ValueError(
-                f"pretrained=True: timm has no weights of kconv_{name}; weights= names a file or "
-                "a folder"
+                f"pretrained=True: timm has no weights of kconv_{name}; weights= takes a name of "
+                "kconv.list_weights(), a file or a folder"
             )
         if "img_size" in options:
             options["image_size"] = options.pop("img_size")

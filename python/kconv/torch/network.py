@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from kconv._creating import expect_spec
+from kconv._creating import Weights, expect_spec, fill_network
 from kconv.ktypes import KType, resolve
 from kconv.models import Graph, GraphBuilder, Layer, Spec, graph
 from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS, ActivationName
@@ -33,7 +33,11 @@ __all__ = ["ConvUnit", "KPointwiseConv2d", "MBConv", "Network", "build"]
 
 
 def build(
-    spec: Spec, kernels: Literal["kconv", "torch"] = "kconv", *, fused: bool = True
+    spec: Spec,
+    kernels: Literal["kconv", "torch"] = "kconv",
+    *,
+    fused: bool = True,
+    weights: Weights = None,
 ) -> Network:
     """The PyTorch model of a spec; it ends in logits.
 
@@ -48,12 +52,13 @@ def build(
         kernels: "kconv", or "torch" for the same network of PyTorch's own layers.
         fused: whether chains of layers run as one operation each (see
             :class:`Network`); the parameters and their names are the same.
+        weights: what to fill it with, as for :func:`kconv.torch.create_model`.
 
     Returns:
         A module of (N, C, H, W) to (N, classes), or to (N, C', H', W') for a spec without top.
 
     Raises:
-        ValueError: if ``kernels`` is neither.
+        ValueError: if ``kernels`` is neither, or the weights are of another network.
         TypeError: if ``spec`` is none.
     """
     if kernels not in ("kconv", "torch"):
@@ -64,6 +69,8 @@ def build(
     if isinstance(last, graph.Activation) and last.kind == "softmax":
         layers = Graph(layers.name, layers.layers[:-1], output=last.inputs[0])
     network = Network(layers, fused=fused and kernels == "kconv")
+    if weights is not None:
+        fill_network(network, spec, weights)
     if kernels == "torch":
         make_native(network)
     return network

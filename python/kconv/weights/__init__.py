@@ -1,7 +1,7 @@
 """Weights of models, from the original's checkpoints and from the frameworks' own files.
 
-:func:`load_weights` fills a PyTorch or Keras model from any of these, whichever framework wrote it;
-what a file is shows from its structure, not from its name:
+:func:`load_weights` fills a PyTorch or Keras model, or a network of ``kconv.jax.nnx``, from any of
+these, whichever framework wrote it; what a file is shows from its structure, not from its name:
 
 * the original's checkpoints: Keras 2 HDF5, whole models or weights alone;
 * Keras 3's ``.keras``, ``.weights.h5``, ``.weights.json`` with its shards, and ``.h5``;
@@ -95,7 +95,8 @@ def load_weights(model: Any, path: StrPath) -> LoadReport:
         >>> report = load_weights(model, "kMobileNet.hdf5")  # doctest: +SKIP
 
     Args:
-        model: a ``torch.nn.Module`` or a ``keras.Model`` (of any backend), built.
+        model: a ``torch.nn.Module``, a ``keras.Model`` (of any backend), built, or a
+            ``kconv.jax.nnx.Network``.
         path: the file, or a folder; see :mod:`kconv.weights` for the formats.
 
     Returns:
@@ -172,7 +173,8 @@ def save_weights(model: Any, path: StrPath) -> None:
         >>> save_weights(model, "model.safetensors")  # doctest: +SKIP
 
     Args:
-        model: a ``torch.nn.Module`` or a ``keras.Model`` (of any backend), built.
+        model: a ``torch.nn.Module``, a ``keras.Model`` (of any backend), built, or a
+            ``kconv.jax.nnx.Network``.
         path: the file to write, whose name ends in ``.safetensors``.
 
     Raises:

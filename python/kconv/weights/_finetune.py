@@ -7,23 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kconv._model_folder import weight_layouts
 from kconv.models import graph
 from kconv.weights._entries import Array, Entry
 from kconv.weights._keras_file import KerasFile
-from kconv.weights._layouts import Layout, layout
+from kconv.weights._layouts import Layout
 from kconv.weights._models import Source, adapt
 from kconv.weights._reading import TorchFile, read
 
 __all__ = ["load_pretrained"]
-
-_CLASSES = {graph.Dense: "Dense", graph.Conv: "Conv2D"}
 
 
 def load_pretrained(model: Any, path: Path, layers: graph.Graph) -> bool:
     """Fill a model of a graph from a file; its last layer keeps its own weights if shapes differ.
 
     Args:
-        model: of either framework, built of ``layers``.
+        model: of any front end, built of ``layers``.
         path: whatever :func:`kconv.load_weights` reads: a file, or the folder of a run.
         layers: the model's.
 
@@ -37,13 +36,13 @@ def load_pretrained(model: Any, path: Path, layers: graph.Graph) -> bool:
 
     target = adapt(model)
     head = next(layer for layer in reversed(layers.layers) if layer.weights())
-    own, replaced = target.arrays()[0], []
+    own = {name.replace("/", "_"): values for name, values in target.arrays()[0].items()}
+    named, replaced = weight_layouts(layers), []
     with ExitStack() as stack:
         file = read(path, stack, room=16 * target.nbytes + (1 << 26))
-        for weight, shape in head.weights().items():
-            how = layout(_CLASSES[type(head)], weight, shape)
-            name = f"{head.name}.{how.name}"
-            values = own[name] if name in own else own[name.replace("/", "_")]
+        for weight in head.weights():
+            name, how, shape = named[head.name, weight]
+            values = own[name]
             if isinstance(file, KerasFile):
                 file, found = _in_keras_file(file, head.name, weight, shape, how, values)
             else:

@@ -1,4 +1,4 @@
-"""Models of either framework: their weights by name, and setting them all or not at all."""
+"""Models of any framework: their weights by name, and setting them all or not at all."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from kconv.weights._layouts import (
 from kconv.weights._matching import MismatchError, Pairs, automatic_stem, listed, match, match_names
 from kconv.weights._torch_file import Unreadable
 
-__all__ = ["METADATA", "Source", "Target", "adapt", "is_state"]
+__all__ = ["METADATA", "Source", "Target", "adapt", "in_torch_terms", "is_state", "read_weight"]
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,18 @@ def adapt(model: Any) -> Target:
         return _KerasTarget(model)
     if torch and isinstance(model, torch.nn.Module):
         return _TorchTarget(model)
-    raise TypeError(f"model is a {type(model).__name__}, neither torch.nn.Module nor keras.Model")
+    flax = sys.modules.get("kconv.jax._nnx_networks")
+    if flax and isinstance(model, flax.Network):
+        from kconv.weights._flax import FlaxTarget
+
+        return FlaxTarget(model)
+    raise TypeError(
+        f"model is a {type(model).__name__}, expected a torch.nn.Module, a keras.Model or a "
+        "Network of kconv.jax.nnx"
+    )
 
 
-def _read(name: str, source: Source, dtype: str) -> Array:
+def read_weight(name: str, source: Source, dtype: str) -> Array:
     """A weight's values in a model's type, or an error that names it."""
     try:
         array = source.read()
@@ -170,7 +178,7 @@ class _TorchTarget:
                 state[name] = _torch_state(own, sources[own].read())
             else:
                 dtype = str(self._state[name].dtype).removeprefix("torch.")
-                state[name] = torch.from_numpy(_writable(_read(own, sources[own], dtype)))
+                state[name] = torch.from_numpy(_writable(read_weight(own, sources[own], dtype)))
         for tie in self._ties():
             values = [state[name] for name in sorted(tie) if name in pairs.names]
             if any(not torch.equal(value, values[0]) for value in values[1:]):
@@ -191,7 +199,7 @@ class _TorchTarget:
             module = modules.get(".".join(layers))
             return None if module is None else torch_class(module, shape)
 
-        return len(self.fill(_in_torch_terms(file, kind, names)).names)
+        return len(self.fill(in_torch_terms(file, kind, names)).names)
 
     def activations(self) -> dict[str, str]:
         return {
@@ -269,7 +277,7 @@ def _survives_json(value: Any) -> bool:
 # From Keras's files to PyTorch's names.
 
 
-def _in_torch_terms(
+def in_torch_terms(
     file: KerasFile, kind_of: Callable[[Name, Shape], str | None], names: set[str]
 ) -> dict[str, Source]:
     """A Keras file's weights by PyTorch's names and in its layouts.
@@ -395,7 +403,7 @@ class _KerasTarget:
         values = []
         for name, file_name in pairs.names.items():
             variable, how = own[name]
-            array = _read(file_name, sources[file_name], variable.dtype)
+            array = read_weight(file_name, sources[file_name], variable.dtype)
             values.append((variable.variable, how.to_keras(array, variable.shape)))
         self._assign(values)
         return pairs
@@ -427,7 +435,7 @@ class _KerasTarget:
         values = [
             (
                 variable.variable,
-                _read(weight.place, _source(weight), variable.dtype).reshape(variable.shape),
+                read_weight(weight.place, _source(weight), variable.dtype).reshape(variable.shape),
             )
             for variable, weight in pairs
         ]
@@ -518,7 +526,7 @@ class _KerasTarget:
                 if own is None or places is None:
                     return False
                 values = {
-                    places[place]: _read(
+                    places[place]: read_weight(
                         place, _source(weight), own.weights[places[place]].entry.dtype
                     )
                     for place, weight in file.weights.items()
