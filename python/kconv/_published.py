@@ -1,4 +1,4 @@
-"""Trained networks that come with the package, each a run's folder under a name."""
+"""Trained networks under a name: runs' folders in the package and in a folder of the user's."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ from kconv._names import did_you_mean
 __all__ = ["FOLDER", "find_network", "list_weights"]
 
 FOLDER = Path(__file__).parent / "data" / "weights"
+VARIABLE = "KCONV_WEIGHTS"
+"""Of the environment: a folder of further runs, each in a folder of its name."""
+
+
+def _folders() -> dict[str, Path]:
+    """Where each network is; the user's come before the package's of the same name."""
+    own = os.environ.get(VARIABLE)
+    stores = [FOLDER, *([Path(own)] if own else [])]
+    return {path.parent.name: path.parent for one in stores for path in one.glob("*/config.json")}
 
 
 def list_weights(model: str | None = None) -> list[str]:
-    """The trained networks that come with kconv, as :func:`kconv.load` takes their names.
+    """The trained networks that :func:`kconv.load` knows by name.
 
-    Each is named after its network and its data set; ``weights="cifar10"`` of a front end's
-    ``create_model`` or ``build`` is short for the one of that network.
+    They come with the package, or lie in the folder that the environment's ``KCONV_WEIGHTS`` names,
+    as `kconv train` and :meth:`kconv.runtime.FrozenNetwork.save` write them. A name is that of the
+    network, "-", and that of the data set: ``weights="cifar10"`` of a front end's ``create_model``
+    or ``build`` is short for "keffnet_b0-cifar10" where the network is "keffnet_b0".
 
     Example:
         >>> all(name.startswith("keffnet_b0-") for name in list_weights("keffnet_b0"))
@@ -28,7 +39,7 @@ def list_weights(model: str | None = None) -> list[str]:
     Returns:
         The names, in alphabetical order.
     """
-    names = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
+    names = sorted(_folders())
     return [name for name in names if model is None or name.rpartition("-")[0] == model]
 
 
@@ -48,13 +59,13 @@ def find_network(given: str | os.PathLike[str], model: str | None = None) -> Pat
     path = Path(given)
     if path.exists():
         return path
-    known = list_weights()
+    known = _folders()
     for name in (str(given), f"{model}-{given}"):
         if name in known:
-            return FOLDER / name
-    own = known if model is None else list_weights(model)
+            return known[name]
+    own = list_weights(model)
     close = did_you_mean(given, [*known, *(name.rpartition("-")[2] for name in own)])
     raise FileNotFoundError(
-        f"there is no folder or file {given}, and no weights of this name come with kconv{close}"
-        + (f"; known are {', '.join(known)}" if known and not close else "")
+        f"there is no folder or file {given}, and no trained network of this name{close}"
+        + (f"; known are {', '.join(sorted(known))}" if known and not close else "")
     )

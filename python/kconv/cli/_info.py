@@ -42,7 +42,7 @@ def _models(options: argparse.Namespace) -> int:
     )
     others = [name for name in models.list_models() if name not in {row.model for row in rows}]
     print("\nothers:", ", ".join(others))
-    print("trained, in the package:", ", ".join(kconv.list_weights()) or "none")
+    print("trained:", ", ".join(kconv.list_weights()) or "none")
     return 0
 
 
