@@ -81,6 +81,10 @@ class Block(keras.layers.Layer):
             shape[axis] = None if size is None else -(-size // self._options["strides"])
         return tuple(shape)
 
+    def __repr__(self) -> str:
+        shown = [f"{name}={value!r}" for name, value in self._options.items() if name != "fused"]
+        return f"<{', '.join([f'{type(self).__name__} name={self.name}', *shown])}>"
+
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {**super().get_config(), **self._options, "data_format": self.data_format}
