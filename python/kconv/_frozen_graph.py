@@ -136,6 +136,7 @@ _CHAINED = (
     | graph.Interleave
     | graph.CopyChannels
     | graph.FoldHalves
+    | graph.WindowPool
 )
 
 

@@ -83,8 +83,7 @@ def find_chains(
     chains = []
     for start in range(len(names)):
         if not search.inner >> start & 1:
-            chain = search.largest_from(start)
-            if chain:
+            while chain := search.largest_from(start):
                 chains.append(Chain(names[start], tuple(names[i] for i in _bits(chain))))
     chains.sort(key=lambda chain: place[chain.nodes[0]])
     return chains

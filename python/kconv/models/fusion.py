@@ -342,6 +342,10 @@ class _Lowering:
             self._copy(output)
         if len(self.normed) < sum(norm.channels for norm in self.norms):
             raise UnfitError("nobody reads some channels of a batch norm, whose statistics count")
+        read = {term.value for step in self.steps for term in step.terms}
+        read |= {term.gate for step in self.steps for term in step.terms}
+        if not read.issuperset(range(len(self.values) - 1)):
+            raise UnfitError("nobody reads what one of the layers computes")
         norms = (wire.Norm(norm.channels, norm.epsilon, norm.scale) for norm in self.norms)
         code = wire.Code(
             weight_layout,

@@ -11,6 +11,7 @@ from torch import nn
 
 from kconv._report import Report
 from kconv.torch._conversion import set_report, unwrapped
+from kconv.torch._parameters import Parameter
 from kconv.torch._private import has_any_global_hook
 from kconv.torch._trace import HOOKED, Placeholder, is_opaque
 from kconv.torch._traced import Fusion, TracedPlan, why_not
@@ -144,7 +145,7 @@ def _describe(plan: TracedPlan, prefix: str, changed: dict[str, str], kept: dict
         elif first.module is not None:
             reason = plan.traced.opaque.get(first.module)
             kept[prefix + first.label] = reason or why_not(first)
-        elif first.is_tensor_function:
+        elif first.is_tensor_function and not isinstance(plan.layers[first.name], Parameter):
             kept[prefix + first.label] = why_not(first)
 
 

@@ -10,18 +10,18 @@ Example:
     >>> (layer,) = lift(nn.Conv2d(8, 16, 3, stride=2, padding=1), "conv", [x])
     >>> layer.in_channels, layer.strides, layer.padding
     (8, (2, 2), ((1, 1), (1, 1)))
-    >>> lift(nn.Conv2d(8, 16, 3, dilation=2), "conv", [x])  # no fused operation has this
+    >>> lift(nn.Conv2d(8, 16, 3, padding_mode="reflect"), "conv", [x])  # no fused operation has it
     ()
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress, repeat
 from operator import attrgetter, is_not, itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kconv.models import graph
-from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS, ActivationName
+from kconv.models.activations import ACTIVATIONS, ActivationName
 from kconv.torch._functions import Call, add, concatenate, fold_halves
 from kconv.torch.layers import (
     AcceleratedConv2d,
@@ -41,7 +41,18 @@ from kconv.torch.layers import (
     PointwiseConv2d,
 )
 
-__all__ = ["UNKNOWN", "Derived", "Watch", "is_chain", "is_in_place", "is_known", "lift"]
+__all__ = [
+    "GELU",
+    "UNKNOWN",
+    "Derived",
+    "Watch",
+    "activation",
+    "is_chain",
+    "is_in_place",
+    "is_known",
+    "lift",
+    "window_pool",
+]
 
 UNKNOWN: graph.Shape = (None, None, None)
 """The shape of what nothing is known about."""
@@ -56,12 +67,14 @@ class Derived(graph.Layer):
         source: the name of the layer that it is about.
         numbers: what else there is to know.
         like: the name of a layer that it is as large as.
+        is_new: whether it is in memory of its own.
     """
 
     kind: str
     source: str
     numbers: tuple[int, ...] = ()
     like: str = ""
+    is_new: bool = False
 
 
 Common = dict[str, Any]
@@ -83,6 +96,8 @@ def lift(module: nn.Module | None, name: str, inputs: Inputs) -> tuple[graph.Lay
     """
     kind = _kind_of(type(module))
     if module is None or kind is None or not (inputs and (kind.joins or len(inputs) == 1)):
+        return ()
+    if any(isinstance(x, Derived) for x in inputs) and not isinstance(module, nn.Hardtanh):
         return ()
     try:
         if _is_touched(module, kind) or not _is_constant(kind.read and kind.read(vars(module))):
@@ -187,7 +202,8 @@ _OWN = frozenset(
 )
 """What stands in a module's ``__dict__`` only where somebody put it there."""
 _FUNCTIONS = attrgetter(
-    *"conv2d batch_norm relu hardtanh silu hardsigmoid hardswish pad avg_pool2d".split()
+    *"conv2d batch_norm pad avg_pool2d max_pool2d prelu relu hardtanh silu hardsigmoid".split(),
+    *"hardswish leaky_relu elu gelu mish".split(),
 )
 _OWN_FUNCTIONS = _FUNCTIONS(F)
 
@@ -245,7 +261,7 @@ def _convolution(conv: Any, common: Common, inputs: Inputs) -> graph.Layer | Non
     if (
         padding is None
         or conv.padding_mode != "zeros"
-        or any(d > 1 and k > 1 for d, k in zip(dilation, kernel, strict=True))
+        or min(*strides, *dilation) < 1
         or groups < 1
         or filters % groups
         or (bias is not None and bias.shape != (filters,))
@@ -263,6 +279,7 @@ def _convolution(conv: Any, common: Common, inputs: Inputs) -> graph.Layer | Non
         padding=padding,
         groups=groups,
         use_bias=bias is not None,
+        dilation=dilation,
         interleave=conv.interleave if isinstance(conv, InterleavedPointwiseConv2d) else 1,
     )
 
@@ -298,8 +315,9 @@ def _convolution_padding(
             return "same"
         padding = conv.borders
     if padding == "same" and strides == (1, 1):
-        top, left = ((k - 1) // 2 for k in kernel)
-        return (top, kernel[0] - 1 - top), (left, kernel[1] - 1 - left)
+        totals = [d * (k - 1) for d, k in zip(_pair(conv.dilation), kernel, strict=True)]
+        top, left = (total // 2 for total in totals)
+        return (top, totals[0] - top), (left, totals[1] - left)
     if padding == "valid":
         return (0, 0), (0, 0)
     explicit = isinstance(conv, PaddedConv2d | DepthwiseConv2d) and isinstance(padding, tuple)
@@ -361,12 +379,50 @@ def _dropout(module: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
 
 
 def _activation(kind: ActivationName) -> Lifter:
+    options = [name for name, _ in ACTIVATIONS[kind].parameters]
+
     def lift(module: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
-        if isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) != (0, 6):
-            return None
-        return graph.Activation(**common, shape=inputs[0].shape, kind=kind)
+        values = tuple(float(getattr(module, name)) for name in options)
+        return activation(kind, common["name"], inputs[0], values)
 
     return lift
+
+
+def _gelu(module: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
+    kind = GELU.get(module.approximate)
+    return activation(kind, common["name"], inputs[0]) if kind else None
+
+
+GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+"""By PyTorch's ``approximate``."""
+
+
+def activation(
+    kind: ActivationName, name: str, x: graph.Layer, parameters: tuple[float, ...] = ()
+) -> graph.Layer | None:
+    """An activation of a layer; a few are others with certain parameters."""
+    if kind == "clip" and parameters == (0, 6):
+        kind, parameters = "relu6", ()
+    if isinstance(x, Derived):  # relu6(x + 3), of which a sixth is a hard sigmoid
+        clips = kind == "relu6" and x.kind == "shifted"
+        return replace(x, name=name, inputs=(x.name,), kind="clipped") if clips else None
+    return graph.Activation(
+        name=name, inputs=(x.name,), shape=x.shape, kind=kind, parameters=parameters
+    )
+
+
+def _prelu(module: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or not _is_image(inputs[0], len(weight)):
+        return None
+    return graph.PReLU(**common, shape=(*inputs[0].shape[:2], len(weight)))
+
+
+def _layer_scale(module: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
+    gamma = module._parameters.get("gamma")
+    if gamma is None or gamma.dim() != 1 or not _is_image(inputs[0], len(gamma)):
+        return None
+    return graph.ChannelScale(**common, shape=(*inputs[0].shape[:2], len(gamma)))
 
 
 def _interleave(module: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
@@ -386,14 +442,49 @@ def _zero_pad(module: Any, common: Common, inputs: Inputs) -> graph.Layer | None
     return graph.ZeroPad(**common, shape=shape, padding=((top, bottom), (left, right)))
 
 
+def _max_pool(pool: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
+    if pool.return_indices:
+        return None
+    return window_pool("max", pool, common, inputs)
+
+
 def _average_pool(pool: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
-    size, strides, padding = map(_pair, (pool.kernel_size, pool.stride, pool.padding))
-    if size is None or size[0] != size[1] or strides != size or padding != (0, 0):
+    if pool.divisor_override is not None:
         return None
-    if pool.ceil_mode or pool.divisor_override is not None or not _is_image(inputs[0]):
+    return window_pool("avg", pool, common, inputs)
+
+
+def window_pool(
+    kind: Literal["max", "avg"], pool: Any, common: Common, inputs: Inputs
+) -> graph.Layer | None:
+    """A pool of windows; None for what PyTorch refuses, too.
+
+    Args:
+        kind: of it.
+        pool: has the attributes of PyTorch's module.
+        common: name and inputs.
+        inputs: the layer that it reads.
+    """
+    size, padding = _pair(pool.kernel_size), _pair(pool.padding)
+    strides = size if pool.stride is None else _pair(pool.stride)
+    dilation = _pair(getattr(pool, "dilation", 1))
+    if None in (size, strides, padding, dilation) or not _is_image(inputs[0]):
         return None
-    shape = (None, None, inputs[0].shape[-1])
-    return graph.Pool(**common, shape=shape, kind="avg", pool_size=size[0], strides=size[0])
+    if min(*size, *strides, *dilation) < 1 or min(padding) < 0:
+        return None
+    if any(2 * side > k for side, k in zip(padding, size, strict=True)):
+        return None
+    return graph.WindowPool(
+        **common,
+        shape=(None, None, inputs[0].shape[-1]),
+        kind=kind,
+        kernel_size=size,
+        strides=strides,
+        padding=((padding[0],) * 2, (padding[1],) * 2),
+        dilation=dilation,
+        ceil_mode=bool(pool.ceil_mode),
+        count_include_pad=bool(getattr(pool, "count_include_pad", True)),
+    )
 
 
 def _adaptive_pool(pool: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
@@ -568,10 +659,14 @@ _kind(
     "_check_input_dim",
     parametrized=True,
 )
-_fused = {getattr(nn, ACTIVATIONS[name].torch_module): name for name in FUSED_ACTIVATIONS}
-for _cls, _name in {**_fused, nn.Hardtanh: "relu6"}.items():
-    # A class's __constants__ are the options that its forward reads.
-    _kind(_cls, _activation(_name), " ".join(getattr(_cls, "__constants__", ())))
+for _row in ACTIVATIONS.values():
+    _cls = getattr(nn, _row.torch_module)
+    if _row.code is not None:
+        _name = "clip" if issubclass(_cls, nn.Hardtanh) else _row.name  # so is ReLU6
+        # A class's __constants__ are the options that its forward reads.
+        _names = " ".join(getattr(_cls, "__constants__", ()))
+        _kind(_cls, _gelu if _cls is nn.GELU else _activation(_name), _names)
+_kind(nn.PReLU, _prelu, parametrized=True)
 _kind(InterleaveChannels, _interleave, "step")
 _kind(nn.ZeroPad2d, _zero_pad, "padding value")
 _kind(
@@ -579,6 +674,7 @@ _kind(
     _average_pool,
     "kernel_size stride padding ceil_mode count_include_pad divisor_override",
 )
+_kind(nn.MaxPool2d, _max_pool, "kernel_size stride padding dilation return_indices ceil_mode")
 _kind(nn.AdaptiveAvgPool2d, _adaptive_pool, "output_size")
 _kind(nn.Unflatten, _unflatten, "dim unflattened_size")
 _kind(nn.Flatten, _flatten, "start_dim end_dim")
@@ -594,6 +690,7 @@ _NORM = "eps track_running_stats"
 _NAMED: dict[str, tuple[Lifter, str, bool]] = {
     "timm.layers.conv2d_same.Conv2dSame": (_convolution, _GEOMETRY, True),
     "timm.layers.drop.DropPath": (_drop_connect, "drop_prob scale_by_keep", False),
+    "timm.layers.layer_scale.LayerScale2d": (_layer_scale, "inplace", False),
     "timm.layers.norm_act.BatchNormAct2d": (_batch_norm_act, _NORM, True),
     "torchvision.ops.misc.FrozenBatchNorm2d": (_frozen_batch_norm, "eps", False),
     "torchvision.ops.stochastic_depth.StochasticDepth": (_drop_connect, "p mode", False),

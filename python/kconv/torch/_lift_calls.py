@@ -7,8 +7,11 @@ not fit it, or that no layer computes, is not lifted.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,8 +19,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from kconv.models import graph
-from kconv.models.activations import ACTIVATIONS, FUSED_ACTIVATIONS
-from kconv.torch._lift import Derived
+from kconv.models.activations import ACTIVATIONS
+from kconv.torch import _lift
+from kconv.torch._lift import GELU, Derived
+from kconv.torch._parameters import Borrowed, Parameter
 
 __all__ = ["lift_call"]
 
@@ -26,32 +31,35 @@ Lifter = Callable[..., Layer | None]
 
 _CALLS: dict[Any, Lifter] = {}
 """By function, or name of a method; the first argument is the name of the layer."""
+_WEIGHTED: dict[Any, Lifter] = {}
+"""Those of functions that read parameters, for which there is another argument before all."""
 
 
-def lift_call(node: fx.Node, layers: dict[str, Layer]) -> tuple[Layer, ...]:
+def lift_call(node: fx.Node, layers: dict[str, Layer], weights: Borrowed) -> tuple[Layer, ...]:
     """The layers that compute what a call does.
 
     Args:
         node: of a trace, a function's or method's call.
         layers: those that it reads, by name.
+        weights: is told which parameters these have.
     """
-    lifter = _CALLS.get(node.target)
-    if lifter is None:
-        return ()
     of_node: Any = lambda other: layers[other.name]  # noqa: E731
     args: Any = fx.map_arg(node.args, of_node)
     kwargs: Any = fx.map_arg(node.kwargs, of_node)
+    layer = None
     try:
-        layer = lifter(node.name, *args, **kwargs)
+        if node.target in _WEIGHTED:
+            layer = _WEIGHTED[node.target](weights, node.name, *args, **kwargs)
+        if layer is None and node.target in _CALLS:
+            layer = _CALLS[node.target](node.name, *args, **kwargs)
     except (TypeError, ValueError):  # other arguments than those of the table
         return ()
     return () if layer is None else (layer,)
 
 
-def _calls(*targets: Any) -> Callable[[Lifter], Lifter]:
+def _calls(*targets: Any, table: dict[Any, Lifter] = _CALLS) -> Callable[[Lifter], Lifter]:
     def enter(lifter: Lifter) -> Lifter:
-        for target in targets:
-            _CALLS[target] = lifter
+        table.update(dict.fromkeys(targets, lifter))
         return lifter
 
     return enter
@@ -64,36 +72,64 @@ def _is_image(x: Any, *, known: bool = False) -> bool:
     return x.shape[-1] is not None or not known
 
 
+def _enter_activations() -> None:
+    """Functions and methods that are activations, some of them with parameters."""
+    for row in ACTIVATIONS.values():
+        if row.code is None or row.torch_function in ("gelu", "hardtanh"):
+            continue
+        names = row.torch_function, f"{row.torch_function}_"
+        functions = [getattr(owner, name, None) for owner in (F, torch) for name in names]
+        _calls(*filter(None, functions), *names)(_activation(row.name))
+
+
 def _activation(kind: str) -> Lifter:
-    def lift(name: str, x: Layer, inplace: bool = False) -> Layer | None:
-        if not isinstance(x, Layer) or isinstance(x, Derived):
+    count = len(ACTIVATIONS[kind].parameters)
+
+    def lift(name: str, x: Layer, *values: Any, inplace: bool = False, **named: Any) -> Any:
+        if len(values) > count:  # as the last argument
+            *values, inplace = values  # type: ignore[assignment]
+        names = [key for key, _ in ACTIVATIONS[kind].parameters]
+        given = dict(zip(names, values, strict=False)) | named
+        parameters = [given.pop(key, default) for key, default in _DEFAULTS.get(kind, {}).items()]
+        if given or not isinstance(inplace, bool) or not isinstance(x, Layer):
             return None
-        return graph.Activation(name=name, inputs=(x.name,), shape=x.shape, kind=kind)
+        return _lift.activation(kind, name, x, tuple(map(float, parameters)))
 
     return lift
 
 
-for _name in FUSED_ACTIVATIONS:
-    _function = ACTIVATIONS[_name].torch_function
-    _lifter = _activation(_name)
-    for _owner in (F, torch):
-        for _spelling in (_function, f"{_function}_"):
-            if hasattr(_owner, _spelling):
-                _CALLS[getattr(_owner, _spelling)] = _lifter
-    _CALLS[_function] = _CALLS[f"{_function}_"] = _lifter
+_DEFAULTS = {"leaky_relu": {"negative_slope": 0.01}, "elu": {"alpha": 1.0}}
+"""PyTorch's, of the functions' parameters."""
+_enter_activations()
 
 
-@_calls(F.hardtanh, F.hardtanh_, torch.clamp, torch.clip, "clamp", "clamp_", "clip")
-def _clamp(name: str, x: Layer, *bounds: Any, **options: Any) -> Layer | None:
-    named = [options.pop(key, None) for key in ("min", "max", "min_val", "max_val")]
-    inplace = options.pop("inplace", False)
-    if options or (*bounds, *(bound for bound in named if bound is not None)) != (0, 6):
-        return None
-    return _activation("relu6")(name, x, inplace)
+@_calls(F.gelu)
+def _gelu(name: str, x: Layer, approximate: str = "none") -> Layer | None:
+    return _lift.activation(GELU[approximate], name, x) if _is_value(x) else None
+
+
+@_calls(F.hardtanh, F.hardtanh_)
+def _hardtanh(
+    name: str, x: Layer, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Layer | None:
+    limits = float(min_val), float(max_val)
+    return _lift.activation("clip", name, x, limits) if isinstance(x, Layer) else None
+
+
+@_calls(torch.clamp, torch.clip, "clamp", "clamp_", "clip")
+def _clamp(name: str, x: Layer, *limits: Any, **named: Any) -> Layer | None:
+    given = dict(zip(("min", "max"), limits, strict=False)) | named
+    return _lift.activation("relu6", name, x) if given == {"min": 0, "max": 6} else None
 
 
 @_calls(operator.add, operator.iadd, torch.add, "add", "add_")
 def _add(name: str, x: Any, y: Any) -> Layer | None:
+    if _is_number(x, 0) or _is_number(y, 0):  # a branch that is not there
+        x = y if _is_number(x, 0) else x
+        return _contiguous(name, x) if _is_value(x) else None
+    if _is_number(x, 3) or _is_number(y, 3):  # of a hard sigmoid
+        x = y if _is_number(x, 3) else x
+        return replace(_derived(name, x, "shifted"), is_new=True) if _is_value(x) else None
     if not (_is_image(x) and _is_image(y)):
         return None
     channels = {shape for shape in (x.shape[-1], y.shape[-1]) if shape is not None}
@@ -105,8 +141,16 @@ def _add(name: str, x: Any, y: Any) -> Layer | None:
 
 @_calls(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
 def _multiply(name: str, x: Any, y: Any) -> Layer | None:
+    if _is_number(x, 1 / 6) or _is_number(y, 1 / 6):
+        return _sixth(name, y if _is_number(x, 1 / 6) else x)
+    for one, gate in ((x, y), (y, x)):
+        of_itself = isinstance(gate, graph.Activation) and _is_value(one)
+        if of_itself and gate.kind in _GATED and gate.inputs == (one.name,):
+            return _lift.activation(_GATED[gate.kind], name, one)
     if isinstance(x, Derived):
         x, y = y, x
+    if isinstance(y, Derived) and y.kind == "clipped" and _is_value(x) and y.source == x.name:
+        return replace(y, name=name, inputs=(x.name, y.name), kind="gated")  # of a hard swish
     if isinstance(y, Derived) and _is_image(x, known=True):
         if y.kind != "expanded" or y.like != x.name or y.shape[-1] != x.shape[-1]:
             return None
@@ -118,6 +162,26 @@ def _multiply(name: str, x: Any, y: Any) -> Layer | None:
     if y.shape[:2] != (1, 1) or x.shape[:2] == (1, 1) or x.shape[-1] != y.shape[-1]:
         return None
     return graph.Multiply(name=name, inputs=(x.name, y.name), shape=x.shape)
+
+
+_GATED = {"sigmoid": "swish", "hard_sigmoid": "hard_swish"}
+"""What the product of a tensor and its activation is."""
+
+
+@_calls(operator.truediv, operator.itruediv, torch.div, "div", "div_")
+def _divide(name: str, x: Any, y: Any) -> Layer | None:
+    return _sixth(name, x) if _is_number(y, 6) else None
+
+
+def _sixth(name: str, x: Any) -> Layer | None:
+    kind = {"clipped": "hard_sigmoid", "gated": "hard_swish"}.get(getattr(x, "kind", ""))
+    if not isinstance(x, Derived) or kind is None:
+        return None
+    return graph.Activation(name=name, inputs=(x.source,), shape=x.shape, kind=kind)
+
+
+def _is_number(value: Any, number: float) -> bool:
+    return type(value) in (int, float) and value == number
 
 
 @_calls(torch.mean, "mean")
@@ -141,21 +205,140 @@ def _global_pool(name: str, x: Layer, keepdims: bool) -> Layer:
 
 @_calls(F.avg_pool2d)
 def _average_pool(
-    name: str, x: Layer, kernel_size: Any, stride: Any = None, padding: Any = 0
+    name: str,
+    x: Layer,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Any = None,
 ) -> Layer | None:
-    size = _pair(kernel_size)
-    if size[0] != size[1] or _pair(stride or size) != size or _pair(padding) != (0, 0):
+    if divisor_override is not None:
         return None
+    window = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+    return _pool("avg", name, x, window, ceil_mode=ceil_mode, count_include_pad=count_include_pad)
+
+
+@_calls(F.max_pool2d, torch.max_pool2d)
+def _max_pool(
+    name: str,
+    x: Layer,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Layer | None:
+    if return_indices:
+        return None
+    window = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+    return _pool("max", name, x, window | {"dilation": dilation}, ceil_mode=ceil_mode)
+
+
+def _pool(kind: Any, name: str, x: Any, window: dict[str, Any], **options: Any) -> Layer | None:
     if not _is_image(x):
         return None
-    return graph.Pool(
-        name=name,
-        inputs=(x.name,),
-        shape=(None, None, x.shape[-1]),
-        kind="avg",
-        pool_size=size[0],
-        strides=size[0],
-    )
+    stride = window["stride"] or None  # PyTorch's own functions take [] for none
+    pool = SimpleNamespace(**{k: _tuple(v) for k, v in (window | {"stride": stride}).items()})
+    vars(pool).update(options)
+    return _lift.window_pool(kind, pool, {"name": name, "inputs": (x.name,)}, [x])
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@_calls(F.pad)
+def _pad(name: str, x: Any, pad: Any, mode: str = "constant", value: Any = None) -> Layer | None:
+    sides = list(pad) if isinstance(pad, list | tuple) else []
+    if len(sides) != 4 or mode != "constant" or value not in (None, 0) or not _is_image(x):
+        return None
+    if not all(type(side) is int and side >= 0 for side in sides):
+        return None
+    left, right, top, bottom = sides
+    borders = ((top, bottom), (left, right))
+    shape = (None, None, x.shape[-1])
+    return graph.ZeroPad(name=name, inputs=(x.name,), shape=shape, padding=borders)
+
+
+# Functions of parameters.
+
+
+@_calls(F.conv2d, table=_WEIGHTED)
+def _convolution(
+    weights: Borrowed,
+    name: str,
+    x: Layer,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    tensors = {"weight": weight, "bias": bias}
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    options |= {"padding_mode": "zeros"}
+    return weights.lift(_lift._convolution, name, x, tensors, **options)
+
+
+@_calls(F.batch_norm, table=_WEIGHTED)
+def _batch_norm(
+    weights: Borrowed,
+    name: str,
+    x: Layer,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if running_mean is None or running_var is None or type(training) is not bool:
+        return None
+    weights.training, weights.momentum = training, momentum
+    tensors = {"running_mean": running_mean, "running_var": running_var}
+    tensors |= {"weight": weight, "bias": bias}
+    options = {"eps": eps, "track_running_stats": True}
+    return weights.lift(_lift._batch_norm, name, x, tensors, **options)
+
+
+@_calls(F.prelu, torch.prelu, "prelu", table=_WEIGHTED)
+def _prelu(weights: Borrowed, name: str, x: Layer, weight: Any) -> Any:
+    return weights.lift(_lift._prelu, name, x, {"weight": weight})
+
+
+@_calls(F.linear, table=_WEIGHTED)
+def _linear(weights: Borrowed, name: str, x: Layer, weight: Any, bias: Any = None) -> Any:
+    return weights.lift(_lift._linear, name, x, {"weight": weight, "bias": bias})
+
+
+@_calls(operator.mul, operator.imul, torch.mul, "mul", "mul_", table=_WEIGHTED)
+def _scale(weights: Borrowed, name: str, x: Any, y: Any) -> Layer | None:
+    """An image times a number for each channel."""
+    if isinstance(x, Parameter):
+        x, y = y, x
+    if not isinstance(y, Parameter) or not _is_image(x):
+        return None
+    *ones, channels, height, width = y.numbers if len(y.numbers) in (3, 4) else (0, 0, 0)
+    if (height, width) != (1, 1) or ones not in ([], [1]) or x.shape[-1] not in (None, channels):
+        return None
+    weights.places = {"gamma": (y.owner, y.attribute)}
+    shape = (*x.shape[:2], channels)
+    return graph.ChannelScale(name=name, inputs=(x.name,), shape=shape)
+
+
+def _reshaped(name: str, x: Parameter, sizes: Sequence[Any]) -> Parameter | None:
+    """A parameter in another shape."""
+    count = math.prod(x.numbers)
+    known = math.prod(size for size in sizes if size != -1)
+    shape = tuple(count // known if size == -1 and known else size for size in sizes)
+    if not all(type(size) is int and size > 0 for size in shape) or math.prod(shape) != count:
+        return None
+    return replace(x, name=name, inputs=(x.name,), numbers=shape)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -165,7 +348,11 @@ def _pair(value: Any) -> tuple[int, int]:
 
 @_calls(torch.cat, torch.concat)
 def _concatenate(name: str, tensors: Sequence[Layer], dim: int = 0, axis: int = 0) -> Layer | None:
-    if (dim or axis) not in (1, -3) or not all(_is_image(x, known=True) for x in tensors):
+    if (dim or axis) not in (1, -3) or not all(map(_is_image, tensors)):
+        return None
+    if len(tensors) == 1:
+        return graph.Identity(name=name, inputs=(tensors[0].name,), shape=tensors[0].shape)
+    if any(x.shape[-1] is None for x in tensors):
         return None
     shape = (*tensors[0].shape[:2], sum(x.channels for x in tensors))
     return graph.Concat(name=name, inputs=tuple(x.name for x in tensors), shape=shape)
@@ -226,6 +413,12 @@ def _floor_divide(name: str, x: Any, y: Any) -> Layer | None:
 
 @_calls(operator.getitem)
 def _item(name: str, x: Layer, index: Any) -> Layer | None:
+    if isinstance(x, Parameter):
+        index = index if isinstance(index, tuple) else (index,)
+        if len(x.numbers) != 1 or index.count(slice(None)) != 1 or index.count(None) < 2:
+            return None
+        sizes = [x.numbers[0] if i == slice(None) else 1 for i in index]
+        return _reshaped(name, x, sizes) if len(index) == index.count(None) + 1 else None
     if isinstance(x, Derived):
         if x.kind == "pieces" and isinstance(index, int):
             start, count = x.numbers[2 * index], x.numbers[2 * index + 1]
@@ -296,6 +489,8 @@ def _flatten(name: str, x: Layer, start_dim: int = 0, end_dim: int = -1) -> Laye
 def _view(name: str, x: Layer, *sizes: Any) -> Layer | None:
     if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
         sizes = tuple(sizes[0])
+    if isinstance(x, Parameter):
+        return _reshaped(name, x, sizes)
     known = [_number(size) for size in sizes]
     if None in known:
         return None

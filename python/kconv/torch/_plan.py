@@ -14,6 +14,7 @@ from kconv.models import graph
 from kconv.models.chains import Node, find_chains
 from kconv.models.fusion import Segment, is_fusable
 from kconv.torch._lift import UNKNOWN, Derived, Watch, is_chain, is_in_place, lift
+from kconv.torch._parameters import Borrowed, Parameter
 from kconv.torch.fused import FusedSegment, trains
 
 __all__ = ["Call", "Part", "Plan", "Step", "divide", "not_lifted", "run_parts"]
@@ -36,6 +37,7 @@ class Call:
         writes: whether it may change any of its inputs.
         label: what users know it by.
         is_tensor_function: whether it is a function that a layer might have been.
+        borrowed: which parameters the layers have, if a function's.
     """
 
     name: str
@@ -47,6 +49,12 @@ class Call:
     writes: bool = False
     label: str = ""
     is_tensor_function: bool = False
+    borrowed: Borrowed | None = None
+
+    @property
+    def owner(self) -> Any:
+        """What has the weights and the state of the layers."""
+        return self.borrowed or self.module
 
 
 @dataclass
@@ -111,6 +119,8 @@ def divide(
     """
     outputs = list(outputs)
     lifted, layers = _lift_all(calls, sources, outputs)
+    # What only parameters are read for is read first, so that chains can be tried and left alone.
+    calls = sorted(calls, key=lambda call: not isinstance(layers.get(call.name), Parameter))
     nodes = _nodes(calls, lifted, layers, by_mode)
     chains = {chain.nodes[0]: chain for chain in find_chains(sources, nodes, outputs)}
     by_name = {call.name: call for call in calls}
@@ -145,13 +155,13 @@ def _nodes(
         nodes.append(
             Node(
                 call.name,
-                call.inputs,
+                tuple(name for name in call.inputs if not isinstance(layers[name], Parameter)),
                 fusable=bool(own)
                 and all(isinstance(x, Derived) or is_fusable(x, readers[x.name]) for x in own)
                 and not (by_mode and any(map(_loses, own))),
                 ends=bool(own) and _may_end(own[-1]),
                 is_convolution=any(map(_wins if by_mode else _convolves, own)),
-                mode=trains(call.module) if norms and by_mode else None,
+                mode=trains(call.owner) if norms and by_mode else None,
                 writes=call.writes,
             )
         )
@@ -199,7 +209,7 @@ def _lift_all(
         source = call.inputs[0] if call.inputs else ""
         if call.in_place and source not in new:
             made = ()  # others see what it changes
-        same = call.in_place or (made and isinstance(made[-1], _SAME_MEMORY))
+        same = call.in_place or (made and _may_be_its_input(made[-1]))
         if made and readers[call.name] == 1 and (source in new or not same):
             new.add(call.name)
         lifted[call.name] = made
@@ -238,14 +248,17 @@ def _fuse(
     lifted: dict[str, tuple[graph.Layer, ...]],
     layers: dict[str, graph.Layer],
 ) -> FusedSegment:
-    own = [
-        (layers[layer.name], call.module)
-        for call in calls
-        for layer in lifted[call.name]
-        if not isinstance(layer, Derived)
-    ]
+    own: list[tuple[graph.Layer, Any]] = []
+    read = {calls[-1].name}
+    for call in reversed(calls):
+        for lifted_layer in reversed(lifted[call.name]):
+            layer = layers[lifted_layer.name]
+            if layer.name in read and not isinstance(layer, Derived):
+                own.append((layer, call.owner))
+                read.update(layer.inputs)
+    own.reverse()
     segment = _shared(Segment(tuple(layer for layer, _ in own), source, layers[source].channels))
-    return FusedSegment(segment, {layer.name: module for layer, module in own})
+    return FusedSegment(segment, {layer.name: owner for layer, owner in own})
 
 
 @lru_cache(maxsize=256)
@@ -357,6 +370,11 @@ def _by_name(owner: nn.Module | None, key: str, inputs: tuple[str, ...]) -> Any:
     return run
 
 
+def _may_be_its_input(layer: graph.Layer) -> bool:
+    """Whether the result of a call may be (a part of) its input itself."""
+    return isinstance(layer, _SAME_MEMORY) and not getattr(layer, "is_new", False)
+
+
 def not_lifted(inputs: Sequence[graph.Layer]) -> tuple[graph.Layer, ...]:
     """For what no layer computes."""
     return ()
@@ -375,20 +393,22 @@ _SAME_MEMORY = (
     | graph.Reshape
     | Derived
 )
-"""What may give (a part of) its input itself."""
 
 _PRESERVING = (
     graph.Activation
     | graph.Add
     | graph.BatchNorm
+    | graph.ChannelScale
     | graph.Dropout
     | graph.Flatten
     | graph.GlobalPool
     | graph.Identity
     | graph.Interleave
     | graph.Multiply
+    | graph.PReLU
     | graph.Pool
     | graph.Reshape
+    | graph.WindowPool
     | graph.ZeroPad
 )
 """Layers whose inputs have as many channels as their output."""

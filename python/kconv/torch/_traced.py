@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from kconv.torch._lift import Watch, is_in_place, is_known, lift
 from kconv.torch._lift_calls import lift_call
+from kconv.torch._parameters import Borrowed, Parameter, parameter
 from kconv.torch._plan import Call, Part, Values, divide, not_lifted, run_parts
 from kconv.torch._trace import _HOOKS, HOOKED, Placeholder, State, Trace, trace, visible
 from kconv.torch.fused import trains
@@ -132,6 +133,7 @@ class TracedPlan:
         wanted = [node.name for node in output.all_input_nodes]
         calls = [_call(node, modules) for node in nodes if node.op not in ("placeholder", "output")]
         self.parts, self.layers = divide(calls, self.sources, wanted, by_mode=True)
+        self._read = [x for x in self.layers.values() if isinstance(x, Parameter) and not x.inputs]
 
     @property
     def output(self) -> str | None:
@@ -147,6 +149,7 @@ class TracedPlan:
         return (
             self._watch.unchanged()
             and list(map(trains, self._norms)) == self._trained
+            and all(x.is_whole for x in self._read)
             and all(getattr(owner, name, None) is f for owner, name, f in self._functions)
         )
 
@@ -211,7 +214,15 @@ def _functions(nodes: Sequence[fx.Node]) -> list[tuple[Any, str, Any]]:
 def _call(node: fx.Node, modules: dict[str, nn.Module]) -> Call:
     inputs = tuple(other.name for other in node.all_input_nodes)
     if node.op == "get_attr":
-        return Call(node.name, (), _reader(node, modules), None, not_lifted)
+        owner, _, attribute = str(node.target).rpartition(".")
+        read = parameter(node.name, modules[owner], attribute)
+        return Call(
+            node.name,
+            (),
+            lambda root, values: getattr(modules[owner], attribute),
+            None,
+            lambda _: read,
+        )
     if node.op == "call_module":
         module = modules[str(node.target)]
         plain = not node.kwargs and all(isinstance(arg, fx.Node) for arg in node.args)
@@ -230,16 +241,18 @@ def _call(node: fx.Node, modules: dict[str, nn.Module]) -> Call:
     in_place = _is_in_place(node)
     ours = getattr(node.target, "__module__", None) or "torch"
     known = node.op == "call_method" or ours.partition(".")[0] in _PURE
+    borrowed = Borrowed()
     return Call(
         node.name,
         inputs,
         _runner(node, _method(str(node.target)) if node.op == "call_method" else node.target),
         None,
-        lambda layers: lift_call(node, dict(zip(inputs, layers, strict=True))),
+        lambda layers: lift_call(node, dict(zip(inputs, layers, strict=True)), borrowed),
         in_place,
         in_place or not known,
         label=node.name,
         is_tensor_function=node.target not in _ABOUT,
+        borrowed=borrowed,
     )
 
 
@@ -268,13 +281,6 @@ _CHANGING = tuple(
     getattr(operator, name)
     for name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor setitem delitem".split()
 )
-
-
-def _reader(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
-    """Reads a parameter or buffer at the time."""
-    owner, _, name = str(node.target).rpartition(".")
-    module = modules[owner]
-    return lambda root, values: getattr(module, name)
 
 
 def _method(name: str) -> Any:

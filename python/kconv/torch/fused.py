@@ -15,6 +15,7 @@ from kconv._kconv import FusedProgram
 from kconv.models.fusion import Program, Segment, UnfitError
 from kconv.models.graph import BatchNorm, Dropout
 from kconv.torch._layerwise import layerwise
+from kconv.torch._parameters import Borrowed
 from kconv.torch._private import (
     DeviceContext,
     dispatch_mode_stack,
@@ -152,16 +153,22 @@ class FusedSegment:
 
 def trains(norm: Any) -> bool:
     """Whether a batch norm uses the batch's own statistics; frozen ones never do."""
-    return norm.training is True and isinstance(norm, nn.BatchNorm2d)
+    return norm.training is True and isinstance(norm, nn.BatchNorm2d | Borrowed)
 
 
 def _holder(module: Any, name: str) -> tuple[Any, str, str]:
     """A module, where it has a tensor (frozen norms have buffers), and the tensor's name."""
+    if isinstance(module, Borrowed):
+        module, name = module.places[name]
     return module, "_parameters" if name in module._parameters else "_buffers", name
 
 
-_WEIGHTS = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias"}
-"""PyTorch's names of parameters by Keras's."""
+_WEIGHTS = {
+    **dict.fromkeys(("kernel", "gamma", "alpha"), "weight"),
+    **dict.fromkeys(("beta", "bias"), "bias"),
+    "scale": "gamma",
+}
+"""PyTorch's names of parameters by those of layers."""
 _DTYPE, _IS_CPU, _REQUIRES_GRAD = map(attrgetter, ("dtype", "is_cpu", "requires_grad"))
 
 

@@ -1,0 +1,194 @@
+"""What PyTorch's modules and functions are lifted to computes the same as they do."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kconv.torch import fuse, report
+
+
+def outcome(model, x):
+    """Output, gradients and state after a call."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y).cos()).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return y.detach(), x.grad, gradients, dict(model.named_buffers())
+
+
+def assert_fused(*modules, shape=(2, 3, 9, 8), kept=()):
+    """As one operation after a grouped convolution, in both modes."""
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 1, groups=2), nn.BatchNorm2d(6)]
+    plain = nn.Sequential(*stem, *modules).double()
+    model = fuse(copy.deepcopy(plain))
+    found = report(model)
+    assert len(found.changed) == 1, found
+    assert set(found.kept) == set(kept), found
+    x = torch.randn(shape, dtype=torch.float64)
+    for training in (True, False):
+        ours, theirs = (outcome(m.train(training), x) for m in (model, plain))
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+class HardSwish(nn.Module):
+    """By its formula, in the spellings that go round."""
+
+    def __init__(self, spelling=0):
+        super().__init__()
+        self.spelling, self.act = spelling, nn.ReLU6(inplace=True)
+
+    def forward(self, x):
+        match self.spelling:
+            case 0:
+                return x * F.relu6(x + 3) / 6
+            case 1:
+                return x * (self.act(x + 3.0) * (1 / 6))
+            case 2:
+                return F.relu6(x.add(3), inplace=True).div(6).mul(x)
+            case 3:
+                return x * torch.clamp(3 + x, 0, 6).div_(6.0)
+            case 4:
+                return x.sigmoid() * x  # no hard one
+
+
+class Borrowing(nn.Module):
+    """Parameters without modules around."""
+
+    def __init__(self, channels=6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2 * channels, 3, 3, 3) / 5)
+        self.gamma, self.beta = (nn.Parameter(torch.rand(2 * channels) + 0.5) for _ in range(2))
+        self.register_buffer("mean", torch.randn(2 * channels))
+        self.register_buffer("variance", torch.rand(2 * channels) + 0.5)
+        self.project = nn.ParameterList([torch.randn(channels, 2 * channels, 1, 1)])
+        self.slope = nn.Parameter(torch.rand(channels))
+        self.scale = nn.Parameter(torch.randn(channels, 1, 1))
+        self.other_scale = nn.Parameter(torch.randn(channels))
+
+    def forward(self, x):
+        y = F.conv2d(F.pad(x, (1, 2, 0, 1)), self.weight, None, (2, 1), groups=2)
+        y = F.batch_norm(
+            y, self.mean, self.variance, self.gamma, self.beta, self.training, 0.2, eps=1e-3
+        )
+        y = F.prelu(F.conv2d(F.leaky_relu(y, 0.2), self.project[0]), self.slope)
+        return self.other_scale.view(1, -1, 1, 1) * (y * self.scale)
+
+
+class OwnConv2d(nn.Conv2d):
+    """A class of its own whose forward is PyTorch's, with more after it."""
+
+    def forward(self, x):
+        return F.gelu(super().forward(x), approximate="tanh")
+
+
+class Windows(nn.Module):
+    """Pools, and convolutions with dilation."""
+
+    def __init__(self, channels=6):
+        super().__init__()
+        self.conv = OwnConv2d(channels, channels, 3, padding="same", dilation=2, groups=2)
+        self.norm = nn.BatchNorm2d(channels)
+        self.wide = nn.Conv2d(
+            channels, channels, (1, 3), padding=(0, 2), dilation=(1, 2), groups=channels
+        )
+        self.pools = nn.ModuleList(
+            [
+                nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+                nn.MaxPool2d((2, 3), (2, 2), (1, 0), dilation=(2, 1)),
+                nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+            ]
+        )
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        x = self.pools[0](x) + self.pools[2](x)
+        x = torch.cat([x, F.max_pool2d(x, 3, 1, 1), F.avg_pool2d(x, (1, 3), 1, (0, 1))], 1)
+        return self.pools[1](self.wide(x[:, 3:9]))
+
+
+class Branches(nn.Module):
+    """A sum of branches, of which the first are not there."""
+
+    def __init__(self, channels=6):
+        super().__init__()
+        convs = [nn.Conv2d(channels, channels, 1, groups=groups) for groups in (2, 3, 6)]
+        self.convs = nn.ModuleList(convs)
+
+    def forward(self, x):
+        y = self.convs[0](x) + 0
+        y += 0
+        for conv in self.convs[1:]:
+            y += conv(x)
+        return y
+
+
+class Forked(nn.Module):
+    """Two chains that read the same."""
+
+    def __init__(self, channels=6):
+        super().__init__()
+        self.one, self.other = (nn.Conv2d(channels, channels, 1, groups=2) for _ in range(2))
+
+    def forward(self, x):
+        return torch.cos(self.one(x)) * self.other(x).relu()
+
+
+BLOCKS = {
+    "branches": Branches,
+    **{f"hard swish {i}": (lambda i=i: HardSwish(i)) for i in range(5)},
+    "borrowing": Borrowing,
+    "windows": Windows,
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_functions(name):
+    assert_fused(BLOCKS[name]())
+
+
+ACTIVATIONS = (
+    *(nn.LeakyReLU(0.3, inplace=True), nn.ELU(0.7), nn.GELU(), nn.GELU("tanh"), nn.Mish()),
+    *(nn.Hardtanh(-0.4, 1.5), nn.PReLU(6)),
+)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
+def test_activations(act):
+    assert_fused(copy.deepcopy(act), nn.Conv2d(6, 6, 3, groups=6))
+
+
+def test_layer_scale():
+    layers = pytest.importorskip("timm").layers
+    assert_fused(layers.LayerScale2d(6, 0.3), nn.Conv2d(6, 2, 1))
+
+
+def test_two_chains_of_one_input():
+    model = fuse(Forked())
+    assert len(report(model).changed) == 2
+
+
+class Unread(nn.Module):
+    """Half of what is computed is for nobody."""
+
+    def __init__(self, channels=6):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1, groups=2)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return torch.cat([x, F.avg_pool2d(x, 3, 1, 1)], 1)[:, :6] + x
+
+
+def test_values_that_nobody_reads():
+    """A program without a gradient for each of its values would go on with another's."""
+    model = fuse(Unread().double())
+    plain = Unread().double()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(outcome(model, x), outcome(plain, x))
