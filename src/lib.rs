@@ -16,6 +16,7 @@
 #![warn(missing_docs)]
 
 pub mod conv1x1;
+mod cpus;
 pub mod dwconv;
 pub mod error;
 pub mod fused;

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
+use crate::cpus::available_cpus;
 use crate::error::{Result, bail};
 use crate::lock::{Lock, generation};
 
@@ -99,7 +100,7 @@ fn environment() -> &'static Environment {
     static ENVIRONMENT: OnceLock<Environment> = OnceLock::new();
     ENVIRONMENT.get_or_init(|| {
         let variable = |name| std::env::var_os(name).map(|value| value.to_string_lossy().trim().to_owned());
-        let cpus = || std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
+        let cpus = || available_cpus().min(MAX_THREADS);
         // OpenMP's is a list for nested regions; what is wrong with it is for OpenMP to say.
         let openmp = variable("OMP_NUM_THREADS").and_then(|list| list.split(',').next()?.trim().parse().ok());
         let openmp = openmp.filter(|&threads| threads > 0).map(|threads: usize| threads.min(MAX_THREADS));

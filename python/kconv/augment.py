@@ -48,6 +48,16 @@ def scale(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return images.astype(np.float32) / np.float32(64) - np.float32(2)
 
 
+def unscale(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The bytes' values again, as floats: (x + 2) * 64.
+
+    Example:
+        >>> unscale(scale(np.array([0, 128, 255], np.uint8)))
+        array([  0., 128., 255.], dtype=float32)
+    """
+    return (images + np.float32(2)) * np.float32(64)
+
+
 def augment(
     images: NDArray[np.uint8], rng: np.random.Generator, recipe: Recipe = PAPERS
 ) -> NDArray[np.uint8]:

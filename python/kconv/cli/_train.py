@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from kconv import datasets, training
 from kconv._memory import leave_out_tensorflow
+from kconv.training.config import alternatives
+
+_PATHS = ("dataset", "data_dir", "weights", "teacher", "compress_from")
 
 
 def add(commands: Any) -> None:
@@ -19,70 +23,24 @@ def add(commands: Any) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    """Options are named after the fields of Config, whose defaults hold for those not given."""
-    default = training.Config()
+    """Options are the fields of Config, whose defaults hold for those not given."""
     parser.description = (
         "Train a network on images, keep its best state by validation loss, test it, and write "
-        "a report. Ctrl-C loses the running epoch only: --resume goes on after the last whole one."
+        "a report. Ctrl-C loses the steps since the last checkpoint: --resume goes on from there."
     )
     parser.set_defaults(run=_train)
-
-    def add(name: str, meaning: str, **keywords: Any) -> None:
-        field = name.removeprefix("--").replace("-", "_")
-        value = getattr(default, field, None)
-        shown = "" if value in (None, {}) else f" (default: {value})"
-        parser.add_argument(name, default=argparse.SUPPRESS, help=meaning + shown, **keywords)
-
-    add("--model", "a model of `kconv models`", metavar="NAME")
-    add("--ktype", "kind of pointwise convolution, such as D6_16ch or D6v3_32ch", metavar="NAME")
-    add("--skip-strides", "strides skipped, by default 3 up to 64x64", type=int, metavar="N")
-    add(
-        "--model-option",
-        "another option of the model, such as width=0.5; may be repeated",
-        action="append",
-        metavar="NAME=VALUE",
+    parser.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="file with any of the options"
     )
-    known = ", ".join(datasets.names())
-    add("--dataset", f"{known}, or a folder or archive of images", metavar="NAME|PATH")
-    add(
-        "--data-dir",
-        "folder with the data set's original files or archives (default: Keras's cache, or its "
-        "download, of fashion_mnist, mnist, cifar10 and cifar100)",
-        metavar="DIR",
+    parser.add_argument(
+        "--preset",
+        default=argparse.SUPPRESS,
+        choices=tuple(training.PRESETS),
+        help="a set of options, which the file and other options overrule",
     )
-    add(
-        "--train-images",
-        "use N training images, balanced over classes",
-        type=int,
-        metavar="N",
-    )
-    add("--test-images", "test on N images, likewise", type=int, metavar="N")
-    add(
-        "--image-size",
-        "resize images to this height and width (default: 224 for the last four of these, else 32)",
-        type=int,
-        metavar="N",
-    )
-    add("--interpolation", "how to resize them", choices=datasets.INTERPOLATIONS)
-    add("--epochs", "passes over the training images", type=int, metavar="N")
-    add("--batch-size", "images in a step", type=int, metavar="N")
-    add("--lr-schedule", "learning rate over the epochs", choices=training.SCHEDULES)
-    add("--lr", "learning rate that the schedule starts from", type=float, metavar="RATE")
-    add("--augment", "augment the training images", action=argparse.BooleanOptionalAction)
-    add(
-        "--recalibrate-bn",
-        "estimate moving statistics anew before each evaluation "
-        f"(default: in runs below {training.SHORT_RUN_STEPS:,} steps)",
-        action=argparse.BooleanOptionalAction,
-    )
-    add("--seed", "fixes all chance", type=int, metavar="N")
-    add("--framework", "what to train with", choices=training.FRAMEWORKS)
-    add(
-        "--weights",
-        "file, folder of a run, or name of `kconv models`, whose weights to start from; the "
-        "classifier starts anew where the classes differ",
-        metavar="NAME|PATH",
-    )
+    hints = get_type_hints(training.Config)
+    for field in dataclasses.fields(training.Config):
+        _add_option(parser, field, hints[field.name])
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--output", type=Path, metavar="DIR", help="the run's folder (default: a new one in runs/)"
@@ -92,30 +50,82 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _train(options: argparse.Namespace) -> int:
-    fields = {field.name for field in dataclasses.fields(training.Config)}
-    given = {name: value for name, value in vars(options).items() if name in fields}
-    for name in ("dataset", "data_dir", "weights"):  # a run may be resumed from elsewhere
-        text = given.get(name)
-        if text and text not in datasets.names() and Path(text).exists():
-            given[name] = str(Path(text).resolve())
-    if "model_option" in options:
-        given["model_options"] = dict(map(_model_option, options.model_option))
-    if options.resume:
-        config = dataclasses.replace(training.load_config(options.resume), **given)
-        output = options.resume
+def _add_option(parser: argparse.ArgumentParser, field: Any, hint: Any) -> None:
+    kinds = alternatives(hint)
+    default = field.metadata["unset"] if field.default in (None, ()) else field.default
+    shown = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
+    keywords: dict[str, Any] = {
+        "default": argparse.SUPPRESS,
+        "help": (field.metadata["meaning"] + shown).replace("%", "%%"),
+    }
+    name = f"--{field.name.replace('_', '-')}"
+    if field.name == "model_options":
+        name, keywords["action"], keywords["dest"] = "--model-option", "append", "model_option"
+        keywords["help"] = "another option of the model, such as width=0.5; may be repeated"
+    if bool in kinds:
+        keywords["action"] = argparse.BooleanOptionalAction
+    elif field.metadata["choices"]:
+        keywords["choices"] = field.metadata["choices"]
     else:
-        config = training.Config(**given)
-        output = options.output or training.reserve(config)
+        keywords["metavar"] = field.metadata["metavar"]
+        kind = next((kind for kind in (int, float) if kind in kinds), None)
+        if field.name == "class_weights":
+            keywords["type"] = _class_weights
+        elif kind is not None:
+            keywords["type"] = kind
+    parser.add_argument(name, **keywords)
+
+
+def _train(options: argparse.Namespace) -> int:
+    fields = {field.name for field in dataclasses.fields(training.Config)} | {"preset"}
+    given: dict[str, Any] = training.read_toml(options.config) if options.config else {}
+    told = {name: value for name, value in vars(options).items() if name in fields}
+    if "model_option" in options:
+        told["model_options"] = dict(map(_model_option, options.model_option))
+    given |= told
+    for name in _PATHS:  # a run may be resumed from elsewhere
+        text = given.get(name)
+        if isinstance(text, str) and text and text not in datasets.names() and Path(text).exists():
+            given[name] = str(Path(text).resolve())
+    output, resume = options.output, options.resume
+    # Where torchrun starts the processes anew after one was lost, they go on.
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if again and output is not None and (output / "last.npz").exists():
+        resume = output
+    source = str(options.config) if options.config else "the configuration"
+    if resume:
+        stored = dataclasses.asdict(training.load_config(resume))
+        config = training.config_from({**stored, **_resolved(given)}, source)
+        output = resume
+    else:
+        config = training.config_from(given, source)
+        if output is None and "RANK" not in os.environ:  # of several processes the first makes it
+            output = training.reserve(config)
     leave_out_tensorflow()
     try:
-        training.train(config, output, resume=bool(options.resume))
+        training.train(config, output, resume=bool(resume))
     except KeyboardInterrupt:
-        if not (output / "last.npz").exists():
+        if output is None or not (output / "last.npz").exists():
             raise
         print(f"\ninterrupted; go on with: kconv train --resume {output}", file=sys.stderr)
         return 130
     return 0
+
+
+def _resolved(given: dict[str, Any]) -> dict[str, Any]:
+    """Options with those of a preset beside them, which the run's own do not overrule."""
+    return {**training.PRESETS.get(given.get("preset", ""), {}), **given}
+
+
+def _class_weights(text: str) -> Any:
+    if text == "balanced":
+        return text
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither 'balanced' nor numbers, such as 1,2.5,1"
+        ) from None
 
 
 def _model_option(text: str) -> tuple[str, Any]:

@@ -25,30 +25,36 @@ Example:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kconv._names import did_you_mean
 from kconv.datasets.classic import CLASSIC
 from kconv.datasets.decode import IMAGE_SUFFIXES, INTERPOLATIONS, pillow, resize
-from kconv.datasets.files import is_archive, open_files
+from kconv.datasets.files import Files, is_archive, open_files
 from kconv.datasets.formats import read_idx
 from kconv.datasets.images import (
+    PARTS,
     Arrays,
     Images,
     Labels,
     Limits,
+    Listing,
     Part,
+    Progress,
     balanced_subset,
     check_memory,
+    chosen_files,
     list_folders,
     memory,
     read_images,
 )
 from kconv.datasets.papers import IMAGE_SIZE, PAPERS, find_images
+from kconv.datasets.streams import ObjectImages, StreamedImages, open_shards, stream_files
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -57,8 +63,11 @@ __all__ = [
     "Dataset",
     "Images",
     "Labels",
+    "StreamedImages",
     "balanced_subset",
+    "from_objects",
     "load",
+    "load_shards",
     "memory",
     "names",
     "read_idx",
@@ -72,6 +81,9 @@ PHOTOGRAPHS = tuple(PAPERS)
 @dataclass(frozen=True)
 class Dataset:
     """Labelled images, ready to train on.
+
+    Images are arrays in memory, or streamed: of the same shape and read by the same indices, but
+    decoded each time.
 
     Attributes:
         name: What it was loaded from.
@@ -87,17 +99,18 @@ class Dataset:
 
     name: str
     class_names: tuple[str, ...]
-    x_train: Images
+    x_train: Images | StreamedImages
     y_train: Labels
-    x_test: Images
+    x_test: Images | StreamedImages
     y_test: Labels
-    x_val: Images | None = None
+    x_val: Images | StreamedImages | None = None
     y_val: Labels | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of every image."""
-        return self.x_train.shape[1:]
+        _, height, width, channels = self.x_train.shape
+        return height, width, channels
 
 
 def load(
@@ -108,6 +121,9 @@ def load(
     train_images: int | None = None,
     test_images: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
+    stream: bool | None = False,
+    unread: dict[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Dataset:
     """Load a data set by name, or from a folder or archive of images.
 
@@ -122,6 +138,11 @@ def load(
         data_dir: Folder with the known data set's original files or archives, or one of these
             itself. Without it, ``fashion_mnist``, ``mnist``, ``cifar10`` and ``cifar100`` are taken
             from Keras's cache, or Keras downloads them.
+        stream: Whether images stay in their files until they are read; None if all of them would
+            take more than a quarter of the memory, and the files allow it.
+        unread: Takes what is wrong with files that cannot be decoded, by their names, which are
+            then left out; without it the first one is an error.
+        progress: Makes a progress bar of that many images, as tqdm does.
 
     Returns:
         The :class:`Dataset`; images from files have three channels.
@@ -154,6 +175,8 @@ def load(
         whose = "comes with the package" if known else "is not a known data set's name"
         raise ValueError(f"data_dir={os.fspath(data_dir)!r} has no use, as {str(source)!r} {whose}")
     if isinstance(source, str) and source in CLASSIC:
+        if stream:
+            raise ValueError(f"stream=True: {source} comes as arrays, not as image files")
         class_names, read_arrays = CLASSIC[source]
         arrays = read_arrays(source, folder)
         _check_classic(source, arrays, len(class_names))
@@ -177,10 +200,157 @@ def load(
             listing = paper.listing(path, files.names)
         else:
             listing = list_folders(path, files.names, files.folders)
+        if stream is not False:
+            streamed = _streamed(
+                str(source), path, files, listing, image_size, interpolation, limits
+            )
+            if isinstance(streamed, Dataset) and (stream or _is_large(streamed)):
+                return streamed
+            if isinstance(streamed, ValueError) and stream:
+                raise streamed
         arrays = read_images(
-            path, files, listing, size=image_size, interpolation=interpolation, limits=limits
+            path,
+            files,
+            listing,
+            size=image_size,
+            interpolation=interpolation,
+            limits=limits,
+            unread=unread,
+            progress=progress,
         )
     return _dataset(str(source), listing.class_names, arrays)
+
+
+def _streamed(
+    name: str,
+    path: Path,
+    files: Files,
+    listing: Listing,
+    size: int | None,
+    interpolation: str,
+    limits: Limits,
+) -> Dataset | ValueError:
+    """The data set with its images where they are, or why that cannot be."""
+    if size is None:
+        return ValueError("stream=True needs an image_size, as nothing is read before it is wanted")
+    try:
+        train, test, val = (
+            (stream_files(path, files, part, size, interpolation), labels)
+            for part, labels in chosen_files(listing, limits)
+        )
+    except ValueError as error:
+        return error
+    if listing.val is None:
+        return Dataset(name, listing.class_names, *train, *test)
+    return Dataset(
+        name, listing.class_names, *train, *test, *(test if listing.val is listing.test else val)
+    )
+
+
+def _is_large(data: Dataset) -> bool:
+    val = 0 if data.x_val is None or data.x_val is data.x_test else data.x_val.nbytes
+    return 4 * (data.x_train.nbytes + data.x_test.nbytes + val) > memory()
+
+
+def load_shards(
+    train: Shards,
+    test: Shards,
+    val: Shards | None = None,
+    *,
+    image_size: int,
+    interpolation: str = "bilinear",
+    class_names: Sequence[str] | None = None,
+) -> Dataset:
+    """Stream WebDataset's shards: tar files of ``<key>.jpg`` (or another image) and ``<key>.cls``.
+
+    Example:
+        >>> data = load_shards(
+        ...     "train-{000..146}.tar", "val-{00..06}.tar", image_size=224
+        ... )  # doctest: +SKIP
+
+    Args:
+        train: The training images' files: a path, with or without a range of numbers as above, or a
+            list of paths.
+        test: Likewise those for testing.
+        val: Likewise those for validation; None leaves it to the training to hold some out.
+        image_size: Resize every image to this height and width.
+        interpolation: One of ``INTERPOLATIONS``.
+        class_names: One name for each label; by default the labels themselves.
+
+    Returns:
+        The :class:`Dataset`.
+
+    Raises:
+        ValueError: A file is missing or damaged, or a label has no name.
+    """
+    parts = [open_shards(part, image_size, interpolation) for part in (train, test)]
+    parts += [open_shards(val, image_size, interpolation)] if val is not None else []
+    return _named("shards", class_names, parts)
+
+
+Shards = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def from_objects(
+    parts: Mapping[str, Any],
+    *,
+    image_size: int | None = None,
+    interpolation: str = "bilinear",
+    class_names: Sequence[str] | None = None,
+) -> Dataset:
+    """Stream other libraries' data sets, such as torchvision's and Hugging Face's.
+
+    Example:
+        >>> pairs = [(np.full((8, 8), n, np.uint8), n % 2) for n in range(6)]
+        >>> data = from_objects({"train": pairs, "test": pairs[:2]})
+        >>> data.x_train.shape, data.y_train[:3], data.class_names
+        ((6, 8, 8, 1), array([0, 1, 0]), ('0', '1'))
+
+    Args:
+        parts: "train" with "test" or "validation" or both, each with a length and items, which are
+            (image, label) or dictionaries with "image" and "label". ``datasets.load_dataset(...)``
+            is such a mapping.
+        image_size: Resize every image to this height and width; None keeps the first one's.
+        interpolation: One of ``INTERPOLATIONS``.
+        class_names: One name for each label; by default the object's own, or the labels.
+
+    Returns:
+        The :class:`Dataset`.
+
+    Raises:
+        TypeError: A part is no such object.
+        ValueError: A part is missing or empty, or a label has no name.
+    """
+    found: dict[str, tuple[ObjectImages, Labels]] = {}
+    for name, items in parts.items():
+        if name != "train" and name not in PARTS:
+            raise ValueError(f"the data have a part {name!r}; known are {', '.join(PARTS)}")
+        images = ObjectImages(items, image_size, interpolation)
+        found[PARTS[name]] = images, images.labels()
+        class_names = class_names or images.class_names()
+    if "train" not in found or len(found) < 2:
+        raise ValueError(
+            f"the data have the parts {', '.join(parts) or 'none'}; expected 'train' with 'test' "
+            "or 'validation'"
+        )
+    val = found.get("val")
+    test = found.get("test", val)
+    return _named("objects", class_names, [part for part in (found["train"], test, val) if part])
+
+
+def _named(
+    name: str, class_names: Sequence[str] | None, parts: Sequence[tuple[StreamedImages, Labels]]
+) -> Dataset:
+    """A data set of parts whose labels are numbers."""
+    most = max(int(labels.max()) for _, labels in parts)
+    if class_names is None:
+        class_names = [str(label) for label in range(most + 1)]
+    if most >= len(class_names) or min(int(labels.min()) for _, labels in parts) < 0:
+        raise ValueError(
+            f"the labels go up to {most}, and there are {len(class_names)} class names"
+        )
+    arrays = [value for part in parts for value in part]
+    return Dataset(name, tuple(class_names), *arrays)  # type: ignore[arg-type]
 
 
 def names() -> tuple[str, ...]:

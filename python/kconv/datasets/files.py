@@ -10,6 +10,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import importlib
+import io
 import lzma
 import os
 import posixpath
@@ -17,7 +18,7 @@ import stat
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -45,6 +46,13 @@ class Files(Protocol):
 
     def read(self, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
         """Names and contents of the wanted files, in the order that is quickest to read."""
+
+    def extents(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """Of files of an archive, each one's first byte in it and size.
+
+        Raises:
+            ValueError: it cannot be read from any place.
+        """
 
     def __enter__(self) -> Files: ...
 
@@ -143,6 +151,9 @@ class _Folder:
                 raise ValueError(f"{path} cannot be read: {error.strerror}") from None
             yield name, data
 
+    def extents(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        raise ValueError(f"{self.root} is a folder, whose files are read by themselves")
+
     def __enter__(self) -> _Folder:
         return self
 
@@ -228,10 +239,7 @@ class _Archive(ABC):
 
     def read(self, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
         for name in sorted(wanted.intersection(self._broken)):
-            raise ValueError(
-                f"{self.path} is refused: {name!r} is neither a file nor a folder in it, but a "
-                f"link to {self._broken[name]!r}"
-            )
+            self._check_link(name)
         by_start: dict[int, list[str]] = {}
         for name in wanted.intersection(self._members):
             by_start.setdefault(self._members[name].start, []).append(name)
@@ -247,6 +255,19 @@ class _Archive(ABC):
                     yield name, data
         finally:
             self._close()
+
+    def extents(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        raise ValueError(
+            f"{self.path} cannot be read from any place, as folders and tar files that are not "
+            "compressed can: unpack it to stream its images"
+        )
+
+    def _check_link(self, name: str) -> None:
+        if name in self._broken:
+            raise ValueError(
+                f"{self.path} is refused: {name!r} is neither a file nor a folder in it, but a "
+                f"link to {self._broken[name]!r}"
+            )
 
     def _close(self) -> None:
         if self._stream is not None:
@@ -295,6 +316,7 @@ class _Tar(_Archive):
     def _index(self) -> Iterator[tuple[str, _Member | str | None]]:
         with damage(f"{self.path} is not a readable tar file"):
             self._stream = _decompressed(self.path)
+            self._plain = isinstance(self._stream, io.BufferedReader)
             tar = tarfile.TarFile(fileobj=self._stream, mode="r", tarinfo=_Header)
         # Where there is no first member, Python 3.10 fails on looking for the next.
         more = tar.firstmember is not None  # type: ignore[attr-defined]
@@ -331,6 +353,19 @@ class _Tar(_Archive):
                 raise ValueError("a piece of it lies beyond its end")
             data[start : start + size] = self._read(size)
         return bytes(data)
+
+    def extents(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        if not self._plain or any(
+            self._members[name].handle is not None for name in names if name in self._members
+        ):
+            return super().extents(names)  # which says that it cannot be done
+        found = []
+        for name in names:
+            self._check_link(name)
+            member = self._members[name]
+            _check_size(self.path, name, member.size)
+            found.append((member.start, member.size))
+        return found
 
     def _read(self, size: int) -> bytes:
         data: bytes = self._stream.read(size)

@@ -6,8 +6,9 @@ import os
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kconv._cpus import available_cpus
 from kconv.datasets.decode import (
     IMAGE_SUFFIXES,
     OTHER_IMAGE_SUFFIXES,
@@ -30,6 +32,8 @@ Images = NDArray[np.uint8]
 """(N, H, W, C) uint8."""
 Labels = NDArray[np.int64]
 """(N,) int64, indices into the class names."""
+Progress = Callable[[int], Any]
+"""From how many images there are to a context whose value has ``update(count)``."""
 Limits = tuple[int | None, int | None]
 """How many training and test images to take at most; None takes all."""
 
@@ -287,6 +291,8 @@ def read_images(
     size: int | None,
     interpolation: str,
     limits: Limits,
+    unread: dict[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Arrays:
     """Read a data set's images, in the order of the listing.
 
@@ -297,6 +303,9 @@ def read_images(
         size: Height and width to resize to; None keeps theirs, which must be all the same.
         interpolation: One of ``INTERPOLATIONS``.
         limits: How many to take, as many of each class.
+        unread: Takes what is wrong with files that are no images, which are then left out; without
+            it the first one is an error.
+        progress: Makes a progress bar of that many images, as tqdm does.
 
     Returns:
         The :class:`Arrays`, of images (N, H, W, 3).
@@ -304,23 +313,48 @@ def read_images(
     Raises:
         ValueError: A file is not an image, the images differ in size, or take too much memory.
     """
-    chosen: list[str] = []
-    labels: list[Labels] = []
+    parts = chosen_files(listing, limits)
+    names = [name for part, _ in parts for name in part]
+    images = decode_all(
+        path,
+        files.read(set(names)),
+        names,
+        size=size,
+        interpolation=interpolation,
+        unread=unread,
+        progress=progress,
+    )
+    ends = np.cumsum([len(part) for part, _ in parts])
+    labels = [labels for _, labels in parts]
+    cut = np.split(images, ends[:-1])
+    if unread:
+        good = [np.array([name not in unread for name in part], bool) for part, _ in parts]
+        cut = [pixels[keep] for pixels, keep in zip(cut, good, strict=True)]
+        labels = [part[keep] for part, keep in zip(labels, good, strict=True)]
+    train, test, validation = map(Part, cut, labels)
+    if listing.val is not None and listing.val is listing.test:
+        validation = test
+    return Arrays(train, test, None if listing.val is None else validation)
+
+
+def chosen_files(listing: Listing, limits: Limits) -> list[tuple[list[str], Labels]]:
+    """Files and labels of training, test and validation, as many as wanted.
+
+    Args:
+        listing: All of them.
+        limits: How many to take, as many of each class.
+
+    Returns:
+        The three parts; the last is empty where it is none, or is that for testing.
+    """
+    found = []
     val = None if listing.val is listing.test else listing.val
     for part, limit in ((listing.train, limits[0]), (listing.test, limits[1]), (val, limits[1])):
         names = list(part or ())
-        part_labels = np.fromiter((part or {}).values(), np.int64, len(names))
-        take = balanced_subset(part_labels, len(names) if limit is None else limit)
-        chosen += [names[i] for i in take]
-        labels.append(part_labels[take])
-    images = decode_all(
-        path, files.read(set(chosen)), chosen, size=size, interpolation=interpolation
-    )
-    ends = np.cumsum([len(part) for part in labels])
-    train, test, validation = map(Part, np.split(images, ends[:-1]), labels)
-    if listing.val is not None and val is None:
-        validation = test
-    return Arrays(train, test, None if listing.val is None else validation)
+        labels = np.fromiter((part or {}).values(), np.int64, len(names))
+        take = balanced_subset(labels, len(names) if limit is None else limit)
+        found.append(([names[i] for i in take], labels[take]))
+    return found
 
 
 def decode_all(
@@ -330,6 +364,8 @@ def decode_all(
     *,
     size: int | None = None,
     interpolation: str = "bilinear",
+    unread: dict[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Images:
     """Decode image files on all cores.
 
@@ -339,6 +375,9 @@ def decode_all(
         names: The order in which they are wanted; one or more.
         size: Height and width to resize to; None keeps theirs, which must be all the same.
         interpolation: One of ``INTERPOLATIONS``.
+        unread: Takes what is wrong with files that are no images, whose pixels are then anything;
+            without it the first one is an error.
+        progress: Makes a progress bar of that many images, as tqdm does.
 
     Returns:
         The images, (N, H, W, 3).
@@ -357,7 +396,13 @@ def decode_all(
 
     def fill(images: Images, items: list[tuple[str, bytes]]) -> None:
         for name, data in items:
-            pixels = decoded(name, data)
+            try:
+                pixels = decoded(name, data)
+            except ValueError as error:
+                if unread is None:
+                    raise
+                unread[name] = str(error)
+                continue
             if pixels.shape != images.shape[1:]:
                 raise ValueError(
                     f"{path}: the images differ in size ({name} is {pixels.shape[:2]}, others "
@@ -368,11 +413,15 @@ def decode_all(
     position = {name: i for i, name in enumerate(names)}
     missing = set(names)
     images: Images | None = None
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(available_cpus()) as pool,
+        nullcontext() if progress is None else progress(len(names)) as bar,
+    ):
         warnings.simplefilter("ignore", library.DecompressionBombWarning)  # as that is an error
         for some in _gathered(contents):
             if images is None:  # the first alone tells whether all fit
-                shape = decoded(*some[0]).shape
+                shape = (size, size, 3) if size is not None else decoded(*some[0]).shape
                 check_memory(path, len(names), shape)
                 images = np.empty((len(names), *shape), np.uint8)
             found = [name for name, _ in some]
@@ -381,8 +430,9 @@ def decode_all(
             missing.difference_update(found)
             # 32 to a task, as small pictures take less time than handing one to a thread does.
             tasks = [some[i : i + 32] for i in range(0, len(some), 32)]
-            for _ in pool.map(partial(fill, images), tasks):
-                pass
+            for task, _ in zip(tasks, pool.map(partial(fill, images), tasks), strict=True):
+                if bar is not None:
+                    bar.update(len(task))
     if images is None or missing:
         raise ValueError(f"{path} has fewer images than it declares")
     return images

@@ -19,9 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import kconv
-from kconv import datasets, models, training
+from kconv import augment, datasets, models, training
 from kconv._files import remove_leftovers, replacing
-from kconv.training import Config, learning_rate
+from kconv.training import Config, _loop, _start, run
 
 TINY = Config(
     model="kdensenet_bc_l100",
@@ -53,14 +53,6 @@ def finished(
 # The parts
 
 
-def test_cyclic_schedule_is_the_papers() -> None:
-    rates = [learning_rate("cyclic25", epoch) for epoch in range(50)]
-    expected = [0.001 * (1 + 0.5 * e) if e < 7 else 0.004 * 0.85 ** (e - 7) for e in range(25)]
-    assert rates == pytest.approx(expected * 2, rel=1e-12)
-    assert learning_rate("cyclic25", 1, 0.01) == pytest.approx(0.015)
-    assert learning_rate("constant", 30, 0.01) == 0.01
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -72,7 +64,19 @@ def test_cyclic_schedule_is_the_papers() -> None:
         ("lr", float("inf")),
         ("lr", float("nan")),
         ("framework", "theano"),
-        ("lr_schedule", "cosine"),
+        ("lr_schedule", "cosinus"),
+        ("optimizer", "adam"),
+        ("gradient_accumulation", 0),
+        ("early_stopping", 0),
+        ("ema_decay", 1.0),
+        ("label_smoothing", -0.1),
+        ("weight_decay", float("inf")),
+        ("warmup_epochs", -1.0),
+        ("clip_grad_norm", 0.0),
+        ("teacher_weight", 1.5),
+        ("workers", -1),
+        ("class_weights", "uneven"),
+        ("on_bad_image", "ignore"),
     ],
 )
 def test_config_names_the_bad_value(option: str, value: Any) -> None:
@@ -104,9 +108,9 @@ def test_step_beyond_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     least = 4 * (results + 3 * models.count(spec).trainable)
     monkeypatch.setattr(datasets, "memory", lambda: least - 1)
     with pytest.raises(ValueError, match=r"batch_size=12: a step of kdensenet.* at 8x8 takes"):
-        training._check_step(TINY, spec)
+        _start.check_step(TINY, spec)
     monkeypatch.setattr(datasets, "memory", lambda: least)
-    training._check_step(TINY, spec)
+    _start.check_step(TINY, spec)
 
 
 def test_option_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
@@ -122,7 +126,7 @@ def test_torch_rmsprop_is_keras_rmsprop() -> None:
     import keras
     import torch
 
-    from kconv._torch_trainer import RMSprop
+    from kconv.training._torch import RMSprop
 
     rng = np.random.default_rng(0)
     start = rng.standard_normal(5).astype(np.float32)
@@ -144,7 +148,7 @@ def test_torch_rmsprop_is_keras_rmsprop() -> None:
 def test_recalibration_forgets_and_averages(framework: str) -> None:
     config = dataclasses.replace(TINY, framework=framework)
     data = datasets.load("fashion_mnist_mini", image_size=8, test_images=20)
-    trainer = training._make_trainer(config, config.spec(data))
+    trainer = _loop._make_trainer(config, config.spec(data))
     rng = np.random.default_rng(0)
     batches = rng.standard_normal((3, 16, 8, 8, 1)).astype(np.float32)
 
@@ -171,8 +175,9 @@ def test_recalibration_forgets_and_averages(framework: str) -> None:
 
 def test_run_writes_everything(finished: tuple[Config, Path, training.Result]) -> None:
     _config, output, result = finished
-    names = {"model.safetensors", "config.json", "last.npz", "results.csv", "report.txt"}
-    assert {path.name for path in output.iterdir()} == names | {"curves.png", "confusion.png"}
+    names = {"model.safetensors", "config.json", "config.toml", "last.npz", "results.csv"}
+    names |= {"report.txt", "curves.png", "confusion.png"}
+    assert {path.name for path in output.iterdir()} == names
     assert result.best_model == output / "model.safetensors"
     with (output / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -214,7 +219,7 @@ def test_best_model_gives_the_reported_accuracy(
     """By the framework's own computation, and by NumPy alone."""
     config, output, result = finished
     data = datasets.load("fashion_mnist_mini", image_size=8, test_images=20)
-    images = training.augment.scale(data.x_test)
+    images = augment.scale(data.x_test)
     if config.framework == "keras":
         from kconv.keras import build
 
@@ -300,17 +305,17 @@ def test_resumed_run_equals_uninterrupted(
 ) -> None:
     config, output, result = finished
     batches_done = []
-    scale = training.augment.scale
+    scale = augment.scale
 
     def interrupting(images: np.ndarray) -> np.ndarray:
         batches_done.append(len(images))
-        history = training._read_checkpoint(tmp_path / "last.npz")[0]["history"]
+        history = run.read_checkpoint(tmp_path / "last.npz")[0]["history"]
         if len(history) == 1 and len(batches_done) % 2:
             raise KeyboardInterrupt
         return scale(images)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.augment, "scale", interrupting)
+        patch.setattr(augment, "scale", interrupting)
         with pytest.raises(KeyboardInterrupt):
             training.train(config, tmp_path, log=quiet)
     resumed = training.train(training.load_config(tmp_path), tmp_path, resume=True, log=quiet)
@@ -467,8 +472,8 @@ def test_a_new_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
 HOLDING = """
 import sys, time
 from pathlib import Path
-from kconv import training
-with training._held(Path(sys.argv[1])):
+from kconv.training import run
+with run.held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(120)
 """
@@ -485,7 +490,7 @@ def test_a_folder_in_use_is_refused_until_its_run_is_killed(tmp_path: Path) -> N
             training.train(TINY, output, log=quiet)
         assert (output / ".last.1.partial.npz").exists()
         other.kill()
-    with training._held(output):
+    with run.held(output):
         assert not (output / ".last.1.partial.npz").exists()
 
 
@@ -513,3 +518,116 @@ def test_only_leftovers_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+# Recipes
+
+
+class StopAt(training.Callback):
+    """Interrupts a run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.epochs = step, 0
+
+    def on_step_end(self, step: int, loss: float, accuracy: float, learning_rate: float) -> None:
+        if step == self.step:
+            raise KeyboardInterrupt
+
+    def on_epoch_end(self, epoch: training.Epoch) -> None:
+        self.epochs += 1
+
+
+def test_recipe_goes_on_at_the_exact_batch(
+    finished: tuple[Config, Path, training.Result], tmp_path: Path
+) -> None:
+    """With all that has a state of its own, from a checkpoint within the second epoch."""
+    config, output, _ = finished
+    recipe = dataclasses.replace(
+        config,
+        train_images=45,
+        optimizer="adamw",
+        lr_schedule="one-cycle",
+        weight_decay=0.05,
+        label_smoothing=0.1,
+        ema_decay=0.5,
+        clip_grad_norm=1.0,
+        class_weights="balanced",
+        gradient_accumulation=2 if config.framework == "torch" else 1,
+        augment=True,
+        teacher=str(output),
+        checkpoint_steps=2,
+    )
+    whole = training.train(recipe, tmp_path / "whole", log=quiet)
+    stop = StopAt(7)  # of four in an epoch, the last of five images
+    with pytest.raises(KeyboardInterrupt):
+        training.train(recipe, tmp_path / "run", callbacks=[stop], log=quiet)
+    assert stop.epochs == 1
+    meta, _ = run.read_checkpoint(tmp_path / "run/last.npz")
+    assert (meta["steps"], meta["sums"][2], len(meta["history"])) == (2, 24, 1)
+    resumed = training.train(recipe, tmp_path / "run", resume=True, log=quiet)
+    for ours, theirs in zip(resumed.history, whole.history, strict=True):
+        assert dataclasses.replace(ours, images_per_second=0) == dataclasses.replace(
+            theirs, images_per_second=0
+        )
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole")]
+    for name, value in weights[1].items():
+        np.testing.assert_array_equal(weights[0][name].numpy(), value.numpy(), err_msg=name)
+
+
+def test_class_weights_count_as_told() -> None:
+    labels = np.array([0, 0, 0, 1])
+    balanced = _start.class_weights(Config(class_weights="balanced"), labels, 3)
+    np.testing.assert_allclose(balanced, [4 / 9, 4 / 3, 4 / 3])
+    with pytest.raises(ValueError, match="class_weights has 2 numbers for 3 classes"):
+        _start.class_weights(Config(class_weights=(1, 2)), labels, 3)
+
+
+def test_early_stopping_and_what_it_is_told(tmp_path: Path) -> None:
+    """A rate so high that nothing is learnt: the first epoch stays the best, or the second."""
+    config = dataclasses.replace(
+        TINY, framework="torch", epochs=20, lr=1e4, lr_schedule="constant", early_stopping=1
+    )
+    lines: list[str] = []
+    result = training.train(config, tmp_path, log=lines.append)
+    losses = [epoch.val_loss for epoch in result.history]
+    assert len(losses) < 20
+    assert losses[-1] >= min(losses[:-1])
+    assert any("early stop" in line for line in lines)
+    extended = training.train(
+        dataclasses.replace(config, early_stopping=None, epochs=len(losses) + 1),
+        tmp_path,
+        resume=True,
+        log=quiet,
+    )
+    assert len(extended.history) == len(losses) + 1
+
+
+def test_compressed_network_starts_from_the_plain_one(tmp_path: Path) -> None:
+    plain = dataclasses.replace(
+        TINY, framework="torch", model="kdensenet_bc_l100", ktype="conv", epochs=1
+    )
+    training.train(plain, tmp_path / "plain", log=quiet)
+    lines: list[str] = []
+    config = dataclasses.replace(
+        plain, ktype="D6_4ch", compress_from=str(tmp_path / "plain"), lr=1e-12, recalibrate_bn=False
+    )
+    training.train(config, tmp_path / "small", log=lines.append)
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "small"))
+    shapes = {name: value.shape for name, value in old.items() if "num_batches" not in name}
+    same = [name for name, value in new.items() if shapes.get(name) == value.shape]
+    told = next(line for line in lines if line.startswith("weights"))
+    assert told.split()[1] == str(len(same))
+    kernels = [name for name in same if new[name].ndim == 4]
+    assert kernels
+    for name in kernels:
+        np.testing.assert_allclose(new[name], old[name], atol=1e-6, err_msg=name)
+    assert any(name not in old for name in new)
+
+
+def test_teacher_of_other_images_is_refused(
+    finished: tuple[Config, Path, training.Result], tmp_path: Path
+) -> None:
+    config, output, _ = finished
+    other = dataclasses.replace(config, image_size=10, teacher=str(output))
+    with pytest.raises(ValueError, match=r"takes images of 8x8x1, the data's are 10x10x1"):
+        training.train(other, tmp_path / "run", log=quiet)

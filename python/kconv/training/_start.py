@@ -1,0 +1,202 @@
+"""What a run starts from: its data, its weights, its teacher; and whether it can run at all."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kconv import augment, datasets, models
+from kconv._model_folder import read_config, read_weights, weight_layouts
+from kconv._published import find_network
+from kconv._require import require
+from kconv.datasets import Dataset, Labels
+from kconv.runtime import load
+from kconv.training.batches import progress
+from kconv.training.config import Config
+from kconv.training.ranks import Ranks
+from kconv.weights._models import Source, adapt
+
+__all__ = [
+    "Teacher",
+    "check_installed",
+    "check_step",
+    "class_weights",
+    "compress_from",
+    "load_data",
+]
+
+
+def load_data(config: Config, data: Any, ranks: Ranks, log: Callable[[str], None]) -> Dataset:
+    """The data set: that of the configuration, or what the caller has.
+
+    Args:
+        config: the options.
+        data: None, a :class:`Dataset`, or parts as :func:`kconv.datasets.from_objects` takes.
+        ranks: of which the first loads first, as that may download.
+        log: takes what to show.
+
+    Returns:
+        The data set.
+    """
+    if isinstance(data, Dataset):
+        return data
+    if data is not None:
+        if not isinstance(data, Mapping):
+            raise TypeError(
+                f"data is a {type(data).__name__}, expected a kconv.datasets.Dataset or a mapping "
+                "with 'train' and 'test'"
+            )
+        size, how = config.image_size, config.interpolation
+        return datasets.from_objects(data, image_size=size, interpolation=how)
+    if ranks.rank:
+        ranks.first_of(None)
+    unread: dict[str, str] | None = {} if config.on_bad_image == "skip" else None
+    loaded = datasets.load(
+        config.dataset,
+        image_size=config.image_size or (None if config.dataset in datasets.PHOTOGRAPHS else 32),
+        interpolation=config.interpolation,
+        train_images=config.train_images,
+        test_images=config.test_images,
+        data_dir=config.data_dir,
+        stream=config.stream,
+        unread=unread,
+        progress=partial(progress, what="decoding"),
+    )
+    if not ranks.rank:
+        ranks.first_of(None)
+    if unread:
+        log(f"bad images   {len(unread):,} left out, the first as {next(iter(unread.values()))}")
+    return loaded
+
+
+def check_step(config: Config, spec: models.Spec) -> None:
+    """See that what a training step has to keep can fit into memory at all.
+
+    These are the convolutions' results, of which the backward pass needs all, and the weights with
+    their gradients and the optimizer's means.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    layers = [
+        layer
+        for layer in spec.graph().layers
+        if isinstance(layer, models.graph.Conv | models.graph.DepthwiseConv)
+    ]
+    results = sum(math.prod(size or 0 for size in layer.shape) for layer in layers)
+    least = 4 * (config.batch_size * results + 3 * models.count(spec).trainable)
+    if least > (there := datasets.memory()):
+        height, width, _ = spec.input_shape
+        raise ValueError(
+            f"batch_size={config.batch_size}: a step of {spec.name} at {height}x{width} takes "
+            f"{least / 1e9:,.1f} GB or more; there are {there / 1e9:,.1f} GB of memory"
+        )
+
+
+def check_installed(config: Config) -> None:
+    """Import all that a run needs before its end, so that nothing is missing then."""
+    require("tqdm", "tqdm", "the progress bar of training")
+    require("matplotlib.figure", "matplotlib", "the picture of the training curves")
+    if config.framework == "torch":
+        require("torch", "torch", "training by PyTorch")
+    else:
+        require("keras", "keras jax", "training by Keras")
+
+
+def class_weights(config: Config, labels: Labels, classes: int) -> NDArray[np.float32] | None:
+    """(classes,) what each class's loss counts, or None if all count the same.
+
+    Raises:
+        ValueError: there are more or fewer numbers than classes.
+    """
+    if config.class_weights is None:
+        return None
+    if config.class_weights == "balanced":
+        counts = np.bincount(labels, minlength=classes)
+        return (len(labels) / (classes * np.maximum(counts, 1))).astype(np.float32)
+    weights = np.array(config.class_weights, np.float32)
+    if weights.shape != (classes,):
+        raise ValueError(f"class_weights has {weights.size} numbers for {classes} classes")
+    return weights
+
+
+class Teacher:
+    """A trained network whose probabilities another one learns.
+
+    Args:
+        folder: of its run, or a name.
+        data: what it has to know.
+
+    Raises:
+        ValueError: it is of other images or classes.
+    """
+
+    def __init__(self, folder: str, data: Dataset) -> None:
+        self._network = load(folder)
+        config = self._network.config
+        image = config.image
+        if (image.height, image.width, image.channels) != data.image_shape:
+            raise ValueError(
+                f"teacher={folder!r} takes images of {image.height}x{image.width}x"
+                f"{image.channels}, the data's are {'x'.join(map(str, data.image_shape))}"
+            )
+        if config.class_names != data.class_names:
+            raise ValueError(f"teacher={folder!r} knows other classes than the data's")
+        self._scale = np.asarray(image.scale, np.float32), np.asarray(image.offset, np.float32)
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, H, W, C), scaled as for training, to (N, classes)."""
+        scale, offset = self._scale
+        return self._network(augment.unscale(images) * scale + offset)
+
+
+def compress_from(model: Any, folder: str, graph: models.Graph) -> tuple[int, int]:
+    """Fill what a network has in common with one without kType's blocks.
+
+    Args:
+        model: of either framework, built of ``graph``.
+        folder: of the other one's run, or a name.
+        graph: the network's layers.
+
+    Returns:
+        How many weights have been filled, of how many.
+
+    Raises:
+        ValueError: the folder is none of a run, or nothing is in common.
+    """
+    path = find_network(folder)
+    theirs = read_config(path).graph()
+    values = {
+        (_plain_name(layer), weight): array
+        for (layer, weight), array in read_weights(path, theirs).items()
+    }
+    target = adapt(model)
+    arrays = target.arrays()[0]
+    found = {name.replace("/", "_"): name for name in arrays}
+    filled = 0
+    for (layer, weight), (name, how, shape) in weight_layouts(graph).items():
+        array = values.get((_plain_name(layer), weight))
+        if array is not None and array.shape == how.shape(shape) and name in found:
+            arrays[found[name]] = array
+            filled += 1
+    if not filled:
+        raise ValueError(f"compress_from={folder!r} has no weights in common with the model")
+    target.fill(
+        {name: Source(array.shape, partial(_same, array)) for name, array in arrays.items()}
+    )
+    return filled, len(weight_layouts(graph))
+
+
+def _same(array: Any) -> Any:
+    return array
+
+
+def _plain_name(layer: str) -> str:
+    """A layer's name in the network without kType, of which "k_" and parallel paths are no part."""
+    return re.sub(r"__\d+", "_", layer.removeprefix("k_"))

@@ -1,0 +1,127 @@
+"""The processes that train one network together, as ``torchrun`` starts them.
+
+Each takes its share of every batch. Whatever is decided is decided by all from the same numbers, or
+by the first, which alone writes files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kconv._cpus import available_cpus
+
+__all__ = ["PeerError", "Ranks", "joined"]
+
+
+class PeerError(RuntimeError):
+    """Another process of the run has ended before its end."""
+
+
+class Ranks:
+    """A process that trains alone: the first and only one.
+
+    Attributes:
+        rank: Which process this is, from 0 on.
+        size: How many there are.
+        threads: How many this one may use, if not what its framework uses.
+    """
+
+    rank = 0
+    size = 1
+    threads: int | None = None
+
+    def sum(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """The sum of all processes' arrays."""
+        return np.asarray(values, np.float64)
+
+    def first_of(self, value: Any) -> Any:
+        """The first process's value."""
+        return value
+
+    def all_of(self, value: Any) -> list[Any]:
+        """Every process's value."""
+        return [value]
+
+
+class TorchRanks(Ranks):
+    """Processes that ``torch.distributed`` connects, by gloo."""
+
+    def __init__(self) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self._torch, self._dist = torch, dist
+        dist.init_process_group("gloo")
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        # torchrun sets 1 where nothing is set, however many CPUs there are.
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+            self.threads = max(1, available_cpus() // here)
+
+    def sum(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        tensor = self._torch.tensor(np.asarray(values, np.float64))
+        self._dist.all_reduce(tensor)
+        total: NDArray[np.float64] = tensor.numpy()
+        return total
+
+    def first_of(self, value: Any) -> Any:
+        values = [value]
+        self._dist.broadcast_object_list(values)
+        return values[0]
+
+    def all_of(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        self._dist.all_gather_object(values, value)
+        return values
+
+    def leave(self) -> None:
+        """End the connections, once nobody needs them any more."""
+        self._dist.destroy_process_group()
+
+
+@contextmanager
+def joined(framework: str) -> Iterator[Ranks]:
+    """Connect to the other processes that ``torchrun`` has started, if it has started any.
+
+    Args:
+        framework: What trains.
+
+    Yields:
+        The :class:`Ranks`.
+
+    Raises:
+        ValueError: The framework trains in one process only.
+        PeerError: Another process has ended.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1" or "RANK" not in os.environ:
+        yield Ranks()
+        return
+    if framework != "torch":
+        raise ValueError(
+            f"framework={framework!r} trains in one process; in WORLD_SIZE={world} of them only "
+            "'torch' does"
+        )
+    try:
+        ranks = TorchRanks()
+        yield ranks
+        ranks.leave()
+    except RuntimeError as error:
+        if isinstance(error, PeerError) or not _is_of_a_connection(error):
+            raise
+        raise PeerError(
+            f"process {os.environ['RANK']} of {world} has lost another one, which was ended or is "
+            "out of reach: go on with --resume from the last checkpoint"
+        ) from error
+
+
+def _is_of_a_connection(error: RuntimeError) -> bool:
+    """Whether gloo, or the store of torchrun, could not reach a process."""
+    text = f"{type(error).__name__} {error}".lower()
+    return any(word in text for word in ("gloo", "connection", "disterror", "distnetwork", "peer"))

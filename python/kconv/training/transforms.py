@@ -1,0 +1,137 @@
+"""Users' transforms of training images, from the libraries that have them.
+
+A transform of each image is one of torchvision's (``transforms.v2.TrivialAugmentWide()``,
+``RandomErasing(p=0.25)``, a ``Compose`` of them), one of albumentations', a Keras layer
+(``keras.layers.RandAugment((0, 255))``), or a function of bytes (H, W, C). A transform of whole
+batches, after them, is a function of (images, labels), such as torchvision's ``MixUp`` and
+``CutMix``, or Keras's layer of these names.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kconv.datasets import Images
+
+__all__ = ["changed_batch", "changed_images"]
+
+
+def _library(transform: Any) -> str:
+    """Which library's protocol it follows: by its class, or that of what it inherits from."""
+    for kind in type(transform).__mro__:
+        name = kind.__module__.partition(".")[0]
+        if name in ("albumentations", "torchvision"):
+            return name
+    keras, torch = sys.modules.get("keras"), sys.modules.get("torch")
+    if keras is not None and isinstance(transform, keras.layers.Layer):
+        return "keras"
+    return "torchvision" if torch and isinstance(transform, torch.nn.Module) else "function"
+
+
+def changed_images(transform: Any, images: Images, rng: np.random.Generator) -> Images:
+    """What a transform of single images makes of some.
+
+    Args:
+        transform: of one of the libraries; its chance, but for Keras's, is drawn from ``rng``.
+        images: (N, H, W, C) uint8.
+        rng: the batch's chance.
+
+    Returns:
+        (N, H, W, C) uint8.
+
+    Raises:
+        TypeError: the transform gives something else.
+        ValueError: it gives images of another shape.
+    """
+    library, seed = _library(transform), int(rng.integers(2**31))
+    found: list[Any] = []
+    if library == "keras":
+        import keras
+
+        output = transform(images.astype(np.float32), training=True)
+        numbers = keras.ops.convert_to_numpy(output)
+        found = list(np.clip(np.rint(numbers), 0, 255).astype(np.uint8))
+    elif library == "torchvision":
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for image in images:
+                # Torchvision draws some of its chance from NumPy's, too, in older transforms.
+                output = transform(torch.from_numpy(image.copy()).permute(2, 0, 1))
+                if not isinstance(output, torch.Tensor):
+                    raise TypeError(_unexpected(output))
+                found.append(output.permute(1, 2, 0).numpy())
+    elif library == "albumentations":
+        if hasattr(transform, "set_random_seed"):
+            transform.set_random_seed(seed)
+        found = [transform(image=image)["image"] for image in images]
+    else:
+        found = [transform(image) for image in images]
+    for one in found:
+        if not isinstance(one, np.ndarray) or one.dtype != np.uint8:
+            raise TypeError(_unexpected(one))
+        if one.shape != images.shape[1:]:
+            raise ValueError(
+                f"the transform makes images of {one.shape}, expected {images.shape[1:]} as before"
+            )
+    return np.stack(found) if found else images
+
+
+def _unexpected(value: Any) -> str:
+    kind = getattr(value, "dtype", type(value).__name__)
+    return f"the transform of images gives {kind}, expected bytes (uint8) as it is given"
+
+
+def changed_batch(
+    transform: Callable[..., Any],
+    images: NDArray[np.float32],
+    targets: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    seed: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What a transform of batches makes of one.
+
+    Args:
+        transform: of one of the libraries.
+        images: (N, H, W, C) float32, scaled.
+        targets: (N, classes): the truth, one class each.
+        labels: (N,) the same as numbers.
+        seed: of the batch's chance.
+
+    Returns:
+        (N, H, W, C), and (N, classes): shares of each class.
+
+    Raises:
+        ValueError: the shapes have changed.
+    """
+    library = _library(transform)
+    if library == "torchvision":
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            mixed, shares = transform(
+                torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
+            )
+        if shares.ndim == 1:
+            shares = torch.nn.functional.one_hot(shares, targets.shape[1])
+        found, new = mixed.permute(0, 2, 3, 1).numpy(), shares.numpy()
+    elif library == "keras":
+        import keras
+
+        output = transform({"images": images, "labels": targets}, training=True)
+        found, new = (keras.ops.convert_to_numpy(output[key]) for key in ("images", "labels"))
+    else:
+        found, new = transform(images, targets)
+    if found.shape != images.shape or new.shape != targets.shape:
+        raise ValueError(
+            f"the transform of batches gives images {found.shape} and shares {new.shape}, expected "
+            f"{images.shape} and {targets.shape}"
+        )
+    return np.ascontiguousarray(found, np.float32), np.ascontiguousarray(new, np.float32)

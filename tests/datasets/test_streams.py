@@ -1,0 +1,202 @@
+"""Streamed images beside the same in memory: folders, tar files, shards, objects of others."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kconv import datasets
+from kconv.datasets.streams import StreamedFiles, open_shards, shard_paths
+
+
+def png(seed: int, size: tuple[int, int] = (9, 7)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def contents() -> Iterator[tuple[str, bytes]]:
+    """ImageNet's layout: train/<class>/ and val/<class>/."""
+    for number in range(14):
+        part = "train" if number < 10 else "val"
+        yield f"{part}/n0{number % 2}/{number}.png", png(number)
+
+
+@pytest.fixture(params=["folder", "tar"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "tar":
+        with tarfile.open(tmp_path / "images.tar", "w") as tar:
+            for name, data in contents():
+                add(tar, name, data)
+        return tmp_path / "images.tar"
+    for name, data in contents():
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return tmp_path / "images"
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_streamed_images_are_those_in_memory(source: Path) -> None:
+    kwargs: dict[str, Any] = {"image_size": 6, "train_images": 7, "interpolation": "nearest"}
+    memory = datasets.load(source, **kwargs)
+    streamed = datasets.load(source, stream=True, **kwargs)
+    assert isinstance(streamed.x_train, StreamedFiles)
+    assert streamed.image_shape == memory.image_shape
+    assert streamed.class_names == memory.class_names == ("n00", "n01")
+    assert streamed.x_test is streamed.x_val
+    for name in ("y_train", "y_test", "y_val"):
+        np.testing.assert_array_equal(getattr(streamed, name), getattr(memory, name))
+    order = np.array([5, 0, 6])
+    np.testing.assert_array_equal(streamed.x_train[order], memory.x_train[order])
+    np.testing.assert_array_equal(streamed.x_test[1:3], memory.x_test[1:3])
+    np.testing.assert_array_equal(streamed.x_test[2], memory.x_test[2])
+    again = pickle.loads(pickle.dumps(streamed.x_train))
+    np.testing.assert_array_equal(again[order], memory.x_train[order])
+
+
+def test_streams_only_what_is_large(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bytes_of_all = 14 * 6 * 6 * 3
+    for memory, kind in ((4 * bytes_of_all, np.ndarray), (4 * bytes_of_all - 1, StreamedFiles)):
+        monkeypatch.setattr(datasets, "memory", lambda memory=memory: memory)
+        assert isinstance(datasets.load(source, image_size=6, stream=None).x_train, kind)
+    with pytest.raises(ValueError, match="stream=True needs an image_size"):
+        datasets.load(source, stream=True)
+    with pytest.raises(ValueError, match="mnist_mini comes as arrays"):
+        datasets.load("fashion_mnist_mini", stream=True)
+
+
+def test_compressed_archive_cannot_be_streamed(tmp_path: Path) -> None:
+    path = tmp_path / "images.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in contents():
+            add(tar, name, data)
+    with pytest.raises(ValueError, match=r"images\.tar\.gz cannot be read from any place.*unpack"):
+        datasets.load(path, image_size=6, stream=True)
+    assert isinstance(datasets.load(path, image_size=6, stream=None).x_train, np.ndarray)
+
+
+@pytest.mark.parametrize("size", [None, 6])
+def test_bad_images_are_left_out(size: int | None, tmp_path: Path) -> None:
+    for number in range(8):
+        (folder := tmp_path / f"data/{'ab'[number % 2]}").mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(b"none" if number == 7 else png(number))
+    with pytest.raises(ValueError, match=r"b/7\.png is not a readable image"):
+        datasets.load(tmp_path / "data", image_size=size)
+    unread: dict[str, str] = {}
+    data = datasets.load(tmp_path / "data", image_size=size, unread=unread)
+    assert list(unread) == ["b/7.png"]
+    assert len(data.x_train) + len(data.x_test) == 7
+    assert len(data.x_train) == len(data.y_train)
+    assert data.x_train.reshape(len(data.x_train), -1).any(axis=1).all()
+    if size is None:
+        return
+    streamed = datasets.load(tmp_path / "data", image_size=6, stream=True)
+    parts = [streamed.x_train, streamed.x_test]
+    failed = [part.read(np.arange(len(part)))[1] for part in parts]
+    (message,) = [text for part in failed for text in part.values()]
+    assert "b/7.png is not a readable image" in message
+
+
+def test_truncated_archive_names_the_image(tmp_path: Path) -> None:
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in contents():
+            add(tar, name, data)
+    data = datasets.load(path, image_size=6, stream=True)
+    path.write_bytes(path.read_bytes()[: 512 * 3])
+    with pytest.raises(ValueError, match=r"train/n0\d/\d\.png is not a readable.*cut short"):
+        data.x_train[:]
+
+
+def shard(path: Path, numbers: range, *, label: bool = True) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            add(tar, f"a.folder/{number:03}.png", png(number))
+            add(tar, f"a.folder/{number:03}.json", b"{}")
+            if label:
+                add(tar, f"a.folder/{number:03}.cls", str(number % 3).encode())
+
+
+def test_shards_of_webdataset(tmp_path: Path) -> None:
+    for part in range(3):
+        shard(tmp_path / f"train-{part:02}.tar", range(4 * part, 4 * part + 4))
+    shard(tmp_path / "test.tar", range(20, 23))
+    pattern = tmp_path / "train-{00..02}.tar"
+    assert shard_paths(pattern)[2] == tmp_path / "train-02.tar"
+    data = datasets.load_shards(pattern, [tmp_path / "test.tar"], image_size=5)
+    assert data.y_train.tolist() == [number % 3 for number in range(12)]
+    assert data.class_names == ("0", "1", "2")
+    expected = Image.open(io.BytesIO(png(9))).resize((5, 5), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(data.x_train[9], np.asarray(expected))
+
+    with pytest.raises(ValueError, match="the labels go up to 2, and there are 2 class names"):
+        datasets.load_shards(pattern, pattern, image_size=5, class_names="ab")
+    (tmp_path / "train-01.tar").unlink()
+    with pytest.raises(ValueError, match=r"the shard .*train-01\.tar is missing, of 3"):
+        open_shards(pattern, 5)
+    shard(tmp_path / "none.tar", range(2), label=False)
+    with pytest.raises(ValueError, match=r"000\.png has no \.cls file"):
+        open_shards(tmp_path / "none.tar", 5)
+
+
+class Pairs:
+    """As torchvision's: (picture, label) by number, and the labels in a list."""
+
+    classes = ("cat", "dog")
+
+    def __init__(self, count: int) -> None:
+        self.targets = [number % 2 for number in range(count)]
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
+        self.reads += 1
+        return Image.open(io.BytesIO(png(number))), self.targets[number]
+
+
+def test_objects_of_other_libraries() -> None:
+    pairs = Pairs(6)
+    rows = [{"img": np.full((6, 6), n, np.uint8), "label": n % 2} for n in range(4)]
+    data = datasets.from_objects({"train": pairs, "validation": Pairs(2)}, image_size=6)
+    assert pairs.reads <= 2  # its shape and keys are seen at the first
+    assert data.class_names == ("cat", "dog")
+    assert data.x_test is data.x_val
+    expected = Image.open(io.BytesIO(png(4))).resize((6, 6), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(data.x_train[4], np.asarray(expected))
+    grey = datasets.from_objects({"train": rows, "test": rows})
+    assert grey.image_shape == (6, 6, 1)
+    np.testing.assert_array_equal(grey.x_train[3], np.full((6, 6, 1), 3))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": Pairs(2)}, "have the parts train; expected 'train' with 'test'"),
+        ({"train": Pairs(2), "tset": Pairs(2)}, "have a part 'tset'; known are train, test"),
+        ({"train": iter([]), "test": Pairs(2)}, "has no items by number"),
+        ({"train": [], "test": Pairs(2)}, "have no items"),
+        ({"train": [{"x": 1}], "test": Pairs(2)}, "an item of the data is a dict, expected"),
+        ({"train": [(np.zeros((2, 2)), 0)], "test": Pairs(2)}, "an image is float64 of shape"),
+        ({"train": [(np.zeros((2, 2), "u1"), -1)] * 2, "test": Pairs(2)}, "the labels go up to"),
+    ],
+)
+def test_objects_that_are_no_data(data: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        datasets.from_objects(data)

@@ -1,0 +1,75 @@
+"""Batches by their numbers, and reading them ahead by the frameworks' loaders."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kconv.datasets import StreamedImages
+from kconv.training.batches import Batches, read_ahead
+
+
+class Numbers(StreamedImages):
+    """Image n is of n everywhere; some cannot be read."""
+
+    def __init__(self, count: int, bad: frozenset[int] = frozenset()) -> None:
+        self.shape, self.bad = (count, 2, 3, 1), bad
+
+    def pixels(self, number: int) -> np.ndarray:
+        if number in self.bad:
+            raise ValueError(f"image {number} is bad")
+        return np.full(self.shape[1:], number, np.uint8)
+
+
+ORDER = np.random.default_rng(0).permutation(50)[:23]
+
+
+def numbers(batches: list) -> list[list[int]]:
+    return [batch.images[:, 0, 0, 0].tolist() for batch in batches]
+
+
+@pytest.mark.parametrize(
+    ("framework", "workers"), [("torch", 2), ("torch", 0), ("keras", 2), ("keras", None)]
+)
+def test_loaders_give_the_same_from_any_batch_on(framework: str, workers: int | None) -> None:
+    if framework == "keras":
+        pytest.importorskip("grain")
+
+    def change(number: int, images: np.ndarray) -> np.ndarray:
+        return images + np.uint8(number)
+
+    memory = np.stack([np.full((2, 3, 1), n, np.uint8) for n in range(50)])
+    expected = [ORDER[i * 5 : i * 5 + 5] + i for i in range(5)]
+    for images in (Numbers(50), memory):
+        batches = Batches(images, ORDER, 5, change=change)
+        assert [batches.count(n) for n in range(len(batches))] == [5, 5, 5, 5, 3]
+        for start in (0, 3, 5):
+            found = list(read_ahead(batches, start, workers=workers, framework=framework))
+            assert numbers(found) == [part.tolist() for part in expected[start:]]
+            for batch, part in zip(found, range(start, 5), strict=True):
+                np.testing.assert_array_equal(batch.indices + part, expected[part])
+
+
+def test_shares_make_the_whole_batch() -> None:
+    parts = [Batches(Numbers(50), ORDER, 5, rank, 2) for rank in range(2)]
+    for number, whole in enumerate(Batches(Numbers(50), ORDER, 5)):
+        found = [n for part in parts for n in numbers([part[number]])[0]]
+        assert sorted(found) == sorted(numbers([whole])[0])
+
+
+@pytest.mark.parametrize(("framework", "workers"), [("torch", 2), ("keras", 2), ("keras", 0)])
+def test_bad_images(framework: str, workers: int) -> None:
+    if framework == "keras" and workers:
+        pytest.importorskip("grain")
+    bad = int(ORDER[7])
+    images = Numbers(50, frozenset([bad]))
+    how = {"workers": workers, "framework": framework}
+    with pytest.raises(ValueError, match=f"^image {bad} is bad$"):
+        list(read_ahead(Batches(images, ORDER, 5), **how))
+    found = list(read_ahead(Batches(images, ORDER, 5, skip_bad=True), **how))
+    read = [n for part in numbers(found) for n in part]
+    assert read == [number for number in ORDER if number != bad]
+    assert [batch.unread for batch in found] == [{}, {bad: f"image {bad} is bad"}, {}, {}, {}]
+    all_bad = Numbers(50, frozenset(range(50)))
+    with pytest.raises(ValueError, match="a whole batch cannot be read"):
+        list(read_ahead(Batches(all_bad, ORDER, 5, skip_bad=True), **how))

@@ -1,0 +1,57 @@
+"""Keras's steps: what of the recipes is kconv's own there."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+from kconv import models
+from kconv.training import Config
+from kconv.training._keras import KerasTrainer
+
+SPEC = models.create(
+    "kdensenet_bc_l100",
+    blocks=1,
+    growth_rate=4,
+    bottleneck=8,
+    ktype="D6_4ch",
+    classes=3,
+    input_shape=(8, 8, 1),
+)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_decay_leaves_norms_and_biases_alone(optimizer: str) -> None:
+    config = Config(optimizer=optimizer, weight_decay=0.5, clip_grad_norm=1, ema_decay=0.5)
+    trainer = KerasTrainer(SPEC, config)
+    weights = trainer.model.trainable_variables
+    before = [np.array(keras.ops.convert_to_numpy(variable)) for variable in weights]
+    trainer.model.optimizer.learning_rate = 0.1
+    trainer.model.optimizer.apply([keras.ops.zeros(variable.shape) for variable in weights])
+    for variable, old in zip(weights, before, strict=True):
+        factor = 0.95 if old.ndim > 1 else 1.0
+        found = keras.ops.convert_to_numpy(variable)
+        np.testing.assert_allclose(found, old * factor, rtol=1e-5, err_msg=variable.path)
+
+
+def test_figures_are_of_the_step_and_averages_go_in_and_out() -> None:
+    """Keras's own metrics would go on from step to step."""
+    trainer = KerasTrainer(SPEC, Config(ema_decay=0.5, optimizer="sgd", momentum=0.0))
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((6, 8, 8, 1)).astype(np.float32)
+    easy, hard = np.eye(3, dtype=np.float32)[[0] * 6], np.eye(3, dtype=np.float32)[[1] * 6]
+    kept = {"scale": 1.0, "update": True, "seed": 0}
+    for _ in range(4):
+        trainer.train_step(images, easy, 0.5, **kept)
+    loss, accuracy = trainer.train_step(images, hard, 1e-9, **kept)
+    assert accuracy == 0
+    assert loss > 0.7
+    state = trainer.state()
+    names = [name for name in state if name.startswith("model/") and "kernel" in name]
+    with trainer.averaged():
+        averaged = trainer.state()
+    changed = [name for name in names if (averaged[name] != state[name]).any()]
+    assert changed
+    for name, value in trainer.state().items():
+        np.testing.assert_array_equal(value, state[name], err_msg=name)
