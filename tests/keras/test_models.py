@@ -56,6 +56,28 @@ def test_keras_kernels_make_the_same_network(gradients):
     np.testing.assert_allclose(ours.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_keras_kernels_with_names_that_keras_would_give():
+    """A kDenseNet's layers are called "concatenate", as are the operations of an interleave."""
+    keras.utils.clear_session()  # else what was counted before may hide it
+    spec = create(
+        "kdensenet_bc_l100",
+        ktype="D6_12ch",
+        classes=3,
+        input_shape=(8, 8, 3),
+        blocks=1,
+    )
+    ours = kconv.keras.build(spec)
+    keras.utils.clear_session()
+    theirs = kconv.keras.build(spec, kernels="keras")
+    names = [layer.name for layer in theirs.layers]
+    assert "concatenate" in names
+    assert len(set(names)) == len(names)
+    theirs.set_weights(ours.get_weights())
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    expected = theirs(x, training=False)
+    np.testing.assert_allclose(ours(x, training=False), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_every_parameter_gets_a_gradient(gradients):
     keras.utils.set_random_seed(0)
     spec = create("keffnet_s", ktype="D6v3_4ch", drop_connect=0.0, **SMALL)

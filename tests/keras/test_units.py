@@ -166,3 +166,11 @@ def test_frozen_before_the_first_call():
 def test_bad_input(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(8, **options)(images())
+
+
+def test_blocks_tell_their_arguments_in_a_line():
+    block = kk.MBConv(24, 5, 2, ktype=5, name="one")
+    assert repr(block) == (
+        "<MBConv name=one, filters=24, kernel_size=5, strides=2, expand_ratio=6, se_ratio=0.25, "
+        "ktype='D10', activation='swish', drop_connect=0.0>"
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -261,6 +262,7 @@ class _Run:
             elif found is not None:
                 self.kept[path + layer.name] = found
         inputs = keras.tree.map_structure(_input_like, source.input)
+        _keep_names(source)
         outputs = run_through_graph(
             source, inputs, lambda operation: self._stand_in(operation, path)
         )
@@ -363,6 +365,22 @@ def _without_nones(call: Callable[..., Any]) -> Callable[..., Any]:
 def _input_like(x: Any) -> Any:
     layer = operation_of(x)
     return type(layer).from_config(layer.get_config()).output
+
+
+def _keep_names(model: Any) -> None:
+    """See that Keras gives no new operation a name that one of the model has.
+
+    It counts what it has named itself, not what was called "concatenate_3" by somebody else.
+    """
+    taken: dict[str, int] = {}
+    for node in calls_of(model):
+        name = node.operation.name
+        numbered = re.fullmatch(r"(.*)_(\d{1,5})", name, re.DOTALL)
+        stem, number = (numbered[1], int(numbered[2])) if numbered else (name, 0)
+        taken[stem] = max(taken.get(stem, 0), number)
+    for stem, number in taken.items():
+        while keras.backend.get_uid(stem) <= number:
+            pass
 
 
 def _is_made_as_functional(kind: type) -> bool:
