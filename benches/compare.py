@@ -34,6 +34,7 @@ from typing import Any
 import against
 import frameworks
 import fuse
+import history
 import networks
 import numpy as np
 import plans
@@ -655,8 +656,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images (default: the network's)")
     parser.add_argument("--sides", nargs="+", choices=networks.SIDES, help="of step and inference")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--history", action="store_true", help="keep step's and inference's ratios")
     parser.add_argument("--roofline", type=Path, metavar="PNG")
     options = parser.parse_args()
+    if options.history and options.operation not in ("step", "inference"):
+        parser.error("--history is of step and inference")
     kconv.set_num_threads(options.threads)
     os.environ["NPROC"] = str(options.threads)  # from which XLA takes its number of threads
     if options.operation == "memory":
@@ -665,6 +669,8 @@ def main() -> None:
         result = frameworks.run(options.turns)
     elif options.operation in ("step", "inference"):
         result = networks.run(options)
+        if options.history:
+            history.append(result["what"], result["rows"])
     else:
         bench = Bench(options)
         limits = measure_limits()

@@ -112,11 +112,12 @@ def run(options: Any) -> dict[str, Any]:
         rows.append({"side": side, "best": min(times), "median": median(times), "peak": peak})
     print(f"{operation} of {network}, {images} images, {options.threads} threads")
     print_table(rows, images)
+    result = {"what": f"{operation} {network} {images}", "rows": rows}
     if "kconv-torch" not in results:
-        return {"rows": rows}
+        return result
     parts = min((r["parts"] for r in results["kconv-torch"]), key=lambda parts: parts["ms"])
     breakdown.print_table(parts)
-    return {"rows": rows, "parts": parts}
+    return {**result, "parts": parts}
 
 
 def print_table(rows: list[dict[str, Any]], images: int) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import keras
@@ -272,7 +272,9 @@ def train_model_on_cifar10(
     )
 
 
-def print_classification_report(pred_y: ArrayLike, test_y: ArrayLike) -> None:
+def print_classification_report(
+    pred_y: ArrayLike, test_y: ArrayLike, class_names: Iterable[str] | None = None
+) -> None:
     """Print precision, recall and F1 of each class.
 
     Example:
@@ -286,9 +288,11 @@ def print_classification_report(pred_y: ArrayLike, test_y: ArrayLike) -> None:
     Args:
         pred_y: (N, classes) probabilities, or sums of such.
         test_y: (N, classes) one-hot labels.
+        class_names: one for each class; without them, as in the original, their numbers.
     """
+    names = map(str, range(np.shape(test_y)[1])) if class_names is None else class_names
     found, labels = np.argmax(pred_y, axis=1), np.argmax(test_y, axis=1)
-    print(classification_report(labels, found, map(str, range(np.shape(test_y)[1]))))
+    print(classification_report(labels, found, names))
     print(f"accuracy {np.mean(found == labels):.4f}")
 
 
@@ -300,6 +304,7 @@ def test_flips_on_model(
     has_flip_y: bool = True,
     has_bw: bool = True,
     center_crop: float = 0.0,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Print how well a model does on images, on changed ones, and on both together.
 
@@ -314,6 +319,7 @@ def test_flips_on_model(
         has_bw: whether to try them in grey, the mean of the channels.
         center_crop: the share of height and width to cut off, half at each side, before the rest
             is brought back to the size by its nearest pixels; 0 does not.
+        class_names: as for :func:`print_classification_report`.
 
     Raises:
         ValueError: if the share is not from 0 to below 1.
@@ -327,7 +333,7 @@ def test_flips_on_model(
 
     def report(title: str, predictions: Array) -> None:
         print(f"{title}:")
-        print_classification_report(predictions, test_y)
+        print_classification_report(predictions, test_y, class_names)
 
     plain = predict(images)
     report("Test Original", plain)
@@ -366,10 +372,12 @@ def test_flips_on_saved_model(
     has_flip_y: bool = True,
     has_bw: bool = True,
     center_crop: float = 0.0,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """:func:`test_flips_on_model` for the model in a file."""
     model = load_kereas_model(model_file_name)
-    test_flips_on_model(test_x, test_y, model, has_flip_x, has_flip_y, has_bw, center_crop)
+    flips = (has_flip_x, has_flip_y, has_bw)
+    test_flips_on_model(test_x, test_y, model, *flips, center_crop, class_names)
 
 
 # Not tests of kconv, whatever their names say to pytest.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import importlib.util
 import itertools
@@ -13,6 +14,7 @@ from typing import Any
 
 import kconv
 from kconv import models
+from kconv._machine import processor
 from kconv.cli._output import add_formats, print_records
 
 Row = dict[str, Any]
@@ -101,6 +103,8 @@ def _info(options: argparse.Namespace) -> int:
     build = kconv.build_info()
     lines = {
         "version": kconv.__version__,
+        "date": datetime.date.today().isoformat(),
+        "processor": processor(),
         "instruction set": f"{build['isa']} (of {', '.join(build['isas'])})",
         "threads": str(build["threads"]),
     }

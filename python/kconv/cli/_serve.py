@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -16,6 +14,7 @@ import numpy as np
 
 import kconv
 from kconv import datasets
+from kconv._machine import processor
 from kconv._memory import peak_memory
 from kconv.datasets.files import is_archive, open_files
 from kconv.evaluation import confusion_matrix, report_of
@@ -246,7 +245,7 @@ def _bench(options: argparse.Namespace) -> int:
         images = rng.integers(0, 256, (count, height, width, image.channels), np.uint8)
         records.append({"batch_size": count, **_timed(net, images)})
     machine = {
-        "machine": _processor(),
+        "machine": processor(),
         "instruction_set": kconv.build_info()["isa"],
         "threads": kconv.get_num_threads(),
         "peak_memory_mb": peak_memory() / 1e6,
@@ -284,12 +283,3 @@ def _timed(net: FrozenNetwork, images: Any) -> dict[str, float]:
         "p99_ms": 1000 * float(np.percentile(seconds, 99)),
         "images_per_second": len(images) / median,
     }
-
-
-def _processor() -> str:
-    """What the system calls the processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return os.uname().machine
