@@ -271,6 +271,12 @@ def test_trains_alike(name):
     assert_trains_alike(net(*BLOCKS[name]))
 
 
+def test_a_shared_convolution_with_norms_of_its_own_for_each_call():
+    model = net(Inverted, Inverted)
+    model.blocks[1].dw = model.blocks[0].dw
+    assert_trains_alike(model)
+
+
 def test_random_depth_and_dropout_run_between_chains():
     assert_trains_alike(net(Dropped, Functional), whole=False)
 
