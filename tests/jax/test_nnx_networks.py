@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kconv.jax._operations import operations
 from kconv.jax.nnx import ConvUnit, MBConv, build
 from kconv.models import create
 
@@ -176,3 +177,13 @@ def test_inputs():
             unit(jnp.ones(shape))
     with pytest.raises(ValueError, match="activation"):
         ConvUnit(6, 8, activation="cosine", rngs=nnx.Rngs(0))
+
+
+def test_average_pools_of_half_precision():
+    """A sum of ones in bfloat16 stops at 256, one of hundreds in float16 is infinite."""
+    for dtype, value in ((jnp.bfloat16, 1), (jnp.float16, 100)):
+        x = jnp.full((1, 33, 32, 2), value, dtype)
+        for padding, size in (("valid", 32), ("same", 33)):
+            y = operations.average_pool(x, size, 1, padding, "channels_last")
+            assert y.dtype == dtype
+            assert (y == value).all()

@@ -60,8 +60,10 @@ class _Operations:
     def average_pool(
         self, x: Any, pool_size: Any, strides: Any, padding: Padding, data_format: str
     ) -> Any:
+        # A window's sum in bfloat16 would stop at 256 ones, and in float16 overflow.
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         total = partial(_windows, jax.lax.add, 0.0, pool_size, strides, padding)
-        return total(x) / total(jnp.ones_like(x[:1, :, :, :1]))
+        return (total(wide) / total(jnp.ones_like(wide[:1, :, :, :1]))).astype(x.dtype)
 
     def max_pool(
         self, x: Any, pool_size: Any, strides: Any, padding: Padding, data_format: str
