@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -55,3 +58,42 @@ def test_figures_are_of_the_step_and_averages_go_in_and_out() -> None:
     assert changed
     for name, value in trainer.state().items():
         np.testing.assert_array_equal(value, state[name], err_msg=name)
+
+
+DEVICES = """
+import os, sys
+count = int(sys.argv[1])
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+os.environ["KERAS_BACKEND"] = "jax"
+import keras, numpy as np
+from kconv import models
+from kconv.training import Config
+from kconv.training._keras import KerasTrainer
+devices = keras.distribution.list_devices("cpu")
+assert len(devices) == count
+if count > 1:
+    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
+spec = models.create("kdensenet_bc_l100", blocks=1, growth_rate=4, bottleneck=8, ktype="D6_4ch",
+                     classes=3, input_shape=(8, 8, 1))
+trainer = KerasTrainer(spec, Config())
+rng = np.random.default_rng(0)
+for _ in range(3):
+    images = rng.standard_normal((8, 8, 8, 1)).astype(np.float32)
+    targets = np.eye(3, dtype=np.float32)[rng.integers(0, 3, 8)]
+    print(trainer.train_step(images, targets, 0.01, scale=1, update=True, seed=0)[0])
+print(*trainer.predict(images).ravel())
+"""
+
+
+@pytest.mark.slow
+def test_several_devices_compute_what_one_does() -> None:
+    """Keras's DataParallel, of JAX's devices on one CPU: losses, and norms of the whole batch."""
+    found = []
+    for count in "12":
+        run = subprocess.run(
+            [sys.executable, "-c", DEVICES, count], capture_output=True, text=True, timeout=300
+        )
+        assert run.returncode == 0, run.stderr
+        found.append([float(number) for number in run.stdout.split()])
+    assert len(found[0]) == 3 + 24
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)

@@ -192,12 +192,32 @@ def test_lost_process_is_one_line_and_a_whole_checkpoint(lost: int, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_full_disk_of_the_first_is_its_error(tmp_path: Path) -> None:
+    """A limit on the size of its files stands for the full disk."""
+    if shutil.which("prlimit") is None:
+        pytest.skip("prlimit is not installed")
+    port = free_port()
+    options = ("-m", "kconv", "train", *TINY, "--output", str(tmp_path / "run"))
+    processes = [
+        start(rank, port, *options, prefix=("prlimit", "--fsize=2000") if not rank else ())
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 1], errors
+    told = [[line for line in text.splitlines() if "kconv: error" in line] for text in errors]
+    assert [len(lines) for lines in told] == [1, 1]
+    assert "cannot write" in told[0][0]
+    assert "last.npz" in told[0][0]
+    assert "has lost another one" in told[1][0]
+
+
+@pytest.mark.slow
 def test_torchrun_starts_it_and_starts_it_again(tmp_path: Path) -> None:
     """Whose restart of lost processes goes on with the run."""
     output = tmp_path / "run"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("--max-restarts", "1", "-m", "kconv", "train", *TINY, "--epochs", "300"),
+        *("--max-restarts", "1", "-m", "kconv", "train", *TINY, "--epochs", "25"),
         *("--output", str(output)),
     ]
     with subprocess.Popen(
@@ -213,7 +233,7 @@ def test_torchrun_starts_it_and_starts_it_again(tmp_path: Path) -> None:
     assert torchrun.returncode == 0, shown
     assert shown.count("model        kdensenet_bc_l100") == 2
     meta, _ = run.read_checkpoint(output / "last.npz")
-    assert [epoch["epoch"] for epoch in meta["history"]] == list(range(1, 301))
+    assert [epoch["epoch"] for epoch in meta["history"]] == list(range(1, 26))
     assert load_file(output / "model.safetensors")
 
 
