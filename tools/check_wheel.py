@@ -84,13 +84,13 @@ def tried(python: str, wheel: Path) -> str:
         own = str(programs / "python")
         install = [own, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", str(wheel)]
         subprocess.run(install, check=True, env=bare)
-        run = subprocess.run(
-            [own, "-c", PROGRAM], check=True, env=bare, cwd=folder, capture_output=True, text=True
-        )
-        subprocess.run(
-            [str(programs / "kconv"), "models"], check=True, env=bare, capture_output=True
-        )
-        return run.stdout.strip()
+        said = [
+            subprocess.run(
+                command, check=True, env=bare, cwd=folder, stdout=subprocess.PIPE, text=True
+            ).stdout
+            for command in ([own, "-c", PROGRAM], [str(programs / "kconv"), "models"])
+        ]
+        return said[0].strip()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Make a trained network of the package from a run's folder, with its model card.
 
-    python tools/publish_weights.py RUN NAME --dataset cifar10 --test-data PATH --notes "..."
+    python tools/publish_weights.py RUN keffnet_b0-cifar10 --dataset cifar10 --machine "..."
 
 Kernels are kept as float16, which halves the file; the accuracy on the card is measured with what
 the file then holds, by ``kconv.load``.
@@ -35,8 +35,10 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="the known data set's name")
     parser.add_argument("--machine", required=True, help="where, when, and for how long")
     parser.add_argument("--notes", default="", help="a sentence on the images")
+    parser.add_argument("--into", type=Path, default=FOLDER, help="where the folder is made")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="where its curves go")
     options = parser.parse_args()
-    target = FOLDER / options.name
+    target = options.into / options.name
     target.mkdir(parents=True, exist_ok=True)
     net = kconv.load(options.run)
     config = training.load_config(options.run)
@@ -55,8 +57,8 @@ def main() -> None:
     write_config(target, dataclasses.replace(net.config, dataset=options.dataset, metrics=metrics))
     card = card_of(options, config, published, accuracy, images)
     (target / "README.md").write_text(card, encoding="utf-8")
-    PICTURES.mkdir(exist_ok=True)
-    shutil.copyfile(options.run / "curves.png", PICTURES / f"{options.name}.png")
+    options.pictures.mkdir(exist_ok=True)
+    shutil.copyfile(options.run / "curves.png", options.pictures / f"{options.name}.png")
     print(f"{options.name}: {accuracy:.4f} of {images:,} test images")
     for path in sorted(target.iterdir()):
         print(f"  {path.name}: {path.stat().st_size:,} bytes")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +246,43 @@ def _folder_of_images(folder: Path) -> Path:
                 image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
                 image.save(folder / "images" / part / name / f"{number}.png")
     return folder / "images"
+
+
+@pytest.mark.slow
+def test_a_run_becomes_a_network_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = training.Config(
+        model=NETWORK,
+        ktype=TINY["ktype"],
+        model_options={name: value for name, value in TINY.items() if name != "ktype"},
+        framework="torch",
+        dataset=str(_folder_of_images(tmp_path)),
+        image_size=8,
+        batch_size=12,
+        epochs=1,
+        lr_schedule="constant",
+    )
+    training.train(config, tmp_path / "run", log=lambda line: None)
+    tool = Path(__file__).parents[2] / "tools/publish_weights.py"
+    name = f"{NETWORK}-insects"
+    options = ["--dataset", "insects", "--machine", "a machine", "--into", str(tmp_path / "store")]
+    options += ["--pictures", str(tmp_path / "pictures")]
+    monkeypatch.setattr(sys, "argv", [str(tool), str(tmp_path / "run"), name, *options])
+    runpy.run_path(str(tool), run_name="__main__")
+    assert f"{name}: " in capsys.readouterr().out
+    assert (tmp_path / "pictures" / f"{name}.png").is_file()
+    monkeypatch.setenv("KCONV_WEIGHTS", str(tmp_path / "store"))
+    published, run = kconv.load(name), kconv.load(tmp_path / "run")
+    images = np.random.default_rng(3).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    np.testing.assert_allclose(published(images), run(images), atol=5e-3)  # float16 kernels
+    assert published.config.dataset == "insects"
+    card = (tmp_path / "store" / name / "README.md").read_text()
+    accuracy = published.config.metrics["test_accuracy"]
+    assert f"| test accuracy | **{accuracy:.2%}** of 10 images |" in card
+    assert "--ktype D6_4ch --dataset insects" in card
+    assert "--model-option blocks=1" in card
+    assert str(tmp_path) not in card
 
 
 # What the package brings.

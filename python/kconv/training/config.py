@@ -5,7 +5,7 @@ what the reference lists; each says in its metadata what it means.
 
 Example:
     >>> config = Config(model="mobilenet", optimizer="sgd", lr=0.1)
-    >>> config_from(tomllib.loads(to_toml(config))) == config
+    >>> config_from(_toml_reader().loads(to_toml(config))) == config
     True
 """
 
@@ -26,11 +26,6 @@ from kconv import datasets, models
 from kconv._names import did_you_mean
 from kconv._require import require
 from kconv.datasets import Dataset
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = require("tomli", "tomli", "reading TOML files")
 
 FRAMEWORKS = ("keras", "torch")
 OPTIMIZERS = ("rmsprop", "adamw", "sgd")
@@ -438,6 +433,12 @@ def config_from(given: Mapping[str, Any], source: str = "the configuration") -> 
 # TOML
 
 
+def _toml_reader() -> Any:
+    """Python's own from 3.11 on; only those who have a TOML file need the other one."""
+    own = sys.version_info >= (3, 11)
+    return require("tomllib" if own else "tomli", "tomli", "reading TOML files")
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The options that a TOML file gives, by their names with "-" or "_".
 
@@ -452,7 +453,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         OSError: It cannot be read.
     """
     try:
-        options = tomllib.loads(path.read_text("utf-8"))
+        options = _toml_reader().loads(path.read_text("utf-8"))
     except ValueError as error:  # of which both UnicodeDecodeError and TOMLDecodeError are
         raise ValueError(f"{path} is not TOML: {error}") from None
     return {name.replace("-", "_"): value for name, value in options.items()}
