@@ -31,6 +31,39 @@ pub enum Dtype {
     F64,
 }
 
+/// Evaluates an expression with the type that a [`Dtype`] stands for.
+macro_rules! by_dtype {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::bindings::arrays::Dtype::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            $crate::bindings::arrays::Dtype::F32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::bindings::arrays::Dtype::F64 => {
+                type $T = f64;
+                $body
+            }
+        }
+    };
+}
+pub(super) use by_dtype;
+
+impl Dtype {
+    /// What values are computed with.
+    pub fn wide(self) -> Self {
+        if self == Self::BF16 { Self::F32 } else { self }
+    }
+
+    /// Bytes of a value.
+    pub fn size(self) -> usize {
+        by_dtype!(self, T => size_of::<T>())
+    }
+}
+
 impl fmt::Display for Dtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -50,40 +83,6 @@ impl FromStr for Dtype {
         }
     }
 }
-
-/// Evaluates an expression with the type that a [`Dtype`] stands for; or another one for bfloat16.
-macro_rules! by_dtype {
-    ($dtype:expr, $T:ident => $body:expr) => {
-        $crate::bindings::arrays::by_dtype!($dtype, $T => $body, narrow => {
-            type $T = half::bf16;
-            $body
-        })
-    };
-    ($dtype:expr, $T:ident => $body:expr, narrow => $narrow:expr) => {
-        match $dtype {
-            $crate::bindings::arrays::Dtype::BF16 => $narrow,
-            $crate::bindings::arrays::Dtype::F32 => {
-                type $T = f32;
-                $body
-            }
-            $crate::bindings::arrays::Dtype::F64 => {
-                type $T = f64;
-                $body
-            }
-        }
-    };
-}
-pub(super) use by_dtype;
-
-/// As [`by_dtype`], for fused networks, which compute with what they store.
-macro_rules! by_wide_dtype {
-    ($dtype:expr, $T:ident => $body:expr) => {
-        $crate::bindings::arrays::by_dtype!($dtype, $T => $body, narrow => {
-            Err($crate::error::Error::new("got bfloat16, expected float32 or float64 for a fused network").into())
-        })
-    };
-}
-pub(super) use by_wide_dtype;
 
 /// An element type of NumPy arrays.
 pub trait ArrayElement: Float + NumpyElement {}

@@ -9,7 +9,7 @@ mod fused;
 use smallvec::SmallVec;
 
 use self::fused::Pass;
-use super::arrays::{by_dtype, by_wide_dtype};
+use super::arrays::by_dtype;
 use super::call::{Attribute, Call, Float, Output};
 use super::operation::{
     Arguments, Batch, Dims, EXPECTED_PADDING, Function, MAX_OPERANDS, depthwise_axes, layout, named_padding,
@@ -108,15 +108,20 @@ impl Signature {
         }
     }
 
+    /// Whether an operand or a result is of the first operand's dtype, or else of what that is
+    /// computed with.
+    pub fn is_stored(&self, name: &str) -> bool {
+        matches!(self.kernel, Kernel::Single(_)) || fused::is_stored(name)
+    }
+
     /// Computes the results.
     pub fn run(&self, call: &Call<'_>, outputs: Vec<Output<'_>>) -> Result<()> {
         if outputs.len() != self.results.len() {
             bail!("got {} results, expected {}", outputs.len(), self.results.join(", "));
         }
-        let dtype = outputs[0].dtype();
         match self.kernel {
-            Kernel::Single(function) => by_dtype!(dtype, T => run_single::<T>(function, call, outputs)),
-            Kernel::Fused(pass) => by_wide_dtype!(dtype, T => fused::run::<T>(pass, call, outputs)),
+            Kernel::Single(function) => by_dtype!(outputs[0].dtype(), T => run_single::<T>(function, call, outputs)),
+            Kernel::Fused(pass) => by_dtype!(fused::dtype(pass, call)?, S => fused::run::<S>(pass, call, outputs)),
         }
     }
 }

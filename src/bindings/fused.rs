@@ -3,20 +3,22 @@
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
-use super::arrays::{ArrayElement, Input, Output, Values, by_wide_dtype, dtype, memory_array};
+use super::arrays::{ArrayElement, Input, Output, Values, by_dtype, dtype, memory_array};
 use super::operation::{Batch, expect_images, expect_values, layout};
 use super::{active, compute};
 use crate::error::Result;
 use crate::fused::{self, Arguments, Inference, Program};
 use crate::memory::{self, Memory};
 use crate::shape::Order;
-use crate::simd::element::WideElement;
 
 type Any<'py> = Bound<'py, PyAny>;
 
 /// A chain of convolutions, batch norms, activations and sums that runs as one operation.
 ///
 /// The front ends make it of a model's layers (see ``kconv.models.fusion``).
+///
+/// Images are of float32, float64 or bfloat16, all other arrays of what these are computed with:
+/// float32 for bfloat16, which is what images and kept values are stored as.
 ///
 /// Args:
 ///     integers: The program; ``Program::parse`` in the Rust sources describes it.
@@ -94,7 +96,7 @@ impl FusedProgram {
         statistics: Option<&Any<'py>>,
         layout: &str,
     ) -> PyResult<(Any<'py>, Any<'py>, Any<'py>)> {
-        by_wide_dtype!(dtype("x", x)?, T => self.train::<T>(py, x, parameters, masks, statistics, layout))
+        by_dtype!(dtype("x", x)?, S => self.train::<S>(py, x, parameters, masks, statistics, layout))
     }
 
     /// Forward in inference: the output, with the statistics that are given.
@@ -114,7 +116,7 @@ impl FusedProgram {
         statistics: &Any<'py>,
         layout: &str,
     ) -> PyResult<Any<'py>> {
-        by_wide_dtype!(dtype("x", x)?, T => self.run::<T>(py, x, parameters, statistics, layout))
+        by_dtype!(dtype("x", x)?, S => self.run::<S>(py, x, parameters, statistics, layout))
     }
 
     /// The gradients by the input (None if the program wants none) and by the parameters.
@@ -139,9 +141,9 @@ impl FusedProgram {
         frozen: bool,
         layout: &str,
     ) -> PyResult<(Option<Any<'py>>, Any<'py>)> {
-        by_wide_dtype!(
+        by_dtype!(
             dtype("grad_output", grad_output)?,
-            T => self.back::<T>(py, grad_output, parameters, masks, statistics, workspace, frozen, layout)
+            S => self.back::<S>(py, grad_output, parameters, masks, statistics, workspace, frozen, layout)
         )
     }
 }
@@ -187,8 +189,21 @@ fn images<T: ArrayElement>(name: &str, x: &Input<'_, T>, size: [usize; 3], layou
     Ok((expect_images(name, x.shape(), layout, size)?, x.memory_order(layout)))
 }
 
+/// How many wide numbers have the bytes of that many stored ones, which are an even number: what is
+/// kept goes to Python as an array of these, because not every NumPy knows bfloat16.
+fn kept<S: ArrayElement>(len: usize) -> usize {
+    len * size_of::<S>() / size_of::<S::Wide>()
+}
+
+/// The stored numbers in the memory of [`kept`] ones.
+fn stored<S: ArrayElement>(values: &[S::Wide], len: usize) -> &[S] {
+    assert!(size_of_val(values) == len * size_of::<S>());
+    // SAFETY: as many bytes, of no stricter alignment; any bits are a number.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), len) }
+}
+
 impl FusedProgram {
-    fn train<'py, T: ArrayElement + WideElement>(
+    fn train<'py, S: ArrayElement<Wide: ArrayElement>>(
         &self,
         py: Python<'py>,
         x: &Any<'py>,
@@ -199,22 +214,23 @@ impl FusedProgram {
     ) -> PyResult<(Any<'py>, Any<'py>, Any<'py>)> {
         let (program, layout, isa) = (&self.0, layout(layout_name)?, active()?);
         let [input, output] = program.sizes();
-        let x = Input::<T>::new("x", x)?;
+        let x = Input::<S>::new("x", x)?;
         let (count, order) = images("x", &x, input, layout)?;
         let len = program.workspace_len(count)?;
-        let parameters = flat::<T>("parameters", parameters, program.parameters())?;
-        let masks = masks.map(|masks| flat::<T>("masks", masks, program.masks() * count)).transpose()?;
-        let given = statistics.map(|given| flat::<T>("statistics", given, 2 * program.norm_channels())).transpose()?;
+        let parameters = flat::<S::Wide>("parameters", parameters, program.parameters())?;
+        let masks = masks.map(|masks| flat::<S::Wide>("masks", masks, program.masks() * count)).transpose()?;
+        let given =
+            statistics.map(|given| flat::<S::Wide>("statistics", given, 2 * program.norm_channels())).transpose()?;
         let mut y =
             Output::images(py, &Batch::of(count, output).shape(layout), layout, order, None, std::slice::from_ref(&x))?;
-        let mut statistics = Output::<T>::array(py, &[2, program.norm_channels()], None, &[])?;
+        let mut statistics = Output::<S::Wide>::array(py, &[2, program.norm_channels()], None, &[])?;
         let (x, mut y_memory, mut statistics_memory) =
             (x.image_values(layout, order)?, y.memory(), statistics.memory());
         let memory = compute(py, || {
-            let mut memory = Memory::new::<T>(len);
+            let mut memory = Memory::new::<S>(len);
             let masks = masks.as_ref().map_or(&[][..], Values::as_slice);
             let arguments = Arguments { isa, program, count, order, parameters: parameters.as_slice(), masks };
-            fused::forward(
+            fused::forward::<S>(
                 &arguments,
                 x.as_slice(),
                 given.as_ref().map(Values::as_slice),
@@ -224,10 +240,10 @@ impl FusedProgram {
             );
             memory
         })?;
-        Ok((y.finish()?, statistics.finish()?, memory_array::<T>(py, memory, &[len])?.into_any()))
+        Ok((y.finish()?, statistics.finish()?, memory_array::<S::Wide>(py, memory, &[kept::<S>(len)])?.into_any()))
     }
 
-    fn run<'py, T: ArrayElement + WideElement>(
+    fn run<'py, S: ArrayElement<Wide: ArrayElement>>(
         &self,
         py: Python<'py>,
         x: &Any<'py>,
@@ -237,23 +253,23 @@ impl FusedProgram {
     ) -> PyResult<Any<'py>> {
         let (program, layout, isa) = (&self.0, layout(layout_name)?, active()?);
         let [input, output] = program.sizes();
-        let x = Input::<T>::new("x", x)?;
+        let x = Input::<S>::new("x", x)?;
         let (count, order) = images("x", &x, input, layout)?;
         program.workspace_len(count)?;
-        let parameters = Pieces::<T>::new("parameters", parameters, program.parameters())?;
-        let statistics = Pieces::<T>::new("statistics", statistics, 2 * program.norm_channels())?;
+        let parameters = Pieces::<S::Wide>::new("parameters", parameters, program.parameters())?;
+        let statistics = Pieces::<S::Wide>::new("statistics", statistics, 2 * program.norm_channels())?;
         let mut y =
             Output::images(py, &Batch::of(count, output).shape(layout), layout, order, None, std::slice::from_ref(&x))?;
         let (x, mut memory) = (x.image_values(layout, order)?, y.memory());
         let (parameters, statistics) = (&parameters.slices()[..], &statistics.slices()[..]);
         compute(py, || {
             let inference = Inference { isa, program, count, order, parameters, statistics };
-            fused::infer(&inference, x.as_slice(), memory.as_mut_slice());
+            fused::infer::<S>(&inference, x.as_slice(), memory.as_mut_slice());
         })?;
         y.finish()
     }
 
-    fn back<'py, T: ArrayElement + WideElement>(
+    fn back<'py, S: ArrayElement<Wide: ArrayElement>>(
         &self,
         py: Python<'py>,
         grad_output: &Any<'py>,
@@ -266,27 +282,35 @@ impl FusedProgram {
     ) -> PyResult<(Option<Any<'py>>, Any<'py>)> {
         let (program, layout, isa) = (&self.0, layout(layout_name)?, active()?);
         let [input, output] = program.sizes();
-        let grad_output = Input::<T>::new("grad_output", grad_output)?;
+        let grad_output = Input::<S>::new("grad_output", grad_output)?;
         let (count, order) = images("grad_output", &grad_output, output, layout)?;
-        let parameters = flat::<T>("parameters", parameters, program.parameters())?;
-        let masks = masks.map(|masks| flat::<T>("masks", masks, program.masks() * count)).transpose()?;
-        let statistics = flat::<T>("statistics", statistics, 2 * program.norm_channels())?;
-        let workspace = flat::<T>("workspace", workspace, program.workspace_len(count)?)?;
+        let parameters = flat::<S::Wide>("parameters", parameters, program.parameters())?;
+        let masks = masks.map(|masks| flat::<S::Wide>("masks", masks, program.masks() * count)).transpose()?;
+        let statistics = flat::<S::Wide>("statistics", statistics, 2 * program.norm_channels())?;
+        let len = program.workspace_len(count)?;
+        let workspace = flat::<S::Wide>("workspace", workspace, kept::<S>(len))?;
         let mut grad_x = match program.input_grad() {
-            true => Some(Output::<T>::images(py, &Batch::of(count, input).shape(layout), layout, order, None, &[])?),
+            true => Some(Output::<S>::images(
+                py,
+                &Batch::of(count, input).shape(layout),
+                layout,
+                order,
+                None,
+                std::slice::from_ref(&grad_output),
+            )?),
             false => None,
         };
-        let mut grad_parameters = Output::<T>::array(py, &[program.parameters()], None, &[])?;
+        let mut grad_parameters = Output::<S::Wide>::array(py, &[program.parameters()], None, &[])?;
         let grad_output = grad_output.image_values(layout, order)?;
         let (mut x_memory, mut memory) = (grad_x.as_mut().map(Output::memory), grad_parameters.memory());
         compute(py, || {
             let masks = masks.as_ref().map_or(&[][..], Values::as_slice);
             let arguments = Arguments { isa, program, count, order, parameters: parameters.as_slice(), masks };
-            fused::backward(
+            fused::backward::<S>(
                 &arguments,
                 frozen,
                 statistics.as_slice(),
-                workspace.as_slice(),
+                stored(workspace.as_slice(), len),
                 grad_output.as_slice(),
                 x_memory.as_mut().map_or(&mut [], |memory| memory.as_mut_slice()),
                 memory.as_mut_slice(),

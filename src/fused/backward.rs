@@ -12,7 +12,7 @@ use crate::memory;
 use crate::parallel::Shared;
 use crate::pool::{chunks, num_threads, part};
 use crate::scratch;
-use crate::simd::element::WideElement;
+use crate::simd::element::Element;
 
 /// The gradients by the input (where the program wants it) and by the parameters; without images
 /// those are zeros.
@@ -20,26 +20,31 @@ use crate::simd::element::WideElement;
 /// * `statistics`, `workspace`: what [`forward`](super::forward) wrote; with `frozen`, statistics
 ///   that were given.
 /// * `grad_output`: like the output; `grad_x`: like the input, or empty.
-pub fn backward<T: WideElement>(
-    arguments: &Arguments<'_, T>,
+pub fn backward<S: Element>(
+    arguments: &Arguments<'_, S::Wide>,
     frozen: bool,
-    statistics: &[T],
-    workspace: &[T],
-    grad_output: &[T],
-    grad_x: &mut [MaybeUninit<T>],
-    grad_parameters: &mut [MaybeUninit<T>],
+    statistics: &[S::Wide],
+    workspace: &[S],
+    grad_output: &[S],
+    grad_x: &mut [MaybeUninit<S>],
+    grad_parameters: &mut [MaybeUninit<S::Wide>],
 ) {
     let Arguments { program, count, .. } = *arguments;
     assert_eq!(statistics.len(), 2 * program.norm_channels());
     assert_eq!(Ok(workspace.len()), program.workspace_len(count));
     assert_eq!(grad_parameters.len(), program.parameters());
-    grad_parameters.iter_mut().for_each(|value| _ = value.write(T::default()));
+    grad_parameters.iter_mut().for_each(|value| _ = value.write(S::Wide::default()));
     if count == 0 {
         return;
     }
     let mut pass = Pass::new(arguments, Shared(workspace.as_ptr().cast_mut()), &program.kept, num_threads());
     pass.fix_statistics(statistics);
-    memory::with(program.gradients.len * count, |memory: &mut [MaybeUninit<T>]| {
+    let weights = if program.recomputed.is_empty() { Vec::new() } else { arguments.packed(None) };
+    (pass.packed, pass.recomputed) = (&weights, &program.recomputed);
+    let gradients = program.gradients.len * count;
+    memory::with(gradients + program.inner.len * count, |memory: &mut [MaybeUninit<S>]| {
+        let (memory, inner) = memory.split_at_mut(gradients);
+        pass.inner = Shared::new(inner);
         let mut tape = Tape {
             pass: &pass,
             start: Shared::new(memory),
@@ -55,8 +60,12 @@ pub fn backward<T: WideElement>(
             tape.clear(value);
         }
         pass.import(program.output, tape.rows(program.output), grad_output);
-        for step in program.steps.iter().rev() {
-            tape.step(step);
+        for segment in program.segments.iter().rev() {
+            let steps = &program.steps[segment.clone()];
+            // Nobody reads the output.
+            let anew = |step: &&Step| pass.is_recomputed(step.value) && step.value != program.output;
+            steps.iter().filter(anew).for_each(|step| _ = pass.step(step));
+            steps.iter().rev().for_each(|step| tape.step(step));
         }
         if program.input_grad {
             tape.resolve_grad(0);
@@ -67,28 +76,28 @@ pub fn backward<T: WideElement>(
 }
 
 /// The backward pass.
-pub(super) struct Tape<'p, 'a, T> {
-    pub pass: &'p Pass<'a, T>,
+pub(super) struct Tape<'p, 'a, S: Element> {
+    pub pass: &'p Pass<'a, S>,
     /// All gathered gradients' memory, and where in it each value's rows start.
-    start: Shared<T>,
+    start: Shared<S>,
     offsets: Vec<usize>,
     /// Whether the norms' statistics are constants.
     frozen: bool,
     /// Sums for all norms' channels: the gradients by beta and gamma.
     norm_sums: Vec<[f64; 2]>,
-    pub grad_parameters: Shared<T>,
+    pub grad_parameters: Shared<S::Wide>,
     /// See [`Tape::prepare_norm_grad`]; empty where nothing is lacking.
-    pub norm_grads: Vec<[T; 3]>,
+    pub norm_grads: Vec<[S::Wide; 3]>,
     /// What a mean has yet to add to the gradient at hand, the derivatives of its activation apart:
     /// `[channel][image]`.
-    pub mean_grads: Vec<T>,
+    pub mean_grads: Vec<S::Wide>,
     /// The same of values that are yet to come.
-    deferred: HashMap<usize, Vec<T>>,
+    deferred: HashMap<usize, Vec<S::Wide>>,
 }
 
-impl<T: WideElement> Tape<'_, '_, T> {
+impl<S: Element> Tape<'_, '_, S> {
     /// A value's gathered gradient.
-    pub fn rows(&self, value: usize) -> Shared<T> {
+    pub fn rows(&self, value: usize) -> Shared<S> {
         self.start.at(self.offsets[value])
     }
 
@@ -102,7 +111,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
     /// # Safety
     /// No other slice of it may live.
     #[expect(clippy::mut_from_ref, reason = "tasks write different rows of shared memory")]
-    pub unsafe fn grad(&self, value: usize, channel: usize, pixels: Range<usize>) -> &mut [T] {
+    pub unsafe fn grad(&self, value: usize, channel: usize, pixels: Range<usize>) -> &mut [S] {
         let start = self.grad_row(value, channel) * self.pass.row_len(value) + pixels.start;
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.rows(value).ptr().add(start), pixels.len()) }
@@ -113,7 +122,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let len = self.pass.row_len(value);
         self.pass.for_tasks(self.pass.program.values[value].channels, 1, |c, _| {
             // SAFETY: no gradients have been added yet; each task clears one row.
-            unsafe { self.grad(value, c, 0..len) }.fill(T::default());
+            unsafe { self.grad(value, c, 0..len) }.fill(S::default());
         });
     }
 
@@ -128,7 +137,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
             return;
         }
         let count = self.pass.row_len(value) as f64;
-        self.norm_grads.resize(data.channels, [T::default(); 3]);
+        self.norm_grads.resize(data.channels, [S::Wide::default(); 3]);
         let mut exact = vec![[0.0; 2]; data.channels];
         for &(channel, norm) in &data.norms {
             let (scale, (mean, inverse)) = (self.pass.affine[norm].0.to_f64(), self.pass.moments[norm]);
@@ -136,7 +145,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
             let [slope, shift] = &mut exact[channel];
             *slope -= scale * inverse.to_f64() * normalised / count;
             *shift -= scale * sum / count;
-            self.norm_grads[channel] = [T::from_f64(*slope), mean, T::from_f64(*shift)];
+            self.norm_grads[channel] = [S::Wide::from_f64(*slope), mean, S::Wide::from_f64(*shift)];
         }
     }
 
@@ -193,7 +202,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
     fn copy(&mut self, step: &Step) {
         let (pixels, parts) = (step.source.pixels(), self.pass.parts(step.source.pixels()));
         self.backprop_source(&step.source, step.source.channels(), parts, |this, c, images, _, sums| {
-            scratch::with(ROW_TILE, |buffer: &mut [T]| {
+            scratch::with(ROW_TILE, |buffer: &mut [S::Wide]| {
                 for range in chunks(images.start * pixels..images.end * pixels, ROW_TILE) {
                     // SAFETY: all readers of the value come later in the program; channels and
                     // images are this task's own.
@@ -209,13 +218,13 @@ impl<T: WideElement> Tape<'_, '_, T> {
     fn mean(&mut self, step: &Step) {
         let (pixels, parts) = (step.source.pixels(), self.pass.parts(step.source.pixels()));
         self.backprop_source(&step.source, step.source.channels(), parts, |this, c, images, _, sums| {
-            scratch::with(pixels + 1, |buffer: &mut [T]| {
+            scratch::with(pixels + 1, |buffer: &mut [S::Wide]| {
                 let (one, row) = buffer.split_at_mut(1);
                 for n in images {
                     // SAFETY: as in `copy`.
                     unsafe {
                         let grad = this.read_grad(step.value, c, n..n + 1, one)[0];
-                        row.fill(grad / T::from_f64(pixels as f64));
+                        row.fill(grad / S::Wide::from_f64(pixels as f64));
                         this.accumulate_grad(&step.source, c, n * pixels..(n + 1) * pixels, row, None, None, sums);
                     }
                 }
@@ -228,11 +237,11 @@ impl<T: WideElement> Tape<'_, '_, T> {
     /// of the slopes.
     fn defer_mean(&mut self, step: &Step) {
         let (count, channels, pixels) = (self.pass.count, step.source.channels(), step.source.pixels());
-        let mut grads = memory::filled(T::default(), channels * count);
+        let mut grads = memory::filled(S::Wide::default(), channels * count);
         for (c, (row, grads)) in step.source.rows.iter().zip(grads.chunks_exact_mut(count)).enumerate() {
             // SAFETY: as in `copy`; the forward pass wrote the slopes.
             let [slopes, normalised] = unsafe {
-                let mut own = vec![T::default(); count];
+                let mut own = vec![S::Wide::default(); count];
                 grads.copy_from_slice(self.read_grad(step.value, c, 0..count, &mut own));
                 [1, 2].map(|set| self.pass.row(step.value, set * channels + c, 0..count))
             };
@@ -241,7 +250,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                     *sum += grads.iter().zip(slopes).map(|(grad, slope)| grad.to_f64() * slope.to_f64()).sum::<f64>();
                 }
             }
-            let scale = self.pass.affine(row).0 / T::from_f64(pixels as f64);
+            let scale = self.pass.affine(row).0 / S::Wide::from_f64(pixels as f64);
             grads.iter_mut().for_each(|grad| *grad = *grad * scale);
         }
         self.deferred.insert(step.source.rows[0].value, grads);
@@ -256,12 +265,12 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let this = &*self;
         let len = this.pass.row_len(value);
         this.pass.for_tasks(this.pass.program.values[value].channels, 1, |c, _| {
-            scratch::with(ROW_TILE, |buffer: &mut [T]| {
+            scratch::with(ROW_TILE, |buffer: &mut [S::Wide]| {
                 for range in chunks(0..len, ROW_TILE) {
                     // SAFETY: each task has a row of its own; what is copied stands in the buffer.
                     unsafe {
                         let grad = this.read_grad(value, c, range.clone(), buffer);
-                        this.grad(value, c, range).copy_from_slice(grad);
+                        this.pass.narrow(grad, this.grad(value, c, range));
                     }
                 }
             });
@@ -275,9 +284,9 @@ impl<T: WideElement> Tape<'_, '_, T> {
                 let [grad, normalised] = self.norm_sums[channel];
                 // SAFETY: this norm's parameters.
                 unsafe {
-                    self.grad_parameters.ptr().add(norm.beta + own).write(T::from_f64(grad));
+                    self.grad_parameters.ptr().add(norm.beta + own).write(S::Wide::from_f64(grad));
                     if let Some(gamma) = norm.gamma {
-                        self.grad_parameters.ptr().add(gamma + own).write(T::from_f64(normalised));
+                        self.grad_parameters.ptr().add(gamma + own).write(S::Wide::from_f64(normalised));
                     }
                 }
             }

@@ -10,7 +10,7 @@ use super::source::NormSums;
 use crate::memory;
 use crate::microkernels::conv1x1_nchw::{Conv1x1Nchw, Init};
 use crate::parallel::{Shared, add_parts};
-use crate::simd::element::WideElement;
+use crate::simd::element::{Element, WideElement};
 use crate::simd::mul_acc::Fma;
 use crate::simd::{IsaKind, Promised};
 
@@ -128,14 +128,14 @@ impl<T: WideElement> ParameterGrads<T> {
 /// Rows of a tile: the values, and the distance from one row to the next.
 pub(super) type Tile<'a, T> = (&'a [T], usize);
 
-impl<T: WideElement> Pass<'_, T> {
+impl<S: Element> Pass<'_, S> {
     /// A convolution's weights.
-    pub(super) fn conv_weights(&self, conv: &Conv) -> &[T] {
+    pub(super) fn conv_weights(&self, conv: &Conv) -> &[S::Wide] {
         &self.parameters[conv.weight..][..conv.weights()]
     }
 }
 
-impl<T: WideElement> Tape<'_, '_, T> {
+impl<S: Element> Tape<'_, '_, S> {
     /// Adds the gradients by some of a source's channels over some pixels to those of the values
     /// that they were read from, as [`Tape::accumulate_grad`] does for one channel.
     ///
@@ -146,9 +146,9 @@ impl<T: WideElement> Tape<'_, '_, T> {
         source: &Source,
         channels: Range<usize>,
         pixels: &Range<usize>,
-        (grads, grad_pitch): Tile<'_, T>,
-        slopes: Option<Tile<'_, T>>,
-        values: Option<Tile<'_, T>>,
+        (grads, grad_pitch): Tile<'_, S::Wide>,
+        slopes: Option<Tile<'_, S::Wide>>,
+        values: Option<Tile<'_, S::Wide>>,
         mut sums: &mut [NormSums],
     ) {
         for (i, channel) in channels.enumerate() {

@@ -15,7 +15,7 @@ use crate::microkernels::reduce::{Sum, SumSlots};
 use crate::parallel::Shared;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
-use crate::simd::element::{WideElement, lanes, writable};
+use crate::simd::element::{Element, WideElement, lanes, writable};
 use crate::simd::{IsaKind, line};
 
 /// What computes a depthwise convolution whose output has such a size.
@@ -24,29 +24,31 @@ pub(super) fn forward<T: WideElement>(isa: IsaKind, step: &Step, conv: &Conv, ou
     PlaneConv::new::<T>(isa, &vertical, &horizontal, conv.window.kernel[1])
 }
 
-impl<T: WideElement> Pass<'_, T> {
+impl<S: Element> Pass<'_, S> {
     /// Makes the value of a depthwise convolution, and its statistics.
     pub(super) fn depthwise(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         let value = &self.program.values[step.value];
         let (pixels, out_pixels, size) = (step.source.pixels(), value.pixels(), value.size());
-        let kernels = forward::<T>(self.isa, step, conv, size);
+        let kernels = forward::<S::Wide>(self.isa, step, conv, size);
         let parts = self.image_parts(conv.groups);
         let block = planes_together(pixels, self.count.div_ceil(parts));
         // Channels of so few images that they leave room for others.
         let together = planes_together(block * pixels, conv.groups.div_ceil(self.threads));
         let packed = self.weights(step);
-        let none = vec![T::default(); together];
+        let none = vec![S::Wide::default(); together];
         let sums = PartSums::statistics(parts, conv.groups);
-        let (rows, row_len) = (self.rows(step.value), self.row_len(step.value));
+        let sizes = [together * block * pixels, Self::tile_len(together * block * out_pixels)];
         self.for_tasks(conv.groups.div_ceil(together), parts, |task, p| {
             let channels = task * together..conv.groups.min((task + 1) * together);
-            scratch::with(together * block * pixels, |buffer: &mut [T]| {
+            scratch::with(sizes.iter().sum(), |memory: &mut [S::Wide]| {
+                let [buffer, tile] = cut(memory, sizes);
                 for images in chunks(part(self.count, parts, p), block) {
                     let range = images.start * pixels..images.end * pixels;
                     // SAFETY: sources are values of earlier steps.
                     let (source, step_in) =
                         unsafe { self.load_channels(&step.source, channels.clone(), &range, buffer) };
                     let range = images.start * out_pixels..images.end * out_pixels;
+                    let (y, pitch) = self.results(step.value, channels.start, range.start, tile, range.len());
                     // SAFETY: these images of these channels, which are this task's own, as are
                     // their statistics.
                     unsafe {
@@ -56,9 +58,10 @@ impl<T: WideElement> Pass<'_, T> {
                             [(images.len(), pixels), (channels.len(), step_in)],
                             packed.groups(&channels),
                             packed.bias(channels.clone()).unwrap_or(&none[..channels.len()]),
-                            (rows.at(channels.start * row_len + range.start), [out_pixels, row_len], size),
+                            (y, [out_pixels, pitch], size),
                         );
-                        self.apply_epilogue(step.value, channels.clone(), range, sums.of(p, channels.clone()));
+                        let statistics = sums.of(p, channels.clone());
+                        self.apply_epilogue(step.value, channels.clone(), range, (y, pitch), statistics);
                     }
                 }
             });
@@ -82,7 +85,7 @@ struct DepthwiseGrad<'s, T> {
     grads: ParameterGrads<T>,
 }
 
-impl<T: WideElement> Tape<'_, '_, T> {
+impl<S: Element> Tape<'_, '_, S> {
     /// Goes back through a depthwise convolution.
     pub(super) fn depthwise(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;
@@ -91,8 +94,8 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let weights = pass.conv_weights(conv);
         let phases = Phases::new(step, conv, size);
         let width = conv.window.kernel[1];
-        let taps = Taps::fitting(lanes::<T>(pass.isa), &phases.forward[0][0], &phases.forward[1][0], width);
-        let back = PlaneConv::new::<T>(pass.isa, &phases.backward[0], &phases.backward[1], width);
+        let taps = Taps::fitting(lanes::<S::Wide>(pass.isa), &phases.forward[0][0], &phases.forward[1][0], width);
+        let back = PlaneConv::new::<S::Wide>(pass.isa, &phases.backward[0], &phases.backward[1], width);
         let weight = |g, i, o, tap| weights[conv.index(g, o, i, tap)];
         let back = DepthwiseGrad {
             packed: Packed::of_taps(pass.isa, conv.groups, 1, 1, back.order(), weight),
@@ -114,7 +117,14 @@ impl<T: WideElement> Tape<'_, '_, T> {
 
 impl<T: WideElement> DepthwiseGrad<'_, T> {
     /// A channel's gradients over some images.
-    fn task(&self, tape: &Tape<'_, '_, T>, g: usize, images: Range<usize>, part: usize, sums: &mut [NormSums]) {
+    fn task<S: Element<Wide = T>>(
+        &self,
+        tape: &Tape<'_, '_, S>,
+        g: usize,
+        images: Range<usize>,
+        part: usize,
+        sums: &mut [NormSums],
+    ) {
         let (step, pass, block) = (self.step, tape.pass, self.block);
         let (pixels, out_pixels) = (step.source.pixels(), self.size[0] * self.size[1]);
         let sizes = [

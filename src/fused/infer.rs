@@ -13,7 +13,7 @@ use crate::parallel::Shared;
 use crate::pool::{num_threads, parallel_for, part};
 use crate::shape::Order;
 use crate::simd::IsaKind;
-use crate::simd::element::WideElement;
+use crate::simd::element::{Element, WideElement};
 
 /// Images that a thread takes through the whole program together in inference, at most: their small
 /// planes are computed as one, and their memory stays in the cache. (Measured: docs/ALGORITHMS.md.)
@@ -59,7 +59,7 @@ impl<T: WideElement> Inference<'_, T> {
         }
         let (parameters, statistics) = (concat(self.parameters), concat(self.statistics));
         let arguments = self.arguments(&parameters);
-        let mut pass = Pass::new(&arguments, Shared::new(&mut []), &self.program.reused, 1);
+        let mut pass = Pass::<T>::new(&arguments, Shared::new(&mut []), &self.program.reused, 1);
         pass.fix_statistics(&statistics);
         let (weights, affine) = (arguments.packed(Some(&pass.affine)), pass.affine);
         let prepared = Arc::new(Prepared { parameters, statistics, weights, affine });
@@ -99,7 +99,7 @@ fn same_bits<T: WideElement>(mut values: &[T], pieces: &[&[T]]) -> bool {
 ///
 /// Nothing is kept. Each thread takes a few images at a time through the whole program, in memory
 /// that stays in its cache.
-pub fn infer<T: WideElement>(inference: &Inference<'_, T>, x: &[T], y: &mut [MaybeUninit<T>]) {
+pub fn infer<S: Element>(inference: &Inference<'_, S::Wide>, x: &[S], y: &mut [MaybeUninit<S>]) {
     let Inference { program, count, .. } = *inference;
     let [input, output] = program.sizes().map(|[channels, height, width]| channels * height * width);
     assert_eq!((x.len(), y.len()), (count * input, count * output));
@@ -112,13 +112,13 @@ pub fn infer<T: WideElement>(inference: &Inference<'_, T>, x: &[T], y: &mut [May
     let prepared = inference.prepared();
     let arguments = inference.arguments(&prepared.parameters);
     // What is the same for all images, which only the memory is not.
-    let mut first = Pass::new(&arguments, Shared::new(&mut []), &program.reused, 1);
+    let mut first = Pass::<S>::new(&arguments, Shared::new(&mut []), &program.reused, 1);
     first.packed = &prepared.weights;
     first.affine.clone_from(&prepared.affine);
     first.stores_views = true;
     let run = |images: Range<usize>, threads: usize| {
         let count = images.len();
-        memory::with(program.reused.len * count, |memory: &mut [MaybeUninit<T>]| {
+        memory::with(program.reused.len * count, |memory: &mut [MaybeUninit<S>]| {
             let (start, offsets) = (Shared::new(memory), program.reused.offsets(count));
             let pass = Pass { start, offsets, count, threads, ..first.clone() };
             pass.import(0, pass.rows(0), &x[images.start * input..images.end * input]);

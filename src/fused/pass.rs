@@ -12,39 +12,48 @@ use crate::memory;
 use crate::microkernels::activations::Activation;
 use crate::microkernels::norm_act::ActivateInPlace;
 use crate::microkernels::reduce::Moments;
+use crate::microkernels::row_copy::NarrowRows;
 use crate::microkernels::transpose::Transpose;
 use crate::parallel::Shared;
 use crate::pool::parallel_for;
 use crate::shape::Order;
 use crate::simd::IsaKind;
-use crate::simd::element::WideElement;
+use crate::simd::element::{Element, is_wide, writable};
 
 /// Pixels of a row in one set of partial sums, at least.
 const PART_PIXELS: usize = 256;
 
-/// A pass through a program.
+/// A pass through a program, whose values are stored as `S` and computed with as `S::Wide`.
 #[derive(Clone)]
-pub(super) struct Pass<'a, T> {
+pub(super) struct Pass<'a, S: Element> {
     pub isa: IsaKind,
     pub program: &'a Program,
     pub count: usize,
     pub order: Order,
     pub threads: usize,
-    pub parameters: &'a [T],
-    pub masks: &'a [T],
+    pub parameters: &'a [S::Wide],
+    pub masks: &'a [S::Wide],
     /// Each step's weights for the forward pass, where it is a convolution.
-    pub packed: &'a [Option<Packed<T>>],
-    /// All values' memory, and where in it each value's rows start.
-    pub start: Shared<T>,
+    pub packed: &'a [Option<Packed<S::Wide>>],
+    /// All values' memory, that of the ones that the backward pass computes anew, and where in it
+    /// each value's rows start.
+    pub start: Shared<S>,
+    pub inner: Shared<S>,
+    /// Which values are in the second one; empty where none are.
+    pub recomputed: &'a [bool],
     pub offsets: Vec<usize>,
     /// Scale and shift of each channel of the norms.
-    pub affine: Vec<(T, T)>,
+    pub affine: Vec<(S::Wide, S::Wide)>,
     /// Mean and inverse standard deviation of each channel of the norms.
-    pub moments: Vec<(T, T)>,
+    pub moments: Vec<(S::Wide, S::Wide)>,
     /// Whether values are stored as their readers see them (where these agree), because nothing is
     /// kept for a backward pass and the statistics are known.
     pub stores_views: bool,
 }
+
+/// Rows of results that are yet to be stored: the first one's start, and the distance from one to
+/// the next.
+pub(super) type Results<T> = (Shared<T>, usize);
 
 /// A value's statistics: count, mean, and sum of the squares of the distances from the mean.
 pub(super) type Statistics = (f64, f64, f64);
@@ -66,7 +75,10 @@ impl Program {
     /// If no memory can hold what the program needs for that many images.
     pub fn workspace_len(&self, count: usize) -> Result<usize> {
         let sizes = self.sizes().map(|size| size.iter().product());
-        let most = sizes.into_iter().chain([self.kept.len, self.reused.len, self.gradients.len, self.masks]).max();
+        let most = sizes
+            .into_iter()
+            .chain([self.kept.len, self.inner.len, self.reused.len, self.gradients.len, self.masks])
+            .max();
         match most.unwrap_or(0).checked_mul(count) {
             Some(values) if values <= memory::LARGEST / size_of::<f64>() => Ok(self.kept.len * count),
             _ => bail!("the program needs more memory for {count} images than there can be"),
@@ -74,13 +86,13 @@ impl Program {
     }
 }
 
-impl<'a, T: WideElement> Pass<'a, T> {
-    pub fn new(arguments: &Arguments<'a, T>, start: Shared<T>, slots: &Slots, threads: usize) -> Self {
+impl<'a, S: Element> Pass<'a, S> {
+    pub fn new(arguments: &Arguments<'a, S::Wide>, start: Shared<S>, slots: &Slots, threads: usize) -> Self {
         let Arguments { isa, program, count, order, parameters, masks } = *arguments;
         assert_eq!(parameters.len(), program.parameters());
         assert!(masks.is_empty() || masks.len() == program.masks * count);
         let channels = program.norm_channels();
-        let zero = (T::default(), T::default());
+        let zero = (S::Wide::default(), S::Wide::default());
         Self {
             isa,
             program,
@@ -91,6 +103,8 @@ impl<'a, T: WideElement> Pass<'a, T> {
             masks,
             packed: &[],
             start,
+            inner: Shared::new(&mut []),
+            recomputed: &[],
             offsets: slots.offsets(count),
             affine: vec![zero; channels],
             moments: vec![zero; channels],
@@ -101,7 +115,10 @@ impl<'a, T: WideElement> Pass<'a, T> {
     /// Writes what lies between the values in the workspace, so that all of it may be handed on as
     /// values.
     pub fn clear_gaps(&self) {
-        for (value, &offset) in self.program.values.iter().zip(&self.offsets) {
+        for (index, (value, &offset)) in self.program.values.iter().zip(&self.offsets).enumerate() {
+            if self.is_recomputed(index) {
+                continue;
+            }
             let image = value.kept();
             let len = self.count * image;
             // SAFETY: in the workspace, each value's slot is a multiple of 16 long and its own.
@@ -110,8 +127,18 @@ impl<'a, T: WideElement> Pass<'a, T> {
     }
 
     /// A value's rows.
-    pub fn rows(&self, value: usize) -> Shared<T> {
-        self.start.at(self.offsets[value])
+    pub fn rows(&self, value: usize) -> Shared<S> {
+        self.memory(value).at(self.offsets[value])
+    }
+
+    /// The memory that a value's rows are in.
+    pub fn memory(&self, value: usize) -> Shared<S> {
+        if self.is_recomputed(value) { self.inner } else { self.start }
+    }
+
+    /// Whether the backward pass computes a value anew.
+    pub fn is_recomputed(&self, value: usize) -> bool {
+        self.recomputed.get(value).is_some_and(|&recomputed| recomputed)
     }
 
     /// Pixels of a value's row.
@@ -123,7 +150,7 @@ impl<'a, T: WideElement> Pass<'a, T> {
     ///
     /// # Safety
     /// It must have been written, and not be written while the slice lives.
-    pub unsafe fn row(&self, value: usize, channel: usize, pixels: Range<usize>) -> &[T] {
+    pub unsafe fn row(&self, value: usize, channel: usize, pixels: Range<usize>) -> &[S] {
         let start = channel * self.row_len(value) + pixels.start;
         // SAFETY: the caller's promise; channels and pixels exist because the program was checked.
         unsafe { std::slice::from_raw_parts(self.rows(value).ptr().add(start), pixels.len()) }
@@ -134,14 +161,14 @@ impl<'a, T: WideElement> Pass<'a, T> {
     /// # Safety
     /// It must be the calling task's own while the slice lives.
     #[expect(clippy::mut_from_ref, reason = "tasks write different rows of shared memory")]
-    pub unsafe fn row_mut(&self, value: usize, channel: usize, pixels: Range<usize>) -> &mut [T] {
+    pub unsafe fn row_mut(&self, value: usize, channel: usize, pixels: Range<usize>) -> &mut [S] {
         let start = channel * self.row_len(value) + pixels.start;
         // SAFETY: the caller's promise; channels and pixels exist because the program was checked.
         unsafe { std::slice::from_raw_parts_mut(self.rows(value).ptr().add(start), pixels.len()) }
     }
 
     /// Copies images in their order of axes to rows of a value's size.
-    pub fn import(&self, value: usize, rows: Shared<T>, x: &[T]) {
+    pub fn import(&self, value: usize, rows: Shared<S>, x: &[S]) {
         let (channels, pixels) = (self.program.values[value].channels, self.program.values[value].pixels());
         assert_eq!(x.len(), self.count * channels * pixels);
         let row_len = self.row_len(value);
@@ -164,7 +191,7 @@ impl<'a, T: WideElement> Pass<'a, T> {
     }
 
     /// Copies rows of a value's size to images in their order of axes.
-    pub fn export(&self, value: usize, rows: Shared<T>, y: &mut [MaybeUninit<T>]) {
+    pub fn export(&self, value: usize, rows: Shared<S>, y: &mut [MaybeUninit<S>]) {
         let (channels, pixels) = (self.program.values[value].channels, self.program.values[value].pixels());
         assert_eq!(y.len(), self.count * channels * pixels);
         let row_len = self.row_len(value);
@@ -186,7 +213,7 @@ impl<'a, T: WideElement> Pass<'a, T> {
     }
 
     /// The weights of a convolution.
-    pub fn weights(&self, step: &Step) -> &Packed<T> {
+    pub fn weights(&self, step: &Step) -> &Packed<S::Wide> {
         self.packed[step.value - 1].as_ref().expect("packed for every convolution")
     }
 
@@ -218,7 +245,7 @@ impl<'a, T: WideElement> Pass<'a, T> {
     }
 
     /// Takes given statistics for all norms.
-    pub fn fix_statistics(&mut self, statistics: &[T]) {
+    pub fn fix_statistics(&mut self, statistics: &[S::Wide]) {
         let (means, variances) = statistics.split_at(self.program.norm_channels());
         for (channel, (mean, variance)) in means.iter().zip(variances).enumerate() {
             self.set_norm(channel, mean.to_f64(), variance.to_f64());
@@ -233,8 +260,8 @@ impl<'a, T: WideElement> Pass<'a, T> {
         let gamma = norm.gamma.map_or(1.0, |gamma| self.parameters[gamma + own].to_f64());
         let inverse = 1.0 / (variance + norm.epsilon).sqrt();
         let shift = self.parameters[norm.beta + own].to_f64() - mean * gamma * inverse;
-        self.affine[channel] = (T::from_f64(gamma * inverse), T::from_f64(shift));
-        self.moments[channel] = (T::from_f64(mean), T::from_f64(inverse));
+        self.affine[channel] = (S::Wide::from_f64(gamma * inverse), S::Wide::from_f64(shift));
+        self.moments[channel] = (S::Wide::from_f64(mean), S::Wide::from_f64(inverse));
     }
 
     /// Into how many parts of whole images the work on images of that many pixels is divided.
@@ -242,38 +269,89 @@ impl<'a, T: WideElement> Pass<'a, T> {
         PARTS.min(self.count).min((self.count * pixels).div_ceil(PART_PIXELS)).max(1)
     }
 
-    /// What follows a convolution while its result is in the cache: the statistics of new values of
-    /// some channels, or what their readers make of them.
+    /// Where to write a value's channels from `channel` on and pixels from `pixel` on: its own
+    /// rows, or where they are stored as something else, those of `tile`, `pitch` apart.
+    pub fn results(
+        &self,
+        value: usize,
+        channel: usize,
+        pixel: usize,
+        tile: &mut [S::Wide],
+        pitch: usize,
+    ) -> Results<S::Wide> {
+        if is_wide::<S>() {
+            let row_len = self.row_len(value);
+            (Shared(self.rows(value).at(channel * row_len + pixel).ptr().cast()), row_len)
+        } else {
+            (Shared(tile.as_mut_ptr()), pitch)
+        }
+    }
+
+    /// Values of memory for a tile of [`Pass::results`] of that many.
+    pub fn tile_len(len: usize) -> usize {
+        if is_wide::<S>() { 0 } else { len }
+    }
+
+    /// What follows a convolution while its results are in the cache: the statistics of new values
+    /// of some channels, or what their readers make of them; and where they are not the value's own
+    /// rows, they are stored there.
     ///
     /// # Safety
-    /// The pixels must have been written by this task.
+    /// The results and these pixels of the value's rows must be this task's own, the results
+    /// written.
     pub unsafe fn apply_epilogue(
         &self,
         value: usize,
         channels: Range<usize>,
         pixels: Range<usize>,
+        (rows, pitch): Results<S::Wide>,
         statistics: &mut [Statistics],
     ) {
-        if self.stores_views {
-            // SAFETY: the caller's promise.
-            unsafe { self.apply_view(value, channels, pixels) };
-        } else if self.program.values[value].normed {
-            for (channel, statistics) in channels.zip(statistics) {
+        if !self.stores_views && self.program.values[value].normed {
+            for (i, statistics) in statistics.iter_mut().enumerate().take(channels.len()) {
                 // SAFETY: the caller's promise.
-                let row = unsafe { self.row(value, channel, pixels.clone()) };
+                let row = unsafe { std::slice::from_raw_parts(rows.at(i * pitch).ptr(), pixels.len()) };
                 let (mean, squares) = self.isa.run(Moments(row));
                 *statistics = merge_statistics(*statistics, (row.len() as f64, mean, squares));
             }
         }
+        // SAFETY: the caller's promise.
+        unsafe { self.store(value, channels, pixels, (rows, pitch)) };
     }
 
-    /// Makes of new values of some channels what their readers will, if this pass does so.
+    /// Makes of new values of some channels what their readers will, if this pass does so, and
+    /// stores them where they are not the value's own rows.
     ///
     /// # Safety
     /// As for [`Pass::apply_epilogue`].
-    pub unsafe fn apply_view(&self, value: usize, channels: Range<usize>, pixels: Range<usize>) {
+    pub unsafe fn store(&self, value: usize, channels: Range<usize>, pixels: Range<usize>, results: Results<S::Wide>) {
+        // SAFETY: the caller's promise.
+        unsafe { self.apply_view(value, channels.clone(), pixels.len(), results) };
+        if is_wide::<S>() {
+            return;
+        }
+        for (i, channel) in channels.enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let row = std::slice::from_raw_parts(results.0.at(i * results.1).ptr(), pixels.len());
+                self.narrow(row, self.row_mut(value, channel, pixels.clone()));
+            }
+        }
+    }
+
+    /// Rounds a row to what is stored.
+    pub fn narrow(&self, row: &[S::Wide], to: &mut [S]) {
+        let len = row.len();
+        self.isa.run(NarrowRows { x: (row, len), y: (writable(to), len), size: [1, len], ahead: len });
+    }
+
+    /// Makes of results of some channels what their readers will, if this pass does so.
+    ///
+    /// # Safety
+    /// As for [`Pass::apply_epilogue`].
+    pub unsafe fn apply_view(&self, value: usize, channels: Range<usize>, len: usize, (rows, pitch): Results<S::Wide>) {
         let Some(view) = self.program.values[value].view.as_ref().filter(|_| self.stores_views) else { return };
-        let (activation, len) = (view.activation, self.row_len(value));
+        let activation = view.activation;
         // The norms of a convolution's value are in its weights: see [`Arguments::packed`].
         let folded = matches!(self.program.steps[value - 1].kind, Kind::Conv(_));
         let norms = view.norms[channels.clone()].iter().map(|norm| norm.filter(|_| !folded));
@@ -281,19 +359,18 @@ impl<'a, T: WideElement> Pass<'a, T> {
         if plain && activation == Activation::Identity {
             return;
         }
-        let rows = self.rows(value);
-        let run = |start: usize, len: usize, affine: (T, T)| {
+        let run = |start: usize, len: usize, affine: (S::Wide, S::Wide)| {
             // SAFETY: the caller's promise.
-            let row = unsafe { std::slice::from_raw_parts_mut(rows.ptr().add(start), len) };
+            let row = unsafe { std::slice::from_raw_parts_mut(rows.at(start).ptr(), len) };
             self.isa.run(ActivateInPlace { activation, row, affine });
         };
-        let one = (T::ONE, T::default());
-        if plain && pixels.len() == len {
+        let one = (S::Wide::ONE, S::Wide::default());
+        if plain && len == pitch {
             // Rows follow each other.
-            return run(channels.start * len, channels.len() * len, one);
+            return run(0, channels.len() * len, one);
         }
-        for (channel, norm) in channels.zip(norms) {
-            run(channel * len + pixels.start, pixels.len(), norm.map_or(one, |norm| self.affine[norm]));
+        for (i, norm) in norms.enumerate() {
+            run(i * pitch, len, norm.map_or(one, |norm| self.affine[norm]));
         }
     }
 

@@ -10,13 +10,13 @@ use super::pass::{Pass, Statistics};
 use super::program::{Conv, Step};
 use super::source::NormSums;
 use crate::conv1x1::dot_nt::MatmulNt;
-use crate::microkernels::conv1x1_nchw::Init;
+use crate::microkernels::conv1x1_nchw::{Init, MAX_ROWS};
 use crate::microkernels::dot_nt::Rows;
 use crate::microkernels::reduce::Sum;
 use crate::pool::chunks;
 use crate::pool::part;
 use crate::scratch::{self, cut};
-use crate::simd::element::WideElement;
+use crate::simd::element::{Element, WideElement};
 use crate::simd::mul_acc::Fma;
 
 /// Values of a group's rows in a tile, about: in float32 as much as the L2 cache holds, because
@@ -36,7 +36,7 @@ fn tile_pixels(rows: usize) -> usize {
     (TILE_VALUES / rows / 64 * 64).clamp(TILE_PIXELS.0, TILE_PIXELS.1)
 }
 
-impl<T: WideElement> Pass<'_, T> {
+impl<S: Element> Pass<'_, S> {
     /// Makes the value of a pointwise convolution, and its statistics.
     pub(super) fn pointwise(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         if self.is_single(step.value) {
@@ -51,10 +51,11 @@ impl<T: WideElement> Pass<'_, T> {
         let parts = len.div_ceil(tile).max(FORWARD_TASKS.div_ceil(conv.groups)).min(len.div_ceil(TILE_PIXELS.0));
         let parts = parts.clamp(1, PARTS);
         let sums = PartSums::statistics(parts, conv.groups * m);
-        let rows = self.rows(step.value);
-        let offsets: Vec<_> = (0..m).map(|o| o * len).collect();
+        let highest = packed.blocks.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
+        let sizes = [k * tile, Self::tile_len(highest * tile)];
         self.for_tasks(conv.groups, parts, |g, p| {
-            scratch::with(k * tile, |buffer: &mut [T]| {
+            scratch::with(sizes.iter().sum(), |memory: &mut [S::Wide]| {
+                let [buffer, results] = cut(memory, sizes);
                 // SAFETY: statistics of this part and group alone.
                 let statistics = unsafe { sums.of(p, g * m..(g + 1) * m) };
                 let mut x_offsets = vec![0; k];
@@ -68,13 +69,15 @@ impl<T: WideElement> Pass<'_, T> {
                     for block in &packed.blocks {
                         let channels = g * m + block.start..g * m + block.end;
                         let (weights, bias) = (packed.block(g, block), packed.bias(channels.clone()));
-                        // SAFETY: rows of the source, and these pixels of the value's rows, which
-                        // are this task's own.
+                        let (y, pitch) = self.results(step.value, channels.start, pixels.start, results, tile);
+                        let offsets: [_; MAX_ROWS] = std::array::from_fn(|o| o * pitch);
+                        // SAFETY: rows of the source, and of the results, which are this task's
+                        // own.
                         unsafe {
-                            let y = (rows.ptr().add(g * m * len + pixels.start), &offsets[block.clone()]);
-                            let ahead = [0, pixels.len()];
-                            multiply_rows(self.isa, (x, &x_offsets), weights, bias.into(), y, pixels.len(), ahead);
-                            self.apply_epilogue(step.value, channels, pixels.clone(), &mut statistics[block.clone()]);
+                            let (rows, ahead) = ((y.ptr(), &offsets[..block.len()]), [0, pixels.len()]);
+                            multiply_rows(self.isa, (x, &x_offsets), weights, bias.into(), rows, pixels.len(), ahead);
+                            let statistics = &mut statistics[block.clone()];
+                            self.apply_epilogue(step.value, channels, pixels.clone(), (y, pitch), statistics);
                         }
                     }
                 }
@@ -96,7 +99,7 @@ struct PointwiseGrad<'s, T> {
     grads: ParameterGrads<T>,
 }
 
-impl<T: WideElement> Tape<'_, '_, T> {
+impl<S: Element> Tape<'_, '_, S> {
     /// Goes back through a pointwise convolution.
     pub(super) fn pointwise(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;
@@ -122,7 +125,14 @@ impl<T: WideElement> Tape<'_, '_, T> {
 
 impl<T: WideElement> PointwiseGrad<'_, T> {
     /// A group's gradients over some pixels.
-    fn task(&self, tape: &Tape<'_, '_, T>, g: usize, pixels: Range<usize>, part: usize, sums: &mut [NormSums]) {
+    fn task<S: Element<Wide = T>>(
+        &self,
+        tape: &Tape<'_, '_, S>,
+        g: usize,
+        pixels: Range<usize>,
+        part: usize,
+        sums: &mut [NormSums],
+    ) {
         let (step, tile, pass) = (self.step, self.tile, tape.pass);
         let (k, m, most) = (self.conv.group_in, self.conv.group_out, step.source.most_rows);
         let sizes = [self.products.memory(), k * tile, m * tile, k * tile, k * most * tile];
@@ -167,9 +177,9 @@ impl<T: WideElement> PointwiseGrad<'_, T> {
     }
 
     /// The gradient by a group's input channels over some pixels.
-    fn multiply(
+    fn multiply<S: Element<Wide = T>>(
         &self,
-        pass: &Pass<'_, T>,
+        pass: &Pass<'_, S>,
         g: usize,
         (grad, offsets): (*const T, &[usize]),
         grad_x: &mut [T],

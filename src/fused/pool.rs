@@ -7,7 +7,7 @@ use crate::microkernels::pool::{PoolPlane, PoolPlaneGrad};
 use crate::microkernels::window_pool::{MaxWindowsGrad, MeanWindowsGrad, PoolWindows, Span, Spans};
 use crate::pool::part;
 use crate::scratch::{self, cut};
-use crate::simd::element::{WideElement, writable};
+use crate::simd::element::{Element, WideElement, writable};
 
 impl Window {
     /// What each pixel of a result sees along an axis.
@@ -42,49 +42,51 @@ fn spans<T: WideElement>(pool: &Pool, input: [usize; 2], output: [usize; 2]) -> 
     })
 }
 
-impl<T: WideElement> Pass<'_, T> {
+impl<S: Element> Pass<'_, S> {
     /// Makes the value of a pool.
     pub(super) fn pool(&self, step: &Step, pool: &Pool) {
         let (size, pixels) = (step.source.size(), step.source.pixels());
         let value = &self.program.values[step.value];
         let (out, halves, max) = (value.pixels(), pool.halves(size, value.size()), pool.max);
-        let [rows, columns] = &spans::<T>(pool, size, value.size());
+        let [rows, columns] = &spans::<S::Wide>(pool, size, value.size());
         let parts = self.parts(pixels);
         self.for_tasks(step.source.channels(), parts, |c, p| {
             let images = part(self.count, parts, p);
-            scratch::with(pixels + size[1], |memory: &mut [T]| {
-                let (plane, buffer) = memory.split_at_mut(pixels);
-                for n in images.clone() {
+            let sizes = [pixels, size[1], Self::tile_len(out)];
+            scratch::with(sizes.iter().sum(), |memory: &mut [S::Wide]| {
+                let [plane, buffer, tile] = cut(memory, sizes);
+                for n in images {
+                    let range = n * out..(n + 1) * out;
+                    let results = self.results(step.value, c, range.start, tile, out);
                     // SAFETY: this image of row c is this task's own; sources are earlier values.
                     unsafe {
                         let x = self.load(&step.source, c, n * pixels..(n + 1) * pixels, plane, None);
-                        let y = writable(self.row_mut(step.value, c, n * out..(n + 1) * out));
+                        let y = writable(std::slice::from_raw_parts_mut(results.0.ptr(), out));
                         if halves {
                             self.isa.run(PoolPlane { x, size, y });
                         } else {
                             let spans = [rows, columns];
                             self.isa.run(PoolWindows { x, width: size[1], spans, max, buffer: &mut *buffer, y });
                         }
+                        self.store(step.value, c..c + 1, range, results);
                     }
                 }
             });
-            // SAFETY: just written.
-            unsafe { self.apply_view(step.value, c..c + 1, images.start * out..images.end * out) };
         });
     }
 }
 
-impl<T: WideElement> Tape<'_, '_, T> {
+impl<S: Element> Tape<'_, '_, S> {
     /// Goes back through a pool.
     pub(super) fn pool(&mut self, step: &Step, pool: &Pool) {
         let (size, pixels, pass) = (step.source.size(), step.source.pixels(), self.pass);
         let value = &pass.program.values[step.value];
         let (out, halves, width) = (value.pixels(), pool.halves(size, value.size()), size[1]);
-        let [rows, columns] = &spans::<T>(pool, size, value.size());
+        let [rows, columns] = &spans::<S::Wide>(pool, size, value.size());
         let (spans, parts) = ([rows, columns], pass.parts(pixels));
         self.backprop_source(&step.source, step.source.channels(), parts, |this, c, images, _, sums| {
             let sizes = [pixels, pixels, out, width];
-            scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
+            scratch::with(sizes.iter().sum(), |memory: &mut [S::Wide]| {
                 let [plane, grad_x, own, buffer] = cut(memory, sizes);
                 for n in images {
                     let range = n * pixels..(n + 1) * pixels;

@@ -335,9 +335,17 @@ pub struct Program {
     pub(super) input_grad: bool,
     pub(super) masks: usize,
     pub(super) parameters: usize,
-    /// Where values stand in memory: all kept for the backward pass, each only as long as it is
-    /// read, and their gradients.
+    /// Whether the backward pass computes values anew that are not kept.
+    pub(super) recompute: bool,
+    /// The steps in segments, of which only what later ones read is kept: a single one where all
+    /// is.
+    pub(super) segments: Vec<Range<usize>>,
+    /// Which values are computed anew; empty where none are.
+    pub(super) recomputed: Vec<bool>,
+    /// Where values stand in memory: those kept for the backward pass, those that are computed anew
+    /// (their offsets among the kept ones'), each only as long as it is read, and their gradients.
     pub(super) kept: Slots,
+    pub(super) inner: Slots,
     pub(super) reused: Slots,
     pub(super) gradients: Slots,
     /// The time that each step has taken.
@@ -352,6 +360,7 @@ pub(super) struct Parts {
     pub norms: Vec<Norm>,
     pub steps: Vec<Step>,
     pub input_grad: bool,
+    pub recompute: bool,
     pub masks: usize,
     pub parameters: usize,
 }
@@ -391,7 +400,7 @@ pub(super) fn timed<R>(clock: &AtomicU64, work: impl FnOnce() -> R) -> R {
 impl Program {
     /// A program that is ready to run, if it is one.
     pub(super) fn new(parts: Parts) -> Result<Self> {
-        let Parts { values, norms, steps, input_grad, masks, parameters } = parts;
+        let Parts { values, norms, steps, input_grad, recompute, masks, parameters } = parts;
         let mut program = Self {
             output: values.len() - 1,
             clocks: steps.iter().map(|_| Clock::default()).collect(),
@@ -399,15 +408,20 @@ impl Program {
             norms,
             steps,
             input_grad,
+            recompute,
+            segments: Vec::new(),
+            recomputed: Vec::new(),
             masks,
             parameters,
             kept: Slots::default(),
+            inner: Slots::default(),
             reused: Slots::default(),
             gradients: Slots::default(),
             prepared: Lock::new(None),
         };
         program.connect()?;
-        let numbers = [&program.kept, &program.reused, &program.gradients].map(|slots| slots.len);
+        let slots = [&program.kept, &program.inner, &program.reused, &program.gradients];
+        let numbers = slots.map(|slots| slots.len);
         limit("numbers for an image", numbers.into_iter().max().unwrap_or(0), MOST_NUMBERS)?;
         Ok(program)
     }

@@ -299,8 +299,8 @@ impl Term {
 impl Program {
     /// Reads a program:
     ///
-    /// * [`FORMAT`], weight layout (0 OI, 1 IO), whether the gradient by the input is wanted,
-    ///   number of masks;
+    /// * [`FORMAT`], weight layout (0 OI, 1 IO), flags (1: the gradient by the input is wanted, 2:
+    ///   the backward pass computes values anew that need not be kept), number of masks;
     /// * the values: value 0 is the input, value `i` that of step `i`, the last one the output;
     /// * the norms;
     /// * for each step its kind, the number of its attributes, these, and its source. Kinds are 0
@@ -322,7 +322,11 @@ impl Program {
             );
         }
         let layout = if reader.flag()? { WeightLayout::Io } else { WeightLayout::Oi };
-        let (input_grad, masks) = (reader.flag()?, reader.size()?);
+        let flags = reader.integer()?;
+        if !(0..4).contains(&flags) {
+            bail!("the program has flags of {flags}, expected 0 to 3");
+        }
+        let (input_grad, recompute, masks) = (flags & 1 != 0, flags & 2 != 0, reader.size()?);
         let (values, mut norms) = (reader.values()?, reader.norms()?);
         let (mut parameters, mut rows) = (0, 0);
         let mut steps = Vec::new();
@@ -341,6 +345,6 @@ impl Program {
             norm.beta = parameters;
             parameters += norm.channels.len();
         }
-        Program::new(Parts { values, norms, steps, input_grad, masks, parameters })
+        Program::new(Parts { values, norms, steps, input_grad, recompute, masks, parameters })
     }
 }

@@ -10,35 +10,36 @@ use crate::microkernels::conv1x1_nchw::Init;
 use crate::microkernels::norm_act::{Activate, Factors};
 use crate::pool::parallel_for;
 use crate::scratch;
-use crate::simd::element::WideElement;
+use crate::simd::element::{Element, is_wide};
 
 /// Weights of a convolution that are worth more than one thread. (Each is read once, about 0.2 ns;
 /// entering the pool costs 12 to 16 us.)
 const PARALLEL_WEIGHTS: usize = 128 << 10;
 
-impl<T: WideElement> Pass<'_, T> {
-    /// Whether all channels of a value are one row.
+impl<S: Element> Pass<'_, S> {
+    /// Whether all channels of a value are one row, which is used as it is.
     pub(super) fn is_single(&self, value: usize) -> bool {
-        self.stores_views && self.row_len(value) == 1
+        is_wide::<S>() && self.stores_views && self.row_len(value) == 1
     }
 
     /// All channels of a value that are a single row.
-    fn single(&self, value: usize) -> *mut [T] {
-        std::ptr::slice_from_raw_parts_mut(self.rows(value).ptr(), self.program.values[value].channels)
+    fn single(&self, value: usize) -> *mut [S::Wide] {
+        assert!(is_wide::<S>());
+        std::ptr::slice_from_raw_parts_mut(self.rows(value).ptr().cast(), self.program.values[value].channels)
     }
 
     /// Reads all channels of a source.
     ///
     /// # Safety
     /// As for [`Pass::load`].
-    unsafe fn gather(&self, source: &Source, y: &mut [T]) {
+    unsafe fn gather(&self, source: &Source, y: &mut [S::Wide]) {
         for (channel, y) in y.iter_mut().enumerate() {
             let rows = source.channel(channel);
             // SAFETY: the caller's promise.
             unsafe {
                 if rows.iter().all(|row| self.plain(row)) {
-                    let value = |row: &Row| self.row(row.value, row.channel, 0..1)[0];
-                    *y = rows.iter().fold(T::default(), |sum, row| sum + value(row));
+                    let value = |row: &Row| self.row(row.value, row.channel, 0..1)[0].widen();
+                    *y = rows.iter().fold(S::Wide::default(), |sum, row| sum + value(row));
                 } else {
                     self.fill(source, channel, 0..1, std::slice::from_mut(y), None);
                 }
@@ -51,7 +52,7 @@ impl<T: WideElement> Pass<'_, T> {
         // SAFETY: sources are earlier values; this is the only task.
         unsafe {
             self.gather(&step.source, &mut *self.single(step.value));
-            self.apply_view(step.value, 0..step.source.channels(), 0..1);
+            self.apply_view(step.value, 0..step.source.channels(), 1, self.results(step.value, 0, 0, &mut [], 0));
         }
     }
 
@@ -60,8 +61,8 @@ impl<T: WideElement> Pass<'_, T> {
     pub(super) fn pointwise_single(&self, step: &Step, conv: &Conv) {
         let (k, m, packed) = (conv.group_in, conv.group_out, self.weights(step));
         let starts: Vec<Vec<_>> = packed.blocks.iter().map(|block| (0..k).map(|i| i * block.len()).collect()).collect();
-        let y = self.rows(step.value);
-        scratch::with(conv.groups * k, |x: &mut [T]| {
+        let results = self.results(step.value, 0, 0, &mut [], 0);
+        scratch::with(conv.groups * k, |x: &mut [S::Wide]| {
             // SAFETY: sources are earlier values.
             unsafe { self.gather(&step.source, x) };
             let threads = if conv.weights() < PARALLEL_WEIGHTS { 1 } else { self.threads };
@@ -72,7 +73,7 @@ impl<T: WideElement> Pass<'_, T> {
                 // task's own.
                 unsafe {
                     let (weights, x) = (packed.block(g, block), &x[g * k..][..k]);
-                    let y = y.ptr().add(g * m + block.start);
+                    let y = results.0.ptr().add(g * m + block.start);
                     multiply_rows(
                         self.isa,
                         (weights.as_ptr(), &starts[b]),
@@ -89,10 +90,11 @@ impl<T: WideElement> Pass<'_, T> {
         unsafe {
             let y = &mut *self.single(step.value);
             if let Some(x) = packed.bias(0..y.len()) {
-                let (activation, affine) = (Activation::Identity, (T::ONE, T::default()));
-                self.isa.run(Activate { activation, x, affine, factors: Factors::ONE, add: true, y, slopes: None });
+                let (activation, affine) = (Activation::Identity, (S::Wide::ONE, S::Wide::default()));
+                let factors = Factors::ONE;
+                self.isa.run(Activate::<S::Wide> { activation, x, affine, factors, add: true, y, slopes: None });
             }
-            self.apply_view(step.value, 0..conv.groups * m, 0..1);
+            self.apply_view(step.value, 0..conv.groups * m, 1, results);
         }
     }
 }

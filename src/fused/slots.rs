@@ -107,9 +107,70 @@ impl Program {
             (0..count).map(|value| if own(value) { (size(value), lives[value].clone()) } else { (0, 0..0) }).collect();
         let mut gradients = Slots::new(&gradients);
         gradients.offsets = owners.iter().map(|&owner| gradients.offsets[owner]).collect();
-        let kept: Vec<_> = self.values.iter().map(|value| (value.kept(), 0..count)).collect();
         let reused: Vec<_> = (0..count).map(|value| (size(value), value..last[value])).collect();
-        let (kept, reused) = (Slots::new(&kept), Slots::new(&reused));
-        (self.kept, self.reused, self.gradients) = (kept, reused, gradients);
+        (self.reused, self.gradients) = (Slots::new(&reused), gradients);
+        self.place_kept(&last);
+    }
+
+    /// Places what is kept for the backward pass, and what that computes anew, a segment at a time.
+    fn place_kept(&mut self, last: &[usize]) {
+        let count = self.values.len();
+        let all = 0..self.steps.len();
+        self.segments = if self.recompute { self.best_segments(last) } else { vec![all] };
+        let mut lives = vec![0..count; count];
+        let mut inner = vec![false; count];
+        for segment in self.segments.iter().filter(|_| self.segments.len() > 1) {
+            for value in segment.start + 1..=segment.end {
+                inner[value] = last[value] <= segment.end || value == self.output;
+                if inner[value] {
+                    lives[value] = segment.start + 1..segment.end;
+                }
+            }
+        }
+        let place = |wanted: bool| {
+            let size = |value: usize| if inner[value] == wanted { self.values[value].kept() } else { 0 };
+            let things: Vec<_> = (0..count).map(|value| (size(value), lives[value].clone())).collect();
+            Slots::new(&things)
+        };
+        let (mut kept, anew) = (place(false), place(true));
+        for value in (0..count).filter(|&value| inner[value]) {
+            kept.offsets[value] = anew.offsets[value];
+        }
+        self.recomputed = if inner.contains(&true) { inner } else { Vec::new() };
+        (self.kept, self.inner) = (kept, anew);
+    }
+
+    /// The segments of the steps that need the least memory: for what later ones read, and for all
+    /// values of the largest.
+    fn best_segments(&self, last: &[usize]) -> Vec<Range<usize>> {
+        let (count, size) = (self.steps.len(), |value: usize| self.values[value].kept());
+        // Values of all steps before one, and of those before that are read from there on.
+        let (mut before, mut read) = (vec![0; count + 1], vec![0; count + 1]);
+        for value in 1..=count {
+            before[value] = before[value - 1] + size(value);
+            let crossed = if value == self.output { value } else { last[value] };
+            (value..crossed).for_each(|cut| read[cut] += size(value));
+        }
+        let needed = |parts: usize| {
+            let most = before[count] / parts;
+            // The least that is kept, with a cut after this many steps, and where the cut before
+            // is.
+            let mut kept = vec![(0, 0); count + 1];
+            for cut in 1..=count {
+                let starts =
+                    (0..cut).rev().take_while(|&start| start + 1 == cut || before[cut] - before[start] <= most);
+                let best = starts.map(|start| (kept[start].0, start)).min().unwrap_or((0, 0));
+                kept[cut] = (best.0 + read[cut], best.1);
+            }
+            let mut cuts = vec![count];
+            while let Some(&cut) = cuts.last().filter(|&&cut| cut > 0) {
+                cuts.push(kept[cut].1);
+            }
+            let segments: Vec<_> = cuts.windows(2).rev().map(|cuts| cuts[1]..cuts[0]).collect();
+            let largest = segments.iter().map(|segment| before[segment.end] - before[segment.start]).max();
+            (kept[count].0 + largest.unwrap_or(0), segments)
+        };
+        let ways = [1, 2, 3, 4, 6, 8, 12, 16, 24].map(needed);
+        ways.into_iter().min_by_key(|(memory, _)| *memory).expect("at least one").1
     }
 }

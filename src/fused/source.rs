@@ -9,30 +9,33 @@ use super::pass::Pass;
 use super::program::{Row, Source};
 use crate::microkernels::activations::Activation;
 use crate::microkernels::norm_act::{Activate, ActivateGrad, Factors, Kept, MeanGrad, NormGrad};
-use crate::simd::element::WideElement;
+use crate::simd::element::{Element, is_wide};
 
 /// Sums of one row of a source over some pixels: the gradients by its norm's beta and gamma.
 pub(super) type NormSums = [f64; 2];
 
-impl<T: WideElement> Pass<'_, T> {
-    /// The source's channel over some pixels: the value's own memory where that is all it is, else
-    /// written to `buffer`; and to `slopes` the derivatives of each of its rows' activations, one
-    /// row after the other.
+impl<S: Element> Pass<'_, S> {
+    /// The source's channel over some pixels: the value's own memory where that is all it is and it
+    /// is stored as it is computed with, else written to `buffer`; and to `slopes` the derivatives
+    /// of each of its rows' activations, one row after the other.
     ///
-    /// # Safety The values that the source reads must have been written, and not be written while
-    /// the result is in use.
+    /// # Safety
+    /// The values that the source reads must have been written, and not be written while the result
+    /// is in use.
     pub(super) unsafe fn load<'b>(
         &'b self,
         source: &Source,
         channel: usize,
         pixels: Range<usize>,
-        buffer: &'b mut [T],
-        slopes: Option<&mut [T]>,
-    ) -> &'b [T] {
+        buffer: &'b mut [S::Wide],
+        slopes: Option<&mut [S::Wide]>,
+    ) -> &'b [S::Wide] {
         let rows = source.channel(channel);
         match rows {
             // SAFETY: the caller's promise.
-            [row] if self.plain(row) => unsafe { self.row(row.value, row.channel, pixels) },
+            [row] if self.plain(row) => unsafe {
+                S::widened(self.isa, self.row(row.value, row.channel, pixels), buffer)
+            },
             _ => {
                 let buffer = &mut buffer[..pixels.len()];
                 // SAFETY: the caller's promise.
@@ -52,8 +55,8 @@ impl<T: WideElement> Pass<'_, T> {
         source: &Source,
         channels: Range<usize>,
         pixels: &Range<usize>,
-        buffer: &'b mut [T],
-    ) -> (&'b [T], usize) {
+        buffer: &'b mut [S::Wide],
+    ) -> (&'b [S::Wide], usize) {
         let rows = &source.rows[source.starts[channels.start]..source.starts[channels.end]];
         let (first, len) = (&rows[0], pixels.len());
         let step = rows.get(1).map_or(Some(0), |row| row.channel.checked_sub(first.channel));
@@ -66,7 +69,9 @@ impl<T: WideElement> Pass<'_, T> {
             let step = step.unwrap_or(0) * self.row_len(first.value);
             let all = pixels.start..pixels.end + (channels.len() - 1) * step;
             // SAFETY: the caller's promise; the last row is inside the value.
-            return (unsafe { self.row(first.value, first.channel, all) }, step);
+            if let Some(own) = S::as_wide(unsafe { self.row(first.value, first.channel, all) }) {
+                return (own, step);
+            }
         }
         let buffer = &mut buffer[..channels.len() * len];
         for (channel, y) in channels.zip(buffer.chunks_exact_mut(len)) {
@@ -93,14 +98,15 @@ impl<T: WideElement> Pass<'_, T> {
         source: &Source,
         first: usize,
         pixels: &Range<usize>,
-        buffer: &mut [T],
+        buffer: &mut [S::Wide],
         tile: usize,
         offsets: &mut [usize],
-        mut slopes: Option<&mut [T]>,
-    ) -> *const T {
+        mut slopes: Option<&mut [S::Wide]>,
+    ) -> *const S::Wide {
         let bounds = &source.starts[first..=first + offsets.len()];
         let rows = &source.rows[bounds[0]..bounds[offsets.len()]];
-        if rows.len() == offsets.len() && rows.iter().all(|row| self.plain(row)) {
+        let own = |row: &Row| self.plain(row) && self.is_recomputed(row.value) == self.is_recomputed(rows[0].value);
+        if is_wide::<S>() && rows.len() == offsets.len() && rows.iter().all(own) {
             return self.row_offsets(rows, pixels.start, offsets);
         }
         for (i, (offset, y)) in offsets.iter_mut().zip(buffer.chunks_exact_mut(tile)).enumerate() {
@@ -112,25 +118,30 @@ impl<T: WideElement> Pass<'_, T> {
         buffer.as_ptr()
     }
 
-    /// The rows' values from a pixel on: the start of what `offsets` count from.
-    pub(super) fn row_offsets(&self, rows: &[Row], pixel: usize, offsets: &mut [usize]) -> *const T {
+    /// The rows' values from a pixel on, which must be stored as they are computed with and in one
+    /// memory: the start of what `offsets` count from.
+    pub(super) fn row_offsets(&self, rows: &[Row], pixel: usize, offsets: &mut [usize]) -> *const S::Wide {
+        assert!(is_wide::<S>());
         for (offset, row) in offsets.iter_mut().zip(rows) {
             *offset = self.offsets[row.value] + row.channel * self.row_len(row.value) + pixel;
         }
-        self.start.ptr()
+        self.memory(rows[0].value).ptr().cast()
     }
 
     /// The gates of a source's channels, if the source is nothing but values of one image times
-    /// these: then a convolution's weights can be scaled instead of its pixels.
-    pub(super) fn gates(&self, source: &Source) -> Option<Vec<T>> {
+    /// these: then a convolution's weights can be scaled instead of its pixels. (Not where these
+    /// have to be widened: then they are as well multiplied.)
+    pub(super) fn gates(&self, source: &Source) -> Option<Vec<S::Wide>> {
         let simple = |row: &Row| self.pure(row) && !self.masked(row);
-        let gated = self.stores_views
+        let gated = is_wide::<S>()
+            && self.stores_views
             && self.count == 1
             && source.rows.len() == source.channels()
             && source.rows.iter().any(|row| row.gate.is_some())
             && source.rows.iter().all(simple);
         // SAFETY: gates are values of earlier steps, of one pixel an image.
-        let gate = |row: &Row| row.gate.map_or(T::ONE, |(value, channel)| unsafe { self.row(value, channel, 0..1)[0] });
+        let stored = |(value, channel)| unsafe { self.row(value, channel, 0..1)[0].widen() };
+        let gate = |row: &Row| row.gate.map_or(S::Wide::ONE, stored);
         gated.then(|| source.rows.iter().map(gate).collect())
     }
 
@@ -143,8 +154,8 @@ impl<T: WideElement> Pass<'_, T> {
         source: &Source,
         channel: usize,
         pixels: Range<usize>,
-        y: &mut [T],
-        mut slopes: Option<&mut [T]>,
+        y: &mut [S::Wide],
+        mut slopes: Option<&mut [S::Wide]>,
     ) {
         let rows = source.channel(channel);
         let len = pixels.len();
@@ -186,15 +197,21 @@ impl<T: WideElement> Pass<'_, T> {
     }
 
     /// Scale and shift of a row.
-    pub(super) fn affine(&self, row: &Row) -> (T, T) {
-        row.norm.filter(|_| !self.is_applied(row)).map_or((T::ONE, T::default()), |norm| self.affine[norm])
+    pub(super) fn affine(&self, row: &Row) -> (S::Wide, S::Wide) {
+        let norm = row.norm.filter(|_| !self.is_applied(row));
+        norm.map_or((S::Wide::ONE, S::Wide::default()), |norm| self.affine[norm])
+    }
+
+    /// Mean and inverse standard deviation of a row's norm.
+    pub(super) fn moments(&self, row: &Row) -> (S::Wide, S::Wide) {
+        row.norm.map_or_else(Default::default, |norm| self.moments[norm])
     }
 
     /// Gates and masks of a row over some pixels of a source.
     ///
     /// # Safety
     /// Gates must have been written, and not be written while the result is in use.
-    unsafe fn factors(&self, row: &Row, source: &Source, pixels: &Range<usize>) -> Factors<'_, T> {
+    unsafe fn factors(&self, row: &Row, source: &Source, pixels: &Range<usize>) -> Factors<'_, S> {
         let mask = row.mask.filter(|_| !self.masks.is_empty());
         if row.gate.is_none() && mask.is_none() {
             return Factors::ONE;
@@ -204,12 +221,12 @@ impl<T: WideElement> Pass<'_, T> {
         // SAFETY: the caller's promise.
         let gates = row.gate.map(|(value, channel)| unsafe { self.row(value, channel, images.clone()) });
         let masks = mask.map(|mask| &self.masks[mask * self.count..][images]);
-        let sets = [gates, masks].map(Option::unwrap_or_default);
+        let sets = (gates.unwrap_or_default(), masks.unwrap_or_default());
         Factors { pixels: image, skipped: pixels.start % image, sets }
     }
 }
 
-impl<T: WideElement> Tape<'_, '_, T> {
+impl<S: Element> Tape<'_, '_, S> {
     /// Adds the gradient by a source's channel over some pixels to those of the values that it was
     /// read from. `slopes` and `values` are what [`Pass::load`] wrote of them, if they are still
     /// there.
@@ -221,9 +238,9 @@ impl<T: WideElement> Tape<'_, '_, T> {
         source: &Source,
         channel: usize,
         pixels: Range<usize>,
-        grad: &[T],
-        slopes: Option<&[T]>,
-        values: Option<&[T]>,
+        grad: &[S::Wide],
+        slopes: Option<&[S::Wide]>,
+        values: Option<&[S::Wide]>,
         sums: &mut [NormSums],
     ) {
         let rows = source.channel(channel);
@@ -251,7 +268,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
                 factors,
                 grad,
                 kept,
-                moments: row.norm.map_or((T::default(), T::default()), |norm| self.pass.moments[norm]),
+                moments: self.pass.moments(row),
                 add: !row.first,
                 grad_x,
                 grad_factors,
@@ -271,16 +288,16 @@ impl<T: WideElement> Tape<'_, '_, T> {
         value: usize,
         first: usize,
         pixels: &Range<usize>,
-        buffer: &mut [T],
+        buffer: &mut [S::Wide],
         tile: usize,
         offsets: &mut [usize],
-    ) -> *const T {
+    ) -> *const S::Wide {
         let len = self.pass.row_len(value);
-        if self.is_gradient() {
+        if is_wide::<S>() && self.is_gradient() {
             for (i, offset) in offsets.iter_mut().enumerate() {
                 *offset = self.grad_row(value, first + i) * len + pixels.start;
             }
-            return self.rows(value).ptr();
+            return self.rows(value).ptr().cast();
         }
         for (i, (offset, y)) in offsets.iter_mut().zip(buffer.chunks_exact_mut(tile)).enumerate() {
             // SAFETY: the caller's promise.
@@ -296,8 +313,8 @@ impl<T: WideElement> Tape<'_, '_, T> {
     }
 
     /// The gradient by a value's channel over some pixels, its batch norm's statistics and its mean
-    /// taken into account: the gathered gradient's own memory where there are none, else written to
-    /// `buffer`.
+    /// taken into account: the gathered gradient's own memory where there are none and it is stored
+    /// as it is computed with, else written to `buffer`.
     ///
     /// # Safety
     /// [`Tape::prepare_norm_grad`] must have been called for the value.
@@ -306,12 +323,12 @@ impl<T: WideElement> Tape<'_, '_, T> {
         value: usize,
         channel: usize,
         pixels: Range<usize>,
-        buffer: &'b mut [T],
-    ) -> &'b [T] {
+        buffer: &'b mut [S::Wide],
+    ) -> &'b [S::Wide] {
         // SAFETY: the caller's promise: nobody writes to it any more.
-        let w: &[T] = unsafe { self.grad(value, channel, pixels.clone()) };
+        let w: &[S] = unsafe { self.grad(value, channel, pixels.clone()) };
         if self.is_gradient() {
-            return w;
+            return S::widened(self.pass.isa, w, buffer);
         }
         let y = &mut buffer[..w.len()];
         // SAFETY: the forward pass wrote the value.
@@ -320,7 +337,7 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let mean = self.mean_grads.get(channel * self.pass.count..).filter(|grads| !grads.is_empty()).map(|grads| {
             let (row, image) = (self.mean_row(value, channel), self.pass.program.values[value].pixels());
             let images = pixels.start / image..pixels.end.div_ceil(image);
-            let factors = Factors { pixels: image, skipped: pixels.start % image, sets: [&grads[images], &[]] };
+            let factors = Factors { pixels: image, skipped: pixels.start % image, sets: (&[][..], &grads[images]) };
             MeanGrad { activation: row.activation, affine: self.pass.affine(row), factors }
         });
         self.pass.isa.run(NormGrad { w, x, constants, mean, y: &mut *y });

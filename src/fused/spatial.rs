@@ -27,7 +27,7 @@ use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
 use crate::shape::Axis;
 use crate::simd::IsaKind;
-use crate::simd::element::{WideElement, writable};
+use crate::simd::element::{Element, WideElement, writable};
 use crate::simd::mul_acc::Fma;
 
 /// The phases of a convolution's output and of its input's gradient, along both axes.
@@ -69,7 +69,7 @@ struct Spatial<'s, T> {
     sums: PartSums<Statistics>,
 }
 
-impl<T: WideElement> Pass<'_, T> {
+impl<S: Element> Pass<'_, S> {
     /// Makes the value of a convolution, and its statistics.
     pub(super) fn spatial(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         let value = &self.program.values[step.value];
@@ -84,7 +84,7 @@ impl<T: WideElement> Pass<'_, T> {
             conv,
             packed,
             block,
-            views: views::<T>(&planes, vertical, horizontal, conv.group_in),
+            views: views::<S::Wide>(&planes, vertical, horizontal, conv.group_in),
             planes,
             phases: [vertical, horizontal],
             sums: PartSums::statistics(parts, conv.groups * conv.group_out),
@@ -107,15 +107,23 @@ impl<T: WideElement> Pass<'_, T> {
 
 impl<T: WideElement> Spatial<'_, T> {
     /// Some blocks of a group's output channels for some images.
-    fn task(&self, pass: &Pass<'_, T>, g: usize, blocks: &[Range<usize>], images: Range<usize>, part: usize) {
+    fn task<S: Element<Wide = T>>(
+        &self,
+        pass: &Pass<'_, S>,
+        g: usize,
+        blocks: &[Range<usize>],
+        images: Range<usize>,
+        part: usize,
+    ) {
         let (step, planes) = (self.step, &self.planes);
         let (k, m, pixels) = (self.conv.group_in, self.conv.group_out, step.source.pixels());
         let value = &pass.program.values[step.value];
         let rows = value.height * planes.pitch;
         let y_offsets = rows_of(m, rows);
-        let sizes = [k * planes.len::<T>(), m * rows, self.block * pixels];
+        let tile = Pass::<S>::tile_len(self.block * value.pixels());
+        let sizes = [k * planes.len::<T>(), m * rows, self.block * pixels, tile];
         scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-            let [padded, results, buffer] = cut(memory, sizes);
+            let [padded, results, buffer, tile] = cut(memory, sizes);
             padded.fill(T::default());
             for images in chunks(images, self.block) {
                 for (i, padded) in padded.chunks_exact_mut(planes.len::<T>()).enumerate() {
@@ -136,19 +144,28 @@ impl<T: WideElement> Spatial<'_, T> {
                 let outputs = blocks[0].start..blocks[blocks.len() - 1].end;
                 let results = results.chunks_exact(rows).enumerate();
                 for (o, result) in results.skip(outputs.start).take(outputs.len()) {
-                    self.write(pass, g * m + o, &images, result, part);
+                    self.write(pass, g * m + o, &images, result, &mut *tile, part);
                 }
             }
         });
     }
 
     /// Writes an output channel's results for some images.
-    fn write(&self, pass: &Pass<'_, T>, channel: usize, images: &Range<usize>, result: &[T], part: usize) {
+    fn write<S: Element<Wide = T>>(
+        &self,
+        pass: &Pass<'_, S>,
+        channel: usize,
+        images: &Range<usize>,
+        result: &[T],
+        tile: &mut [T],
+        part: usize,
+    ) {
         let value = &pass.program.values[self.step.value];
         let ([vertical, _], planes, out_pixels) = (self.phases, &self.planes, value.pixels());
         let range = images.start * out_pixels..images.end * out_pixels;
-        // SAFETY: these images of the channel's row, which are the task's own.
-        let y = unsafe { pass.row_mut(self.step.value, channel, range.clone()) };
+        let results = pass.results(self.step.value, channel, range.start, tile, range.len());
+        // SAFETY: these images of the channel's row, which are the task's own, or the tile.
+        let y = unsafe { std::slice::from_raw_parts_mut(results.0.ptr(), range.len()) };
         for (i, y) in y.chunks_exact_mut(out_pixels).enumerate() {
             let result = (&result[i * planes.step..], 0, planes.pitch);
             let rows = (vertical, 0..vertical.count);
@@ -157,7 +174,7 @@ impl<T: WideElement> Spatial<'_, T> {
         // SAFETY: just written, and `y` is not used any more; statistics of this task alone.
         unsafe {
             let channels = channel..channel + 1;
-            pass.apply_epilogue(self.step.value, channels.clone(), range, self.sums.of(part, channels));
+            pass.apply_epilogue(self.step.value, channels.clone(), range, results, self.sums.of(part, channels));
         }
     }
 }
@@ -215,7 +232,7 @@ struct SpatialGrad<'s, T> {
     grads: ParameterGrads<T>,
 }
 
-impl<T: WideElement> Tape<'_, '_, T> {
+impl<S: Element> Tape<'_, '_, S> {
     /// Goes back through a convolution.
     pub(super) fn spatial(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;
@@ -229,8 +246,8 @@ impl<T: WideElement> Tape<'_, '_, T> {
         let kernel = |(v, h)| PhaseKernel::new(pass.isa, conv, &grad_planes, [v, h], weights);
         let kernels: Vec<_> = pairs(&phases.backward).filter(|_| step.differentiate).map(kernel).collect();
         let first = grad_planes.tap([0, 0]);
-        let a_offsets: Vec<_> = (0..m).map(|o| o * grad_planes.len::<T>() + first).collect();
-        let b_offsets = views::<T>(&planes, &phases.forward[0][0], &phases.forward[1][0], k);
+        let a_offsets: Vec<_> = (0..m).map(|o| o * grad_planes.len::<S::Wide>() + first).collect();
+        let b_offsets = views::<S::Wide>(&planes, &phases.forward[0][0], &phases.forward[1][0], k);
         let back = SpatialGrad {
             products: MatmulNt::new(pass.isa, Fma, [m, b_offsets.len()], 1),
             views: [a_offsets, b_offsets],
@@ -266,7 +283,14 @@ impl<T: WideElement> SpatialGrad<'_, T> {
     }
 
     /// A group's gradients over some images.
-    fn task(&self, tape: &Tape<'_, '_, T>, g: usize, images: Range<usize>, part: usize, sums: &mut [NormSums]) {
+    fn task<S: Element<Wide = T>>(
+        &self,
+        tape: &Tape<'_, '_, S>,
+        g: usize,
+        images: Range<usize>,
+        part: usize,
+        sums: &mut [NormSums],
+    ) {
         let (step, pass, block, pixels) = (self.step, tape.pass, self.block, self.pixels());
         let (k, m) = (self.conv.group_in, self.conv.group_out);
         let sets = self.phases.backward[1].len() * most_pixels(&self.phases.backward[0]);
@@ -309,9 +333,9 @@ impl<T: WideElement> SpatialGrad<'_, T> {
 
     /// Pads the planes of a group's gradient and of what it was made of, whose slopes it keeps; and
     /// adds to the gradient by the bias.
-    fn pad(
+    fn pad<S: Element<Wide = T>>(
         &self,
-        tape: &Tape<'_, '_, T>,
+        tape: &Tape<'_, '_, S>,
         g: usize,
         images: &Range<usize>,
         [grads, padded, buffer, slopes]: [&mut [T]; 4],
@@ -339,9 +363,9 @@ impl<T: WideElement> SpatialGrad<'_, T> {
     }
 
     /// Adds to the gradient by a group's weights.
-    fn add_weights(
+    fn add_weights<S: Element<Wide = T>>(
         &self,
-        tape: &Tape<'_, '_, T>,
+        tape: &Tape<'_, '_, S>,
         g: usize,
         images: &Range<usize>,
         [grads, padded]: [&[T]; 2],
@@ -364,7 +388,7 @@ impl<T: WideElement> SpatialGrad<'_, T> {
     }
 
     /// The gradient by a group's weights where something is not a number: see [`sum_seen`].
-    fn sum_seen(&self, tape: &Tape<'_, '_, T>, g: usize, images: &Range<usize>, exact: &mut [T]) {
+    fn sum_seen<S: Element<Wide = T>>(&self, tape: &Tape<'_, '_, S>, g: usize, images: &Range<usize>, exact: &mut [T]) {
         let (step, pixels, out_pixels) = (self.step, self.pixels(), self.out_pixels());
         let (k, m, width) = (self.conv.group_in, self.conv.group_out, self.conv.window.kernel[1]);
         let phases = [&self.phases.forward[0][0], &self.phases.forward[1][0]];
@@ -394,7 +418,14 @@ impl<T: WideElement> SpatialGrad<'_, T> {
 
     /// The gradient by the planes of some images of all of a group's input channels, from the
     /// group's planes of the gradient by the output.
-    fn multiply(&self, pass: &Pass<'_, T>, g: usize, grads: &[T], results: &mut [T], grad_x: &mut [T]) {
+    fn multiply<S: Element<Wide = T>>(
+        &self,
+        pass: &Pass<'_, S>,
+        g: usize,
+        grads: &[T],
+        results: &mut [T],
+        grad_x: &mut [T],
+    ) {
         let (planes, channels, pixels) = (&self.grad_planes, self.conv.group_in, self.pixels());
         let [vertical, horizontal] = &self.phases.backward;
         let images = grad_x.len() / pixels / channels;

@@ -3,13 +3,15 @@
 
 use std::mem::MaybeUninit;
 
+use half::bf16;
+
 use super::builder::{
     Builder, CLIP, ELU, GELU, GELU_TANH, HARD_SWISH, LEAKY_RELU, MISH, RELU6, SIGMOID, SWISH, Term, Window, term,
 };
 use super::{Arguments, Inference, Program, backward, forward, infer};
 use crate::shape::Order;
 use crate::simd::IsaKind;
-use crate::simd::element::WideElement;
+use crate::simd::element::Element;
 
 /// Values 0 to 7: the input (4 channels), a grouped convolution, a strided depthwise one of what a
 /// norm and swish make of it, the mean, a gate, a convolution of the gated with permuted channels,
@@ -91,12 +93,43 @@ fn activations() -> Vec<i64> {
     program.integers()
 }
 
+/// Twelve convolutions of what norms and swish make of the one before, each third with a gate and
+/// the sum with the one three before it.
+fn chain() -> Vec<i64> {
+    let mut program = Builder::new([4, 3, 5]);
+    let mut last = program.conv(Window::square(3, 1, 1), 1, true, &[term(0, 0..4)], [4, 3, 5]);
+    let mut before = last;
+    for i in 0..12 {
+        let norm = program.norm(4, true);
+        let swish = term(last, 0..4).norm(norm).activation(SWISH, &[]);
+        let mut terms = vec![swish.clone()];
+        if i % 3 == 2 {
+            let mean = program.mean(&[swish.clone()], 4);
+            let gate = program.copy(&[term(mean, 0..4).activation(SIGMOID, &[])], [4, 1, 1]);
+            terms = vec![swish.gate(gate), term(before, 0..4)];
+        }
+        let window = [Window::square(1, 1, 0), Window::square(3, 1, 1)][i % 2];
+        let groups = [2, 4][i % 2];
+        last = program.conv(window, groups, false, &terms, [4, 3, 5]);
+        if i % 3 == 2 {
+            before = last;
+        }
+    }
+    program.integers()
+}
+
+/// The program whose backward pass computes values anew.
+fn recomputing(mut program: Vec<i64>) -> Vec<i64> {
+    program[2] |= 2;
+    program
+}
+
 /// Every program that is tested.
 fn programs() -> [Vec<i64>; 5] {
     [gated(), pooling(), windows(), dense(), activations()]
 }
 
-fn values<T: WideElement>(len: usize, seed: u64) -> Vec<T> {
+fn values<T: Element>(len: usize, seed: u64) -> Vec<T> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -106,31 +139,33 @@ fn values<T: WideElement>(len: usize, seed: u64) -> Vec<T> {
 }
 
 /// Calls `write` with memory that is full of NaN.
-fn filled<T: WideElement>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
+fn filled<T: Element>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
     let mut memory = vec![MaybeUninit::new(T::from_f64(f64::NAN)); len];
     write(&mut memory);
     // SAFETY: initialised above.
     memory.into_iter().map(|value| unsafe { value.assume_init() }).collect()
 }
 
-struct Case<T> {
+/// A call of a program whose values are stored as `S`.
+struct Case<S: Element> {
     program: Program,
     count: usize,
-    x: Vec<T>,
-    parameters: Vec<T>,
-    masks: Vec<T>,
-    weights: Vec<T>,
+    order: Order,
+    x: Vec<S>,
+    parameters: Vec<S::Wide>,
+    masks: Vec<S::Wide>,
+    weights: Vec<S>,
 }
 
 /// Images; few under Miri, which needs a minute for each.
 const COUNT: usize = if cfg!(miri) { 1 } else { 3 };
 
-impl<T: WideElement> Case<T> {
+impl<S: Element> Case<S> {
     fn new(program: Program, count: usize) -> Self {
         let parameters = values(program.parameters(), 2);
-        let masks = (0..count * program.masks()).map(|i| T::from_f64([2.0, 0.0][i % 2])).collect();
+        let masks = (0..count * program.masks()).map(|i| S::Wide::from_f64([2.0, 0.0][i % 2])).collect();
         let [x, weights] = program.sizes().map(|size| count * size.iter().product::<usize>());
-        Self { program, count, x: values(x, 1), parameters, masks, weights: values(weights, 3) }
+        Self { program, count, order: Order::Nchw, x: values(x, 1), parameters, masks, weights: values(weights, 3) }
     }
 
     /// Of each program.
@@ -138,19 +173,34 @@ impl<T: WideElement> Case<T> {
         programs().map(|program| Self::new(Program::parse(&program).unwrap(), COUNT))
     }
 
-    fn arguments(&self, isa: IsaKind) -> Arguments<'_, T> {
+    /// The same call of another type, but the program.
+    fn to<R: Element>(&self, program: Program) -> Case<R> {
+        let stored = |values: &[S]| values.iter().map(|value| R::from_f64(value.to_f64())).collect();
+        let wide = |values: &[S::Wide]| values.iter().map(|value| R::Wide::from_f64(value.to_f64())).collect();
+        Case {
+            program,
+            count: self.count,
+            order: self.order,
+            x: stored(&self.x),
+            parameters: wide(&self.parameters),
+            masks: wide(&self.masks),
+            weights: stored(&self.weights),
+        }
+    }
+
+    fn arguments(&self, isa: IsaKind) -> Arguments<'_, S::Wide> {
         Arguments {
             isa,
             program: &self.program,
             count: self.count,
-            order: Order::Nchw,
+            order: self.order,
             parameters: &self.parameters,
             masks: &self.masks,
         }
     }
 
     /// Output, statistics and workspace.
-    fn forward(&self, isa: IsaKind) -> [Vec<T>; 3] {
+    fn forward(&self, isa: IsaKind) -> (Vec<S>, Vec<S::Wide>, Vec<S>) {
         let arguments = self.arguments(isa);
         let (mut statistics, mut workspace) = (Vec::new(), Vec::new());
         let y = filled(self.weights.len(), |y| {
@@ -160,24 +210,32 @@ impl<T: WideElement> Case<T> {
                 });
             });
         });
-        [y, statistics, workspace]
+        (y, statistics, workspace)
     }
 
     /// The weighted sum of the output.
     fn loss(&self, isa: IsaKind) -> f64 {
-        self.forward(isa)[0].iter().zip(&self.weights).map(|(&y, &w)| y.to_f64() * w.to_f64()).sum()
+        self.forward(isa).0.iter().zip(&self.weights).map(|(&y, &w)| y.to_f64() * w.to_f64()).sum()
     }
 
     /// Gradients by input and parameters.
-    fn gradients(&self, isa: IsaKind) -> [Vec<T>; 2] {
-        let [_, statistics, workspace] = self.forward(isa);
+    fn gradients(&self, isa: IsaKind) -> (Vec<S>, Vec<S::Wide>) {
+        let (_, statistics, workspace) = self.forward(isa);
         let mut grad_parameters = Vec::new();
         let grad_x = filled(self.x.len(), |grad_x| {
             grad_parameters = filled(self.parameters.len(), |grad| {
                 backward(&self.arguments(isa), false, &statistics, &workspace, &self.weights, grad_x, grad);
             });
         });
-        [grad_x, grad_parameters]
+        (grad_x, grad_parameters)
+    }
+
+    /// Output and gradients by input and parameters.
+    fn results(&self, isa: IsaKind) -> [Vec<f64>; 3] {
+        let (grad_x, grad_parameters) = self.gradients(isa);
+        let stored = |values: &[S]| values.iter().map(|value| value.to_f64()).collect();
+        let grad_parameters = grad_parameters.iter().map(|value| value.to_f64()).collect();
+        [stored(&self.forward(isa).0), stored(&grad_x), grad_parameters]
     }
 }
 
@@ -191,7 +249,7 @@ fn gradients_are_finite_differences() {
 
 fn finite_differences(mut case: Case<f64>) {
     let isa = IsaKind::available()[0];
-    let [grad_x, grad_parameters] = case.gradients(isa);
+    let (grad_x, grad_parameters) = case.gradients(isa);
     let h = 1e-6;
     for (i, grad) in grad_parameters.iter().enumerate() {
         let value = case.parameters[i];
@@ -218,10 +276,56 @@ fn every_instruction_set_agrees() {
     let portable = IsaKind::by_name("portable").unwrap();
     let cases = || Case::<f64>::all().into_iter().zip(Case::<f32>::all());
     for (isa, (exact, case)) in IsaKind::available().into_iter().flat_map(|isa| cases().map(move |case| (isa, case))) {
-        let expected = [exact.forward(portable)[0].clone(), exact.gradients(portable).concat()];
-        for (found, expected) in [case.forward(isa)[0].clone(), case.gradients(isa).concat()].iter().zip(&expected) {
+        for (found, expected) in case.results(isa).into_iter().zip(exact.results(portable)) {
             for (found, expected) in found.iter().zip(expected) {
-                assert!((f64::from(*found) - expected).abs() < 1e-4 * expected.abs().max(1.0), "{}", isa.name());
+                assert!((found - expected).abs() < 1e-4 * expected.abs().max(1.0), "{}", isa.name());
+            }
+        }
+    }
+}
+
+/// What is stored is rounded by up to 2^-9, the output, each value on the way there and each
+/// gradient on the way back: of the largest number, up to 4 %.
+#[test]
+fn stored_as_bfloat16_it_is_nearly_the_same() {
+    let first = IsaKind::available()[0];
+    for (index, mut case) in Case::<bf16>::all().into_iter().enumerate() {
+        for order in [Order::Nchw, Order::Nhwc] {
+            case.order = order;
+            let exact = case.to::<f64>(Program::parse(&programs()[index]).unwrap());
+            let expected = exact.results(first);
+            for isa in IsaKind::available() {
+                for (found, expected) in case.results(isa).iter().zip(&expected) {
+                    let largest = expected.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
+                    for (found, expected) in found.iter().zip(expected) {
+                        let error = (found - expected).abs() / largest;
+                        assert!(error < 0.04, "program {index}, {}, {order:?}: {error}", isa.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Inference of bfloat16 has the sums of float32, whatever the number of images.
+#[test]
+fn inference_in_bfloat16_is_nearly_that_of_floats() {
+    for (index, mut case) in Case::<bf16>::all().into_iter().enumerate() {
+        case.masks.clear();
+        let exact = case.to::<f32>(Program::parse(&programs()[index]).unwrap());
+        for isa in IsaKind::available() {
+            let (_, statistics, _) = exact.forward(isa);
+            for count in [1, COUNT] {
+                let [x, y] = [&case.x, &case.weights].map(|images| images.len() / COUNT * count);
+                let (program, order) = (&exact.program, exact.order);
+                let (parameters, statistics) = (&[&exact.parameters[..]], &[&statistics[..]]);
+                let inference = Inference { isa, program, count, order, parameters, statistics };
+                let found = filled(y, |y| infer(&inference, &case.x[..x], y));
+                let expected = filled(y, |y| infer(&inference, &exact.x[..x], y));
+                let largest = expected.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));
+                for (found, expected) in found.iter().zip(&expected) {
+                    assert!((found.to_f32() - expected).abs() < 0.02 * largest, "program {index}, {}", isa.name());
+                }
             }
         }
     }
@@ -232,7 +336,7 @@ fn inference_is_the_forward_pass_with_given_statistics() {
     let cases = |isa| Case::<f64>::all().map(|case| (isa, case));
     for (isa, mut case) in IsaKind::available().into_iter().flat_map(cases) {
         case.masks.clear();
-        let [y, statistics, _] = case.forward(isa);
+        let (y, statistics, _) = case.forward(isa);
         let Arguments { program, count, order, parameters, .. } = case.arguments(isa);
         let [parameters, statistics] = [parameters, &statistics].map(|values| values.chunks(7).collect::<Vec<_>>());
         // The second time with what is left of the first.
@@ -244,6 +348,33 @@ fn inference_is_the_forward_pass_with_given_statistics() {
             }
         }
     }
+}
+
+#[test]
+fn what_is_computed_anew_is_the_same() {
+    let isa = IsaKind::available()[0];
+    for program in programs().into_iter().chain([chain()]) {
+        let case = Case::<f64>::new(Program::parse(&program).unwrap(), COUNT);
+        let anew = case.to::<f64>(Program::parse(&recomputing(program.clone())).unwrap());
+        let expected = case.results(isa);
+        // Twice: what is kept is not changed.
+        let (_, statistics, workspace) = anew.forward(isa);
+        for _ in 0..2 {
+            let mut grad_parameters = Vec::new();
+            let grad_x = filled(anew.x.len(), |grad_x| {
+                grad_parameters = filled(anew.parameters.len(), |grad| {
+                    let arguments = anew.arguments(isa);
+                    backward::<f64>(&arguments, false, &statistics, &workspace, &anew.weights, grad_x, grad);
+                });
+            });
+            let found = [anew.forward(isa).0, grad_x, grad_parameters];
+            for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
+                assert!((found - expected).abs() < 1e-12 * expected.abs().max(1.0), "{found} {expected}");
+            }
+        }
+    }
+    let kept = |program: &[i64]| Program::parse(program).unwrap().workspace_len(1).unwrap();
+    assert!(10 * kept(&recomputing(chain())) < 6 * kept(&chain()));
 }
 
 #[test]
@@ -289,6 +420,7 @@ fn sizes_are_checked() {
         assert!(error.contains(words), "{changes:?}: {error}");
     };
     refused(&[(1, 2)], "flag of 2");
+    refused(&[(2, 4)], "flags of 4, expected 0 to 3");
     refused(&[(4, 1)], "has 1 values");
     refused(&[(4, 1 << 20)], "expected the input and one for each of 1 to");
     refused(&[(6, 0)], "4 channels, 0x7");
@@ -340,9 +472,9 @@ fn more_images_than_memory_are_an_error() {
 fn without_images_there_are_zeros() {
     let isa = IsaKind::available()[0];
     for case in programs().map(|program| Case::<f32>::new(Program::parse(&program).unwrap(), 0)) {
-        let [y, statistics, _] = case.forward(isa);
+        let (y, statistics, _) = case.forward(isa);
         assert!(y.is_empty() && statistics.iter().all(|&value| value == 0.0));
-        let [grad_x, grad_parameters] = case.gradients(isa);
+        let (grad_x, grad_parameters) = case.gradients(isa);
         assert!(grad_x.is_empty() && grad_parameters.iter().all(|&value| value == 0.0));
     }
 }
@@ -359,6 +491,7 @@ fn changed_programs_run_or_are_refused() {
     let (mut runs, programs) = (0, programs());
     for round in 0..6000 {
         let mut integers = programs[round % programs.len()].clone();
+        integers[2] |= [0, 2][round / programs.len() % 2];
         for _ in 0..1 + random(4) {
             let (place, other) = (random(integers.len()), integers[random(integers.len())]);
             let old = integers[place];
@@ -413,7 +546,7 @@ fn what_is_no_number_reaches_no_other_weight() {
         let program = program.integers();
         let mut case = Case::<f32>::new(Program::parse(&program).unwrap(), 2);
         for place in 0..case.x.len() {
-            let gradient = |case: &Case<f32>| case.gradients(isa)[1].clone();
+            let gradient = |case: &Case<f32>| case.gradients(isa).1;
             let (x, weights) = (case.x.clone(), case.weights.clone());
             // Where a pixel that is 1 among zeros makes a gradient, NaN makes NaN.
             case.x.fill(0.0);

@@ -20,13 +20,13 @@ use super::pass::{Pass, Statistics};
 use super::program::{Conv, Step};
 use super::source::NormSums;
 use crate::conv1x1::dot_nt::MatmulNt;
-use crate::microkernels::conv1x1_nchw::Init;
+use crate::microkernels::conv1x1_nchw::{Init, MAX_ROWS};
 use crate::microkernels::dot_nt::Rows;
 use crate::microkernels::reduce::Sum;
 use crate::microkernels::window_pool::Span;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
-use crate::simd::element::WideElement;
+use crate::simd::element::{Element, WideElement};
 use crate::simd::mul_acc::Fma;
 
 /// Rows that are unfolded at a time, at most, but for those of one channel.
@@ -157,13 +157,13 @@ impl<'s> Unfold<'s> {
     ///
     /// # Safety
     /// The values that the source reads must have been written.
-    unsafe fn unfold<T: WideElement>(
+    unsafe fn unfold<S: Element>(
         &self,
-        pass: &Pass<'_, T>,
+        pass: &Pass<'_, S>,
         channels: Range<usize>,
         tile: &Tile,
-        buffer: &mut [T],
-        (rows, pitch): (&mut [T], usize),
+        buffer: &mut [S::Wide],
+        (rows, pitch): (&mut [S::Wide], usize),
     ) {
         let source = &self.step.source;
         let (seen, len) = (self.source_rows(tile), self.pixels(tile).len());
@@ -175,7 +175,7 @@ impl<'s> Unfold<'s> {
             let x = unsafe { pass.load(source, channel, pixels.clone(), buffer, None) };
             for tap in self.taps() {
                 let row = &mut rows.next().expect("one for each channel and tap")[..len];
-                row.fill(T::default());
+                row.fill(S::Wide::default());
                 self.runs(tile, tap, |to, from, count, stride| {
                     let row = &mut row[to..to + count];
                     if stride == 1 {
@@ -227,22 +227,20 @@ impl<'s> Unfold<'s> {
 struct Unfolded<'s, T> {
     unfold: Unfold<'s>,
     packed: &'s Packed<T>,
-    /// Where unfolded rows and the value's rows start.
+    /// Where unfolded rows start.
     x_offsets: Vec<usize>,
-    y_offsets: Vec<usize>,
     sums: PartSums<Statistics>,
 }
 
-impl<T: WideElement> Pass<'_, T> {
+impl<S: Element> Pass<'_, S> {
     /// Makes the value of a convolution by unfolding, and its statistics.
     pub(super) fn unfolded(&self, step: &Step, conv: &Conv) -> Vec<Statistics> {
         let unfold = Unfold::new(step, conv, self.program.values[step.value].size());
-        let (packed, len, pitch) = (self.weights(step), self.row_len(step.value), unfold.tile_pixels());
+        let (packed, pitch) = (self.weights(step), unfold.tile_pixels());
         let parts = unfold.parts(self.count, PARTS);
         let forward = Unfolded {
             packed,
             x_offsets: (0..unfold.unfolded()).map(|i| i * pitch).collect(),
-            y_offsets: (0..conv.group_out).map(|o| o * len).collect(),
             sums: PartSums::statistics(parts, conv.groups * conv.group_out),
             unfold,
         };
@@ -259,19 +257,27 @@ impl<T: WideElement> Pass<'_, T> {
 
 impl<T: WideElement> Unfolded<'_, T> {
     /// Some blocks of a group's output channels for some images.
-    fn task(&self, pass: &Pass<'_, T>, g: usize, blocks: &[Range<usize>], images: Range<usize>, part: usize) {
+    fn task<S: Element<Wide = T>>(
+        &self,
+        pass: &Pass<'_, S>,
+        g: usize,
+        blocks: &[Range<usize>],
+        images: Range<usize>,
+        part: usize,
+    ) {
         let (unfold, group_in) = (&self.unfold, self.unfold.conv.group_in);
         let pitch = unfold.tile_pixels();
-        let sizes = [unfold.unfolded() * pitch, unfold.step.source.pixels() * unfold.tile[0]];
+        let tile = Pass::<S>::tile_len(unfold.conv.group_out * pitch);
+        let sizes = [unfold.unfolded() * pitch, unfold.step.source.pixels() * unfold.tile[0], tile];
         scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-            let [x, buffer] = cut(memory, sizes);
+            let [x, buffer, results] = cut(memory, sizes);
             for tile in unfold.tiles(images) {
                 for set in unfold.sets() {
                     let channels = g * group_in + set.start..g * group_in + set.end;
                     // SAFETY: sources are values of earlier steps.
                     unsafe { unfold.unfold(pass, channels, &tile, buffer, (&mut *x, pitch)) };
                     for block in blocks {
-                        self.multiply(pass, g, block, (x, &set), unfold.pixels(&tile), part);
+                        self.multiply(pass, g, block, (x, &set), &mut *results, unfold.pixels(&tile), part);
                     }
                 }
             }
@@ -280,28 +286,32 @@ impl<T: WideElement> Unfolded<'_, T> {
 
     /// Adds to a block of a group's output channels what a set of its channels makes, over the
     /// pixels of a tile.
-    fn multiply(
+    fn multiply<S: Element<Wide = T>>(
         &self,
-        pass: &Pass<'_, T>,
+        pass: &Pass<'_, S>,
         g: usize,
         block: &Range<usize>,
         (x, set): (&[T], &Range<usize>),
+        tile: &mut [T],
         pixels: Range<usize>,
         part: usize,
     ) {
-        let (value, conv) = (self.unfold.step.value, self.unfold.conv);
+        let (value, conv, pitch) = (self.unfold.step.value, self.unfold.conv, self.unfold.tile_pixels());
         let (taps, first) = (conv.taps() * block.len(), g * conv.group_out);
         let channels = first + block.start..first + block.end;
         let weights = &self.packed.block(g, block)[set.start * taps..set.end * taps];
         let init = if set.start == 0 { self.packed.bias(channels.clone()).into() } else { Init::Output };
-        let start = first * pass.row_len(value) + pixels.start;
+        // Sums of several sets wait where they are.
+        let own = tile.get_mut(block.start * pitch..).unwrap_or_default();
+        let (y, pitch) = pass.results(value, channels.start, pixels.start, own, pitch);
+        let y_offsets: [_; MAX_ROWS] = std::array::from_fn(|o| o * pitch);
         // SAFETY: the unfolded rows, and these pixels of the value's rows, which are the task's
         // own, as are their statistics.
         unsafe {
-            let y = (pass.rows(value).ptr().add(start), &self.y_offsets[block.clone()]);
-            multiply_rows(pass.isa, (x.as_ptr(), &self.x_offsets), weights, init, y, pixels.len(), [0; 2]);
+            let rows = (y.ptr(), &y_offsets[..block.len()]);
+            multiply_rows(pass.isa, (x.as_ptr(), &self.x_offsets), weights, init, rows, pixels.len(), [0; 2]);
             if set.end == conv.group_in {
-                pass.apply_epilogue(value, channels.clone(), pixels, self.sums.of(part, channels));
+                pass.apply_epilogue(value, channels.clone(), pixels, (y, pitch), self.sums.of(part, channels));
             }
         }
     }
@@ -317,7 +327,7 @@ struct UnfoldGrad<'s, T> {
     grads: ParameterGrads<T>,
 }
 
-impl<T: WideElement> Tape<'_, '_, T> {
+impl<S: Element> Tape<'_, '_, S> {
     /// Goes back through an unfolded convolution.
     pub(super) fn unfolded(&mut self, step: &Step, conv: &Conv) {
         let pass = self.pass;
@@ -344,7 +354,14 @@ impl<T: WideElement> Tape<'_, '_, T> {
 
 impl<T: WideElement> UnfoldGrad<'_, T> {
     /// A group's gradients over some images.
-    fn task(&self, tape: &Tape<'_, '_, T>, g: usize, images: Range<usize>, part: usize, sums: &mut [NormSums]) {
+    fn task<S: Element<Wide = T>>(
+        &self,
+        tape: &Tape<'_, '_, S>,
+        g: usize,
+        images: Range<usize>,
+        part: usize,
+        sums: &mut [NormSums],
+    ) {
         let (unfold, pass) = (&self.unfold, tape.pass);
         let (step, conv) = (unfold.step, unfold.conv);
         let (k, m, pitch) = (unfold.unfolded(), conv.group_out, unfold.tile_pixels());
@@ -396,9 +413,9 @@ impl<T: WideElement> UnfoldGrad<'_, T> {
     }
 
     /// A group's gradients over a tile of images of which `first` is the first.
-    fn tile(
+    fn tile<S: Element<Wide = T>>(
         &self,
-        pass: &Pass<'_, T>,
+        pass: &Pass<'_, S>,
         g: usize,
         (tile, first): (&Tile, usize),
         (grad, offsets): (*const T, &[usize]),
@@ -426,7 +443,13 @@ impl<T: WideElement> UnfoldGrad<'_, T> {
     }
 
     /// The gradient by the bias: the sums of the gradient's rows.
-    fn add_bias(&self, pass: &Pass<'_, T>, (grad, offsets): (*const T, &[usize]), pixels: usize, bias: &mut [f64]) {
+    fn add_bias<S: Element<Wide = T>>(
+        &self,
+        pass: &Pass<'_, S>,
+        (grad, offsets): (*const T, &[usize]),
+        pixels: usize,
+        bias: &mut [f64],
+    ) {
         for (sum, &offset) in bias.iter_mut().zip(offsets) {
             // SAFETY: one of the gradient's rows.
             *sum += pass.isa.run(Sum(unsafe { std::slice::from_raw_parts(grad.add(offset), pixels) }));
@@ -434,9 +457,9 @@ impl<T: WideElement> UnfoldGrad<'_, T> {
     }
 
     /// The gradient by the unfolded rows of a set of channels over the pixels of a tile.
-    fn multiply(
+    fn multiply<S: Element<Wide = T>>(
         &self,
-        pass: &Pass<'_, T>,
+        pass: &Pass<'_, S>,
         set: usize,
         grad: (*const T, &[usize]),
         (back, back_offsets): (&mut [T], &[usize]),

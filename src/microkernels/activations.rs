@@ -55,7 +55,7 @@ struct Vectors<I>(I);
 impl<I: Isa> Vectors<I> {
     #[inline(always)]
     fn of<T: Element>(self, value: f64) -> T::Vector<I> {
-        T::splat(self.0, T::from_f64(value))
+        T::splat_wide(self.0, T::Wide::from_f64(value))
     }
 
     /// `x`, but `low` below that and `high` above.

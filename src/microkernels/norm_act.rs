@@ -1,27 +1,30 @@
 //! What batch norms and activations do to rows of pixels, forward and backward.
+//!
+//! Rows of values and of their gathered gradients are as they are stored, all others as they are
+//! computed with.
 
 use super::activations::{Activation, Function, with_function};
 pub use super::factors::Factors;
-use super::rows::{BLOCK, Body, Lanes, load, prefetch, run, run_range, store, total};
-use crate::simd::element::Element;
+use super::rows::{BLOCK, Body, Lanes, load, load_wide, prefetch, run, run_range, store, store_wide, total};
+use crate::simd::element::{Element, WideElement};
 use crate::simd::{Isa, Kernel, RawKernel, run_by_raw_kernel};
 
 /// `activation(scale * x + shift) * factor` of a row, written or (with `add`) added to `y`.
-pub struct Activate<'a, T> {
+pub struct Activate<'a, T: Element> {
     /// The function.
     pub activation: Activation,
     /// The row.
     pub x: &'a [T],
     /// Scale and shift before the function.
-    pub affine: (T, T),
+    pub affine: (T::Wide, T::Wide),
     /// Factors after it.
     pub factors: Factors<'a, T>,
     /// Whether to add to what is there.
     pub add: bool,
     /// The result.
-    pub y: &'a mut [T],
+    pub y: &'a mut [T::Wide],
     /// Where to put the function's derivatives, if they are wanted.
-    pub slopes: Option<&'a mut [T]>,
+    pub slopes: Option<&'a mut [T::Wide]>,
 }
 
 impl<'a, T: Element> Activate<'a, T> {
@@ -54,7 +57,7 @@ pub struct ActivateInPlace<'a, T> {
     pub affine: (T, T),
 }
 
-impl<T: Element> Kernel for ActivateInPlace<'_, T> {
+impl<T: WideElement> Kernel for ActivateInPlace<'_, T> {
     type Output = ();
 
     run_by_raw_kernel!(|Self { activation, row, affine }| {
@@ -67,16 +70,16 @@ impl<T: Element> Kernel for ActivateInPlace<'_, T> {
 ///
 /// # Safety
 /// `len` values must be readable at `x`, and writable at `y`, which may be `x`, and at `slopes`.
-struct RawActivate<'a, T> {
+struct RawActivate<'a, T: Element> {
     activation: Activation,
     x: *const T,
-    y: *mut T,
+    y: *mut T::Wide,
     len: usize,
     prefetch: usize,
-    affine: (T, T),
+    affine: (T::Wide, T::Wide),
     factors: Factors<'a, T>,
     add: bool,
-    slopes: Option<*mut T>,
+    slopes: Option<*mut T::Wide>,
 }
 
 impl<T: Element> RawKernel for RawActivate<'_, T> {
@@ -85,11 +88,11 @@ impl<T: Element> RawKernel for RawActivate<'_, T> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self, isa: I) {
         let Self { activation, x, y, len, prefetch, affine: (scale, shift), factors, add, slopes } = self;
-        let constants = [scale, shift, T::ONE].map(|value| T::splat(isa, value));
+        let constants = [scale, shift, T::Wide::ONE].map(|value| T::splat_wide(isa, value));
         with_function!(activation, function => {
             let mut body = Forward { x, y, len: prefetch, slopes, constants, add, function };
             for (image, pixels) in factors.parts(len) {
-                body.constants[2] = T::splat(isa, factors.at(image));
+                body.constants[2] = T::splat_wide(isa, factors.at(image));
                 // SAFETY: the rows have these pixels; each block is read before it is written.
                 unsafe { run_range(isa, pixels, &mut body) }
             }
@@ -97,11 +100,11 @@ impl<T: Element> RawKernel for RawActivate<'_, T> {
     }
 }
 
-struct Forward<T, V, F> {
+struct Forward<T: Element, V, F> {
     x: *const T,
-    y: *mut T,
+    y: *mut T::Wide,
     len: usize,
-    slopes: Option<*mut T>,
+    slopes: Option<*mut T::Wide>,
     /// Scale, shift and factor.
     constants: [V; 3],
     add: bool,
@@ -121,11 +124,11 @@ impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Forward<T, T::Vector<I>,
         let [mut values, slopes] = self.function.both(isa, z);
         if let Some(to) = self.slopes {
             // SAFETY: as above.
-            unsafe { store(isa, to.add(at), lanes, slopes) };
+            unsafe { store_wide::<T, I, N>(isa, to.add(at), lanes, slopes) };
         }
         if self.add {
             // SAFETY: as above.
-            let y = unsafe { load::<T, I, N>(isa, self.y.add(at), lanes) };
+            let y = unsafe { load_wide::<T, I, N>(isa, self.y.add(at), lanes) };
             for (value, y) in values.iter_mut().zip(y) {
                 *value = T::mul_add(isa, *value, factor, y);
             }
@@ -135,26 +138,26 @@ impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Forward<T, T::Vector<I>,
             }
         }
         // SAFETY: as above.
-        unsafe { store(isa, self.y.add(at), lanes, values) };
+        unsafe { store_wide::<T, I, N>(isa, self.y.add(at), lanes, values) };
     }
 }
 
 /// The gradient of [`Activate`] of a row, with respect to `x`.
-pub struct ActivateGrad<'a, T> {
+pub struct ActivateGrad<'a, T: Element> {
     /// The function.
     pub activation: Activation,
     /// The row.
     pub x: &'a [T],
     /// Scale and shift before the function.
-    pub affine: (T, T),
+    pub affine: (T::Wide, T::Wide),
     /// Factors after it.
     pub factors: Factors<'a, T>,
     /// The gradient by the result.
-    pub grad: &'a [T],
+    pub grad: &'a [T::Wide],
     /// What [`Activate`] made of the same values, if it is still there.
-    pub kept: Option<Kept<'a, T>>,
+    pub kept: Option<Kept<'a, T::Wide>>,
     /// Mean and inverse standard deviation that normalise `x` for [`RowSums::normalised`].
-    pub moments: (T, T),
+    pub moments: (T::Wide, T::Wide),
     /// Whether to add to what is there.
     pub add: bool,
     /// The gradient by `x`, taking the batch's statistics as constants.
@@ -193,16 +196,16 @@ impl<T: Element> Kernel for ActivateGrad<'_, T> {
         );
         let images = len.div_ceil(self.factors.pixels);
         // What was multiplied by 0 tells nothing of the function.
-        let told = |kept: &Kept<'_, T>| {
+        let told = |kept: &Kept<'_, T::Wide>| {
             self.grad_factors.is_none()
-                || kept.values.is_some() && (0..=images).all(|image| self.factors.at(image) != T::default())
+                || kept.values.is_some() && (0..=images).all(|image| self.factors.at(image) != T::Wide::default())
         };
         if let Some(Kept { slopes, values }) = self.kept.filter(told) {
-            let function = Loaded { slopes: slopes.as_ptr(), values: values.map(<[T]>::as_ptr) };
+            let function = Loaded { slopes: slopes.as_ptr(), values: values.map(<[T::Wide]>::as_ptr) };
             // SAFETY: what was kept has this length.
             return unsafe { self.through(isa, function, true) };
         }
-        let affine = [self.affine.0, self.affine.1].map(|value| T::splat(isa, value));
+        let affine = [self.affine.0, self.affine.1].map(|value| T::splat_wide(isa, value));
         with_function!(self.activation, function => {
             // SAFETY: the function itself reads no memory.
             unsafe { self.through(isa, Computed { affine, function }, false) }
@@ -224,7 +227,7 @@ impl<T: Element> ActivateGrad<'_, T> {
             grad: self.grad.as_ptr(),
             grad_x: self.grad_x.as_mut_ptr(),
             len: self.x.len(),
-            constants: [self.affine.0, T::ONE, self.moments.0].map(|value| T::splat(isa, value)),
+            constants: [self.affine.0, T::Wide::ONE, self.moments.0].map(|value| T::splat_wide(isa, value)),
             add: self.add,
             sums: [[zero; BLOCK]; 2],
             values: [zero; BLOCK],
@@ -232,12 +235,12 @@ impl<T: Element> ActivateGrad<'_, T> {
         };
         for (image, pixels) in self.factors.parts(self.x.len()) {
             let factor = self.factors.at(image);
-            body.constants[1] = T::splat(isa, factor);
+            body.constants[1] = T::splat_wide(isa, factor);
             // SAFETY: all rows have these pixels.
             unsafe { run_range(isa, pixels, &mut body) };
             if let Some(grad_factors) = &mut self.grad_factors {
-                let own = self.factors.sets[0].get(image).copied().unwrap_or(T::ONE).to_f64();
-                let others = self.factors.sets[1].get(image).copied().unwrap_or(T::ONE).to_f64();
+                let own = self.factors.sets.0.get(image).copied().unwrap_or(T::ONE).to_f64();
+                let others = self.factors.sets.1.get(image).copied().unwrap_or(T::Wide::ONE).to_f64();
                 let value = total::<T, I>(isa, std::mem::replace(&mut body.values, [zero; BLOCK]));
                 let grad = if multiplied { value / own } else { value * others };
                 grad_factors[image] = T::from_f64(grad_factors[image].to_f64() + grad);
@@ -292,7 +295,7 @@ struct Loaded<T> {
     values: Option<*const T>,
 }
 
-impl<T: Element, I: Isa> Slopes<T, I> for Loaded<T> {
+impl<T: Element, I: Isa> Slopes<T, I> for Loaded<T::Wide> {
     #[inline(always)]
     unsafe fn both<const N: usize>(
         &self,
@@ -303,16 +306,16 @@ impl<T: Element, I: Isa> Slopes<T, I> for Loaded<T> {
     ) -> [[T::Vector<I>; N]; 2] {
         // SAFETY: the caller's promise.
         unsafe {
-            let slopes = load::<T, I, N>(isa, self.slopes.add(at), lanes);
+            let slopes = load_wide::<T, I, N>(isa, self.slopes.add(at), lanes);
             let zero = [T::splat(isa, T::default()); N];
-            [self.values.map_or(zero, |values| load::<T, I, N>(isa, values.add(at), lanes)), slopes]
+            [self.values.map_or(zero, |values| load_wide::<T, I, N>(isa, values.add(at), lanes)), slopes]
         }
     }
 }
 
-struct Backward<T, V, S> {
+struct Backward<T: Element, V, S> {
     x: *const T,
-    grad: *const T,
+    grad: *const T::Wide,
     grad_x: *mut T,
     len: usize,
     /// Scale, factor and mean.
@@ -336,7 +339,7 @@ impl<T: Element, I: Isa, S: Slopes<T, I>> Body<T, I> for Backward<T, T::Vector<I
         let [values, mut slopes] = unsafe { self.function.both(isa, at, lanes, x) };
         // SAFETY: as above. Beyond the row, gradients are zero and so is all that is added to the
         // sums.
-        let grad = unsafe { load::<T, I, N>(isa, self.grad.add(at), lanes) };
+        let grad = unsafe { load_wide::<T, I, N>(isa, self.grad.add(at), lanes) };
         let [sum, normalised] = &mut self.sums;
         for i in 0..N {
             let g = T::mul_vectors(isa, T::mul_vectors(isa, grad[i], factor), slopes[i]);
@@ -364,19 +367,19 @@ impl<T: Element, I: Isa, S: Slopes<T, I>> Body<T, I> for Backward<T, T::Vector<I
 
 /// The mean of `activation(scale * x + shift)` over each image of a row, and what its gradient will
 /// need.
-pub struct ActivateMeans<'a, T> {
+pub struct ActivateMeans<'a, T: Element> {
     /// The function.
     pub activation: Activation,
     /// The row, of whole images.
     pub x: &'a [T],
     /// Scale and shift before the function.
-    pub affine: (T, T),
+    pub affine: (T::Wide, T::Wide),
     /// Mean and inverse standard deviation that normalise `x`.
-    pub moments: (T, T),
+    pub moments: (T::Wide, T::Wide),
     /// The means of the images.
-    pub means: &'a mut [T],
+    pub means: &'a mut [T::Wide],
     /// The means of the function's derivative, and of that times the normalised `x`.
-    pub slopes: [&'a mut [T]; 2],
+    pub slopes: [&'a mut [T::Wide]; 2],
 }
 
 impl<T: Element> Kernel for ActivateMeans<'_, T> {
@@ -387,7 +390,7 @@ impl<T: Element> Kernel for ActivateMeans<'_, T> {
         let Self { activation, x, affine: (scale, shift), moments, means, slopes: [slopes, normalised] } = self;
         let (pixels, zero) = (x.len() / means.len().max(1), T::splat(isa, T::default()));
         assert_eq!([x.len(), means.len(), means.len()], [means.len() * pixels, slopes.len(), normalised.len()]);
-        let constants = [scale, shift, moments.0].map(|value| T::splat(isa, value));
+        let constants = [scale, shift, moments.0].map(|value| T::splat_wide(isa, value));
         with_function!(activation, function => {
             for image in 0..means.len() {
                 let sums = [[zero; BLOCK]; 3];
@@ -395,9 +398,9 @@ impl<T: Element> Kernel for ActivateMeans<'_, T> {
                 // SAFETY: the row has these pixels.
                 unsafe { run_range(isa, image * pixels..(image + 1) * pixels, &mut body) };
                 let [value, slope, product] = body.sums;
-                means[image] = T::from_f64(total::<T, I>(isa, value) / pixels as f64);
-                slopes[image] = T::from_f64(total::<T, I>(isa, slope) / pixels as f64);
-                normalised[image] = T::from_f64(total::<T, I>(isa, product) * moments.1.to_f64() / pixels as f64);
+                means[image] = T::Wide::from_f64(total::<T, I>(isa, value) / pixels as f64);
+                slopes[image] = T::Wide::from_f64(total::<T, I>(isa, slope) / pixels as f64);
+                normalised[image] = T::Wide::from_f64(total::<T, I>(isa, product) * moments.1.to_f64() / pixels as f64);
             }
         });
     }
@@ -438,27 +441,27 @@ impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Means<T, T::Vector<I>, F
 
 /// `y = w + slope * (x - mean) + shift`: the gradient by the values before a batch norm whose
 /// statistics depend on them.
-pub struct NormGrad<'a, T> {
+pub struct NormGrad<'a, T: Element> {
     /// The gradient that takes the statistics as constants.
     pub w: &'a [T],
     /// The values before the norm.
     pub x: &'a [T],
     /// Slope, mean and shift.
-    pub constants: [T; 3],
+    pub constants: [T::Wide; 3],
     /// What the means of images add, where there are some: see [`MeanGrad`].
     pub mean: Option<MeanGrad<'a, T>>,
     /// The result.
-    pub y: &'a mut [T],
+    pub y: &'a mut [T::Wide],
 }
 
 /// The gradient by `x` of the means of `activation(scale * x + shift)` over images:
 /// `factor * activation'`.
 #[derive(Clone, Copy)]
-pub struct MeanGrad<'a, T> {
+pub struct MeanGrad<'a, T: Element> {
     /// The function.
     pub activation: Activation,
     /// Scale and shift before the function.
-    pub affine: (T, T),
+    pub affine: (T::Wide, T::Wide),
     /// The gradients by the arguments of the means' functions, which all pixels of an image have in
     /// common.
     pub factors: Factors<'a, T>,
@@ -471,7 +474,7 @@ impl<T: Element> Kernel for NormGrad<'_, T> {
     fn run<I: Isa>(self, isa: I) {
         let Self { w, x, constants, mean, y } = self;
         assert_eq!([y.len(); 2], [w.len(), x.len()]);
-        let constants = constants.map(|value| T::splat(isa, value));
+        let constants = constants.map(|value| T::splat_wide(isa, value));
         let mut body = Normal { w: w.as_ptr(), x: x.as_ptr(), y: y.as_mut_ptr(), len: w.len(), constants, mean: () };
         let Some(MeanGrad { activation, affine: (scale, shift), factors }) = mean else {
             // SAFETY: all rows have this length.
@@ -479,7 +482,7 @@ impl<T: Element> Kernel for NormGrad<'_, T> {
         };
         with_function!(activation, function => {
             for (image, pixels) in factors.parts(x.len()) {
-                let mean = [scale, shift, factors.at(image)].map(|value| T::splat(isa, value));
+                let mean = [scale, shift, factors.at(image)].map(|value| T::splat_wide(isa, value));
                 let Normal { w, x, y, len, constants, mean: () } = body;
                 let mut body = Normal { w, x, y, len, constants, mean: (mean, function) };
                 // SAFETY: all rows have these pixels.
@@ -489,10 +492,10 @@ impl<T: Element> Kernel for NormGrad<'_, T> {
     }
 }
 
-struct Normal<T, V, M> {
+struct Normal<T: Element, V, M> {
     w: *const T,
     x: *const T,
-    y: *mut T,
+    y: *mut T::Wide,
     len: usize,
     constants: [V; 3],
     mean: M,
@@ -539,7 +542,7 @@ impl<T: Element, I: Isa, M: Addition<T, I>> Body<T, I> for Normal<T, T::Vector<I
             for (y, &x) in y.iter_mut().zip(&x) {
                 *y = T::mul_add(isa, slope, T::sub_vectors(isa, x, mean), T::add_vectors(isa, *y, shift));
             }
-            store(isa, self.y.add(at), lanes, self.mean.add(isa, x, y));
+            store_wide::<T, I, N>(isa, self.y.add(at), lanes, self.mean.add(isa, x, y));
         }
     }
 }
@@ -565,7 +568,7 @@ mod tests {
                 // it.
                 let gates = [[0.5, 0.0, 2.0], [0.5, 1.5, 2.0]];
                 for (gate, mask) in gates.iter().map(|gate| (gate, [1.0, 2.0, 3.0])) {
-                    let factors = Factors { pixels, skipped: 0, sets: [gate, &mask] };
+                    let factors = Factors { pixels, skipped: 0, sets: (gate, &mask) };
                     let (mut y, mut slopes) = (vec![0.0; x.len()], vec![0.0; x.len()]);
                     let (to, kept) = (&mut y[..], Some(&mut slopes[..]));
                     isa.run(Activate { activation, x: &x, affine, factors, add: false, y: to, slopes: kept });
@@ -601,7 +604,7 @@ mod tests {
                 let results = (&mut means[..], [&mut slopes[..], &mut normalised[..]]);
                 isa.run(ActivateMeans { activation, x: &x, affine, moments, means: results.0, slopes: results.1 });
                 let factors = [0.5, -1.0, 2.0];
-                let sets = Factors { pixels, skipped: 0, sets: [&factors, &[]] };
+                let sets = Factors { pixels, skipped: 0, sets: (&factors, &[]) };
                 let (mean, mut y) = (MeanGrad { activation, affine, factors: sets }, vec![0.0; x.len()]);
                 isa.run(NormGrad { w: &grad, x: &x, constants: [0.0; 3], mean: Some(mean), y: &mut y });
                 for n in 0..3 {

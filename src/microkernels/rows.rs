@@ -90,6 +90,30 @@ pub(super) unsafe fn load<T: Element, I: Isa, const N: usize>(
     vectors
 }
 
+/// [`load`] of wide values.
+///
+/// # Safety
+/// As for that.
+#[inline(always)]
+pub(super) unsafe fn load_wide<T: Element, I: Isa, const N: usize>(
+    isa: I,
+    x: *const T::Wide,
+    lanes: Lanes<T::Mask<I>>,
+) -> [T::Vector<I>; N] {
+    let mut vectors = [T::splat(isa, T::default()); N];
+    for (i, vector) in vectors.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *vector = unsafe {
+            let x = x.add(i * T::lanes::<I>());
+            match lanes {
+                Lanes::All => T::load_wide(isa, x),
+                Lanes::First(mask) => T::load_wide_masked(isa, mask, x),
+            }
+        };
+    }
+    vectors
+}
+
 /// Prefetches the values as far behind a row's block as the row is long: who works on rows in
 /// pieces comes to them next, and the processor's own prefetcher stops at the end of a page.
 #[inline(always)]
@@ -117,6 +141,29 @@ pub(super) unsafe fn store<T: Element, I: Isa, const N: usize>(
             match lanes {
                 Lanes::All => T::store(isa, y, vector),
                 Lanes::First(mask) => T::store_masked(isa, mask, y, vector),
+            }
+        }
+    }
+}
+
+/// [`store`] of wide values.
+///
+/// # Safety
+/// As for that.
+#[inline(always)]
+pub(super) unsafe fn store_wide<T: Element, I: Isa, const N: usize>(
+    isa: I,
+    y: *mut T::Wide,
+    lanes: Lanes<T::Mask<I>>,
+    vectors: [T::Vector<I>; N],
+) {
+    for (i, vector) in vectors.into_iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let y = y.add(i * T::lanes::<I>());
+            match lanes {
+                Lanes::All => T::store_wide(isa, y, vector),
+                Lanes::First(mask) => T::store_wide_masked(isa, mask, y, vector),
             }
         }
     }

@@ -255,10 +255,15 @@ pub(crate) const fn one_lane<T: Element, I: Isa>() -> bool {
     size_of::<T::Vector<I>>() == size_of::<T::Wide>()
 }
 
+/// Whether values are stored as they are computed with.
+pub(crate) const fn is_wide<T: Element>() -> bool {
+    size_of::<T>() == size_of::<T::Wide>()
+}
+
 /// Whether masked loads take as long as others, so that there need not be code for whole vectors:
 /// not of bfloat16, where widening then takes an instruction more.
 pub(crate) const fn masks_are_free<T: Element, I: Isa>() -> bool {
-    I::MASK_REGISTERS && size_of::<T>() == size_of::<T::Wide>()
+    I::MASK_REGISTERS && is_wide::<T>()
 }
 
 /// Memory that holds values as memory to be written.

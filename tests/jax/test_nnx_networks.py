@@ -187,3 +187,23 @@ def test_average_pools_of_half_precision():
             y = operations.average_pool(x, size, 1, padding, "channels_last")
             assert y.dtype == dtype
             assert (y == value).all()
+
+
+def test_bfloat16():
+    """Parameters and images of bfloat16: no worse than layer by layer."""
+    x = images(6, 9, 9, 12).astype(jnp.bfloat16)
+    options = {"ktype": "D6_4ch", "dtype": jnp.bfloat16}
+    fused, plain = pair(MBConv, 12, 12, **options)
+    exact, _ = pair(MBConv, 12, 12, ktype="D6_4ch")
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), nnx.state(fused, nnx.Param))
+    nnx.update(exact, wide)
+    assert runs_fused(fused, x)
+    wide = [exact, x.astype(jnp.float32)]
+    results = [gradients(*wide), gradients(fused, x), gradients(plain, x)]
+    assert results[1][0].dtype == jnp.bfloat16
+    leaves = [[np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(r)] for r in results]
+    worst = [
+        max(abs(a - b).max() / abs(b).max() for a, b in zip(found, leaves[0], strict=True))
+        for found in leaves[1:]
+    ]
+    assert worst[0] < max(worst[1], 0.05), worst

@@ -11,6 +11,7 @@ from keras import layers
 
 import kconv.keras as kk
 from kconv.keras._fusion import plan_of as _plan
+from kconv.models import create
 from kconv.models.fusion import Segment
 
 
@@ -245,11 +246,67 @@ def test_part_of_a_network():
     np.testing.assert_allclose(*(numbers(m(images())) for m in outer), atol=1e-4)
 
 
-def test_mixed_precision_runs_layer_by_layer():
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    try:
-        fused, _ = pair()
-        assert not _plan(fused).fuses
-        assert fused(images()).shape == (6, 3)
-    finally:
-        keras.config.set_dtype_policy("float32")
+@pytest.fixture
+def policy(request):
+    """Keras's dtype policy, and the float32 network that has the same weights."""
+    exact, _ = pair()
+    keras.config.set_dtype_policy(request.param)
+    yield request.param, exact
+    keras.config.set_dtype_policy("float32")
+
+
+def trained(model):
+    """The output, and how a step of training changes the weights."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss)
+    before = [numbers(w.value).astype(np.float32) for w in model.weights]
+    y = numbers(keras.ops.cast(model(images()), "float32"))
+    model.train_on_batch(images(), np.arange(6) % 3)
+    after = [numbers(w.value).astype(np.float32) for w in model.weights]
+    return [y, *(a - b for a, b in zip(after, before, strict=True))]
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"], indirect=True)
+def test_bfloat16(policy):
+    """What is stored is bfloat16, what is computed float32, and so no worse than layer by layer."""
+    name, exact = policy
+    fused, plain = pair()
+    assert any(isinstance(part, Segment) for part in _plan(fused).parts)
+    for model in (fused, plain):
+        model.set_weights(exact.get_weights())
+    assert fused.variables[0].dtype == ("float32" if name == "mixed_bfloat16" else "bfloat16")
+    assert fused(images()).dtype == plain(images()).dtype
+    expected, ours, layers = map(trained, (exact, fused, plain))
+
+    def errors(found):
+        largest = max(np.abs(value).max() for value in expected[1:])
+        scales = [max(np.abs(value).max(), 0.1 * largest) for value in expected]
+        return [np.abs(a - b).max() / s for a, b, s in zip(found, expected, scales, strict=True)]
+
+    assert max(errors(ours)) < 1.5 * max(*errors(layers), 0.03)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
+def test_float16_runs_layer_by_layer(policy):
+    fused, _ = pair()
+    assert not _plan(fused).fuses
+    assert fused(images()).shape == (6, 3)
+
+
+def test_recomputation():
+    """A network of a spec that computes anew what it has not kept."""
+    spec = create("keffnet_s", ktype="D6_4ch", classes=3, input_shape=(16, 16, 3), dropout=0.0)
+    models = []
+    for recompute in (False, True):
+        keras.utils.set_random_seed(1)
+        models.append(kk.build(spec, recompute=recompute))
+    x = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32)
+    for model in models:
+        model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
+        model.train_on_batch(x, np.arange(4) % 3)
+        (segment,) = (part for part in _plan(model).parts if isinstance(part, Segment))
+        assert segment.recompute == model.recompute
+    for ours, theirs in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    with pytest.raises(ValueError, match="recompute=True"):
+        kk.build(spec, fused=False, recompute=True)

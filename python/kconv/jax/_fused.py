@@ -53,8 +53,8 @@ def fused(
     Args:
         program: of a segment.
         layout: "NCHW" or "NHWC".
-        x: (N, C, H, W) or (N, H, W, C), float32 or float64.
-        parameters: all of them in a row.
+        x: (N, C, H, W) or (N, H, W, C), float32, float64 or bfloat16.
+        parameters: all of them in a row; of bfloat16 images, as all else, in float32.
         masks: (masks, N) factors of images, or None for none.
         statistics: (2, channels of all norms) means and variances to normalise with, or None for
             the batch's own.
@@ -62,10 +62,10 @@ def fused(
     Returns:
         The output, like ``x``, and the statistics that were used, variances biased.
     """
-    none = jnp.zeros(0, x.dtype)
+    none = jnp.zeros(0, _wide(x))
     options = {"program": program, "layout": layout}
     if masks is None and (statistics is not None or not program.norms):
-        used = jnp.zeros((2, 0), x.dtype) if statistics is None else statistics
+        used = jnp.zeros((2, 0), _wide(x)) if statistics is None else statistics
         (y,) = _infer_p.bind(x, parameters, used, **options)
         return y, used
     masks = none if masks is None else masks
@@ -74,11 +74,18 @@ def fused(
     return y, used
 
 
+def _wide(x: Any) -> Any:
+    """What values of an array's dtype are computed with."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def _interpret(
     program: Program, layout: str, x: Any, parameters: Any, masks: Any, statistics: Any
 ) -> tuple[Any, Any]:
     given = [operand if operand.size else None for operand in (masks, statistics)]
-    return interpret(operations, program.integers, layout, x, parameters, *given)
+    wide = x.astype(_wide(x))
+    y, used = interpret(operations, program.integers, layout, wide, parameters, *given)
+    return y.astype(x.dtype), used
 
 
 # The primitives' functions.
@@ -95,7 +102,7 @@ def _forward(
 def _forward_results(x: Any, program: Program, layout: str) -> list[jax.ShapeDtypeStruct]:
     return [
         _output(x, program, layout),
-        jax.ShapeDtypeStruct((2, program.norm_channels), x.dtype),
+        jax.ShapeDtypeStruct((2, program.norm_channels), _wide(x)),
         jax.ShapeDtypeStruct((_compiled(program).workspace * x.shape[0],), x.dtype),
     ]
 
@@ -276,7 +283,7 @@ def _forward_jvp(primals: Any, tangents: Any, *, program: Program, layout: str) 
 
 def _infer_jvp(primals: Any, tangents: Any, *, program: Program, layout: str) -> Any:
     x, parameters, used = primals
-    none = jnp.zeros(0, x.dtype)
+    none = jnp.zeros(0, _wide(x))
     # Without norms nothing is given, and an empty array would say so all the same.
     operands = (x, parameters, none, used if used.size else none)
     changes = [*tangents[:2], ad.Zero(jax.typeof(none)), tangents[2]]
@@ -372,7 +379,9 @@ def _compiled(program: Program) -> Any:
 def _forward_on_host(compiled: Any, layout: str, x: Any, *operands: Any) -> Any:
     parameters, masks, given = (np.asarray(operand) for operand in operands)
     optional = (array if array.size else None for array in (masks, given))
-    return compiled.forward(np.asarray(x), parameters, *optional, layout=layout)
+    x = np.asarray(x)
+    y, used, workspace = compiled.forward(x, parameters, *optional, layout=layout)
+    return y, used, workspace.view(x.dtype)
 
 
 def _infer_on_host(compiled: Any, layout: str, *operands: Any) -> Any:
@@ -380,10 +389,10 @@ def _infer_on_host(compiled: Any, layout: str, *operands: Any) -> Any:
 
 
 def _backward_on_host(compiled: Any, layout: str, *operands: Any, frozen: int) -> Any:
-    grad, parameters, masks, *rest = map(np.asarray, operands)
+    grad, parameters, masks, used, workspace = map(np.asarray, operands)
     drop = masks if masks.size else None
     grad_x, grad_parameters = compiled.backward(
-        grad, parameters, drop, *rest, bool(frozen), layout=layout
+        grad, parameters, drop, used, workspace.view(used.dtype), bool(frozen), layout=layout
     )
     return grad_parameters, np.zeros(0, grad.dtype) if grad_x is None else grad_x
 

@@ -48,14 +48,16 @@ class Network(nnx.Module):
     "/": ``nnx.Conv`` (or kconv's, which is one), ``nnx.BatchNorm``, ``nnx.Dropout``,
     ``nnx.Linear``. ``train()`` and ``eval()`` switch them as they do in every Flax module. Chains
     run as one operation on the layers' parameters; layer by layer where it cannot stand for them:
-    on other devices than the CPU, in other dtypes than float32 and float64, where some batch norms
-    use their running averages and others do not, and where a layer was changed or exchanged.
+    on other devices than the CPU, in other dtypes than float32, float64 and bfloat16 (of which only
+    what is stored is: sums and statistics are float32), where some batch norms use their running
+    averages and others do not, and where a layer was changed or exchanged.
 
     Args:
         layers: the graph.
         rngs: the keys of the initial values ("params") and of dropout ("dropout").
         fused: whether chains run as one operation.
         dtype: of the parameters.
+        recompute: whether these keep little for their backward passes, and compute it anew there.
 
     Input: (N, H, W, C). Output: as the graph has it.
 
@@ -64,7 +66,13 @@ class Network(nnx.Module):
     """
 
     def __init__(
-        self, layers: graph.Graph, *, rngs: nnx.Rngs, fused: bool = True, dtype: Any = jnp.float32
+        self,
+        layers: graph.Graph,
+        *,
+        rngs: nnx.Rngs,
+        fused: bool = True,
+        dtype: Any = jnp.float32,
+        recompute: bool = False,
     ) -> None:
         made = {}
         for layer in layers.layers:
@@ -72,7 +80,7 @@ class Network(nnx.Module):
             if module is not None:
                 setattr(self, _attribute(layer.name), module)
                 made[layer.name] = _settings(module)
-        parts = tuple(partition(layers)) if fused else layers.layers[1:]
+        parts = tuple(partition(layers, recompute=recompute)) if fused else layers.layers[1:]
         self._plan = _Plan(layers, parts, made)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -121,14 +129,15 @@ class Network(nnx.Module):
         if len(frozen) > 1:
             return None
         masks, statistics = None, None
+        wide = jnp.promote_types(dtype, jnp.float32)
         drops = [modules[drop.name] for drop in program.masks]
         if any(not drop.deterministic and drop.rate > 0 for drop in drops):
-            ones = jnp.ones((x.shape[0], 1, 1, 1), dtype)
+            ones = jnp.ones((x.shape[0], 1, 1, 1), wide)
             masks = jnp.stack([drop(ones).reshape(-1) for drop in drops])
         if frozen == {True}:
             rows = [[norm.mean[...] for norm in norms], [norm.var[...] for norm in norms]]
-            statistics = jnp.stack([jnp.concatenate(row) for row in rows]).astype(dtype)
-        flat = jnp.concatenate([parameter.reshape(-1) for parameter in parameters])
+            statistics = jnp.stack([jnp.concatenate(row) for row in rows]).astype(wide)
+        flat = jnp.concatenate([parameter.reshape(-1) for parameter in parameters]).astype(wide)
         y, used = run_program(program, "NHWC", x.astype(dtype), flat, masks, statistics)
         if statistics is None:
             _update_statistics(norms, used)
@@ -164,7 +173,7 @@ def graph_and_weights(network: Network) -> tuple[graph.Graph, dict[tuple[str, st
     return layers, found
 
 
-_DTYPES = (jnp.dtype("float32"), jnp.dtype("float64"))
+_DTYPES = tuple(map(jnp.dtype, ("float32", "float64", "bfloat16")))
 
 
 def _attribute(name: str) -> str:
@@ -315,6 +324,7 @@ def build(
     fused: bool = True,
     dtype: Any = jnp.float32,
     weights: Weights = None,
+    recompute: bool = False,
 ) -> Network:
     """The Flax network of a spec, ending in a softmax as the original does.
 
@@ -335,16 +345,22 @@ def build(
             the same.
         dtype: of the parameters.
         weights: what to fill it with, as for :func:`create_model`.
+        recompute: whether training keeps little of what the layers compute, and computes it anew in
+            the backward pass: less memory for about a third more time.
 
     Returns:
         A :class:`Network` from (N, H, W, channels) to (N, classes), in training mode.
 
     Raises:
         TypeError: if ``spec`` is none.
-        ValueError: if the weights are of another network.
+        ValueError: if the weights are of another network, or nothing is fused that could compute
+            anew.
     """
+    if recompute and not fused:
+        raise ValueError("recompute=True, expected fused=True with it")
     expect_spec(spec, "jax.nnx")
-    network = Network(spec.graph(), rngs=rngs, fused=fused, dtype=dtype)
+    options: dict[str, Any] = {"fused": fused, "dtype": dtype, "recompute": recompute}
+    network = Network(spec.graph(), rngs=rngs, **options)
     if weights is not None:
         fill_network(network, spec, weights)
     return network

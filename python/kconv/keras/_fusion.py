@@ -12,6 +12,7 @@ from keras import ops
 
 from kconv.keras._graph import CallGraph, call_graph
 from kconv.keras._native import LAYOUTS, fused, is_compiling, runs_natively
+from kconv.keras._private import AutocastScope
 from kconv.models import graph
 from kconv.models.fusion import Segment, UnfitError, partition
 
@@ -27,6 +28,7 @@ class Plan:
     calls: CallGraph
     parts: list[graph.Layer | Segment]
     fuses: bool
+    recompute: bool
 
 
 _PLANS: WeakKeyDictionary[keras.Model, Plan] = WeakKeyDictionary()
@@ -35,10 +37,11 @@ _PLANS: WeakKeyDictionary[keras.Model, Plan] = WeakKeyDictionary()
 def plan_of(model: keras.Model) -> Plan:
     """The plan of a functional model whose layers are as they are now."""
     plan = _PLANS.get(model)
-    if plan is None or not plan.calls.up_to_date:
+    recompute = bool(getattr(model, "recompute", False))
+    if plan is None or plan.recompute != recompute or not plan.calls.up_to_date:
         calls = call_graph(model)
-        parts = partition(calls.graph)
-        plan = Plan(calls, parts, any(isinstance(part, Segment) for part in parts))
+        parts = partition(calls.graph, recompute=recompute)
+        plan = Plan(calls, parts, any(isinstance(part, Segment) for part in parts), recompute)
         _PLANS[model] = plan
     return plan
 
@@ -124,22 +127,30 @@ def _run(segment: Segment, calls: CallGraph, x: Tensor, training: bool) -> Tenso
     if len(set(own)) > 1:
         return None
     parameters = [calls.variables[key] for key in program.parameters]
-    flat = ops.concatenate([ops.reshape(weight, (-1,)) for weight in parameters])
     x = ops.cast(x, dtype)  # as the layers do: a model's input is float32 by default
+    wide = "float32" if dtype == "bfloat16" else dtype  # in which sums are and statistics
     masks = None
     if training and program.masks:
-        ones = ops.ones((ops.shape(x)[0], 1, 1, 1), dtype)
+        ones = ops.ones((ops.shape(x)[0], 1, 1, 1), wide)
         drops = [calls.operations[x.name](ones, training=True) for x in program.masks]
-        masks = ops.stack([ops.reshape(drop, (-1,)) for drop in drops])
-    statistics = None
-    if norms and not any(own):
-        means = ops.concatenate([ops.convert_to_tensor(norm.moving_mean) for norm in norms])
-        variances = [ops.convert_to_tensor(norm.moving_variance) for norm in norms]
-        statistics = ops.stack([means, ops.concatenate(variances)])
-    y, used = fused(program, LAYOUTS[calls.data_format], x, flat, masks, statistics)
-    if any(own):
-        _update_statistics(norms, used)
+        masks = ops.cast(ops.stack([ops.reshape(drop, (-1,)) for drop in drops]), wide)
+    with AutocastScope(None):
+        flat = _row(parameters, wide)
+        statistics = None
+        if norms and not any(own):
+            means = _row([norm.moving_mean for norm in norms], wide)
+            variances = _row([norm.moving_variance for norm in norms], wide)
+            statistics = ops.stack([means, variances])
+        y, used = fused(program, LAYOUTS[calls.data_format], x, flat, masks, statistics)
+        if any(own):
+            _update_statistics(norms, used)
     return y if segment.keeps_pixels else ops.reshape(y, (-1, program.output_size[0]))
+
+
+def _row(variables: list[Any], dtype: str) -> Tensor:
+    """The values of variables in a row."""
+    rows = [ops.reshape(variable, (-1,)) for variable in variables]
+    return ops.cast(ops.concatenate(rows), dtype)
 
 
 def _update_statistics(norms: list[Any], used: Tensor) -> None:
@@ -148,5 +159,7 @@ def _update_statistics(norms: list[Any], used: Tensor) -> None:
     for norm in norms:
         end = start + norm.moving_mean.shape[0]
         for moving, values in zip((norm.moving_mean, norm.moving_variance), used, strict=True):
-            moving.assign(moving * norm.momentum + values[start:end] * (1 - norm.momentum))
+            kept = ops.cast(moving, values.dtype) * norm.momentum
+            new = kept + values[start:end] * (1 - norm.momentum)
+            moving.assign(ops.cast(new, moving.dtype))
         start = end

@@ -519,7 +519,7 @@ def lift(values: list[Any], call: Call) -> Lifted:
     for name, original in _ORIGINALS[kind].items():
         if getattr(getattr(read, name), "__func__", None) is not original:
             raise KeptError(f"it has a {name} of its own")
-    dtype = _dtype(kind, read, call)
+    dtype, stored = _dtypes(kind, read, call)
     if getattr(read, "data_format", call.data_format) != call.data_format:
         raise KeptError(f"data_format={read.data_format!r}")
     try:
@@ -534,7 +534,7 @@ def lift(values: list[Any], call: Call) -> Lifted:
         shapes = {(x.name, name): shape for x in made for name, shape in x.weights().items()}
         for key, variable in variables.items():
             found = keras.backend.standardize_dtype(variable.dtype)
-            if tuple(variable.shape) != shapes[key] or found != dtype:
+            if tuple(variable.shape) != shapes[key] or found != stored:
                 raise KeptError(f"its {key[1]} is {found} of the shape {tuple(variable.shape)}")
     except KeptError:
         raise
@@ -546,19 +546,19 @@ def lift(values: list[Any], call: Call) -> Lifted:
     return Lifted(made, dtype, variables)
 
 
-def _dtype(kind: type, read: Read, call: Call) -> str:
-    """In which a call computes, and its result is."""
+def _dtypes(kind: type, read: Read, call: Call) -> tuple[str, str]:
+    """In which a call computes, and its result is; and that of its layer's weights."""
     if not issubclass(kind, layers.Layer):
-        dtype = call.dtype
+        dtype = stored = call.dtype
     else:
         policy = read.dtype_policy
-        dtype = str(policy.name)
+        dtype, stored = str(policy.compute_dtype), str(policy.variable_dtype)
         if type(policy) is not keras.DTypePolicy:
             raise KeptError(f"its dtype policy is a {type(policy).__name__}")
         if read.activity_regularizer is not None:
             raise KeptError("it has an activity regularizer")
         if not read.autocast:
             raise KeptError("autocast=False")
-    if dtype not in ("float32", "float64"):
+    if dtype not in ("float32", "float64", "bfloat16"):
         raise KeptError(f"it computes in {dtype}")
-    return dtype
+    return dtype, stored

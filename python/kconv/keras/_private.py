@@ -11,15 +11,20 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras.src.backend.common.variables import AutocastScope
 
 __all__ = [
     "WALK",
+    "AutocastScope",
     "all_layers",
     "calls_of",
     "inner_functional",
     "operation_of",
     "run_through_graph",
 ]
+
+# Within ``AutocastScope(None)``, variables are read as they are stored, whatever policy the layer
+# has that is called.
 
 WALK = "_run_through_graph"
 """The method by which a functional model calls its layers, one after the other."""

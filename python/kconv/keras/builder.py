@@ -15,7 +15,12 @@ Kernels = Literal["kconv", "keras"]
 
 
 def build(
-    spec: Spec, kernels: Kernels = "kconv", *, fused: bool = True, weights: Weights = None
+    spec: Spec,
+    kernels: Kernels = "kconv",
+    *,
+    fused: bool = True,
+    weights: Weights = None,
+    recompute: bool = False,
 ) -> keras.Model:
     """The Keras model of a spec, ending in a softmax as the original does.
 
@@ -35,18 +40,27 @@ def build(
         fused: whether chains of layers run as one operation each (see
             :class:`kconv.keras.Network`); the layers and their weights are the same.
         weights: what to fill it with, as for :func:`kconv.keras.create_model`.
+        recompute: whether training keeps little of what the layers compute, and computes it anew in
+            the backward pass: less memory for about a third more time. The model's attribute of
+            this name, which is not saved.
 
     Returns:
         A functional model from (N, H, W, channels) to (N, classes), not compiled.
 
     Raises:
-        ValueError: if ``kernels`` is unknown, or the weights are of another network.
+        ValueError: if ``kernels`` is unknown, the weights are of another network, or nothing is
+            fused that could compute anew.
         TypeError: if ``spec`` is none.
     """
     if kernels not in ("kconv", "keras"):
         raise ValueError(f"kernels={kernels!r}, expected 'kconv' or 'keras'")
+    fused = fused and kernels == "kconv"
+    if recompute and not fused:
+        raise ValueError("recompute=True, expected kernels='kconv' and fused=True with it")
     expect_spec(spec, "keras")
-    model = model_of(spec.graph(), fused=fused and kernels == "kconv")
+    model = model_of(spec.graph(), fused=fused)
+    if fused:
+        model.recompute = recompute
     if weights is not None:
         fill_network(model, spec, weights)
     return model if kernels == "kconv" else to_native(model)

@@ -18,8 +18,8 @@ class Network(keras.Model):
     It is made, saved, loaded and trained as every functional model, and has the same layers with
     the same weights. When it is called on numbers, the longest chains of layers that
     :mod:`kconv.models.fusion` knows run as one operation each, on their layers' weights. They run
-    layer by layer where it cannot stand for them: in mixed precision, on other devices than the
-    CPU, for images without pixels and batches without images, with masks, and where some of a
+    layer by layer where it cannot stand for them: in float16, on other devices than the CPU,
+    for images without pixels and batches without images, with masks, and where some of a
     chain's batch norms are frozen and others are not.
 
     What is changed of a layer counts from the next call on, as in every Keras model: an attribute,
@@ -33,6 +33,9 @@ class Network(keras.Model):
         >>> model(keras.ops.ones((2, 8, 8, 16))).shape
         (2, 8, 8, 24)
     """
+
+    recompute = False
+    """Whether training keeps little of what chains compute, and computes it anew when wanted."""
 
     def _run_through_graph(
         self, inputs: Tensor, operation_fn: Any = None, call_fn: Any = None

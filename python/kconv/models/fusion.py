@@ -111,11 +111,16 @@ class Program:
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers that run as one operation: one tensor goes in, one comes out."""
+    """Layers that run as one operation: one tensor goes in, one comes out.
+
+    With ``recompute``, of what the layers compute little is kept for the backward pass, which
+    computes the rest anew.
+    """
 
     layers: tuple[Layer, ...]
     input: str
     input_channels: int
+    recompute: bool = False
 
     @property
     def name(self) -> str:
@@ -168,19 +173,23 @@ class Segment:
         return {}
 
 
-def partition(graph: Graph) -> list[Layer | Segment]:
+def partition(graph: Graph, *, recompute: bool = False) -> list[Layer | Segment]:
     """A graph's layers after the input, the largest sets of them that can be fused as segments.
 
     A segment reads one image, and one tensor of it is read by others; what else is computed at the
     same time, such as other branches or tensors for later, does not matter. It stands where its
     last layer stood. Equal graphs share segments and so their programs: a copy of a network makes
     none of its own.
+
+    Args:
+        graph: the layers.
+        recompute: whether the segments keep little for their backward passes.
     """
-    return list(_partition(graph))
+    return list(_partition(graph, recompute))
 
 
 @lru_cache(maxsize=64)
-def _partition(graph: Graph) -> tuple[Layer | Segment, ...]:
+def _partition(graph: Graph, recompute: bool) -> tuple[Layer | Segment, ...]:
     readers: dict[str, list[Layer]] = {layer.name: [] for layer in graph.layers}
     for layer in graph.layers:
         for source in layer.inputs:
@@ -199,7 +208,7 @@ def _partition(graph: Graph) -> tuple[Layer | Segment, ...]:
         inside, source = _grown(layer, free, readers, order, shapes, graph.output)
         if any(isinstance(free[name], Conv | DepthwiseConv) for name in inside):
             parts = tuple(free.pop(name) for name in sorted(inside, key=order.__getitem__))
-            segments[layer.name] = Segment(parts, source, graph[source].channels)
+            segments[layer.name] = Segment(parts, source, graph[source].channels, recompute)
             fused |= inside
     kept = (x for x in graph.layers[1:] if x.name in segments or x.name not in fused)
     return tuple(segments.get(layer.name, layer) for layer in kept)
@@ -354,6 +363,7 @@ class _Lowering:
             tuple(self.values),
             tuple(norms),
             tuple(self.steps),
+            self.segment.recompute,
         )
         return Program(
             self.segment,

@@ -52,6 +52,8 @@ if (_found := getattr(_kconv.FusedProgram, "FORMAT", 1)) != FORMAT:
         "version than the Python part; install kconv again"
     )
 
+_INPUT_GRAD, _RECOMPUTE = 1, 2
+"""Flags of a program: see :class:`Code`."""
 WeightLayout = Literal["OI", "IO"]
 Pair = tuple[int, int]
 """Of rows and of columns."""
@@ -296,6 +298,7 @@ class Code:
         values: (channels, height, width) of the input and of what each step makes.
         norms: the batch norms.
         steps: one for each value but the input.
+        recompute: whether the backward pass computes values anew that need not be kept.
     """
 
     weight_layout: WeightLayout
@@ -304,10 +307,12 @@ class Code:
     values: tuple[tuple[int, int, int], ...]
     norms: tuple[Norm, ...]
     steps: tuple[Step, ...]
+    recompute: bool = False
 
     def encode(self) -> tuple[int, ...]:
         """The integers that the extension reads."""
-        numbers = [FORMAT, int(self.weight_layout == "IO"), int(self.input_grad), self.masks]
+        flags = int(self.input_grad) + _RECOMPUTE * self.recompute
+        numbers = [FORMAT, int(self.weight_layout == "IO"), flags, self.masks]
         numbers += [len(self.values), *(size for value in self.values for size in value)]
         numbers.append(len(self.norms))
         for norm in self.norms:
@@ -326,7 +331,7 @@ class Code:
         if (found := next(numbers)) != FORMAT:
             raise ValueError(f"the program has format {found}, expected {FORMAT}")
         layout: WeightLayout = "IO" if next(numbers) else "OI"
-        input_grad, masks = bool(next(numbers)), next(numbers)
+        flags, masks = next(numbers), next(numbers)
         count = next(numbers)
         values = tuple((next(numbers), next(numbers), next(numbers)) for _ in range(count))
         norms = tuple(
@@ -334,7 +339,8 @@ class Code:
             for _ in range(next(numbers))
         )
         steps = tuple(Step.read(numbers) for _ in range(count - 1))
-        return cls(layout, input_grad, masks, values, norms, steps)
+        input_grad, recompute = bool(flags & _INPUT_GRAD), bool(flags & _RECOMPUTE)
+        return cls(layout, input_grad, masks, values, norms, steps, recompute)
 
 
 def weight_layout(integers: Sequence[int]) -> WeightLayout:
@@ -344,7 +350,8 @@ def weight_layout(integers: Sequence[int]) -> WeightLayout:
 
 def with_input_grad(integers: tuple[int, ...], wanted: bool) -> tuple[int, ...]:
     """The encoded program whose backward pass computes the gradient by the input, or does not."""
-    return (*integers[:2], int(wanted), *integers[3:])
+    flags = integers[2] & ~_INPUT_GRAD | _INPUT_GRAD * wanted
+    return (*integers[:2], flags, *integers[3:])
 
 
 def _bits(value: float) -> int:

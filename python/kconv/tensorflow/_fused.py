@@ -35,8 +35,8 @@ def fused(
     Args:
         program: of a segment.
         layout: "NCHW" or "NHWC".
-        x: (N, C, H, W) or (N, H, W, C), float32 or float64.
-        parameters: all of them in a row.
+        x: (N, C, H, W) or (N, H, W, C), float32, float64 or bfloat16.
+        parameters: all of them in a row; of bfloat16 images, as all else, in float32.
         masks: (masks, N) factors of images, or None for none.
         statistics: (2, channels of all norms) means and variances to normalise with, or None for
             the batch's own.
@@ -46,9 +46,10 @@ def fused(
         nobody may iterate over a tensor in a graph.
     """
     options = {"program": list(program.integers), "layout": layout}
-    none = tf.zeros(0, x.dtype)
+    wide = _wide(x)
+    none = tf.zeros(0, wide)
     if masks is None and (statistics is not None or not program.norms):
-        used = tf.zeros((2, 0), x.dtype) if statistics is None else statistics
+        used = tf.zeros((2, 0), wide) if statistics is None else statistics
         y = kernels.kconv_fused_infer(x, parameters, used, **options)
     else:
         masks = none if masks is None else masks
@@ -59,9 +60,14 @@ def fused(
         used.set_shape((2, program.norm_channels))
     if statistics is None and x.shape[0] is None:
         # As elsewhere in TensorFlow, the means of no images are no numbers.
-        count = tf.cast(tf.shape(x)[0], x.dtype)
+        count = tf.cast(tf.shape(x)[0], wide)
         used *= count / count
     return y, tf.unstack(used, 2)
+
+
+def _wide(x: Tensor) -> Any:
+    """What values of a tensor's dtype are computed with."""
+    return tf.float32 if x.dtype == tf.bfloat16 else x.dtype
 
 
 @tf.RegisterGradient("KconvFusedForward")
@@ -76,7 +82,7 @@ def _(op: Any, g: Tensor, *_: Tensor) -> list[Tensor | None]:
 @tf.RegisterGradient("KconvFusedInfer")
 def _(op: Any, g: Tensor) -> list[Tensor | None]:
     x, parameters, statistics = op.inputs
-    none = tf.zeros(0, x.dtype)
+    none = tf.zeros(0, _wide(x))
     _, used, workspace = kernels.kconv_fused_forward(
         x, parameters, none, statistics, **attributes(op, ("program", "layout"))
     )
@@ -134,10 +140,12 @@ def _interpret(
     code = Code.decode(program)
     channels, height, width = code.values[0]  # a graph may have forgotten them
     nchw = (None, channels, height, width)
+    dtype = x.dtype
     x = tf.ensure_shape(x, nchw if layout == "NCHW" else (None, height, width, channels))
+    x = tf.cast(x, _wide(x))
     parameters = tf.ensure_shape(parameters, (None,))
     drop = None
     if masks.shape.rank != 1:  # of one axis, and empty, where there are none
         drop = tf.ensure_shape(masks, (code.masks, None))
     given = None if given is None else tf.ensure_shape(given, (2, None))
-    return interpret(ops, program, layout, x, parameters, drop, given)[0]
+    return tf.cast(interpret(ops, program, layout, x, parameters, drop, given)[0], dtype)

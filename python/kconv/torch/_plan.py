@@ -103,7 +103,12 @@ def _run_each(part: Part, root: nn.Module, values: Values) -> None:
 
 
 def divide(
-    calls: Sequence[Call], sources: Sequence[str], outputs: Iterable[str], *, by_mode: bool = False
+    calls: Sequence[Call],
+    sources: Sequence[str],
+    outputs: Iterable[str],
+    *,
+    by_mode: bool = False,
+    recompute: bool = False,
 ) -> tuple[list[Part], dict[str, graph.Layer]]:
     """The parts in which calls run, the largest chains of them fused.
 
@@ -113,6 +118,7 @@ def divide(
         outputs: the names of the values that are wanted.
         by_mode: whether chains end where batch norms that train meet others that do not (which a
             fused operation cannot compute), or else are made for any mode.
+        recompute: whether chains keep little for their backward passes.
 
     Returns:
         The parts, and all layers by name; plain ones stand for what no layer computes.
@@ -130,7 +136,8 @@ def divide(
         chain = chains.get(call.name)
         if chain is not None:
             members = [by_name[name] for name in chain.nodes]
-            parts.append(Part(members, _fuse(chain.input, members, lifted, layers)))
+            fused = _fuse(chain.input, members, lifted, layers, recompute)
+            parts.append(Part(members, fused))
             done |= {member.name for member in members}
         elif call.name not in done:
             parts.append(Part([call], None))
@@ -247,6 +254,7 @@ def _fuse(
     calls: Sequence[Call],
     lifted: dict[str, tuple[graph.Layer, ...]],
     layers: dict[str, graph.Layer],
+    recompute: bool,
 ) -> FusedSegment:
     own: list[tuple[graph.Layer, Any]] = []
     read = {calls[-1].name}
@@ -257,7 +265,8 @@ def _fuse(
                 own.append((layer, call.owner))
                 read.update(layer.inputs)
     own.reverse()
-    segment = _shared(Segment(tuple(layer for layer, _ in own), source, layers[source].channels))
+    chain, channels = tuple(layer for layer, _ in own), layers[source].channels
+    segment = _shared(Segment(chain, source, channels, recompute))
     return FusedSegment(segment, {layer.name: owner for layer, owner in own})
 
 
@@ -296,9 +305,18 @@ class Plan:
         steps: the names of modules in the root and what they read, in the order of their calls.
         source: the name of the tensor that goes in.
         output: the name of the tensor that comes out.
+        recompute: whether chains keep little for their backward passes.
     """
 
-    def __init__(self, root: nn.Module, steps: Sequence[Step], source: str, output: str) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        steps: Sequence[Step],
+        source: str,
+        output: str,
+        *,
+        recompute: bool = False,
+    ) -> None:
         self._source, self._output = source, output
         self._keys = [name for name, _ in steps]
         self._children = list(map(root._modules.get, self._keys))
@@ -310,7 +328,7 @@ class Plan:
         watched = [*modules, *(container for container, _ in self._containers)]
         # Made before the modules are lifted, so that no change goes unseen between.
         self._watch = Watch([module for module in watched if module is not None])
-        self._parts, layers = divide(self.calls, [source], [output])
+        self._parts, layers = divide(self.calls, [source], [output], recompute=recompute)
         self.graph = graph.Graph("", tuple(layers.values()), output)
 
     def _add(

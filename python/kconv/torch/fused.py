@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from operator import attrgetter
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 from kconv._kconv import FusedProgram
 from kconv.models.fusion import Program, Segment, UnfitError
-from kconv.models.graph import BatchNorm, Dropout
+from kconv.models.graph import BatchNorm, ChannelScale, Conv, DepthwiseConv, Dropout, PReLU
 from kconv.torch._layerwise import layerwise
 from kconv.torch._parameters import Borrowed
 from kconv.torch._private import (
     DeviceContext,
     dispatch_mode_stack,
     flatten_dense_tensors,
+    from_dlpack,
     function_mode_stack,
     is_legacy_batchedtensor,
     is_tracing,
@@ -50,8 +52,8 @@ def fused(
     Args:
         program: of a segment.
         layout: "NCHW" or "NHWC".
-        x: (N, C, H, W) or (N, H, W, C), float32 or float64, on the CPU.
-        parameters: all of them in a row.
+        x: (N, C, H, W) or (N, H, W, C), float32, float64 or bfloat16, on the CPU.
+        parameters: all of them in a row; of bfloat16 images, as all else, in float32.
         masks: (masks, N) factors of images, or None for none.
         statistics: (2, channels of all norms) means and variances to normalise with, or None for
             the batch's own.
@@ -92,6 +94,9 @@ class FusedSegment:
         self._drops = [modules[x.name] for x in segment.layers if isinstance(x, Dropout)]
         self._parameters = [(layer, _WEIGHTS[name]) for layer, name in segment.parameters]
         self._owners = [_holder(modules[layer], name) for layer, name in self._parameters]
+        norms = {layer.name for layer in segment.layers if isinstance(layer, BatchNorm)}
+        self._kernels = sum(layer not in norms for layer, _ in self._parameters)
+        self._passes_input = _passes_input(segment)
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The segment's output, or None where its modules must run one by one.
@@ -100,6 +105,9 @@ class FusedSegment:
         modules' own computation ends in an error or is a matter of PyTorch's rules (no values, one
         value a channel in training, tensors of different sizes), and where some batch norms train
         and others do not.
+
+        In bfloat16, and under autocast to it, what the operation stores between its layers is
+        bfloat16 and what it computes with float32: all of parameters, statistics and sums.
 
         Args:
             x: (N, C, H, W).
@@ -116,7 +124,13 @@ class FusedSegment:
         # Straight from where modules keep them: a fifth of the time of `getattr`.
         parameters = [owner.__dict__[kind][name] for owner, kind, name in self._owners]
         statistics = _running_statistics(norms)
-        if not _plain([*parameters, *statistics], x.dtype):
+        narrow = x.dtype is torch.bfloat16 or (x.dtype is torch.float32 and _autocasts())
+        if not narrow:
+            fits = _plain([*parameters, *statistics], {x.dtype})
+        else:
+            fits = _plain(parameters[: self._kernels], _NARROW if _autocasts() else {x.dtype})
+            fits = fits and _plain([*parameters[self._kernels :], *statistics], _NARROW)
+        if not fits:
             return None
         try:
             program = self.segment.program((x.shape[2], x.shape[3]), "OI")
@@ -124,11 +138,15 @@ class FusedSegment:
             return None
         if training and len(x) * min(program.norm_pixels) == 1:
             return None
+        dtype, x = x.dtype, x.to(torch.bfloat16) if narrow else x
         masks = _masks(self._drops, x)
         if not profiler_enabled():
-            return self._run(program, x, parameters, masks, statistics, training)
-        with torch.autograd.profiler.record_function(f"kconv::fused {self.segment.name}"):
-            return self._run(program, x, parameters, masks, statistics, training)
+            y = self._run(program, x, parameters, masks, statistics, training)
+        else:
+            with torch.autograd.profiler.record_function(f"kconv::fused {self.segment.name}"):
+                y = self._run(program, x, parameters, masks, statistics, training)
+        # As PyTorch promotes what a layer adds to an image of float32.
+        return y.to(dtype) if self._passes_input else y
 
     def _run(
         self,
@@ -141,10 +159,12 @@ class FusedSegment:
     ) -> Tensor:
         norms = self._norms
         if not training and masks is None and not _need_grad([x, *parameters]):
+            if torch.bfloat16 in map(_DTYPE, (*parameters, *statistics)):
+                parameters, statistics = [_row(parameters, x)], [_row(statistics, x)]
             y = _infer(program, "NCHW", x, parameters, statistics)
         else:
-            flat = flatten_dense_tensors(parameters)
-            rows = None if training else torch.cat([x.new_empty(0), *statistics]).view(2, -1)
+            flat = _row(parameters, x)
+            rows = None if training else _row(statistics, x).view(2, -1)
             y, used = fused(program, "NCHW", x, flat, masks, rows)
             if training:
                 _update_statistics(norms, used, program, len(x))
@@ -172,13 +192,45 @@ _WEIGHTS = {
 _DTYPE, _IS_CPU, _REQUIRES_GRAD = map(attrgetter, ("dtype", "is_cpu", "requires_grad"))
 
 
-def _plain(tensors: list[Any], dtype: torch.dtype) -> bool:
-    """Whether these are tensors, of no subclass, on the CPU and of a dtype."""
+_NARROW = {torch.float32, torch.bfloat16}
+"""What parameters may be where images are bfloat16."""
+
+
+def _plain(tensors: list[Any], dtypes: set[torch.dtype]) -> bool:
+    """Whether these are tensors, of no subclass, on the CPU and of one of these dtypes."""
     return (
         {Tensor, nn.Parameter}.issuperset(map(type, tensors))
-        and {dtype}.issuperset(map(_DTYPE, tensors))
+        and dtypes.issuperset(map(_DTYPE, tensors))
         and all(map(_IS_CPU, tensors))
     )
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """What values of a tensor's dtype are computed with."""
+    return torch.float32 if x.dtype is torch.bfloat16 else x.dtype
+
+
+def _row(tensors: list[Tensor], x: Tensor) -> Tensor:
+    """All values of tensors in a row, of the dtype that images like ``x`` are computed with."""
+    if not tensors:
+        return x.new_empty(0, dtype=_wide(x))
+    if len(set(map(_DTYPE, tensors))) > 1:
+        tensors = [tensor.to(_wide(x)) for tensor in tensors]
+    return flatten_dense_tensors(tensors).to(_wide(x))
+
+
+def _passes_input(segment: Segment) -> bool:
+    """Whether the dtype of a segment's input reaches its output, which no convolution hides.
+
+    Nor do layers whose own parameters, of float32 under autocast, promote all that they meet.
+    """
+    passed = {segment.input}
+    for layer in segment.layers:
+        if isinstance(layer, Conv | DepthwiseConv):
+            continue
+        if isinstance(layer, ChannelScale | PReLU) or passed.intersection(layer.inputs):
+            passed.add(layer.name)
+    return segment.name in passed
 
 
 def _need_grad(tensors: list[Tensor]) -> bool:
@@ -188,14 +240,15 @@ def _need_grad(tensors: list[Tensor]) -> bool:
 def is_eager(x: Tensor) -> bool:
     """Whether fused operations can stand for what PyTorch computes with a tensor now.
 
-    So for images of float32 or float64 on the CPU, unless somebody watches the operators between
-    (compilers, tracers, function transforms, modes, autocast, forward-mode differentiation).
+    So for images of float32, float64 or bfloat16 on the CPU, unless somebody watches the operators
+    between (compilers, tracers, function transforms, modes, autocast to other dtypes than bfloat16,
+    forward-mode differentiation).
     """
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
         and x.layout is torch.strided
         and x.dim() == 4
         and not x.is_neg()
@@ -209,11 +262,33 @@ def is_watched() -> bool:
     return bool(
         torch.compiler.is_compiling()
         or is_tracing()
-        or torch.is_autocast_enabled("cpu")
+        or (_autocasts() and not _knows_autocast())
         or peek_interpreter_stack()
         or dispatch_mode_stack()
         or torch.autograd.forward_ad._current_level >= 0
         or (len_function_stack() and _function_modes())
+    )
+
+
+def _autocasts() -> bool:
+    return torch.is_autocast_enabled("cpu")
+
+
+def _knows_autocast() -> bool:
+    """Whether fused operations have autocast's dtype; says once what happens if not."""
+    dtype = torch.get_autocast_dtype("cpu")
+    if dtype is torch.bfloat16:
+        return True
+    _say_that_layers_run(dtype)
+    return False
+
+
+@cache
+def _say_that_layers_run(dtype: torch.dtype) -> None:
+    warnings.warn(
+        f"fused networks run layer by layer under torch.autocast to {dtype}: fused operations know "
+        f"torch.bfloat16",
+        stacklevel=2,
     )
 
 
@@ -232,7 +307,7 @@ def _masks(drops: list[Any], x: Tensor) -> Tensor | None:
     """(drop-connect layers, N) factors of images."""
     if not any(drop.training for drop in drops):
         return None
-    ones = x.new_ones(len(x), 1, 1, 1)
+    ones = x.new_ones(len(x), 1, 1, 1, dtype=_wide(x))
     return torch.stack([drop(ones).flatten() for drop in drops])
 
 
@@ -310,7 +385,9 @@ class _Fused(torch.autograd.Function):
                 )
             given = statistics if ctx.frozen else None
             wanted = [t for t in (x, parameters) if t.requires_grad]
-            y = layerwise(ctx.program, ctx.layout, x, parameters, masks, given)
+            with torch.autocast("cpu", enabled=False):
+                wide = x.to(parameters.dtype)
+                y = layerwise(ctx.program, ctx.layout, wide, parameters, masks, given).to(x.dtype)
             grads = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=True))
             both = [next(grads) if t.requires_grad else None for t in (x, parameters)]
             return *both, None, None, None, None
@@ -356,9 +433,10 @@ def _backward(
     return _tensor(grad_parameters), x
 
 
-def _array(x: Tensor) -> np.ndarray[Any, Any]:
-    return x.detach().numpy()
+def _array(x: Tensor) -> Any:
+    """What kernels read: of bfloat16, which NumPy does not know, a DLPack capsule."""
+    return to_dlpack(x.detach()) if x.dtype is torch.bfloat16 else x.detach().numpy()
 
 
-def _tensor(x: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(x)
+def _tensor(x: Any) -> Tensor:
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else from_dlpack(x)

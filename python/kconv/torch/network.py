@@ -38,6 +38,7 @@ def build(
     *,
     fused: bool = True,
     weights: Weights = None,
+    recompute: bool = False,
 ) -> Network:
     """The PyTorch model of a spec; it ends in logits.
 
@@ -53,22 +54,28 @@ def build(
         fused: whether chains of layers run as one operation each (see
             :class:`Network`); the parameters and their names are the same.
         weights: what to fill it with, as for :func:`kconv.torch.create_model`.
+        recompute: whether training keeps little of what the layers compute, and computes it anew in
+            the backward pass: less memory for about a third more time.
 
     Returns:
         A module of (N, C, H, W) to (N, classes), or to (N, C', H', W') for a spec without top.
 
     Raises:
-        ValueError: if ``kernels`` is neither, or the weights are of another network.
+        ValueError: if ``kernels`` is neither, the weights are of another network, or nothing is
+            fused that could compute anew.
         TypeError: if ``spec`` is none.
     """
     if kernels not in ("kconv", "torch"):
         raise ValueError(f"kernels must be 'kconv' or 'torch', got {kernels!r}")
+    fused = fused and kernels == "kconv"
+    if recompute and not fused:
+        raise ValueError("recompute=True needs kernels='kconv' and fused=True")
     expect_spec(spec, "torch")
     layers = spec.graph()
     last = layers[layers.output]
     if isinstance(last, graph.Activation) and last.kind == "softmax":
         layers = Graph(layers.name, layers.layers[:-1], output=last.inputs[0])
-    network = Network(layers, fused=fused and kernels == "kconv")
+    network = Network(layers, fused=fused, recompute=recompute)
     if weights is not None:
         fill_network(network, spec, weights)
     if kernels == "torch":
@@ -85,14 +92,17 @@ class Network(nn.Module):
     on the parameters and statistics of its modules, as these are at the time of the call: modules
     may be exchanged and changed. One that no fused operation stands for, or that somebody has hooks
     on, runs by itself. All of them do so under compilers, tracers and function transforms, in
-    autocast, and on other devices and dtypes than the CPU's float32 and float64.
+    autocast to float16, and on other devices and dtypes than the CPU's float32, float64 and
+    bfloat16. In bfloat16, and in autocast to it, what an operation stores on its way is bfloat16,
+    and what it computes with float32.
 
     Args:
         graph: the layers.
         fused: whether chains of layers run as one operation.
+        recompute: whether these keep little for their backward passes, and compute it anew there.
     """
 
-    def __init__(self, graph: Graph, *, fused: bool = True) -> None:
+    def __init__(self, graph: Graph, *, fused: bool = True, recompute: bool = False) -> None:
         super().__init__()
         self._name, self._input, self._output = graph.name, graph.layers[0].name, graph.output
         paddings = _mergeable_paddings(graph)
@@ -108,6 +118,7 @@ class Network(nn.Module):
             for step, inputs in steps
         ]
         self._fuses = fused
+        self._recomputes = recompute
         self._plan: Plan | None = None  # made when it is needed
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,9 +136,10 @@ class Network(nn.Module):
         """The plan for the modules as they are now."""
         if self._plan is None or not self._plan.holds(self):
             steps = [(name, inputs) for name, inputs, _ in self._steps]
-            self._plan = Plan(self, steps, self._input, self._output)
+            self._plan = Plan(self, steps, self._input, self._output, recompute=self._recomputes)
         return self._plan
 
+    _recomputes = False  # of older pickles
     _described = ""
     """A block's arguments, which its repr has in the place of its layers."""
 

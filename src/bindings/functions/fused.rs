@@ -1,8 +1,12 @@
 //! Fused networks; their programs come as an attribute.
+//!
+//! Images and what is kept of them are of the call's dtype, all else is of what that is computed
+//! with: float32 for bfloat16.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use crate::bindings::arrays::Dtype;
 use crate::bindings::call::{Array, Buffer, Call, Float, Output};
 use crate::bindings::operation::{Batch, Dims, expect_images, expect_shape, expect_values, layout};
 use crate::error::{Result, bail};
@@ -10,7 +14,6 @@ use crate::fused::{self, Arguments, Inference, Program};
 use crate::lock::Lock;
 use crate::shape::Order;
 use crate::simd;
-use crate::simd::element::WideElement;
 
 /// What runs of a fused network.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +49,11 @@ impl Pass {
     }
 }
 
+/// Whether an operand or a result is of the images' dtype, and not of what that is computed with.
+pub fn is_stored(name: &str) -> bool {
+    ["x", "output", "workspace", "grad_output", "grad_x"].contains(&name)
+}
+
 /// The call's program.
 fn program(call: &Call<'_>) -> Result<Arc<Program>> {
     static READ: Lock<Option<HashMap<Vec<i64>, Arc<Program>>>> = Lock::new(None);
@@ -69,15 +77,27 @@ fn order(call: &Call<'_>) -> Result<Order> {
     layout(call.text("layout")?)
 }
 
+/// The call's first operand: images.
+fn first<'a>(pass: Pass, call: &Call<'a>) -> Result<Buffer<'a>> {
+    match call.operand_list().first() {
+        Some(&first) => Ok(first),
+        None => bail!("got no operands, expected {}", pass.operands()[0]),
+    }
+}
+
+/// The dtype of the call's images.
+pub fn dtype(pass: Pass, call: &Call<'_>) -> Result<Dtype> {
+    Ok(first(pass, call)?.dtype())
+}
+
 /// The number of images in the call's first operand.
 fn count(pass: Pass, call: &Call<'_>, program: &Program) -> Result<usize> {
     let [input_size, output_size] = program.sizes();
-    let (name, size) = match pass {
-        Pass::Forward | Pass::Infer => ("x", input_size),
-        Pass::Backward => ("grad_output", output_size),
+    let size = match pass {
+        Pass::Forward | Pass::Infer => input_size,
+        Pass::Backward => output_size,
     };
-    let Some(first) = call.operand_list().first() else { bail!("got no operands, expected {name}") };
-    expect_images(name, first.shape(), order(call)?, size)
+    expect_images(pass.operands()[0], first(pass, call)?.shape(), order(call)?, size)
 }
 
 fn expect_len(name: &str, array: &Array, len: usize) -> Result<()> {
@@ -103,7 +123,7 @@ pub fn result_shapes(pass: Pass, call: &Call<'_>) -> Result<Vec<Dims>> {
 }
 
 /// Runs a pass.
-pub fn run<T: Float + WideElement>(pass: Pass, call: &Call<'_>, outputs: Vec<Output<'_>>) -> Result<()> {
+pub fn run<S: Float<Wide: Float>>(pass: Pass, call: &Call<'_>, outputs: Vec<Output<'_>>) -> Result<()> {
     let shapes = result_shapes(pass, call)?;
     for ((output, shape), name) in outputs.iter().zip(&shapes).zip(pass.results()) {
         // An unwanted gradient of the input may have any shape.
@@ -114,37 +134,38 @@ pub fn run<T: Float + WideElement>(pass: Pass, call: &Call<'_>, outputs: Vec<Out
     let program = program(call)?;
     let mut outputs = outputs.into_iter();
     let mut next = || match outputs.next() {
-        Some(output) => output.write::<T>(),
+        Some(output) => Ok(output),
         None => bail!("got too few results, expected {}", pass.results().join(", ")),
     };
     match pass {
         Pass::Forward => {
             let [x, parameters, masks, given] = call.operands()?;
-            let given = given.read::<T>()?;
+            let given = given.read::<S::Wide>()?;
             if !given.is_empty() {
                 expect_values("statistics", given.len(), 2 * program.norm_channels())?;
             }
             let arguments = arguments(pass, call, &program, &parameters, masks.read()?)?;
             let given = (!given.is_empty()).then_some(given);
-            fused::forward(&arguments, x.read()?, given, next()?, next()?, next()?);
+            let (y, statistics, workspace) = (next()?.write()?, next()?.write()?, next()?.write()?);
+            fused::forward::<S>(&arguments, x.read()?, given, y, statistics, workspace);
         }
         Pass::Infer => {
             let [x, parameters, statistics] = call.operands()?;
             expect_len("statistics", &statistics, 2 * program.norm_channels())?;
             let Arguments { isa, count, order, parameters, .. } =
-                arguments::<T>(pass, call, &program, &parameters, &[])?;
+                arguments::<S::Wide>(pass, call, &program, &parameters, &[])?;
             program.workspace_len(count)?;
             let (parameters, statistics) = (&[parameters], &[statistics.read()?]);
             let inference = Inference { isa, program: &program, count, order, parameters, statistics };
-            fused::infer(&inference, x.read()?, next()?);
+            fused::infer::<S>(&inference, x.read()?, next()?.write()?);
         }
         Pass::Backward => {
             let [grad, parameters, masks, statistics, workspace] = call.operands()?;
-            let arguments = arguments::<T>(pass, call, &program, &parameters, masks.read()?)?;
+            let arguments = arguments::<S::Wide>(pass, call, &program, &parameters, masks.read()?)?;
             expect_len("statistics", &statistics, 2 * program.norm_channels())?;
             expect_len("workspace", &workspace, program.workspace_len(arguments.count)?)?;
-            let (grad_parameters, grad_x) = (next()?, next()?);
-            fused::backward(
+            let (grad_parameters, grad_x) = (next()?.write()?, next()?.write()?);
+            fused::backward::<S>(
                 &arguments,
                 call.integer("frozen")? != 0,
                 statistics.read()?,
@@ -158,7 +179,7 @@ pub fn run<T: Float + WideElement>(pass: Pass, call: &Call<'_>, outputs: Vec<Out
     Ok(())
 }
 
-fn arguments<'a, T: Float + WideElement>(
+fn arguments<'a, T: Float>(
     pass: Pass,
     call: &Call<'_>,
     program: &'a Program,

@@ -7,7 +7,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr::null_mut;
 use std::sync::OnceLock;
 
-use crate::bindings::arrays::{Dtype, by_dtype};
+use crate::bindings::arrays::Dtype;
 use crate::bindings::call::{Array, Attribute, Attributes, Buffer, Call, INTERNAL, Output, guarded};
 use crate::bindings::functions::{ResultLike, Signature};
 use crate::bindings::operation::Dims;
@@ -22,6 +22,11 @@ const OK: c_int = 0;
 /// kernels.
 const TYPES: [(Dtype, c_int, &str); 3] =
     [(Dtype::F32, 1, "Float"), (Dtype::F64, 2, "Double"), (Dtype::BF16, 14, "Bfloat16")];
+
+/// TensorFlow's code of a type.
+fn code(dtype: Dtype) -> c_int {
+    TYPES.into_iter().find_map(|(known, code, _)| (known == dtype).then_some(code)).expect("one of each type")
+}
 
 /// Declares the functions by their names and types, and how to look them up.
 macro_rules! api {
@@ -125,7 +130,10 @@ pub fn register(signature: &'static Signature, create: Create) -> Result<String>
     let (api, status, operation) = (api(), Status::new(), signature.operation());
     let name = text(&operation);
     let has_bias = signature.operands.contains(&"bias");
-    let mut inputs: Vec<_> = signature.operands.iter().map(|name| format!("{name}: T")).collect();
+    let typed = |name: &&str| format!("{name}: {}", if signature.is_stored(name) { "T" } else { "W" });
+    let mut inputs: Vec<_> = signature.operands.iter().map(typed).collect();
+    // (Saved graphs of before have one type, and where it is not float32 cannot be read.)
+    let has_wide = signature.operands.iter().any(|name| !signature.is_stored(name));
     if has_bias {
         // A list of none or one.
         *inputs.last_mut().expect("a bias") = "bias: biases * T".into();
@@ -146,9 +154,12 @@ pub fn register(signature: &'static Signature, create: Create) -> Result<String>
             (api.TF_OpDefinitionBuilderAddInput)(builder, text(input).as_ptr());
         }
         for output in signature.results {
-            (api.TF_OpDefinitionBuilderAddOutput)(builder, text(&format!("{output}: T")).as_ptr());
+            (api.TF_OpDefinitionBuilderAddOutput)(builder, text(&typed(output)).as_ptr());
         }
         (api.TF_OpDefinitionBuilderAddAttr)(builder, c"T: {bfloat16, float, double}".as_ptr());
+        if has_wide {
+            (api.TF_OpDefinitionBuilderAddAttr)(builder, c"W: {float, double} = DT_FLOAT".as_ptr());
+        }
         for attribute in signature.attributes {
             (api.TF_OpDefinitionBuilderAddAttr)(builder, text(attribute).as_ptr());
         }
@@ -159,12 +170,16 @@ pub fn register(signature: &'static Signature, create: Create) -> Result<String>
         (api.TF_RegisterOpDefinition)(builder, status.0);
     }
     status.check()?;
-    for (_, dtype, suffix) in TYPES {
+    for (dtype, _, suffix) in TYPES {
         // SAFETY: as above.
         unsafe {
             let builder = (api.TF_NewKernelBuilder)(name.as_ptr(), c"CPU".as_ptr(), create, compute, delete_kernel);
-            (api.TF_KernelBuilder_TypeConstraint)(builder, c"T".as_ptr(), dtype, status.0);
+            (api.TF_KernelBuilder_TypeConstraint)(builder, c"T".as_ptr(), code(dtype), status.0);
             status.check()?;
+            if has_wide {
+                (api.TF_KernelBuilder_TypeConstraint)(builder, c"W".as_ptr(), code(dtype.wide()), status.0);
+                status.check()?;
+            }
             let kernel_name = text(&format!("{operation}{suffix}"));
             (api.TF_RegisterKernelBuilder)(kernel_name.as_ptr(), builder, status.0);
         }
@@ -290,28 +305,28 @@ unsafe fn run(kernel: &Kernel, context: Opaque) -> Result<()> {
     if like == ResultLike::Unknown {
         operands.pop();
     }
-    let dtype = operands[0].dtype();
-    let width = by_dtype!(dtype, T => size_of::<T>());
-    // SAFETY: a tensor of this call.
-    let code = unsafe { (api.TF_TensorType)(tensors[0].0) };
+    let stored = operands[0].dtype();
+    let dtype = |index: usize| {
+        if kernel.signature.is_stored(kernel.signature.results[index]) { stored } else { stored.wide() }
+    };
     let allocate = |(index, dims): (usize, &Dims)| {
         let sizes: Vec<_> = dims.iter().map(|&size| size as i64).collect();
-        let product = dims.iter().try_fold(width, |product, &size| product.checked_mul(size));
+        let product = dims.iter().try_fold(dtype(index).size(), |product, &size| product.checked_mul(size));
         let Some(bytes) = product.filter(|&bytes| bytes <= memory::LARGEST) else {
             bail!("the result has the sizes {dims:?}, more than there can be memory for")
         };
-        let axes = sizes.len() as c_int;
+        let (axes, code) = (sizes.len() as c_int, code(dtype(index)));
         // SAFETY: the caller's promise.
         let tensor =
             unsafe { (api.TF_AllocateOutput)(context, index as c_int, code, sizes.as_ptr(), axes, bytes, status.0) };
         status.check().map(|()| Tensor(tensor))
     };
     let results = shapes.iter().enumerate().map(allocate).collect::<Result<Vec<_>>>()?;
-    let output = |(tensor, dims): (&Tensor, &Dims)| {
+    let output = |(index, (tensor, dims)): (usize, (&Tensor, &Dims))| {
         // SAFETY: TensorFlow has allocated as many bytes, for this call alone.
-        Ok(unsafe { Output::new(Array::new(dtype, dims)?, (api.TF_TensorData)(tensor.0)) })
+        Ok(unsafe { Output::new(Array::new(dtype(index), dims)?, (api.TF_TensorData)(tensor.0)) })
     };
-    let outputs = results.iter().zip(&shapes).map(output).collect::<Result<Vec<_>>>()?;
+    let outputs = results.iter().zip(&shapes).enumerate().map(output).collect::<Result<Vec<_>>>()?;
     kernel.signature.run(&Call::new(&operands, kernel), outputs)
 }
 
