@@ -40,8 +40,7 @@ def worker(options: argparse.Namespace) -> None:
     )
     with joined("torch") as ranks:
         config = Config(framework="torch", model=options.model, batch_size=options.batch)
-        torch.set_num_threads(options.processes // ranks.size)
-        ranks.threads = None
+        ranks.threads = options.processes // ranks.size
         trainer = TorchTrainer(spec, config, ranks)
         rng = np.random.default_rng(ranks.rank)
         share = options.batch // ranks.size

@@ -54,7 +54,7 @@ def quiet(line: str) -> None:
     pass
 
 
-@pytest.mark.parametrize("framework", training.FRAMEWORKS)
+@pytest.mark.parametrize("framework", ["torch", pytest.param("keras", marks=pytest.mark.slow)])
 def test_streamed_run_is_that_in_memory(framework: str, tmp_path: Path) -> None:
     """And goes on at the exact batch."""
     if framework == "keras":

@@ -106,3 +106,17 @@ def test_state_of_another_optimizer_is_seen() -> None:
         np.testing.assert_array_equal(value, other.state()[name], err_msg=name)
     wrong = {**state, "optimizer/exp_avg/nothing": np.zeros(3)}
     assert "optimizer/exp_avg/nothing" not in trainer.state_shapes(wrong)
+
+
+def test_threads_stay_within_a_containers_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    try:
+        monkeypatch.setattr("kconv.training._torch.available_cpus", lambda: 1)
+        TorchTrainer(SPEC, SGD, Ranks())
+        assert torch.get_num_threads() == 1
+        ranks = Ranks()
+        ranks.threads = 3
+        TorchTrainer(SPEC, SGD, ranks)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)

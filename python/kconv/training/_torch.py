@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import kconv.torch
+from kconv._cpus import available_cpus
 from kconv.models import Spec
 from kconv.training._sync_norm import synchronize_norms
 from kconv.training.config import Config
@@ -68,8 +69,8 @@ class TorchTrainer:
     """A model of ``kconv.torch``; see :class:`kconv.training.Trainer`."""
 
     def __init__(self, spec: Spec, config: Config, ranks: Ranks) -> None:
-        if ranks.threads is not None:
-            torch.set_num_threads(ranks.threads)
+        # PyTorch itself knows nothing of a container's quota.
+        torch.set_num_threads(ranks.threads or min(torch.get_num_threads(), available_cpus()))
         torch.manual_seed(config.seed)
         # The statistics of all ranks' images are known between layers only, not within fused ones.
         synchronized = config.sync_bn and ranks.size > 1
