@@ -38,6 +38,23 @@ def test_decay_leaves_norms_and_biases_alone(optimizer: str) -> None:
         np.testing.assert_allclose(found, old * factor, rtol=1e-5, err_msg=variable.path)
 
 
+def test_precision() -> None:
+    """Of bfloat16, weights and losses are float32 all the same, and the policy is as before."""
+    trainer = KerasTrainer(SPEC, Config(precision="bfloat16", recompute=True))
+    assert keras.config.dtype_policy().name == "float32"
+    assert trainer.model.recompute
+    assert {layer.compute_dtype for layer in trainer.model.layers[1:-1]} == {"bfloat16"}
+    assert {variable.dtype for variable in trainer.model.trainable_variables} == {"float32"}
+    images = np.random.default_rng(0).standard_normal((6, 8, 8, 1)).astype(np.float32)
+    targets = np.eye(3, dtype=np.float32)[[0] * 6]
+    losses = [
+        trainer.train_step(images, targets, 0.05, scale=1.0, update=True, seed=0)[0]
+        for _ in range(4)
+    ]
+    assert losses[-1] < losses[0]
+    assert trainer.predict(images).dtype == np.float32
+
+
 def test_figures_are_of_the_step_and_averages_go_in_and_out() -> None:
     """Keras's own metrics would go on from step to step."""
     trainer = KerasTrainer(SPEC, Config(ema_decay=0.5, optimizer="sgd", momentum=0.0))

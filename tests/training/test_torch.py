@@ -120,3 +120,29 @@ def test_threads_stay_within_a_containers_quota(monkeypatch: pytest.MonkeyPatch)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
+
+
+def test_precision_and_recomputation() -> None:
+    """What is stored may be bfloat16, or computed anew; weights and losses stay float32."""
+    plain = TorchTrainer(SPEC, SGD, Ranks())
+    start = {name: value.clone() for name, value in plain.model.state_dict().items()}
+    expected = None
+    for options in ({}, {"recompute": True}, {"precision": "bfloat16"}):
+        trainer = TorchTrainer(SPEC, dataclasses.replace(SGD, **options), Ranks())
+        trainer.model.load_state_dict(start)
+        (images, targets), _ = batches()
+        loss, _ = trainer.train_step(images, targets, 0.1, scale=1.0, update=True, seed=7)
+        changes = torch.cat(
+            [(p.detach() - start[n]).flatten() for n, p in trainer.parameters.items()]
+        )
+        assert changes.dtype is torch.float32
+        assert trainer.predict(images).dtype == np.float32
+        if expected is None:
+            expected = loss, changes
+        error = (changes - expected[1]).norm() / expected[1].norm()
+        tolerance = 0.2 if options.get("precision") else 1e-4
+        assert error < tolerance
+        assert (error > 1e-4) == ("precision" in options)
+        assert abs(loss - expected[0]) < tolerance * expected[0]
+    with pytest.raises(ValueError, match="recompute=True needs fused layers"):
+        Config(framework="torch", sync_bn=True, recompute=True)

@@ -17,6 +17,8 @@ from kconv.keras.recalibration import Recalibrator
 from kconv.models import Spec
 from kconv.training.config import Config
 
+_POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+
 
 class KerasTrainer:
     """A model of ``kconv.keras``; see :class:`kconv.training.Trainer`.
@@ -32,7 +34,14 @@ class KerasTrainer:
         random.seed(config.seed)
         if keras.backend.backend() == "jax":
             return_memory_of_compilers()
-        self.model = kconv.keras.build(spec)
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(_POLICIES[config.precision])
+        try:
+            self.model = kconv.keras.build(spec, recompute=config.recompute)
+        finally:
+            keras.config.set_dtype_policy(before)
+        # The loss is of float32.
+        self.model.layers[-1].dtype_policy = keras.DTypePolicy("float32")
         optimizer = _optimizer(config)
         # Weight decay is for kernels alone: norms and biases have one axis.
         optimizer.exclude_from_weight_decay(

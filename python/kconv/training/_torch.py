@@ -74,7 +74,7 @@ class TorchTrainer:
         torch.manual_seed(config.seed)
         # The statistics of all ranks' images are known between layers only, not within fused ones.
         synchronized = config.sync_bn and ranks.size > 1
-        self.model = kconv.torch.build(spec, fused=not synchronized)
+        self.model = kconv.torch.build(spec, fused=not synchronized, recompute=config.recompute)
         if synchronized:
             synchronize_norms(self.model)
         self.parameters = dict(self.model.named_parameters())
@@ -117,7 +117,7 @@ class TorchTrainer:
         # What is only added up is not shared with other processes yet.
         alone = isinstance(network, DistributedDataParallel) and not update
         with network.no_sync() if alone else nullcontext():  # type: ignore[operator]
-            logits = network(_nchw(images))
+            logits = self._logits(network, images)
             truth = torch.from_numpy(targets)
             loss = functional.cross_entropy(logits, truth)
             (loss * scale).backward()
@@ -125,6 +125,13 @@ class TorchTrainer:
             self._update(learning_rate)
         found = logits.argmax(1) == truth.argmax(1)
         return loss.item(), found.float().mean().item()
+
+    def _logits(self, network: nn.Module, images: NDArray[np.float32]) -> Tensor:
+        """What a network makes of images, in the configuration's precision, as float32."""
+        narrow = self.config.precision == "bfloat16"
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            logits: Tensor = network(_nchw(images))
+        return logits.float()
 
     def _update(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -144,7 +151,7 @@ class TorchTrainer:
     @torch.inference_mode()
     def predict(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         self.model.eval()
-        return functional.softmax(self.model(_nchw(images)), dim=1).numpy()
+        return functional.softmax(self._logits(self.model, images), dim=1).numpy()
 
     @torch.no_grad()
     def recalibrate(self, batches: Iterable[NDArray[np.float32]]) -> None:
@@ -159,7 +166,7 @@ class TorchTrainer:
         self.model.train()
         count = 0
         for images in batches:
-            self.model(_nchw(images))
+            self._logits(self.model, images)
             count += 1
         # A moving average that started from zero lacks the share (1 - momentum)^count.
         for norm in norms:

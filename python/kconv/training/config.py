@@ -31,6 +31,7 @@ FRAMEWORKS = ("keras", "torch")
 OPTIMIZERS = ("rmsprop", "adamw", "sgd")
 SCHEDULES = ("cyclic25", "constant", "cosine", "one-cycle")
 BAD_IMAGES = ("error", "skip")
+PRECISIONS = ("float32", "bfloat16")
 SHORT_RUN_STEPS = 2000
 """In fewer steps, moving statistics of momentum 0.99 lag too far behind the weights."""
 SMALL_IMAGE = 64
@@ -235,6 +236,18 @@ class Config:
     )
     seed: int = option(0, "fixes all chance", metavar="N")
     framework: str = option("keras", "what to train with", choices=FRAMEWORKS)
+    precision: str = option(
+        "float32",
+        "what is stored between layers; weights, sums, statistics and losses stay float32",
+        choices=PRECISIONS,
+        resumable=True,
+    )
+    recompute: bool = option(
+        False,
+        "compute values anew in the backward pass in the place of keeping them: less memory for "
+        "about a third more time",
+        resumable=True,
+    )
     weights: str | None = option(
         None,
         "file, folder of a run, or name of `kconv models`, whose weights to start from; the "
@@ -289,6 +302,8 @@ class Config:
             raise ValueError("weights and compress_from both say what to start from: give one")
         if self.sync_bn and self.framework != "torch":
             raise ValueError("sync_bn=True: only framework='torch' trains in several processes")
+        if self.sync_bn and self.recompute:
+            raise ValueError("recompute=True needs fused layers, which sync_bn=True takes apart")
         self._check_model_options()
 
     def _check_numbers(self) -> None:
