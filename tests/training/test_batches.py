@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
 from kconv.datasets import StreamedImages
 from kconv.training.batches import Batches, read_ahead
+from kconv.training.transforms import Change
 
 
 class Numbers(StreamedImages):
@@ -48,6 +51,15 @@ def test_loaders_give_the_same_from_any_batch_on(framework: str, workers: int | 
             assert numbers(found) == [part.tolist() for part in expected[start:]]
             for batch, part in zip(found, range(start, 5), strict=True):
                 np.testing.assert_array_equal(batch.indices + part, expected[part])
+
+
+def test_batches_go_to_workers_of_any_kind() -> None:
+    """Which Python starts by fork, or from now on by a server."""
+    batches = Batches(Numbers(50), ORDER, 5, change=Change(1, 2, 0, augment=True))
+    again = pickle.loads(pickle.dumps(batches))
+    np.testing.assert_array_equal(again[1].images, batches[1].images)
+    other = Batches(Numbers(50), ORDER, 5, change=Change(1, 3, 0, augment=False))
+    np.testing.assert_array_equal(other[1].images[:, 0, 0, 0], ORDER[5:10])
 
 
 def test_shares_make_the_whole_batch() -> None:

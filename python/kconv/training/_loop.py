@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ from kconv._creating import fill_network
 from kconv._files import replacing
 from kconv._memory import peak_memory
 from kconv._published import find_network
-from kconv.datasets import Images, Labels, StreamedImages
+from kconv.datasets import Labels, StreamedImages
 from kconv.evaluation import confusion_matrix, report_of
 from kconv.training import _start
 from kconv.training.batches import Batch, Batches, progress, read_ahead
@@ -42,7 +41,7 @@ from kconv.training.run import (
     write_options,
 )
 from kconv.training.schedules import learning_rate
-from kconv.training.transforms import changed_batch, changed_images
+from kconv.training.transforms import Change, changed_batch
 from kconv.weights import load_weights
 
 VALIDATION_SHARE = 0.1
@@ -355,7 +354,7 @@ class _Run:
         batches = self._batches(
             self.data.x_train,
             order[: len(order) - self.left_out],
-            change=partial(self._changed, epoch),
+            change=Change(config.seed, epoch, self.ranks.rank, config.augment, self.transform),
         )
         first = self.progress.steps
         # What all processes had is the first one's now.
@@ -430,15 +429,6 @@ class _Run:
             images, targets, rate, scale=scale, update=update, seed=seed
         )
         return loss, accuracy, update
-
-    def _changed(self, epoch: int, number: int, images: Images) -> Images:
-        """A training batch's images, augmented."""
-        rng = np.random.default_rng([self.config.seed, epoch, 1, number, self.ranks.rank])
-        if self.config.augment:
-            images = augment.augment(images, rng)
-        if self.transform is not None:
-            images = changed_images(self.transform, images, rng)
-        return images
 
     def _batches(self, images: Any, order: NDArray[np.intp], change: Any = None) -> Batches:
         config, ranks = self.config, self.ranks

@@ -11,14 +11,44 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kconv import augment
 from kconv.datasets import Images
 
-__all__ = ["changed_batch", "changed_images"]
+__all__ = ["Change", "changed_batch", "changed_images"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of the images of an epoch's batches; it goes to the workers that decode them.
+
+    Attributes:
+        seed: of the run.
+        epoch: which.
+        rank: of the process.
+        augment: whether as the papers do.
+        transform: the user's, or None.
+    """
+
+    seed: int
+    epoch: int
+    rank: int
+    augment: bool
+    transform: Any = None
+
+    def __call__(self, number: int, images: Images) -> Images:
+        """(N, H, W, C) uint8 of a batch to the same."""
+        rng = np.random.default_rng([self.seed, self.epoch, 1, number, self.rank])
+        if self.augment:
+            images = augment.augment(images, rng)
+        if self.transform is not None:
+            images = changed_images(self.transform, images, rng)
+        return images
 
 
 def _library(transform: Any) -> str:
