@@ -12,7 +12,7 @@ use crate::microkernels::dot_nt::{DotNt, DotTileOf, Rows};
 use crate::microkernels::outer::{OuterProducts, PlaneTotals, Totals};
 use crate::microkernels::reduce::SumSlots;
 use crate::microkernels::row_copy::WidenRows;
-use crate::microkernels::transpose::Transpose;
+use crate::microkernels::transpose::{BLOCK, Transpose};
 use crate::plan::Caps;
 use crate::pool::{chunks, part};
 use crate::scratch::{self, cut};
@@ -20,10 +20,10 @@ use crate::simd::element::{Element, lanes, writable};
 use crate::simd::mul_acc::MulAcc;
 use crate::simd::{IsaKind, Promised, line};
 
-/// Pixels of the small set that are transposed at once, at most.
-const TILE_PIXELS: usize = 512;
-/// Values of these, about: they stay in the L2 cache.
-const TILE_VALUES: usize = 256 << 10;
+/// Vectors of a panel of the small set's transposed rows: those of a register tile.
+const PANEL_VECTORS: usize = 3;
+/// Bytes of a panel: it stays in the L1 cache while all rows of the large set meet it.
+const PANEL_BYTES: usize = 24 << 10;
 /// Rows of the large set that are copied at a time, where sums need copies.
 const COPIED_ROWS: usize = 16;
 
@@ -75,17 +75,20 @@ impl<T: Element, M: MulAcc<T>> MatmulNt<T, M> {
         }
     }
 
-    /// Writes the sums to `[a][b]`.
-    pub fn finish(&self, memory: &[T::Wide], sums: &mut [T::Wide]) {
+    /// Writes the sums to `[a][b]`, the rows `pitch` apart.
+    pub fn finish(&self, memory: &[T::Wide], sums: &mut [T::Wide], pitch: usize) {
         let [a, b] = self.rows;
-        assert_eq!(sums.len(), a * b, "sums");
-        match self.algorithm {
-            Algorithm::Dot => self.isa.run(SumSlots(memory, sums)),
-            Algorithm::OuterInput => sums.copy_from_slice(memory),
-            _ => {
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    *sum = memory[i % b * a + i / b];
-                }
+        assert!(b <= pitch && memory.len() == self.memory(), "sums");
+        if self.algorithm == Algorithm::OuterGrad {
+            assert!(sums.len() >= (a - 1) * pitch + b, "sums");
+            // SAFETY: there is room for all of them.
+            let sums = unsafe { Transpose::gather([b, a], memory.as_ptr(), a, sums.as_mut_ptr(), pitch).ahead(0) };
+            return self.isa.run(sums);
+        }
+        for (sums, memory) in sums.chunks_mut(pitch).zip(memory.chunks_exact(memory.len() / a)) {
+            match self.algorithm {
+                Algorithm::Dot => self.isa.run(SumSlots(memory, &mut sums[..b])),
+                _ => sums[..b].copy_from_slice(memory),
             }
         }
     }
@@ -135,23 +138,29 @@ impl<T: Element, M: MulAcc<T>> MatmulNt<T, M> {
     /// As for [`MatmulNt::add`].
     unsafe fn outer(&self, a: Rows<'_, T>, b: Rows<'_, T>, [images, pixels]: [usize; 2], sums: &mut [T::Wide]) {
         let (rows, columns) = (a.offsets.len(), b.offsets.len());
-        // Vectors of all columns are inside cache lines.
-        let pitch = columns.next_multiple_of(lanes::<T>(self.isa));
-        let tile = (TILE_VALUES / pitch).clamp(1, TILE_PIXELS).min(pixels);
+        // Vectors of a panel's columns are inside cache lines.
+        let vector = lanes::<T>(self.isa).max(BLOCK);
+        let panels = columns.div_ceil(PANEL_VECTORS * vector);
+        let pitch = columns.div_ceil(panels * vector) * vector;
+        let tile = (PANEL_BYTES / (pitch * size_of::<T::Wide>())).min(pixels).next_multiple_of(M::TERMS);
         // Rows that are copied go through the L1 cache, a line apart from multiples of its size.
         let (block, copied) = if M::COPIES { (COPIED_ROWS, tile + line::<T::Wide>()) } else { (rows, 0) };
         let copies: Vec<_> = (0..block * copied).step_by(copied.max(1)).collect();
-        scratch::with(tile * pitch, |transposed: &mut [T]| {
-            scratch::with(tile * pitch + block * copied, |memory: &mut [T::Wide]| {
-                let [steps, copy] = cut(memory, [tile * pitch, block * copied]);
+        scratch::with(panels * tile * pitch, |transposed: &mut [T]| {
+            scratch::with(panels * tile * pitch + block * copied, |memory: &mut [T::Wide]| {
+                let [steps, copy] = cut(memory, [panels * tile * pitch, block * copied]);
                 for (n, pixels) in (0..images).flat_map(|n| chunks(0..pixels, tile).map(move |pixels| (n, pixels))) {
                     let terms = pixels.len();
-                    // SAFETY: the caller's promise; the target has room for these pixels.
-                    unsafe {
-                        let rows = b.base.add(n * b.image_stride + pixels.start);
-                        transpose(self.isa, rows, b.offsets, terms, (&mut *transposed, pitch), b.prefetch);
+                    let len = terms.next_multiple_of(M::TERMS) * pitch;
+                    for (to, columns) in transposed.chunks_mut(len).zip(chunks(0..columns, pitch)) {
+                        to[terms * pitch..].fill(T::default());
+                        // SAFETY: the caller's promise; the target has room for these pixels.
+                        unsafe {
+                            let rows = b.base.add(n * b.image_stride + pixels.start);
+                            transpose(self.isa, rows, &b.offsets[columns], terms, (to, pitch), b.prefetch);
+                        }
                     }
-                    let packed = self.mul_acc.steps(self.isa, &transposed[..terms * pitch], pitch, &mut *steps);
+                    let packed = self.mul_acc.steps(self.isa, &transposed[..panels * len], pitch, &mut *steps);
                     let base = a.base.wrapping_add(n * a.image_stride + pixels.start);
                     for block in chunks(0..rows, block) {
                         let offsets = &a.offsets[block.clone()];
@@ -168,23 +177,28 @@ impl<T: Element, M: MulAcc<T>> MatmulNt<T, M> {
                         } else {
                             (base.cast(), offsets)
                         };
-                        // SAFETY: as above; there is a sum for each pair.
-                        self.isa.run(unsafe {
-                            let sums = sums.as_mut_ptr().add(block.start * columns);
-                            Promised::new_unchecked(OuterProducts {
-                                mul_acc: self.mul_acc,
-                                a: values,
-                                a_stride: M::TERMS,
-                                a_rows: offsets,
-                                a_prefetch: if M::COPIES { 0 } else { a.prefetch },
-                                b: packed.as_ptr(),
-                                b_stride: pitch,
-                                b_prefetch: 0,
-                                terms,
-                                columns,
-                                out: PlaneTotals { mul_acc: self.mul_acc, totals: Totals::<T> { sums, row: columns } },
-                            })
-                        });
+                        for (panel, range) in chunks(0..columns, pitch).enumerate() {
+                            // SAFETY: as above; there is a sum for each pair.
+                            self.isa.run(unsafe {
+                                let sums = sums.as_mut_ptr().add(block.start * columns + range.start);
+                                Promised::new_unchecked(OuterProducts {
+                                    mul_acc: self.mul_acc,
+                                    a: values,
+                                    a_stride: M::TERMS,
+                                    a_rows: offsets,
+                                    a_prefetch: if M::COPIES { 0 } else { a.prefetch },
+                                    b: packed[panel * (packed.len() / panels)..].as_ptr(),
+                                    b_stride: pitch,
+                                    b_prefetch: 0,
+                                    terms,
+                                    columns: range.len(),
+                                    out: PlaneTotals {
+                                        mul_acc: self.mul_acc,
+                                        totals: Totals::<T> { sums, row: columns },
+                                    },
+                                })
+                            });
+                        }
                     }
                 }
             });
@@ -236,10 +250,10 @@ mod tests {
 
     /// Two images of 40 rows, in no order and some twice, by each algorithm.
     fn check<T: Element, M: MulAcc<T>>(isa: IsaKind, mul_acc: M) {
-        const PIXELS: usize = 37;
+        const PIXELS: usize = if cfg!(miri) { 37 } else { 389 };
         let values: Vec<T> = (0..2 * 40 * PIXELS).map(|i| T::from_f64((i * 7919 % 5) as f64 - 2.0)).collect();
         let offsets = |rows: usize, step: usize| (0..rows).map(|i| i * step % 40 * PIXELS).collect::<Vec<_>>();
-        for (m, k) in [(1, 1), (3, 2), (13, 37), (25, 9), (8, 40), (40, 16), (1, 9)] {
+        for (m, k) in [(1, 1), (3, 2), (13, 37), (25, 9), (8, 40), (40, 16), (1, 9), (3, 60), (60, 2)] {
             let (a_offsets, b_offsets) = (offsets(m, 3), offsets(k, 31));
             for algorithm in [Algorithm::Dot, Algorithm::OuterInput, Algorithm::OuterGrad] {
                 let products = MatmulNt::with_algorithm(isa, mul_acc, [m, k], algorithm);
@@ -248,7 +262,7 @@ mod tests {
                 let mut sums = vec![T::Wide::from_f64(f64::NAN); m * k];
                 // SAFETY: the rows of both images are in `values`.
                 unsafe { products.add(rows(&a_offsets), rows(&b_offsets), [2, PIXELS], &mut memory) };
-                products.finish(&memory, &mut sums);
+                products.finish(&memory, &mut sums, k);
                 for (i, j) in (0..m).flat_map(|i| (0..k).map(move |j| (i, j))) {
                     let pixels = (0..2).flat_map(|n| (0..PIXELS).map(move |p| n * 40 * PIXELS + p));
                     let product = |p: usize| values[a_offsets[i] + p].to_f64() * values[b_offsets[j] + p].to_f64();

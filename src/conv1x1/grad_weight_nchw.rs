@@ -64,7 +64,7 @@ impl<T: Element, M: MulAcc<T>> GradWeight<'_, T, M> {
                         }
                     }
                 }
-                products.finish(memory, sums);
+                products.finish(memory, sums, k);
             });
         }
     }

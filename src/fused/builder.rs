@@ -76,8 +76,12 @@ impl Term {
         integers.push(self.activation.1.len() as i64);
         integers.extend(self.activation.1.iter().map(|parameter| parameter.to_bits() as i64));
         integers.extend([index(self.gate), self.gate_offset, index(self.mask), self.start as i64]);
-        integers.push(self.channels.len() as i64);
-        integers.extend(self.channels.iter().flat_map(|&channel| [1, channel as i64, 0]));
+        let channels = &self.channels;
+        if channels.len() > 1 && channels.windows(2).all(|pair| pair[0] + 1 == pair[1]) {
+            return integers.extend([1, channels.len() as i64, channels[0] as i64, 1]);
+        }
+        integers.push(channels.len() as i64);
+        integers.extend(channels.iter().flat_map(|&channel| [1, channel as i64, 0]));
     }
 }
 

@@ -4,12 +4,15 @@
 use std::ops::Range;
 
 use super::backward::Tape;
+use super::pack::Packed;
 use super::pass::{Pass, Statistics, merge_statistics};
 use super::program::{Conv, Source};
 use super::source::NormSums;
 use crate::memory;
 use crate::microkernels::conv1x1_nchw::{Conv1x1Nchw, Init};
-use crate::parallel::{Shared, add_parts};
+use crate::parallel::Shared;
+use crate::pool::{parallel_for, threads_for};
+use crate::shape::WeightLayout;
 use crate::simd::element::{Element, WideElement};
 use crate::simd::mul_acc::Fma;
 use crate::simd::{IsaKind, Promised};
@@ -35,6 +38,30 @@ pub(super) unsafe fn multiply_rows<T: WideElement>(
     // SAFETY: the caller's promise.
     isa.run(unsafe { Promised::new_unchecked(rows) });
 }
+
+/// [`multiply_rows`] with some blocks of a group's packed weights; bias and `y_offsets` are those
+/// of all output rows of the group.
+///
+/// # Safety
+/// As for [`Conv1x1Nchw`].
+pub(super) unsafe fn multiply_blocks<T: WideElement>(
+    isa: IsaKind,
+    x: RowPointers<'_, *const T>,
+    (packed, group): (&Packed<T>, usize),
+    blocks: &[Range<usize>],
+    bias: Option<&[T]>,
+    (y, y_offsets): RowPointers<'_, *mut T>,
+    pixels: usize,
+) {
+    for block in blocks {
+        let (weights, init) = (packed.block(group, block), bias.map(|bias| &bias[block.clone()]).into());
+        // SAFETY: the caller's promise.
+        unsafe { multiply_rows(isa, x, weights, init, (y, &y_offsets[block.clone()]), pixels, [0; 2]) };
+    }
+}
+
+/// What adding a part's sum to the others takes, about.
+const NANOSECONDS: f64 = 0.3;
 
 /// Sums that tasks gather for parts of the pixels, each its own: `[part][index]`.
 pub(super) struct PartSums<S> {
@@ -107,20 +134,39 @@ impl<T: WideElement> ParameterGrads<T> {
     }
 
     /// Writes the gradients of all parts together.
-    pub fn write(mut self, conv: &Conv, grad_parameters: Shared<T>) {
-        let Conv { groups, group_in, group_out, .. } = *conv;
-        // SAFETY: this convolution's parameters.
-        let write = |index: usize, value: T| unsafe { grad_parameters.ptr().add(index).write(value) };
-        let channels = (0..groups).flat_map(|g| (0..group_out).map(move |o| (g, o)));
-        let inputs = (0..group_in).flat_map(|i| (0..conv.taps()).map(move |tap| (i, tap)));
-        let indices = channels.flat_map(|(g, o)| inputs.clone().map(move |(i, tap)| conv.index(g, o, i, tap)));
-        for (index, &sum) in indices.zip(add_parts(&mut self.weights.sums, conv.weights())) {
-            write(conv.weight + index, sum);
-        }
+    pub fn write(self, conv: &Conv, grad_parameters: Shared<T>) {
+        let (channels, len) = (conv.groups * conv.group_out, conv.group_in * conv.taps());
+        let sums = self.weights.shared;
+        let values = (self.parts * conv.weights()) as f64;
+        parallel_for(threads_for(values * NANOSECONDS), channels, |channel| {
+            let (g, o) = (channel / conv.group_out, channel % conv.group_out);
+            // SAFETY: all parts' sums of an output channel, which are this task's own.
+            let row = |p: usize| unsafe {
+                std::slice::from_raw_parts_mut(sums.ptr().add(p * conv.weights() + channel * len), len)
+            };
+            let total = row(0);
+            for p in 1..self.parts {
+                total.iter_mut().zip(row(p)).for_each(|(sum, &mut part)| *sum += part);
+            }
+            // SAFETY: this convolution's parameters.
+            let write = |index: usize, sums: &[T]| unsafe {
+                let target = grad_parameters.ptr().add(conv.weight + index);
+                target.copy_from_nonoverlapping(sums.as_ptr(), sums.len());
+            };
+            if conv.layout == WeightLayout::Oi {
+                return write(conv.index(g, o, 0, 0), total);
+            }
+            for (i, sums) in total.chunks_exact(conv.taps()).enumerate() {
+                sums.iter()
+                    .enumerate()
+                    .for_each(|(tap, sum)| write(conv.index(g, o, i, tap), std::slice::from_ref(sum)));
+            }
+        });
         let Some(start) = conv.bias else { return };
-        for o in 0..groups * group_out {
-            let parts = (0..self.parts).map(|p| self.bias.sums[p * groups * group_out + o]);
-            write(start + o, T::from_f64(parts.sum()));
+        for o in 0..channels {
+            let parts = (0..self.parts).map(|p| self.bias.sums[p * channels + o]);
+            // SAFETY: as above.
+            unsafe { grad_parameters.ptr().add(start + o).write(T::from_f64(parts.sum())) };
         }
     }
 }

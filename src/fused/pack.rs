@@ -8,9 +8,14 @@ use super::depthwise;
 use super::program::{Conv, Kind, Step};
 use crate::memory;
 use crate::microkernels::conv1x1_nchw::ConvHeight;
-use crate::pool::part;
+use crate::microkernels::transpose::Transpose;
+use crate::parallel::Shared;
+use crate::pool::{parallel_for, part, threads_for};
 use crate::simd::IsaKind;
 use crate::simd::element::WideElement;
+
+/// What packing a weight takes, about.
+const NANOSECONDS: f64 = 1.0;
 
 /// Packed weights: for each group, for each block of output rows, `[input row][output row]`.
 pub(super) struct Packed<T> {
@@ -30,7 +35,7 @@ impl<T: WideElement> Packed<T> {
         groups: usize,
         outputs: usize,
         inputs: usize,
-        weight: impl Fn(usize, usize, usize) -> T,
+        weight: impl Fn(usize, usize, usize) -> T + Sync,
     ) -> Self {
         Self::of_taps(isa, groups, outputs, inputs, &[Some(0)], |g, o, i, _| weight(g, o, i))
     }
@@ -43,19 +48,55 @@ impl<T: WideElement> Packed<T> {
         outputs: usize,
         channels: usize,
         taps: &[Option<usize>],
-        weight: impl Fn(usize, usize, usize, usize) -> T,
+        weight: impl Fn(usize, usize, usize, usize) -> T + Sync,
     ) -> Self {
+        Self::of_blocks(isa, [groups, outputs, channels * taps.len()], |g, block, rows| {
+            let inputs = (0..channels).flat_map(|channel| taps.iter().map(move |&tap| (channel, tap)));
+            for ((channel, tap), row) in inputs.zip(rows.chunks_exact_mut(block.len())) {
+                let Some(tap) = tap else { continue };
+                for (o, y) in block.clone().zip(row) {
+                    *y = weight(g, o, channel, tap);
+                }
+            }
+        })
+    }
+
+    /// Packs the weights at multiples of these strides for groups, output rows and input rows, of
+    /// which one of the last two is 1. (Measured: docs/ALGORITHMS.md.)
+    pub fn strided(isa: IsaKind, size: [usize; 3], weights: &[T], [group, output, input]: [usize; 3]) -> Self {
+        let [groups, outputs, inputs] = size;
+        let end = (groups - 1) * group + (outputs - 1) * output + (inputs - 1) * input;
+        assert!(end < weights.len() && (output == 1 || input == 1), "strides");
+        Self::of_blocks(isa, size, |g, block, rows| {
+            let weights = &weights[g * group + block.start * output..];
+            if output == 1 {
+                for (i, row) in rows.chunks_exact_mut(block.len()).enumerate() {
+                    row.copy_from_slice(&weights[i * input..][..block.len()]);
+                }
+                return;
+            }
+            let (size, len) = ([block.len(), inputs], block.len());
+            // SAFETY: the last weight is inside, as was asserted, and the rows are as many.
+            let block = unsafe { Transpose::gather(size, weights.as_ptr(), output, rows.as_mut_ptr(), len) };
+            isa.run(block.ahead(0));
+        })
+    }
+
+    /// Packs groups, output rows and input rows by `pack(group, output rows, weights)`, on all
+    /// threads.
+    fn of_blocks(isa: IsaKind, size: [usize; 3], pack: impl Fn(usize, &Range<usize>, &mut [T]) + Sync) -> Self {
+        let [groups, outputs, inputs] = size;
         let count = outputs.div_ceil(isa.constant(ConvHeight::<T> { pixels: 0, values: PhantomData }));
         let blocks: Vec<_> = (0..count).map(|i| part(outputs, count, i)).collect();
-        let inputs = channels * taps.len();
-        let mut weights = Vec::new();
-        memory::reserve(&mut weights, groups * outputs * inputs);
-        for (g, block) in (0..groups).flat_map(|g| blocks.iter().map(move |block| (g, block))) {
-            for (channel, tap) in (0..channels).flat_map(|channel| taps.iter().map(move |&tap| (channel, tap))) {
-                let weight = |o| tap.map_or(T::default(), |tap| weight(g, o, channel, tap));
-                weights.extend(block.clone().map(weight));
-            }
-        }
+        let mut weights = memory::filled(T::default(), groups * outputs * inputs);
+        let shared = Shared(weights.as_mut_ptr());
+        parallel_for(threads_for(weights.len() as f64 * NANOSECONDS), groups * count, |task| {
+            let (g, block) = (task / count, &blocks[task % count]);
+            let start = (g * outputs + block.start) * inputs;
+            // SAFETY: the block's own weights.
+            let rows = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(start), block.len() * inputs) };
+            pack(g, block, rows);
+        });
         Self { weights, bias: Vec::new(), group: outputs * inputs, inputs, blocks }
     }
 
@@ -118,7 +159,12 @@ impl<T: WideElement> Arguments<'_, T> {
         let norm = |channel: usize| Some(affine?[view?.norms[channel]?]);
         let scale: Vec<_> = (0..value.channels).map(|c| norm(c).map_or(T::ONE, |(scale, _)| scale)).collect();
         let weight = |g, o, i, tap| weights[conv.index(g, o, i, tap)] * scale[g * outputs + o];
-        let packed = Packed::of_taps(self.isa, conv.groups, outputs, conv.group_in, &taps, weight);
+        let packed = if affine.is_none() && conv.pointwise() {
+            let strides = [conv.index(1, 0, 0, 0), conv.index(0, 1, 0, 0), conv.index(0, 0, 1, 0)];
+            Packed::strided(self.isa, [conv.groups, outputs, conv.group_in], weights, strides)
+        } else {
+            Packed::of_taps(self.isa, conv.groups, outputs, conv.group_in, &taps, weight)
+        };
         let bias = conv.bias.map(|start| &self.parameters[start..][..value.channels]);
         let own = |c: usize| bias.map_or(T::default(), |bias| bias[c] * scale[c]);
         let shift = |c: usize| own(c) + norm(c).map_or(T::default(), |(_, shift)| shift);

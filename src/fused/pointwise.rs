@@ -4,13 +4,13 @@ use std::ops::Range;
 
 use super::PARTS;
 use super::backward::Tape;
-use super::conv::{ParameterGrads, PartSums, multiply_rows};
+use super::conv::{ParameterGrads, PartSums, multiply_blocks, multiply_rows};
 use super::pack::Packed;
 use super::pass::{Pass, Statistics};
 use super::program::{Conv, Step};
 use super::source::NormSums;
 use crate::conv1x1::dot_nt::MatmulNt;
-use crate::microkernels::conv1x1_nchw::{Init, MAX_ROWS};
+use crate::microkernels::conv1x1_nchw::MAX_ROWS;
 use crate::microkernels::dot_nt::Rows;
 use crate::microkernels::reduce::Sum;
 use crate::pool::chunks;
@@ -18,18 +18,26 @@ use crate::pool::part;
 use crate::scratch::{self, cut};
 use crate::simd::element::{Element, WideElement};
 use crate::simd::mul_acc::Fma;
+use crate::simd::{IsaKind, line};
 
 /// Values of a group's rows in a tile, about: in float32 as much as the L2 cache holds, because
 /// each call of a kernel costs tens of nanoseconds. (Measured: docs/ALGORITHMS.md.)
 const TILE_VALUES: usize = 256 << 10;
 /// Pixels of a tile: at least, at most.
 const TILE_PIXELS: (usize, usize) = (64, 4096);
+/// Input channels that a tile of the backward pass takes together, about: more pixels then fit into
+/// the cache, so that weight gradients go through it less often.
+const TOGETHER: usize = 128;
 /// Pixels of a task of the backward pass, about, and the fewest tasks: each has to clear and to add
 /// up a vector of sums for every weight of its group.
 const TASK_PIXELS: usize = 2048;
 const TASKS: usize = 64;
-/// Tasks of the forward pass, at least, where there are pixels enough: one image has few.
+/// The same where a group has many weights, which are more than all else that a task has to do.
+const WIDE_TASK_PIXELS: usize = 512;
+const WIDE_TASKS: usize = 4;
+/// Tasks of the forward pass, at least, where each has that many pixels: one image has few.
 const FORWARD_TASKS: usize = 8;
+const FORWARD_PIXELS: usize = 192;
 
 /// Pixels of a tile of `rows` rows: a multiple of all vectors' lengths.
 fn tile_pixels(rows: usize) -> usize {
@@ -44,39 +52,43 @@ impl<S: Element> Pass<'_, S> {
             return Vec::new();
         }
         let (k, m) = (conv.group_in, conv.group_out);
-        let scaled = self.gates(&step.source).map(|gates| self.weights(step).scaled(&gates));
-        let packed = scaled.as_ref().unwrap_or_else(|| self.weights(step));
         let len = self.row_len(step.value);
+        // Either the weights are scaled or the pixels, whichever are fewer.
+        let gates = if len < m { None } else { self.gates(&step.source) };
+        let scaled = gates.map(|gates| self.weights(step).scaled(&gates));
+        let packed = scaled.as_ref().unwrap_or_else(|| self.weights(step));
         let tile = tile_pixels(k + m);
-        let parts = len.div_ceil(tile).max(FORWARD_TASKS.div_ceil(conv.groups)).min(len.div_ceil(TILE_PIXELS.0));
+        let parts = len.div_ceil(tile).max(FORWARD_TASKS.div_ceil(conv.groups).min(len / FORWARD_PIXELS));
         let parts = parts.clamp(1, PARTS);
+        // Fewer tasks than threads: some share a group's output channels.
+        let sets = self.threads.div_ceil(conv.groups * parts).min(packed.blocks.len());
         let sums = PartSums::statistics(parts, conv.groups * m);
+        let pitch = tile + line::<S::Wide>();
         let highest = packed.blocks.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
-        let sizes = [k * tile, Self::tile_len(highest * tile)];
-        self.for_tasks(conv.groups, parts, |g, p| {
+        let sizes = [k * pitch, Self::tile_len(highest * tile)];
+        self.for_tasks(conv.groups * sets, parts, |task, p| {
+            let (g, blocks) = (task / sets, &packed.blocks[part(packed.blocks.len(), sets, task % sets)]);
             scratch::with(sizes.iter().sum(), |memory: &mut [S::Wide]| {
                 let [buffer, results] = cut(memory, sizes);
-                // SAFETY: statistics of this part and group alone.
-                let statistics = unsafe { sums.of(p, g * m..(g + 1) * m) };
                 let mut x_offsets = vec![0; k];
                 for pixels in chunks(part(len, parts, p), tile) {
                     let x = if scaled.is_some() {
                         self.row_offsets(&step.source.rows[g * k..], pixels.start, &mut x_offsets)
                     } else {
                         // SAFETY: sources are values of earlier steps.
-                        unsafe { self.load_rows(&step.source, g * k, &pixels, buffer, tile, &mut x_offsets, None) }
+                        unsafe { self.load_rows(&step.source, g * k, &pixels, buffer, pitch, &mut x_offsets, None) }
                     };
-                    for block in &packed.blocks {
+                    for block in blocks {
                         let channels = g * m + block.start..g * m + block.end;
                         let (weights, bias) = (packed.block(g, block), packed.bias(channels.clone()));
                         let (y, pitch) = self.results(step.value, channels.start, pixels.start, results, tile);
                         let offsets: [_; MAX_ROWS] = std::array::from_fn(|o| o * pitch);
                         // SAFETY: rows of the source, and of the results, which are this task's
-                        // own.
+                        // own, as are the statistics.
                         unsafe {
                             let (rows, ahead) = ((y.ptr(), &offsets[..block.len()]), [0, pixels.len()]);
                             multiply_rows(self.isa, (x, &x_offsets), weights, bias.into(), rows, pixels.len(), ahead);
-                            let statistics = &mut statistics[block.clone()];
+                            let statistics = sums.of(p, channels.clone());
                             self.apply_epilogue(step.value, channels, pixels.clone(), (y, pitch), statistics);
                         }
                     }
@@ -93,7 +105,8 @@ struct PointwiseGrad<'s, T> {
     conv: &'s Conv,
     /// The weights that bring the gradient back, if it is wanted.
     packed: Packed<T>,
-    products: MatmulNt<T, Fma>,
+    /// Blocks of these whose channels are taken together.
+    sets: Vec<Range<usize>>,
     /// Pixels of a tile.
     tile: usize,
     grads: ParameterGrads<T>,
@@ -105,14 +118,18 @@ impl<S: Element> Tape<'_, '_, S> {
         let pass = self.pass;
         let (groups, k, m) = (conv.groups, conv.group_in, conv.group_out);
         let weights = pass.conv_weights(conv);
-        let pixels = step.source.pixels();
-        let tile = tile_pixels((2 + step.source.most_rows) * k + m);
-        let parts = pass.parts(pixels).min((pass.count * pixels / TASK_PIXELS).max(TASKS.div_ceil(groups)));
+        let (pixels, all) = (step.source.pixels(), pass.count * step.source.pixels());
+        let strides = [conv.index(1, 0, 0, 0), conv.index(0, 0, 1, 0), conv.index(0, 1, 0, 0)];
+        let packed = Packed::strided(pass.isa, [groups, k, m], weights, strides);
+        let (blocks, count) = (packed.blocks.len(), k.div_ceil(TOGETHER).min(packed.blocks.len()));
+        let tile = tile_pixels((2 + step.source.most_rows) * k.div_ceil(count) + m);
+        let tasks = TASKS.div_ceil(groups).min((all / WIDE_TASK_PIXELS).max(WIDE_TASKS));
+        let parts = pass.parts(pixels).min((all / TASK_PIXELS).max(tasks));
         let back = PointwiseGrad {
             step,
             conv,
-            packed: Packed::new(pass.isa, groups, k, m, |g, i, o| weights[conv.index(g, o, i, 0)]),
-            products: MatmulNt::new(pass.isa, Fma, [m, k], tile),
+            sets: (0..count).map(|set| part(blocks, count, set)).collect(),
+            packed,
             tile,
             grads: ParameterGrads::new(conv, parts),
         };
@@ -124,6 +141,14 @@ impl<S: Element> Tape<'_, '_, S> {
 }
 
 impl<T: WideElement> PointwiseGrad<'_, T> {
+    /// A group's input channels of a set, and what sums their products with its gradient.
+    fn set(&self, isa: IsaKind, blocks: &Range<usize>) -> (Range<usize>, MatmulNt<T, Fma>) {
+        let blocks = &self.packed.blocks[blocks.clone()];
+        let channels = blocks[0].start..blocks[blocks.len() - 1].end;
+        let size = [self.conv.group_out, channels.len()];
+        (channels, MatmulNt::new(isa, Fma, size, self.tile))
+    }
+
     /// A group's gradients over some pixels.
     fn task<S: Element<Wide = T>>(
         &self,
@@ -133,63 +158,74 @@ impl<T: WideElement> PointwiseGrad<'_, T> {
         part: usize,
         sums: &mut [NormSums],
     ) {
-        let (step, tile, pass) = (self.step, self.tile, tape.pass);
+        let (step, pass, pitch) = (self.step, tape.pass, self.tile + line::<T>());
         let (k, m, most) = (self.conv.group_in, self.conv.group_out, step.source.most_rows);
-        let sizes = [self.products.memory(), k * tile, m * tile, k * tile, k * most * tile];
+        let sets: Vec<_> = self.sets.iter().map(|blocks| self.set(pass.isa, blocks)).collect();
+        let together = sets.iter().map(|(channels, _)| channels.len()).max().unwrap_or(0);
+        let slots = sets.iter().map(|(_, products)| products.memory()).sum();
+        let sizes = [slots, together * pitch, m * pitch, together * pitch, together * most * pitch];
         scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
             let [weight_slots, x_rows, grad_rows, grad_x, slopes] = cut(memory, sizes);
             weight_slots.fill(T::default());
             // SAFETY: sums of this part and group alone.
             let (weight_sums, bias) = unsafe { self.grads.of(part, g) };
             let (mut a_offsets, mut b_offsets) = (vec![0; m], vec![0; k]);
-            for pixels in chunks(pixels, tile) {
+            for pixels in chunks(pixels, self.tile) {
                 // SAFETY: all that read the value come later in the program and have added their
                 // gradients.
-                let a = unsafe { tape.read_grad_rows(step.value, g * m, &pixels, grad_rows, tile, &mut a_offsets) };
-                // SAFETY: the forward pass wrote the values.
-                let b = unsafe {
-                    let slopes = step.differentiate.then_some(&mut *slopes);
-                    pass.load_rows(&step.source, g * k, &pixels, x_rows, tile, &mut b_offsets, slopes)
-                };
+                let a = unsafe { tape.read_grad_rows(step.value, g * m, &pixels, grad_rows, pitch, &mut a_offsets) };
                 if self.conv.bias.is_some() {
                     for (sum, &offset) in bias.iter_mut().zip(&a_offsets) {
                         // SAFETY: one of the gradient's rows.
                         *sum += pass.isa.run(Sum(unsafe { std::slice::from_raw_parts(a.add(offset), pixels.len()) }));
                     }
                 }
-                let rows = |base, offsets| Rows { base, offsets, image_stride: 0, prefetch: 0 };
-                // SAFETY: rows of these pixels.
-                unsafe {
-                    self.products.add(rows(a, &a_offsets), rows(b, &b_offsets), [1, pixels.len()], weight_slots);
-                }
-                if step.differentiate {
-                    self.multiply(pass, g, (a, &a_offsets), grad_x, pixels.len());
-                    let (values, channels) = (Some((&*x_rows, tile)), g * k..(g + 1) * k);
-                    // SAFETY: the group's channels and these images are this task's own.
+                let mut slots = &mut *weight_slots;
+                for ((set, products), blocks) in sets.iter().zip(&self.sets) {
+                    let (own, rest) = slots.split_at_mut(products.memory());
+                    slots = rest;
+                    let (channels, b_offsets) = (g * k + set.start..g * k + set.end, &mut b_offsets[..set.len()]);
+                    // SAFETY: the forward pass wrote the values; rows of these pixels.
                     unsafe {
-                        let (grads, slopes) = ((&*grad_x, tile), Some((&*slopes, most * tile)));
-                        tape.accumulate_grads(&step.source, channels, &pixels, grads, slopes, values, &mut *sums);
+                        let slopes = step.differentiate.then_some(&mut *slopes);
+                        let b = pass.load_rows(&step.source, channels.start, &pixels, x_rows, pitch, b_offsets, slopes);
+                        let rows = |base, offsets| Rows { base, offsets, image_stride: 0, prefetch: 0 };
+                        products.add(rows(a, &a_offsets), rows(b, b_offsets), [1, pixels.len()], own);
+                    }
+                    if step.differentiate {
+                        self.multiply(pass, (g, blocks.clone()), (a, &a_offsets), (&mut *grad_x, pitch), pixels.len());
+                        let rows = &step.source.starts[g * k..];
+                        let sums = &mut sums[rows[set.start] - rows[0]..rows[set.end] - rows[0]];
+                        let (grads, slopes) = ((&*grad_x, pitch), Some((&*slopes, most * pitch)));
+                        let values = Some((&*x_rows, pitch));
+                        // SAFETY: the group's channels and these images are this task's own.
+                        unsafe { tape.accumulate_grads(&step.source, channels, &pixels, grads, slopes, values, sums) };
                     }
                 }
             }
-            self.products.finish(weight_slots, weight_sums);
+            let mut slots = &*weight_slots;
+            for (set, products) in &sets {
+                let (own, rest) = slots.split_at(products.memory());
+                slots = rest;
+                products.finish(own, &mut weight_sums[set.start..], k);
+            }
         });
     }
 
-    /// The gradient by a group's input channels over some pixels.
+    /// The gradient by the input channels of some of a group's blocks over some pixels.
     fn multiply<S: Element<Wide = T>>(
         &self,
         pass: &Pass<'_, S>,
-        g: usize,
-        (grad, offsets): (*const T, &[usize]),
-        grad_x: &mut [T],
+        (g, blocks): (usize, Range<usize>),
+        grad: (*const T, &[usize]),
+        (grad_x, pitch): (&mut [T], usize),
         pixels: usize,
     ) {
-        let y_offsets: Vec<_> = (0..self.conv.group_in).map(|i| i * self.tile).collect();
-        for block in &self.packed.blocks {
-            let (weights, y) = (self.packed.block(g, block), (grad_x.as_mut_ptr(), &y_offsets[block.clone()]));
-            // SAFETY: the gradient's rows, and rows of `grad_x`.
-            unsafe { multiply_rows(pass.isa, (grad, offsets), weights, Init::Zero, y, pixels, [0; 2]) };
-        }
+        let blocks = &self.packed.blocks[blocks];
+        let channels = 0..self.conv.group_in;
+        let y_offsets: Vec<_> = channels.map(|i| i.saturating_sub(blocks[0].start) * pitch).collect();
+        let y = (grad_x.as_mut_ptr(), &y_offsets[..]);
+        // SAFETY: the gradient's rows, and rows of `grad_x`.
+        unsafe { multiply_blocks(pass.isa, grad, (&self.packed, g), blocks, None, y, pixels) };
     }
 }

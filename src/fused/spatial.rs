@@ -11,16 +11,16 @@ use std::ops::Range;
 
 use super::PARTS;
 use super::backward::Tape;
-use super::conv::{ParameterGrads, PartSums, multiply_rows};
+use super::conv::{ParameterGrads, PartSums, multiply_blocks};
 use super::pack::Packed;
 use super::pass::{Pass, Statistics};
 use super::program::{Conv, Step};
 use super::source::NormSums;
+use super::unfold::PARTIAL_VALUES;
 use crate::conv1x1::dot_nt::MatmulNt;
 use crate::dwconv::nchw::{Planes, ahead, merge, planes_together};
 use crate::dwconv::polyphase::{Phase, most_pixels, sum_seen};
 use crate::memory;
-use crate::microkernels::conv1x1_nchw::Init;
 use crate::microkernels::dot_nt::Rows;
 use crate::microkernels::reduce::Sum;
 use crate::pool::{chunks, part};
@@ -133,14 +133,10 @@ impl<T: WideElement> Spatial<'_, T> {
                     planes.write_all(pass.isa, source, padded);
                 }
                 let columns = planes.columns(images.len(), value.width);
-                for block in blocks {
-                    let (x, y) = ((padded.as_ptr(), &self.views[..]), results.as_mut_ptr());
-                    let start = self.packed.bias(g * m + block.start..g * m + block.end).into();
-                    let (weights, y) = (self.packed.block(g, block), (y, &y_offsets[block.clone()]));
-                    let len = (value.height - 1) * planes.pitch + columns;
-                    // SAFETY: views of `padded` end inside it, as the rows do inside `results`.
-                    unsafe { multiply_rows(pass.isa, x, weights, start, y, len, [0; 2]) };
-                }
+                let (x, y) = ((padded.as_ptr(), &self.views[..]), (results.as_mut_ptr(), &y_offsets[..]));
+                let (bias, len) = (self.packed.bias(g * m..(g + 1) * m), (value.height - 1) * planes.pitch + columns);
+                // SAFETY: views of `padded` end inside it, as the rows do inside `results`.
+                unsafe { multiply_blocks(pass.isa, x, (self.packed, g), blocks, bias, y, len) };
                 let outputs = blocks[0].start..blocks[blocks.len() - 1].end;
                 let results = results.chunks_exact(rows).enumerate();
                 for (o, result) in results.skip(outputs.start).take(outputs.len()) {
@@ -238,7 +234,7 @@ impl<S: Element> Tape<'_, '_, S> {
         let pass = self.pass;
         let size = pass.program.values[step.value].size();
         let (groups, k, m) = (conv.groups, conv.group_in, conv.group_out);
-        let parts = pass.image_parts(groups);
+        let parts = pass.image_parts(groups).min((PARTIAL_VALUES / conv.weights()).max(2));
         let block = planes_together(step.source.pixels(), pass.count.div_ceil(parts));
         let phases = Phases::new(step, conv, size);
         let [planes, grad_planes] = Planes::pair(both(&phases.forward), both(&phases.backward), block);
@@ -326,7 +322,7 @@ impl<T: WideElement> SpatialGrad<'_, T> {
                     tape.accumulate_grads(&step.source, g * k..(g + 1) * k, &range, grads, slopes, None, &mut *sums);
                 }
             }
-            self.products.finish(weight_slots, weight_sums);
+            self.products.finish(weight_slots, weight_sums, self.views[1].len());
             weight_sums.iter_mut().zip(exact).for_each(|(sum, exact)| *sum += exact);
         });
     }
@@ -434,13 +430,9 @@ impl<T: WideElement> SpatialGrad<'_, T> {
         for (vertical, kernels) in vertical.iter().zip(self.kernels.chunks_exact(horizontal.len())) {
             for ((phase, kernel), results) in horizontal.iter().zip(kernels).zip(results.chunks_exact_mut(set)) {
                 let len = (vertical.count - 1) * planes.pitch + planes.columns(images, phase.count);
-                for block in &kernel.weights.blocks {
-                    let weights = kernel.weights.block(g, block);
-                    let (x, y) = ((grads.as_ptr(), &kernel.views[..]), results.as_mut_ptr());
-                    let y = (y, &y_offsets[block.clone()]);
-                    // SAFETY: views of the planes end inside them; `results` hold the phase's rows.
-                    unsafe { multiply_rows(pass.isa, x, weights, Init::Zero, y, len, [0; 2]) };
-                }
+                let (x, y) = ((grads.as_ptr(), &kernel.views[..]), (results.as_mut_ptr(), &y_offsets[..]));
+                // SAFETY: views of the planes end inside them; `results` hold the phase's rows.
+                unsafe { multiply_blocks(pass.isa, x, (&kernel.weights, g), &kernel.weights.blocks, None, y, len) };
             }
             for (i, grad_x) in grad_x.chunks_exact_mut(images * pixels).enumerate() {
                 for (image, plane) in grad_x.chunks_exact_mut(pixels).enumerate() {

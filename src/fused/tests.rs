@@ -77,6 +77,17 @@ fn dense() -> Vec<i64> {
     program.integers()
 }
 
+/// A pointwise convolution of many channels, each a sum of two: its gradients are computed a set of
+/// channels at a time.
+fn wide() -> Vec<i64> {
+    let mut program = Builder::new([140, 2, 3]);
+    let norm = program.norm(140, true);
+    let copy = program.copy(&[term(0, 0..140)], [140, 2, 3]);
+    let swish = term(0, 0..140).norm(norm).activation(SWISH, &[]);
+    program.conv(Window::square(1, 1, 0), 1, true, &[swish, term(copy, 0..140)], [2, 2, 3]);
+    program.integers()
+}
+
 /// A channel for each activation that has parameters or an exponential of its own.
 fn activations() -> Vec<i64> {
     let mut program = Builder::new([6, 2, 3]);
@@ -125,8 +136,8 @@ fn recomputing(mut program: Vec<i64>) -> Vec<i64> {
 }
 
 /// Every program that is tested.
-fn programs() -> [Vec<i64>; 5] {
-    [gated(), pooling(), windows(), dense(), activations()]
+fn programs() -> [Vec<i64>; 6] {
+    [gated(), pooling(), windows(), dense(), wide(), activations()]
 }
 
 fn values<T: Element>(len: usize, seed: u64) -> Vec<T> {
@@ -169,7 +180,7 @@ impl<S: Element> Case<S> {
     }
 
     /// Of each program.
-    fn all() -> [Self; 5] {
+    fn all() -> [Self; 6] {
         programs().map(|program| Self::new(Program::parse(&program).unwrap(), COUNT))
     }
 

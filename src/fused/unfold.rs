@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use super::PARTS;
 use super::backward::Tape;
-use super::conv::{ParameterGrads, PartSums, multiply_rows};
+use super::conv::{ParameterGrads, PartSums, multiply_blocks, multiply_rows};
 use super::pack::Packed;
 use super::pass::{Pass, Statistics};
 use super::program::{Conv, Step};
@@ -37,7 +37,7 @@ const TILE_VALUES: usize = 128 << 10;
 const TILE_PIXELS: (usize, usize) = (64, 1024);
 /// Values of all partial weight gradients together, about: more parts than this allows would take
 /// longer to add up than they save.
-const PARTIAL_VALUES: usize = 8 << 20;
+pub(super) const PARTIAL_VALUES: usize = 8 << 20;
 
 /// A tile: some rows of the result of some images, which follow each other in memory.
 #[derive(Clone)]
@@ -335,10 +335,8 @@ impl<S: Element> Tape<'_, '_, S> {
         let (k, m, sets) = (unfold.unfolded(), conv.group_out, conv.group_in / unfold.together);
         let (weights, taps) = (pass.conv_weights(conv), conv.taps());
         let parts = unfold.parts(pass.count, PARTS.min(PARTIAL_VALUES / conv.weights()).max(2));
-        let weight = |set: usize, row: usize, o| {
-            let row = set % sets * k + row;
-            weights[conv.index(set / sets, o, row / taps, row % taps)]
-        };
+        let inner: Vec<_> = (0..sets * k).map(|row| conv.index(0, 0, row / taps, row % taps)).collect();
+        let weight = |set, row, o| weights[conv.index(set / sets, o, 0, 0) + inner[set % sets * k + row]];
         let back = UnfoldGrad {
             packed: Packed::new(pass.isa, conv.groups * sets, k, m, weight),
             products: MatmulNt::new(pass.isa, Fma, [m, k], unfold.tile_pixels()),
@@ -374,10 +372,9 @@ impl<T: WideElement> UnfoldGrad<'_, T> {
             if step.differentiate { k * pitch } else { 0 },
             pixels * together,
             if step.differentiate { conv.group_in * pixels * together } else { 0 },
-            m * k,
         ];
         scratch::with(sizes.iter().sum(), |memory: &mut [T]| {
-            let [weight_slots, x, grad_rows, back, buffer, grad_x, set_sums] = cut(memory, sizes);
+            let [weight_slots, x, grad_rows, back, buffer, grad_x] = cut(memory, sizes);
             weight_slots.fill(T::default());
             // SAFETY: sums of this part and group alone.
             let (weight_sums, bias) = unsafe { self.grads.of(part, g) };
@@ -404,10 +401,7 @@ impl<T: WideElement> UnfoldGrad<'_, T> {
                 }
             }
             for (index, slots) in weight_slots.chunks_exact(self.products.memory()).enumerate() {
-                self.products.finish(slots, set_sums);
-                for (sums, own) in weight_sums.chunks_exact_mut(sets * k).zip(set_sums.chunks_exact(k)) {
-                    sums[index * k..(index + 1) * k].copy_from_slice(own);
-                }
+                self.products.finish(slots, &mut weight_sums[index * k..], sets * k);
             }
         });
     }
@@ -465,10 +459,8 @@ impl<T: WideElement> UnfoldGrad<'_, T> {
         (back, back_offsets): (&mut [T], &[usize]),
         pixels: usize,
     ) {
-        for block in &self.packed.blocks {
-            let (weights, y) = (self.packed.block(set, block), (back.as_mut_ptr(), &back_offsets[block.clone()]));
-            // SAFETY: the gradient's rows, and rows of `back`.
-            unsafe { multiply_rows(pass.isa, grad, weights, Init::Zero, y, pixels, [0; 2]) };
-        }
+        let y = (back.as_mut_ptr(), back_offsets);
+        // SAFETY: the gradient's rows, and rows of `back`.
+        unsafe { multiply_blocks(pass.isa, grad, (&self.packed, set), &self.packed.blocks, None, y, pixels) };
     }
 }
