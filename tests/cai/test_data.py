@@ -117,6 +117,9 @@ def test_flips(capsys) -> None:
     assert accuracies["Original"] == accuracies["Center Crop"] == 1
     assert accuracies["Flipped X"] == 0
     assert accuracies["Original + Flipped X + Flipped Y"] == 1
+    names = ["cat", "dog"]
+    cai.datasets.test_flips_on_model(images, labels, Constant(), False, False, class_names=names)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]] == names
     cai.datasets.test_flips_on_model(images, labels, Constant(), False, False, False)
     assert capsys.readouterr().out.count("Test ") == 1
     with pytest.raises(ValueError, match="center_crop=1"):
