@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import numpy as np
 import pytest
 
 from kconv.datasets import StreamedImages
-from kconv.training.batches import Batches, read_ahead
+from kconv.training.batches import Batches, check_loader, read_ahead
 from kconv.training.transforms import Change
 
 
@@ -60,6 +61,14 @@ def test_batches_go_to_workers_of_any_kind() -> None:
     np.testing.assert_array_equal(again[1].images, batches[1].images)
     other = Batches(Numbers(50), ORDER, 5, change=Change(1, 3, 0, augment=False))
     np.testing.assert_array_equal(other[1].images[:, 0, 0, 0], ORDER[5:10])
+
+
+def test_missing_loader_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(ImportError, match=r"streaming images into Keras needs grain.*pip install"):
+        check_loader(Numbers(5), workers=None, framework="keras")
+    check_loader(Numbers(5), workers=0, framework="keras")
+    check_loader(np.zeros((1, 2, 3, 1), np.uint8), workers=2, framework="keras")
 
 
 def test_shares_make_the_whole_batch() -> None:

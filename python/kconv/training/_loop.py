@@ -22,7 +22,7 @@ from kconv._published import find_network
 from kconv.datasets import Labels, StreamedImages
 from kconv.evaluation import confusion_matrix, report_of
 from kconv.training import _start
-from kconv.training.batches import Batch, Batches, progress, read_ahead
+from kconv.training.batches import Batch, Batches, check_loader, progress, read_ahead
 from kconv.training.callbacks import Callback, TensorBoard
 from kconv.training.config import SHORT_RUN_STEPS, Config
 from kconv.training.ranks import Ranks, joined
@@ -205,6 +205,7 @@ class _Run:
             if name is not None:
                 find_network(name, config.model)  # or there is an error before images are read
         self.data = _start.load_data(config, data, ranks, self.log)
+        check_loader(self.data.x_train, workers=config.workers, framework=config.framework)
         self.spec = config.spec(self.data)
         self._split()
         _start.check_step(config, self.spec)

@@ -22,7 +22,7 @@ from kconv._cpus import available_cpus
 from kconv._require import require
 from kconv.datasets import Images, StreamedImages
 
-__all__ = ["Batch", "Batches", "progress", "read_ahead"]
+__all__ = ["Batch", "Batches", "check_loader", "progress", "read_ahead"]
 
 _MOST_WORKERS = 8
 
@@ -134,6 +134,16 @@ def read_ahead(
         yield from _torch_loader(batches, start, workers)
     else:
         yield from _grain_loader(batches, start, workers)
+
+
+def check_loader(images: Images | StreamedImages, *, workers: int | None, framework: str) -> None:
+    """See that what :func:`read_ahead` will need is installed.
+
+    Raises:
+        ImportError: it is not.
+    """
+    if isinstance(images, StreamedImages) and workers != 0 and framework != "torch":
+        require("grain", "grain", "streaming images into Keras")
 
 
 def _torch_loader(batches: Batches, start: int, workers: int) -> Iterable[Batch]:
