@@ -11,6 +11,7 @@ use crate::microkernels::conv1x1_nchw::ConvHeight;
 use crate::microkernels::transpose::Transpose;
 use crate::parallel::Shared;
 use crate::pool::{parallel_for, part, threads_for};
+use crate::shape::WeightLayout;
 use crate::simd::IsaKind;
 use crate::simd::element::WideElement;
 
@@ -159,9 +160,12 @@ impl<T: WideElement> Arguments<'_, T> {
         let norm = |channel: usize| Some(affine?[view?.norms[channel]?]);
         let scale: Vec<_> = (0..value.channels).map(|c| norm(c).map_or(T::ONE, |(scale, _)| scale)).collect();
         let weight = |g, o, i, tap| weights[conv.index(g, o, i, tap)] * scale[g * outputs + o];
-        let packed = if affine.is_none() && conv.pointwise() {
-            let strides = [conv.index(1, 0, 0, 0), conv.index(0, 1, 0, 0), conv.index(0, 0, 1, 0)];
-            Packed::strided(self.isa, [conv.groups, outputs, conv.group_in], weights, strides)
+        // A channel's taps follow each other, or there is one.
+        let in_order = !conv.depthwise() && (conv.taps() == 1 || conv.layout == WeightLayout::Oi);
+        let packed = if affine.is_none() && in_order {
+            let size = [conv.groups, outputs, conv.group_in * conv.taps()];
+            let input = if conv.taps() == 1 { conv.index(0, 0, 1, 0) } else { 1 };
+            Packed::strided(self.isa, size, weights, [conv.index(1, 0, 0, 0), conv.index(0, 1, 0, 0), input])
         } else {
             Packed::of_taps(self.isa, conv.groups, outputs, conv.group_in, &taps, weight)
         };

@@ -115,7 +115,7 @@ fn chain() -> Vec<i64> {
         let swish = term(last, 0..4).norm(norm).activation(SWISH, &[]);
         let mut terms = vec![swish.clone()];
         if i % 3 == 2 {
-            let mean = program.mean(&[swish.clone()], 4);
+            let mean = program.mean(std::slice::from_ref(&swish), 4);
             let gate = program.copy(&[term(mean, 0..4).activation(SIGMOID, &[])], [4, 1, 1]);
             terms = vec![swish.gate(gate), term(before, 0..4)];
         }
