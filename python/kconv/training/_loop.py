@@ -270,7 +270,7 @@ class _Run:
             if not self.ranks.rank:
                 self.best.take_over(trainer.model)
             return _restore(trainer, *checkpoint)
-        if config.weights is not None and not self.ranks.rank:  # the others get them from there
+        if config.weights is not None and not self.ranks.rank:
             whole = fill_network(trainer.model, self.spec, config.weights)
             self.log(
                 f"weights      {config.weights}" + ("" if whole else ", with a new classifier")
@@ -279,6 +279,10 @@ class _Run:
             folder = config.compress_from
             filled, count = _start.compress_from(trainer.model, folder, self.spec.graph())
             self.log(f"weights      {filled} of {count} from {folder}; the others are new")
+        if self.ranks.size > 1 and (config.weights or config.compress_from):
+            # The others need not see the file.
+            state = None if self.ranks.rank else trainer.state()
+            trainer.load_state(self.ranks.first_of(state))
         start = Progress([])
         self._save(start)
         if not self.ranks.rank:

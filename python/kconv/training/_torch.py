@@ -93,7 +93,7 @@ class TorchTrainer:
                 # Norms of their own have statistics of their own, which are averaged where they
                 # are used.
                 known = inspect.signature(DistributedDataParallel).parameters
-                new = "forward_sync_buffers"  # the name since PyTorch 2.14
+                new = "forward_sync_buffers"  # the name in PyTorch 2.15
                 option = new if new in known else "broadcast_buffers"
                 options: dict[str, Any] = {option: False}
                 self._network = DistributedDataParallel(self.model, **options)
