@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 import kconv.torch
 from kconv import export, models
@@ -18,7 +19,14 @@ from kconv.export import _onnx
 from kconv.runtime import FrozenNetwork
 from kconv.torch.native import make_native
 
-NEEDS = {"openvino": "openvino", "mnn": "MNN", "keras": "keras"}
+NEEDS = {
+    "openvino": "openvino",
+    "mnn": "MNN",
+    "keras": "keras",
+    "ncnn": "ncnn",
+    "litert": "litert_torch",
+    "executorch": "executorch",
+}
 
 
 def branches(size: tuple[int, int]) -> models.Graph:
@@ -87,7 +95,14 @@ def test_onnx_of_keffnet_is_small(tmp_path: Path) -> None:
     onnx.checker.check_model(content, full_check=True)
 
 
-@pytest.mark.parametrize("form", [form for form in export.FORMATS if form != "onnx"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, marks=[pytest.mark.slow] * (form in ("litert", "executorch")))
+        for form in export.FORMATS
+        if form != "onnx"
+    ],
+)
 def test_other_formats_compute_the_same(form: str, tmp_path: Path) -> None:
     if form in NEEDS:
         pytest.importorskip(NEEDS[form])
@@ -104,6 +119,71 @@ def test_other_formats_compute_the_same(form: str, tmp_path: Path) -> None:
     module = sys.modules[f"kconv.export._{form}"]
     run, _ = module.runner(net, path)
     np.testing.assert_allclose(run(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pool", "activation"),
+    [
+        (nn.MaxPool2d(3, 2, 1), nn.LeakyReLU(0.3)),
+        (nn.AvgPool2d((2, 3), (2, 1), (1, 1)), nn.ELU(0.4)),
+        (nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.GELU()),
+        (nn.MaxPool2d(3, 2, 0, 2), nn.Mish()),
+        (nn.MaxPool2d((3, 2)), nn.Hardtanh(-0.2, 0.7)),
+    ],
+)
+def test_layers_of_users_models(pool: nn.Module, activation: nn.Module, tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.BatchNorm2d(8),
+        activation,
+        nn.Conv2d(8, 8, 3, 1, 1, groups=8),
+        pool,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    ).eval()
+    x = np.random.default_rng(0).standard_normal((2, 13, 11, 3), np.float32) * 3
+    with torch.no_grad():
+        expected = model(torch.tensor(x).permute(0, 3, 1, 2)).softmax(1).numpy()
+    net = kconv.torch.freeze(kconv.torch.fuse(model), image_size=(13, 11))
+    for form in ("onnx", "torch"):
+        export.export(net, path := tmp_path / export.default_name(form), form)
+        run, _ = sys.modules[f"kconv.export._{form}"].runner(net, path)
+        np.testing.assert_allclose(run(x), expected, atol=1e-6)
+
+
+def test_pools_that_targets_lack(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
+    net = kconv.torch.freeze(kconv.torch.fuse(model.eval()), image_size=(13, 11))
+    for form, message in (("onnx", "ceil_mode=True has no node"), ("keras", "no pool with such")):
+        pytest.importorskip(NEEDS.get(form, form))
+        with pytest.raises(ValueError, match=message):
+            export.export(net, tmp_path / export.default_name(form), form)
+    assert not list(tmp_path.iterdir())
+
+
+def test_interleaves_that_ncnn_lacks(tmp_path: Path) -> None:
+    pytest.importorskip("ncnn")
+    _, net = pair("branches")
+    with pytest.raises(ValueError, match="the step divides, not 20 by 3"):
+        export.export(net, tmp_path / "a.ncnn.param", "ncnn")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["ncnn", "litert"])
+def test_networks_of_any_size(form: str, tmp_path: Path) -> None:
+    pytest.importorskip(NEEDS[form])
+    model = kconv.torch.build(models.create("keffnet_s", classes=3, input_shape=(None, None, 3)))
+    net = kconv.torch.freeze(model)
+    with pytest.raises(ValueError, match="needs a network of one image size"):
+        export.export(net, tmp_path / export.default_name(form), form)
+    assert not list(tmp_path.iterdir())
 
 
 def test_wrong_outputs_are_refused_and_removed(

@@ -8,12 +8,17 @@ openvino       ``.xml`` and ``.bin``          onnx, openvino
 torch          ``.pt2`` of ``torch.export``   torch
 keras          ``.keras``                     keras and a backend
 mnn            ``.mnn``                       onnx, MNN
+ncnn           ``.ncnn.param``, ``.bin``      torch, pnnx, ncnn
+litert         ``.tflite``                    torch, litert-torch
+executorch     ``.pte``, with XNNPACK         torch, executorch
 =============  =============================  ===================================================
 
 The input is called ``images``, (N, channels, H, W) float32 (Keras's (N, H, W, channels)), scaled as
 ``config.json`` says; the output ``probabilities``, (N, classes), or ``features`` where the network
-does not end in a softmax. N may be any number. An interleave of channels is a Gather (index_select)
-with a constant index.
+does not end in a softmax. N may be any number, but for ncnn and LiteRT, which take one image at a
+time and have names of their own, and for ExecuTorch, which takes up to ``MOST_IMAGES``. An
+interleave of channels is a Gather (index_select) with a constant index, and for ncnn, which has
+none, its ShuffleChannel.
 
 Example:
     >>> import kconv
@@ -46,11 +51,18 @@ _SUFFIXES = {
     "torch": ".pt2",
     "keras": ".keras",
     "mnn": ".mnn",
+    "ncnn": ".ncnn.param",
+    "litert": ".tflite",
+    "executorch": ".pte",
 }
 FORMATS = tuple(_SUFFIXES)
 TOLERANCE = 1e-3
 """How far probabilities may be from kconv's: half a digit of a percentage."""
 _CHECKED_IMAGES = 3
+MOST_IMAGES = {"ncnn": 1, "litert": 1, "executorch": 16}
+"""How many a call may have, where it is not any number."""
+_ENDS = {"ncnn": ("in0", "out0"), "litert": ("args_0", "output_0")}
+"""Names of input and output that the target's converter gives."""
 
 Run = Callable[[NDArray[np.float32]], Any]
 """What a target computes of (N, H, W, channels) images."""
@@ -116,18 +128,21 @@ def export(net: FrozenNetwork, path: str | os.PathLike[str], form: str) -> Expor
             if before.get(one) != one.stat().st_mtime_ns:
                 one.unlink()
         raise
-    image = net.config.image
+    image, most = net.config.image, MOST_IMAGES.get(form)
     size: tuple[object, ...] = (image.channels, image.height or "H", image.width or "W")
     if form == "keras":
         size = (*size[1:], size[0])
-    shape = ", ".join(map(str, ("N", *size)))
-    classes = len(net.class_names)
-    return Exported(
-        path,
-        f"{INPUT} ({shape}) float32",
-        f"{output_name(net)} (N, {classes}) float32",
-        checked,
+    batch = () if form == "ncnn" else (1,) if most == 1 else ("N",)
+    limit = f", N <= {most}" if most and most > 1 else ""
+    inputs, outputs = (
+        f"{name} ({', '.join(map(str, (*batch, *shape)))}) float32{limit}"
+        for name, shape in zip(
+            _ENDS.get(form, (INPUT, output_name(net))),
+            (size, (len(net.class_names),)),
+            strict=True,
+        )
     )
+    return Exported(path, inputs, outputs, checked)
 
 
 INPUT = "images"
@@ -158,6 +173,18 @@ def _check(net: FrozenNetwork, run: Run, by: str) -> str:
             raise ValueError(f"{by} computes something else: largest difference {difference:.1e}")
         largest = max(largest, difference)
     return f"by {by}: largest difference {largest:.1e}"
+
+
+def fixed_size(net: FrozenNetwork, target: str) -> tuple[int, int]:
+    """Height and width of a network's images.
+
+    Raises:
+        ValueError: the network takes several, which the target does not.
+    """
+    image = net.config.image
+    if image.height is None or image.width is None:
+        raise ValueError(f"{target} needs a network of one image size: its padding depends on it")
+    return image.height, image.width
 
 
 def usual_size(net: FrozenNetwork) -> tuple[int, int]:

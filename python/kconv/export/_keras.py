@@ -46,6 +46,9 @@ def _model(net: FrozenNetwork) -> Any:
     keras.config.set_image_data_format("channels_last")
     try:
         layers = _renamed(plain_graph(net.graph, pads=False), keras)
+        for layer in layers.layers:
+            if isinstance(layer, graph.WindowPool):
+                raise ValueError(f"layer {layer.name!r}: Keras has no pool with such a window")
         model = to_native(model_of(layers, fused=False))
     finally:
         keras.config.set_image_data_format(before)

@@ -27,7 +27,7 @@ def plain_graph(layers: graph.Graph, *, pads: bool = True) -> graph.Graph:
     """The same computation with fewer kinds of layers.
 
     Dropouts and identities are left out. A convolution's interleave and a dense layer's softmax
-    become layers of their own.
+    become layers of their own, and windows that :class:`~kconv.models.graph.Pool` has become one.
 
     Args:
         layers: the network's.
@@ -49,6 +49,8 @@ def plain_graph(layers: graph.Graph, *, pads: bool = True) -> graph.Graph:
             case graph.Dropout() | graph.Identity():
                 renamed[layer.name] = inputs[0]
                 continue
+            case graph.WindowPool():
+                layer = _plain_pool(layer)
             case graph.Reshape():
                 mean = result[inputs[0]]
                 if isinstance(mean, graph.GlobalPool) and readers[mean.name] == 1:
@@ -77,6 +79,34 @@ def plain_graph(layers: graph.Graph, *, pads: bool = True) -> graph.Graph:
         result[layer.name] = layer
     output = renamed.get(layers.output, layers.output)
     return graph.Graph(layers.name, tuple(result.values()), output)
+
+
+def _plain_pool(layer: graph.WindowPool) -> graph.Layer:
+    """The pool of square windows and no padding, or "same" at stride 1, if it is one."""
+    size, stride = layer.kernel_size[0], layer.strides[0]
+    square = layer.kernel_size == (size, size) and layer.strides == (stride, stride)
+    if not square or layer.dilation != (1, 1) or layer.ceil_mode:
+        return layer
+    padding: graph.Padding
+    if layer.padding == ((0, 0), (0, 0)):
+        padding = "valid"
+    elif (
+        stride == size % 2 == 1
+        and layer.padding == ((size // 2, size // 2),) * 2
+        and (layer.kind == "max" or not layer.count_include_pad)
+    ):
+        padding = "same"
+    else:
+        return layer
+    return graph.Pool(
+        name=layer.name,
+        inputs=layer.inputs,
+        shape=layer.shape,
+        kind=layer.kind,
+        pool_size=size,
+        strides=stride,
+        padding=padding,
+    )
 
 
 def _pad_of(layer: graph.Conv) -> graph.ZeroPad:

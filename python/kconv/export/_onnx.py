@@ -87,6 +87,18 @@ def model_of(net: FrozenNetwork) -> Any:
     return model
 
 
+_ACTIVATIONS = {
+    "relu": "Relu",
+    "sigmoid": "Sigmoid",
+    "hard_swish": "HardSwish",
+    "tanh": "Tanh",
+    "selu": "Selu",
+    "celu": "Celu",
+    "softplus": "Softplus",
+    "softsign": "Softsign",
+}
+
+
 class _Writer:
     def __init__(
         self,
@@ -141,6 +153,8 @@ class _Writer:
                 self.node("Pad", [x, self.constant(f"{output}/sides", sides)], output)
             case graph.Pool():
                 self._pool(layer, x, output)
+            case graph.WindowPool():
+                self._window_pool(layer, x, output)
             case graph.GlobalPool():
                 kind = "GlobalMaxPool" if layer.kind == "max" else "GlobalAveragePool"
                 if layer.keepdims:
@@ -212,11 +226,33 @@ class _Writer:
                 self.node("HardSigmoid", [x], output, alpha=1 / 6, beta=0.5)
             case "softmax":
                 self.node("Softmax", [x], output, axis=1)
+            case "clip":
+                limits = [
+                    self.constant(f"{output}/{i}", np.array(value, np.float32))
+                    for i, value in enumerate(layer.parameters)
+                ]
+                self.node("Clip", [x, *limits], output)
+            case "leaky_relu" | "elu":
+                node = {"leaky_relu": "LeakyRelu", "elu": "Elu"}[layer.kind]
+                self.node(node, [x], output, alpha=layer.parameters[0])
+            case "gelu":
+                root = self.constant("half_root", np.array(0.5**0.5, np.float32))
+                one, half = (
+                    self.constant(name, np.array(value, np.float32))
+                    for name, value in (("one", 1), ("half", 0.5))
+                )
+                erf = self.node(
+                    "Erf", [self.node("Mul", [x, root], f"{output}/z")], f"{output}/erf"
+                )
+                gate = self.node("Add", [erf, one], f"{output}/gate")
+                self.node("Mul", [self.node("Mul", [x, half], f"{output}/half"), gate], output)
+            case "mish":
+                gate = self.node("Softplus", [x], f"{output}/softplus")
+                self.node("Mul", [x, self.node("Tanh", [gate], f"{output}/tanh")], output)
             case kind:
-                names = {"relu": "Relu", "sigmoid": "Sigmoid", "hard_swish": "HardSwish"}
-                if kind not in names:
+                if kind not in _ACTIVATIONS:
                     raise ValueError(f"layer {layer.name!r}: the activation {kind!r} has no node")
-                self.node(names[kind], [x], output)
+                self.node(_ACTIVATIONS[kind], [x], output)
 
     def _interleave(self, layer: graph.Interleave, x: str, output: str) -> None:
         channels, step = layer.channels, layer.step
@@ -237,6 +273,18 @@ class _Writer:
             attributes["count_include_pad"] = 0
         kind = "MaxPool" if layer.kind == "max" else "AveragePool"
         self.node(kind, [x], output, kernel_shape=kernel, strides=strides, **attributes)
+
+    def _window_pool(self, layer: graph.WindowPool, x: str, output: str) -> None:
+        if layer.ceil_mode:  # of windows that are not whole, runtimes have rules of their own
+            raise ValueError(f"layer {layer.name!r}: a pool with ceil_mode=True has no node")
+        attributes = _padding(layer.padding, layer.kernel_size, layer.strides)
+        if layer.kind == "avg":
+            attributes["count_include_pad"] = int(layer.count_include_pad)
+        else:
+            attributes["dilations"] = layer.dilation
+        kind = "MaxPool" if layer.kind == "max" else "AveragePool"
+        shapes = {"kernel_shape": layer.kernel_size, "strides": layer.strides}
+        self.node(kind, [x], output, **shapes, **attributes)
 
 
 def _padding(

@@ -391,7 +391,10 @@ def _module(layer: Layer, padding: graph.ZeroPad | None) -> nn.Module:
             return norm
         case graph.Activation():
             function = ACTIVATIONS[layer.kind]
-            made: nn.Module = getattr(nn, function.torch_module)(**function.torch_options)
+            names = (name for name, _ in function.parameters)
+            options = dict(zip(names, layer.parameters, strict=True))
+            options |= function.torch_options
+            made: nn.Module = getattr(nn, function.torch_module)(**options)
             return made
         case graph.Interleave():
             return InterleaveChannels(layer.step)
@@ -400,6 +403,8 @@ def _module(layer: Layer, padding: graph.ZeroPad | None) -> nn.Module:
             return nn.ZeroPad2d((left, right, top, bottom))
         case graph.Pool():
             return _pool(layer)
+        case graph.WindowPool():
+            return _window_pool(layer)
         case graph.GlobalPool():
             pool = torch.mean if layer.kind == "avg" else torch.amax
             return Call(pool, dim=(2, 3), keepdim=layer.keepdims)
@@ -485,6 +490,16 @@ def _pool(layer: graph.Pool) -> nn.Module:
     if layer.kind == "max":
         return nn.MaxPool2d(size, layer.strides, padding)
     return nn.AvgPool2d(size, layer.strides, padding, count_include_pad=False)
+
+
+def _window_pool(layer: graph.WindowPool) -> nn.Module:
+    padding = [before for before, _ in layer.padding]
+    if layer.padding != tuple((side, side) for side in padding):
+        raise ValueError(f"layer {layer.name!r}: PyTorch's pools pad both sides alike")
+    size, strides, sides = layer.kernel_size, layer.strides, (padding[0], padding[1])
+    if layer.kind == "max":
+        return nn.MaxPool2d(size, strides, sides, layer.dilation, ceil_mode=layer.ceil_mode)
+    return nn.AvgPool2d(size, strides, sides, layer.ceil_mode, layer.count_include_pad)
 
 
 def _mergeable_paddings(layers: Graph) -> dict[str, graph.ZeroPad]:
