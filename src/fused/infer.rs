@@ -9,11 +9,13 @@ use super::pack::Packed;
 use super::pass::Pass;
 use super::program::Program;
 use crate::memory;
+use crate::microkernels::row_copy::NarrowRows;
 use crate::parallel::Shared;
 use crate::pool::{num_threads, parallel_for, part};
+use crate::scratch;
 use crate::shape::Order;
 use crate::simd::IsaKind;
-use crate::simd::element::{Element, WideElement};
+use crate::simd::element::{Element, WideElement, is_wide, writable};
 
 /// Images that a thread takes through the whole program together in inference, at most: their small
 /// planes are computed as one, and their memory stays in the cache. (Measured: docs/ALGORITHMS.md.)
@@ -95,10 +97,25 @@ fn same_bits<T: WideElement>(mut values: &[T], pieces: &[&[T]]) -> bool {
     same && values.is_empty()
 }
 
+/// Copies a program's output to images, which may be stored as something else.
+fn export<S: Element>(pass: &Pass<'_, S::Wide>, y: &mut [MaybeUninit<S>]) {
+    let (output, len) = (pass.program.output, y.len());
+    let rows = pass.rows(output);
+    if is_wide::<S>() {
+        // SAFETY: the same type.
+        let y = unsafe { std::slice::from_raw_parts_mut(y.as_mut_ptr().cast(), len) };
+        return pass.export(output, rows, y);
+    }
+    scratch::with(len, |images: &mut [S::Wide]| {
+        pass.export(output, rows, writable(images));
+        pass.isa.run(NarrowRows { x: (images, len), y: (y, len), size: [1, len], ahead: len });
+    });
+}
+
 /// Forward in inference, with given statistics (means and variances of all norms' channels).
 ///
 /// Nothing is kept. Each thread takes a few images at a time through the whole program, in memory
-/// that stays in its cache.
+/// that stays in its cache: so values are as they are computed with, whatever images are.
 pub fn infer<S: Element>(inference: &Inference<'_, S::Wide>, x: &[S], y: &mut [MaybeUninit<S>]) {
     let Inference { program, count, .. } = *inference;
     let [input, output] = program.sizes().map(|[channels, height, width]| channels * height * width);
@@ -112,23 +129,25 @@ pub fn infer<S: Element>(inference: &Inference<'_, S::Wide>, x: &[S], y: &mut [M
     let prepared = inference.prepared();
     let arguments = inference.arguments(&prepared.parameters);
     // What is the same for all images, which only the memory is not.
-    let mut first = Pass::<S>::new(&arguments, Shared::new(&mut []), &program.reused, 1);
+    let mut first = Pass::<S::Wide>::new(&arguments, Shared::new(&mut []), &program.reused, 1);
     first.packed = &prepared.weights;
     first.affine.clone_from(&prepared.affine);
     first.stores_views = true;
     let run = |images: Range<usize>, threads: usize| {
         let count = images.len();
-        memory::with(program.reused.len * count, |memory: &mut [MaybeUninit<S>]| {
+        memory::with(program.reused.len * count, |memory: &mut [MaybeUninit<S::Wide>]| {
             let (start, offsets) = (Shared::new(memory), program.reused.offsets(count));
             let pass = Pass { start, offsets, count, threads, ..first.clone() };
-            pass.import(0, pass.rows(0), &x[images.start * input..images.end * input]);
+            let x = &x[images.start * input..images.end * input];
+            let len = if is_wide::<S>() { 0 } else { x.len() };
+            scratch::with(len, |memory: &mut [S::Wide]| pass.import(0, pass.rows(0), S::widened(pass.isa, x, memory)));
             for step in &program.steps {
                 pass.step(step);
             }
             // SAFETY: these images' own part of the output.
             let y =
                 unsafe { std::slice::from_raw_parts_mut(y.ptr().add(images.start * output).cast(), count * output) };
-            pass.export(program.output, pass.rows(program.output), y);
+            export::<S>(&pass, y);
         });
     };
     // Fewer images than threads: the threads share each image's work.

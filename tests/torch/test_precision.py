@@ -114,7 +114,7 @@ def test_a_model_of_bfloat16(counted):
     counted.clear()
     found, layers = (errors(gradients(net, x)[1], exact) for net in (model, plain))
     assert set(counted) == {torch.bfloat16}
-    assert max(found.values()) < max(layers.values())
+    assert sum(found.values()) < 0.9 * sum(layers.values())
     for name, value in plain.state_dict().items():
         moved = model.state_dict()[name]
         assert moved.dtype == value.dtype

@@ -30,8 +30,9 @@ def fuse(model: nn.Module) -> nn.Module:
     the model's own modules. The model stays the same object, with the same modules, parameters,
     ``state_dict``, hooks and mode; its class becomes one derived from its own. What no fused
     operation computes runs by the model's own layers, and so does everything where the fused
-    operation could not be noticed to differ: under hooks on inner modules, in autocast, compilers,
-    tracers and function transforms, on other devices and dtypes.
+    operation could not be noticed to differ: under hooks on inner modules, in autocast to float16,
+    compilers, tracers and function transforms, on other devices and dtypes. In bfloat16, and in
+    autocast to it, what an operation stores on its way is bfloat16, what it computes with float32.
 
     Forwards are followed by ``torch.fx``. Of a model that this cannot follow, the largest modules
     are fused that it can. What a forward's code depends on (attributes, modes, the modules) is
