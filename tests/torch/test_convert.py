@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 import threading
+from functools import partial
 
 import pytest
 import timm
@@ -73,7 +74,7 @@ def test_accelerate_and_restore(model):
     classes = [type(module) for module in model.modules()]
     calls = []
     model[2].register_forward_hook(lambda *_: calls.append(1))
-    assert accelerate(model) is model
+    assert accelerate(model, all_layers=True) is model
     changed = report(model).changed
     assert list(changed) == ["1.conv1", "1.conv2", "1.conv3", "2"]
     assert set(changed.values()) == {"AcceleratedConv2d"}
@@ -88,7 +89,7 @@ def test_accelerate_and_restore(model):
     assert before.keys() == after.keys()
     assert all(before[name] is after[name] for name in before)
     torch.testing.assert_close(model(x), y)
-    assert report(accelerate(model)).changed == {}
+    assert report(accelerate(model, all_layers=True)).changed == {}
     for moved in copy.deepcopy(model), to_native(model):
         torch.testing.assert_close(moved(x), y)
     assert restore(model) is model
@@ -99,10 +100,20 @@ def test_accelerate_and_restore(model):
     assert calls
 
 
+def test_accelerate_leaves_alone_what_gains_nothing():
+    layers = nn.Conv2d(32, 34, 1), nn.Conv2d(34, 129, 1), nn.Conv2d(128, 130, 1, groups=2)
+    model = accelerate(nn.Sequential(*layers))
+    assert list(report(model).changed) == ["0", "2"]
+    reason = "34 to 129 channels in one group gain nothing between PyTorch's operators"
+    assert report(model).kept == {"1": reason}
+    assert type(model[1]) is nn.Conv2d
+    assert list(report(accelerate(model, all_layers=True)).changed) == ["1"]
+
+
 def test_accelerate_keeps_training_on_course(model):
     other = copy.deepcopy(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for m in (model, other)]
-    accelerate(model)
+    accelerate(model, all_layers=True)
     x = torch.randn(4, 3, 12, 12)
     for _ in range(3):
         for m, optimizer in zip((model, other), optimizers, strict=True):
@@ -208,7 +219,7 @@ def test_published_models(make, name, before, after, tmp_path):
     model = make(name).eval()
     x = torch.randn(2, 3, 64, 64)
     y = model(x)
-    assert len(report(accelerate(model)).changed) > 30
+    assert len(report(accelerate(model, all_layers=True)).changed) > 30
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
     restore(model)
     assert parameters(model) == before
@@ -244,7 +255,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_compress_replaces_a_module_under_all_its_names(accelerated):
     model = Twice()
-    compress(accelerate(model) if accelerated else model)
+    compress(accelerate(model, all_layers=True) if accelerated else model)
     assert isinstance(model.conv, KPointwiseConv2d)
     assert model.conv is model.body[0]
     assert isinstance(model.norm, nn.Identity)
@@ -371,7 +382,7 @@ def test_compressed_blocks_have_a_convolutions_attributes():
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
-@pytest.mark.parametrize("convert", [accelerate, compress])
+@pytest.mark.parametrize("convert", [partial(accelerate, all_layers=True), compress])
 def test_wrapped_models(convert, wrap):
     model = nn.Sequential(nn.Conv2d(64, 32, 1), nn.ReLU())
     wrapped = wrap(model)
@@ -495,7 +506,7 @@ def test_reports_stay_with_the_model(model):
     with pytest.raises(ValueError, match="this Sequential is none that accelerate"):
         report(model)
     keys = list(model.state_dict())
-    accelerate(model)
+    accelerate(model, all_layers=True)
     expected = report(model)
     assert (expected.action, len(expected.changed), len(expected.kept)) == ("accelerate", 4, 3)
     assert report(copy.deepcopy(model)) == report(pickle.loads(pickle.dumps(model))) == expected

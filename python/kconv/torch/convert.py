@@ -27,8 +27,11 @@ from kconv.torch.network import KPointwiseConv2d
 __all__ = ["accelerate", "compress", "report", "restore"]
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def accelerate(model: nn.Module, *, all_layers: bool = False) -> nn.Module:
     """Has kconv's kernels compute a model's pointwise and depthwise convolutions, in place.
+
+    Ungrouped pointwise convolutions of more than 32 input channels stay PyTorch's, as between its
+    other operators they gain nothing.
 
     The modules stay the same objects with the same parameters: an optimizer, hooks and the
     state_dict notice nothing, and attributes that are changed afterwards count as in ``nn.Conv2d``.
@@ -50,17 +53,21 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module.
+        all_layers: whether those change, too, which gain nothing.
 
     Returns:
-        The model. :func:`kconv.torch.report` tells what has changed; :func:`restore` changes it
-        back.
+        The model. :func:`kconv.torch.report` tells what has changed, what was left alone and why;
+        :func:`restore` changes it back.
     """
     inner = unwrapped(model)
     changed: dict[str, str] = {}
     kept: dict[str, str] = {}
     for name, module in inner.named_modules():
         if type(module) is nn.Conv2d:
-            if (reason := _obstacle(module)) is None:
+            reason = _obstacle(module)
+            if reason is None and not all_layers:
+                reason = _no_gain(module)
+            if reason is None:
                 module.__class__ = AcceleratedConv2d
                 changed[name] = AcceleratedConv2d.__name__
             else:
@@ -355,6 +362,18 @@ def _obstacle(conv: nn.Conv2d) -> str | None:
     if conv.kernel_size == (1, 1):
         return pointwise_obstacle(conv)
     return depthwise_obstacle(conv)
+
+
+def _no_gain(conv: nn.Conv2d) -> str | None:
+    """Why a convolution is better left to PyTorch; None if it is not."""
+    if conv.groups > 1 or conv.in_channels <= _MOST_UNGROUPED_INPUTS:
+        return None
+    channels = f"{conv.in_channels} to {conv.out_channels} channels"
+    return f"{channels} in one group gain nothing between PyTorch's operators"
+
+
+_MOST_UNGROUPED_INPUTS = 32
+"""Measurements are in docs/ALGORITHMS.md, "accelerate"."""
 
 
 def _of_another_class(conv: nn.Conv2d) -> str:
