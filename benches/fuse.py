@@ -4,6 +4,9 @@
 
 Each side runs in a process of its own, so that the peak of its resident memory is its own; the
 processes take turns, call by call. Before a time counts, losses must agree with the first side's.
+The bound is that of the convolutions and linear layers alone: for each the larger of its
+multiply-adds at the measured peak and its input, output and weights at the bandwidth of a copy of
+memory, three times for a step.
 """
 
 from __future__ import annotations
@@ -118,6 +121,10 @@ def _model(model: str, options: Any) -> list[dict[str, Any]]:
         times = [1e3 * side.best[kind] for kind in KINDS]
         print(f"{side.name:26}{times[0]:9.1f}{times[1]:10.1f}{times[2]:10.2f}{peak / 1e6:9.0f}")
         rows.append({"model": model, "side": side.name, "peak": peak, **side.best, **side.about})
+    for side in sides:
+        if bound := side.about.get("bound"):
+            times = [1e3 * bound[kind] for kind in KINDS]
+            print(f"{'bound':26}{times[0]:9.1f}{times[1]:10.1f}{times[2]:10.2f}")
     _print_ratios(sides)
     return rows
 
@@ -153,6 +160,7 @@ def _serve(side: str, name: str, size: int, batch: int, threads: int) -> None:
     if side.startswith("accelerate"):
         kconv.torch.accelerate(model)
     if side == "fuse":
+        about["bound"] = _bound(model, x)
         start = time.perf_counter()
         kconv.torch.fuse(model)
         about["fuse seconds"] = time.perf_counter() - start
@@ -189,6 +197,34 @@ def _serve(side: str, name: str, size: int, batch: int, threads: int) -> None:
         start = time.perf_counter()
         calls[line.strip()]()
         print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+
+
+def _bound(model: Any, x: Any) -> dict[str, float]:
+    """The least seconds of each kind of call, as the machine's limits have them."""
+    import torch
+    from limits import measure_limits
+    from torch import nn
+
+    calls: list[tuple[int, int, int]] = []
+
+    def record(layer: Any, inputs: Any, y: Any) -> None:
+        weights = layer.weight.numel()
+        multiply_adds = y.numel() * weights // layer.weight.shape[0] // len(y)
+        calls.append((multiply_adds, (inputs[0].numel() + y.numel()) // len(y), weights))
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(record) for layer in layers]
+    with torch.no_grad():
+        model.eval()(x[:1])
+    for hook in hooks:
+        hook.remove()
+    limits = measure_limits()
+
+    def least(images: int) -> float:
+        sizes = ((images * adds, 4 * (images * values + w)) for adds, values, w in calls)
+        return sum(limits.milliseconds(adds, size) for adds, size in sizes) / 1e3
+
+    return {"step": 3 * least(len(x)), "inference": least(len(x)), "one": least(1)}
 
 
 def _made(name: str) -> Any:
