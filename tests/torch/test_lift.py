@@ -55,6 +55,8 @@ class HardSwish(nn.Module):
                 return x * torch.clamp(3 + x, 0, 6).div_(6.0)
             case 4:
                 return x.sigmoid() * x  # no hard one
+            case 5:
+                return x.mul_(x.sigmoid())
 
 
 class Borrowing(nn.Module):
@@ -141,7 +143,7 @@ class Forked(nn.Module):
 
 BLOCKS = {
     "branches": Branches,
-    **{f"hard swish {i}": (lambda i=i: HardSwish(i)) for i in range(5)},
+    **{f"hard swish {i}": (lambda i=i: HardSwish(i)) for i in range(6)},
     "borrowing": Borrowing,
     "windows": Windows,
 }
@@ -171,6 +173,21 @@ def test_layer_scale():
 def test_two_chains_of_one_input():
     model = fuse(Forked())
     assert len(report(model).changed) == 2
+
+
+class Levels(nn.ModuleDict):
+    """A container that is called, as timm's models of features are."""
+
+    def forward(self, x):
+        for level in self.values():
+            x = level(x)
+        return x
+
+
+def test_containers_with_a_forward():
+    assert_fused(Levels({"one": nn.Conv2d(6, 6, 1, groups=2), "other": nn.ReLU()}))
+    model = fuse(Levels({"one": nn.Conv2d(6, 6, 1, groups=2), "other": nn.ReLU()}))
+    assert report(model).changed == {"one": "2 layers as one operation, to other"}
 
 
 class Unread(nn.Module):

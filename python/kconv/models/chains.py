@@ -34,7 +34,7 @@ class Node:
         ends: whether it may be the last of a chain.
         is_convolution: whether it is one; a chain without any is not worth an operation.
         mode: what all nodes of a chain that have one must have in common (None: has none).
-        writes: whether it may change its inputs in place, if it is not fused.
+        writes: whether it may change its inputs in place, where it is not run as part of a chain.
     """
 
     name: str
@@ -101,6 +101,7 @@ class _Search:
         """The nodes of chains but for their last ones, which begin no further chain."""
         self._convolutions = _set(first + i for i, n in enumerate(nodes) if n.is_convolution)
         self._writers = _set(first + i for i, n in enumerate(nodes) if n.writes and not n.fusable)
+        self._own_writers = _set(first + i for i, n in enumerate(nodes) if n.writes and n.fusable)
 
     def largest_from(self, start: int) -> int:
         """The nodes of the largest chain that reads a value; 0 for none."""
@@ -140,8 +141,10 @@ class _Search:
         return best
 
     def _is_written_between(self, start: int, chain: int) -> bool:
-        """Whether somebody else may change a chain's input between two of its readers."""
+        """Whether a chain's input may change between two of its readers, inside or outside."""
         own = self._readers[start] & chain
+        if own & self._own_writers and self._readers[start] & ~chain:
+            return True  # a chain may run node by node, and earlier than they stand
         writers = self._readers[start] & self._writers & ~chain
         last, lowest = own.bit_length(), (own & -own).bit_length()
         return any(lowest <= i + 1 <= last for i in _bits(writers))

@@ -98,7 +98,7 @@ def _fuse(module: nn.Module, name: str, changed: dict[str, str], kept: dict[str,
     children = list(module.named_children())
     if not children:
         return False
-    container = isinstance(module, nn.ModuleList | nn.ModuleDict)
+    container = type(module).forward is nn.Module.forward  # it has none, as an nn.ModuleList
     reason = is_opaque(module)
     fusion = Fusion()
     plan = None

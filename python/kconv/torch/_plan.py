@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -205,19 +204,28 @@ def _lift_all(
     calls: Sequence[Call], sources: Sequence[str], outputs: Sequence[str]
 ) -> tuple[dict[str, tuple[graph.Layer, ...]], dict[str, graph.Layer]]:
     """For each call its layers, and all layers by name; plain ones stand for all other calls."""
-    readers = Counter(name for call in calls for name in call.inputs) + Counter(outputs)
+    readers: dict[str, list[int]] = {name: [len(calls)] for name in outputs}
+    for i, call in enumerate(calls):
+        for name in call.inputs:
+            readers.setdefault(name, []).append(i)
     layers: dict[str, graph.Layer] = {
         name: graph.Input(name=name, inputs=(), shape=UNKNOWN) for name in sources
     }
     lifted: dict[str, tuple[graph.Layer, ...]] = {}
-    new: set[str] = set()  # values in memory of their own, which nobody else reads
-    for call in calls:
+    new: set[str] = set()  # values in memory of their own
+    for i, call in enumerate(calls):
         made = call.lift([layers[source] for source in call.inputs])
         source = call.inputs[0] if call.inputs else ""
-        if call.in_place and source not in new:
+        others = [other for other in readers.get(source, ()) if other != i]
+        if call.in_place and not (
+            source in new
+            and all(
+                other < i and not _may_be_its_input(lifted[calls[other].name]) for other in others
+            )
+        ):
             made = ()  # others see what it changes
-        same = call.in_place or (made and _may_be_its_input(made[-1]))
-        if made and readers[call.name] == 1 and (source in new or not same):
+        same = call.in_place or _may_be_its_input(made)
+        if made and (not same or (source in new and (call.in_place or not others))):
             new.add(call.name)
         lifted[call.name] = made
         for layer in made or (graph.Layer(name=call.name, inputs=call.inputs, shape=UNKNOWN),):
@@ -388,9 +396,15 @@ def _by_name(owner: nn.Module | None, key: str, inputs: tuple[str, ...]) -> Any:
     return run
 
 
-def _may_be_its_input(layer: graph.Layer) -> bool:
-    """Whether the result of a call may be (a part of) its input itself."""
-    return isinstance(layer, _SAME_MEMORY) and not getattr(layer, "is_new", False)
+def _may_be_its_input(made: Sequence[graph.Layer]) -> bool:
+    """Whether the result of a call may be (a part of) its input itself.
+
+    Args:
+        made: the layers that it is lifted to; of one without any nothing is known.
+    """
+    if not made:
+        return True
+    return isinstance(made[-1], _SAME_MEMORY) and not getattr(made[-1], "is_new", False)
 
 
 def not_lifted(inputs: Sequence[graph.Layer]) -> tuple[graph.Layer, ...]:
