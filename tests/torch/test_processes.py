@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from kconv.torch import DepthwiseConv2d, PointwiseConv2d, pointwise_conv
+from kconv.torch import DepthwiseConv2d, PointwiseConv2d, fuse, pointwise_conv, report
 
 
 def big_convolution():
@@ -86,10 +86,13 @@ def data_parallel(rank, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    model = nn.parallel.DistributedDataParallel(network())
-    model(images()[rank::2]).square().mean().backward()
+    gradients = []
+    for model in network(), fuse(network()):
+        model = nn.parallel.DistributedDataParallel(model)
+        model(images()[rank::2]).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
     if rank == 0:
-        torch.save([p.grad for p in model.parameters()], f"{folder}/gradients.pt")
+        torch.save(gradients, f"{folder}/gradients.pt")
     torch.distributed.destroy_process_group()
     # After a DistributedDataParallel of any layers Gloo's threads outlive their group, and now and
     # then PyTorch aborts when the interpreter ends beside them: leave without ending it.
@@ -104,9 +107,10 @@ def test_distributed_data_parallel(tmp_path):
     assert [rank.wait(120) for rank in ranks] == [0, 0]
     model = network()
     model(images()).square().mean().backward()
-    gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+    assert report(fuse(network())).changed  # some of it is one operation
+    for gradients in torch.load(tmp_path / "gradients.pt", weights_only=True):
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 THREADS = """
