@@ -320,6 +320,26 @@ def test_partly_frozen():
     assert_trains_alike(fused, plain, images((7, 9, 3)))
 
 
+def test_norms_frozen_in_the_middle(monkeypatch):
+    """Each side of them is one operation all the same."""
+    results = []
+
+    def run(segment, *args):
+        results.append(original(segment, *args))
+        return results[-1]
+
+    original = _fusion._run
+    monkeypatch.setattr(_fusion, "_run", run)
+    fused, plain = pair(network, branches)
+    for model in (fused, plain):
+        norms = [x for x in model.layers if isinstance(x, layers.BatchNormalization)]
+        assert len(norms) > 2
+        norms[1].trainable = False
+    assert_trains_alike(fused, plain, images((7, 9, 3)))
+    assert results
+    assert all(y is not None for y in results), "a chain ran layer by layer"
+
+
 def test_sequential():
     def make():
         return keras.Sequential([layers.Input((5, 7, 4)), layers.Conv2D(6, 3), layers.ReLU()])

@@ -14,21 +14,87 @@ from kconv.keras._graph import CallGraph, call_graph
 from kconv.keras._native import LAYOUTS, fused, is_compiling, runs_natively
 from kconv.keras._private import AutocastScope
 from kconv.models import graph
-from kconv.models.fusion import Segment, UnfitError, partition
+from kconv.models.chains import Node, find_chains
+from kconv.models.fusion import Segment, UnfitError, is_fusable, partition
 
 __all__ = ["Plan", "plan_of", "run_fused"]
 
 Tensor = Any
 
 
+Parts = list[graph.Layer | Segment]
+"""What runs one after the other."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A model's calls, and the chains among them."""
+    """A model's calls, and the chains among them.
+
+    Attributes:
+        calls: the model's.
+        parts: the largest chains, and what runs by itself.
+        fuses: whether there are chains.
+        recompute: whether chains compute values anew in the backward pass.
+        split: parts whose chains hold no batch norms of two kinds, by the norms that train.
+    """
 
     calls: CallGraph
-    parts: list[graph.Layer | Segment]
+    parts: Parts
     fuses: bool
     recompute: bool
+    split: dict[frozenset[str], Parts]
+
+    def parts_for(self, training: bool) -> Parts:
+        """Those in which the batch norms of a chain all use the batch's statistics, or none does.
+
+        Args:
+            training: whether the model is called to train; norms that are frozen do not, then.
+        """
+        norms = [x.name for x in self.calls.graph.layers if isinstance(x, graph.BatchNorm)]
+        frozen = frozenset(x for x in norms if not self.calls.operations[x].trainable)
+        if not training or len(frozen) in (0, len(norms)):
+            return self.parts
+        if frozen not in self.split:
+            self.split[frozen] = _split(self.calls, frozen, self.recompute)
+        return self.split[frozen]
+
+
+def _split(calls: CallGraph, frozen: frozenset[str], recompute: bool) -> Parts:
+    layers = {layer.name: layer for layer in calls.graph.layers}
+    readers: dict[str, list[graph.Layer]] = {name: [] for name in layers}
+    for layer in layers.values():
+        for name in layer.inputs:
+            readers[name].append(layer)
+    nodes = [
+        Node(
+            layer.name,
+            layer.inputs,
+            fusable=is_fusable(layer, readers[layer.name]),
+            # What is inside of a call is no tensor of the model's.
+            ends=layer.name in calls.nodes and not isinstance(layer, graph.ZeroPad),
+            is_convolution=isinstance(layer, graph.Conv | graph.DepthwiseConv),
+            mode=layer.name in frozen if isinstance(layer, graph.BatchNorm) else None,
+        )
+        for layer in layers.values()
+        if not isinstance(layer, graph.Input)
+    ]
+    sources = [name for name, layer in layers.items() if isinstance(layer, graph.Input)]
+    chains = {
+        chain.nodes[0]: chain
+        for chain in find_chains(sources, nodes, [calls.graph.output])
+        if chain.input in calls.tensors and len(layers[chain.input].shape) == 3
+    }
+    parts: Parts = []
+    done: set[str] = set()
+    for node in nodes:
+        if chain := chains.get(node.name):
+            own = tuple(layers[name] for name in chain.nodes)
+            channels = layers[chain.input].channels
+            parts.append(Segment(own, chain.input, channels, recompute=recompute))
+            done |= set(chain.nodes)
+        elif node.name not in done:
+            parts.append(layers[node.name])
+    return parts
 
 
 _PLANS: WeakKeyDictionary[keras.Model, Plan] = WeakKeyDictionary()
@@ -41,7 +107,8 @@ def plan_of(model: keras.Model) -> Plan:
     if plan is None or plan.recompute != recompute or not plan.calls.up_to_date:
         calls = call_graph(model)
         parts = partition(calls.graph, recompute=recompute)
-        plan = Plan(calls, parts, any(isinstance(part, Segment) for part in parts), recompute)
+        fuses = any(isinstance(part, Segment) for part in parts)
+        plan = Plan(calls, parts, fuses, recompute, {})
         _PLANS[model] = plan
     return plan
 
@@ -73,7 +140,7 @@ def run_fused(
             options["operation_fn"] = operation_fn
         return one_by_one(inputs, **options)
     values = dict(zip(map(id, model.inputs), tensors, strict=True))
-    for part in plan.parts:
+    for part in plan.parts_for(bool(training)):
         if isinstance(part, Segment):
             source, target = (plan.calls.tensors[name] for name in (part.input, part.name))
             y = _run(part, plan.calls, values[id(source)], bool(training))
