@@ -124,7 +124,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, A
                 "dtype": "float32",
             }
             if what in NETWORKS:
-                networks._save(network, common["batch"], folder, export=False)
+                networks._save(network, folder, [])
                 yield common
             else:
                 for layout, dtype in product(options.layouts, options.dtypes):

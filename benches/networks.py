@@ -48,17 +48,31 @@ SIDES: dict[str, dict[str, str]] = {  # with the variables of their environment
     "torch-compile": {},
     "onnxruntime": {},
     "openvino": {},
+    "ncnn": {},
+    "mnn": {},
+    "litert": {},
     "kconv-torch-plain": {},
     "kconv-torch": {},
+    "kconv-load": {},
     "kconv-keras-jax": {"KERAS_BACKEND": "jax"},
 }
 OURS = ("kconv-torch", "kconv-keras-jax")
 DEFAULT_SIDES = {
     "step": ("torch", "torch-nhwc", "torch-kept", "torch-compile", *OURS),
-    "inference": ("torch", "torch-nhwc", "torch-compile", "onnxruntime", "openvino", *OURS),
+    "inference": (
+        *("torch", "torch-nhwc", "torch-compile", "onnxruntime", "openvino", "ncnn", "mnn"),
+        *("litert", "kconv-load", *OURS),
+    ),
 }
-RUNTIMES = ("onnxruntime", "openvino")
-"""They run PyTorch's own layers, exported to ONNX, and do not train."""
+RUNTIMES = {
+    "onnxruntime": "onnx",
+    "openvino": "onnx",
+    "ncnn": "ncnn",
+    "mnn": "mnn",
+    "litert": "litert",
+    "kconv-load": None,
+}
+"""They run the frozen network, as ``kconv.export`` writes it in these formats; none trains."""
 WARM_UP = 2
 """Calls that compile, and touch memory for the first time."""
 REPEATS = {"step": (3, 0.0), "inference": (3, 1.0)}
@@ -89,7 +103,7 @@ def run(options: Any) -> dict[str, Any]:
     images = options.batch or NETWORKS[network][3]
     results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        _save(network, images, Path(folder), export=not set(sides).isdisjoint(RUNTIMES))
+        _save(network, Path(folder), [side for side in sides if side in RUNTIMES])
         for _ in range(options.turns):
             for side in list(sides):
                 call = [operation, network, side, str(images), str(options.threads), folder]
@@ -109,7 +123,8 @@ def run(options: Any) -> dict[str, Any]:
                 raise SystemExit(f"{side} computes {result['check']}, expected {reference}")
         times = [t for result in results[side] for t in result["times"]]
         peak = max(result["peak"] for result in results[side])
-        rows.append({"side": side, "best": min(times), "median": median(times), "peak": peak})
+        row = {"side": side, "best": min(times), "median": median(times), "peak": peak}
+        rows.append(row | {"p99": float(np.quantile(times, 0.99)), "calls": len(times)})
     print(f"{operation} of {network}, {images} images, {options.threads} threads")
     print_table(rows, images)
     result = {"what": f"{operation} {network} {images}", "rows": rows}
@@ -123,18 +138,19 @@ def run(options: Any) -> dict[str, Any]:
 def print_table(rows: list[dict[str, Any]], images: int) -> None:
     """A line for each side."""
     ours = next((row for row in rows if row["side"] == "kconv-torch"), rows[-1])
-    print(f"{'':20} {'best ms':>9} {'median':>9} {'images/s':>9} {'peak MB':>8} {'ratio':>6}")
+    titles = f"{'best ms':>9} {'median':>9} {'p99':>9} {'images/s':>9} {'peak MB':>8} {'ratio':>6}"
+    print(f"{'':20} {titles} {'calls':>6}")
     for row in rows:
         print(
             f"{row['side']:20} {row['best'] * 1e3:9.2f} {row['median'] * 1e3:9.2f}"
-            f" {images / row['best']:9.1f} {row['peak'] / 1e6:8.0f}"
-            f" {row['best'] / ours['best']:6.2f}"
+            f" {row['p99'] * 1e3:9.2f} {images / row['best']:9.1f} {row['peak'] / 1e6:8.0f}"
+            f" {row['best'] / ours['best']:6.2f} {row['calls']:6}"
         )
     print(f"ratio: the best time beside that of {ours['side']}")
 
 
-def _save(network: str, images: int, folder: Path, export: bool) -> None:
-    """What the sides read: the weights and, with ``export``, PyTorch's own layers as ONNX.
+def _save(network: str, folder: Path, runtimes: list[str]) -> None:
+    """What the sides read: the weights, the frozen network, and what it is exported to.
 
     The moving statistics are those of a batch, or the outputs would not depend on the images.
     """
@@ -145,6 +161,7 @@ def _save(network: str, images: int, folder: Path, export: bool) -> None:
 
     import kconv
     import kconv.torch
+    from kconv import export
 
     torch.manual_seed(0)
     model = kconv.torch.build(spec_of(network), kernels="torch")
@@ -154,13 +171,15 @@ def _save(network: str, images: int, folder: Path, export: bool) -> None:
     with torch.no_grad():
         model(torch.from_numpy(batch(network, 16)[0]))
     kconv.save_weights(model, folder / "weights.safetensors")
-    if export:
-        x = torch.from_numpy(batch(network, images)[0])
-        print("exporting to ONNX, which takes minutes", flush=True)
+    if not runtimes:
+        return
+    net = kconv.torch.freeze(model, image_size=NETWORKS[network][2])
+    net.save(folder / "frozen")
+    for form in sorted({form for side in runtimes if (form := RUNTIMES[side])}):
         try:
-            torch.onnx.export(model.eval(), (x,), folder / "network.onnx", verbose=False)
-        except ImportError as error:
-            print(f"no export to ONNX: {error}")
+            export.export(net, folder / export.default_name(form), form)
+        except (ImportError, ValueError) as error:
+            print(f"no export to {form}: {error}", flush=True)
 
 
 class MissingError(Exception):
@@ -250,19 +269,29 @@ def _keras_side(operation: str, network: str, images: int, folder: Path) -> Call
 
 def _runtime_side(
     side: str, network: str, images: int, threads: int, folder: Path
-) -> Callable[[], Array]:
+) -> Callable[[], Any]:
+    """A call of one runtime, which gives (N, classes) probabilities."""
+    import kconv
+    import kconv.export
+
     x = batch(network, images)[0]
-    if side == "onnxruntime":
-        import onnxruntime
+    if side == "kconv-load":
+        net, pixels = kconv.load(folder / "frozen"), np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+        return lambda: net(pixels)
+    file = folder / kconv.export.default_name(str(RUNTIMES[side]))
+    return _PEERS[side](file, x, threads)
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        session = onnxruntime.InferenceSession(
-            folder / "network.onnx", options, providers=["CPUExecutionProvider"]
-        )
-        inputs = {session.get_inputs()[0].name: x}
-        return lambda: _softmax(session.run(None, inputs)[0])
 
+def _onnxruntime(file: Path, x: Array, threads: int) -> Callable[[], Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"images": x})[0]
+
+
+def _openvino(file: Path, x: Array, threads: int) -> Callable[[], Any]:
     import openvino
 
     settings = {
@@ -271,15 +300,66 @@ def _runtime_side(
         "ENABLE_HYPER_THREADING": True,  # else one thread a core
         "PERFORMANCE_HINT": "LATENCY",  # all threads for one batch
     }
-    model = openvino.Core().compile_model(folder / "network.onnx", "CPU", settings)
+    model = openvino.Core().compile_model(file, "CPU", settings)
     request = model.create_infer_request()
-    return lambda: _softmax(request.infer([x], share_inputs=True, share_outputs=True)[0])
+    return lambda: request.infer([x], share_inputs=True, share_outputs=True)[0]
 
 
-def _softmax(x: Array) -> Array:
-    """(N, classes) probabilities."""
-    e = np.exp(x - x.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
+def _ncnn(file: Path, x: Array, threads: int) -> Callable[[], Any]:
+    import ncnn
+
+    from kconv.export._ncnn import opened
+
+    network = opened(file, threads)
+    inputs = [ncnn.Mat(image) for image in x]  # of memory that x keeps
+
+    def infer() -> Array:
+        outputs = []
+        for image in inputs:
+            extractor = network.create_extractor()
+            extractor.input("in0", image)
+            outputs.append(np.array(extractor.extract("out0")[1]))
+        return np.stack(outputs)
+
+    return infer
+
+
+def _mnn(file: Path, x: Array, threads: int) -> Callable[[], Any]:
+    import MNN
+
+    manager = MNN.nn.create_runtime_manager(({"backend": 0, "numThread": threads},))
+    network = MNN.nn.load_module_from_file(
+        str(file), ["images"], ["probabilities"], runtime_manager=manager
+    )
+    inputs = [MNN.expr.const(x, list(x.shape), MNN.expr.NCHW)]
+    return lambda: np.array(network.onForward(inputs)[0].read())
+
+
+def _litert(file: Path, x: Array, threads: int) -> Callable[[], Any]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(file), num_threads=threads)
+    interpreter.allocate_tensors()
+    (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def infer() -> Array:
+        outputs = []
+        for i in range(len(x)):
+            interpreter.set_tensor(source["index"], x[i : i + 1])
+            interpreter.invoke()
+            outputs.append(interpreter.get_tensor(target["index"]))
+        return np.concatenate(outputs)
+
+    return infer
+
+
+_PEERS = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "ncnn": _ncnn,
+    "mnn": _mnn,
+    "litert": _litert,
+}
 
 
 def _one_side(

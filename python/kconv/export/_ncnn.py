@@ -15,7 +15,7 @@ from kconv.export import Run, fixed_size
 from kconv.runtime import FrozenNetwork
 from kconv.weights._entries import Array
 
-__all__ = ["runner", "write"]
+__all__ = ["opened", "runner", "write"]
 
 _INPUT, _OUTPUT = "in0", "out0"
 """The names that pnnx gives."""
@@ -61,11 +61,7 @@ def write(net: FrozenNetwork, path: Path) -> list[Path]:
 def runner(net: FrozenNetwork, path: Path) -> tuple[Run, str]:
     """Ncnn itself, in float32."""
     ncnn = require("ncnn", "ncnn", "running ncnn")
-    network = ncnn.Net()
-    for option in _HALF:
-        setattr(network.opt, option, False)
-    if network.load_param(str(path)) or network.load_model(str(_weights(path))):
-        raise ValueError(f"ncnn cannot load {path}")
+    network = opened(path)
 
     def probabilities(image: Array) -> Array:
         extractor = network.create_extractor()
@@ -81,6 +77,18 @@ def runner(net: FrozenNetwork, path: Path) -> tuple[Run, str]:
         return np.stack([probabilities(image) for image in images])
 
     return run, f"ncnn {ncnn.__version__}"
+
+
+def opened(path: Path, threads: int | None = None) -> Any:
+    """The ``ncnn.Net`` of a file, in float32, on as many threads as one says or ncnn likes."""
+    network = require("ncnn", "ncnn", "running ncnn").Net()
+    for option in _HALF:
+        setattr(network.opt, option, False)
+    if threads is not None:
+        network.opt.num_threads = threads
+    if network.load_param(str(path)) or network.load_model(str(_weights(path))):
+        raise ValueError(f"ncnn cannot load {path}")
+    return network
 
 
 def _weights(path: Path) -> Path:
