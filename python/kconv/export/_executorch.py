@@ -37,7 +37,8 @@ def runner(net: FrozenNetwork, path: Path) -> tuple[Run, str]:
     """ExecuTorch's runtime."""
     torch = require("torch", "torch", "running ExecuTorch")
     runtime = require("executorch.runtime", "executorch", "running ExecuTorch").Runtime.get()
-    method = runtime.load_program(path.read_bytes()).load_method("forward")
+    program = runtime.load_program(path)
+    method = program.load_method("forward")
     version = require("executorch.version", "executorch", "running ExecuTorch").__version__
 
     def run(images: Array) -> Any:
