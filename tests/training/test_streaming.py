@@ -34,7 +34,7 @@ TINY = Config(
 def jpeg(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
+    Image.fromarray(pixels).save(buffer, "jpeg")
     return buffer.getvalue()
 
 
