@@ -46,11 +46,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_models_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = [line.split() for line in lines[3:-2]]
+    rows = [line.split() for line in lines[3:-3]]
     table = {(name, ktype): (parameters, macs) for name, ktype, parameters, macs in rows}
     assert len(table) == 8 * 4
     assert table["keffnet_b0", "D6_16ch"] == ("639,702", "123,613,524")
-    assert "efficientnet_b0" in lines[-1]
+    assert "efficientnet_b0" in lines[-2]
+    assert lines[-1].startswith("trained: ")
     spec = models.create("keffnet_b7", ktype="D6v3_32ch", classes=10)
     assert table["keffnet_b7", "D6v3_32ch"][0] == f"{models.count(spec).trainable:,}"
 

@@ -126,7 +126,7 @@ def test_unreadable_images_are_left_out(
         (["predcit"], "invalid choice: 'predcit' (did you mean 'predict'?)"),
         (
             ["train", "--epcohs", "3"],
-            "unrecognized arguments: --epcohs 3 (did you mean '--ep",
+            "unrecognized arguments: --epcohs (did you mean '--epochs'?)",
         ),
         (
             ["train", "--model", "kefnet_b0"],

@@ -307,6 +307,6 @@ def test_recomputation():
         (segment,) = (part for part in _plan(model).parts if isinstance(part, Segment))
         assert segment.recompute == model.recompute
     for ours, theirs in zip(*(model.get_weights() for model in models), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="recompute=True"):
         kk.build(spec, fused=False, recompute=True)

@@ -273,7 +273,7 @@ def train_model_on_cifar10(
 
 
 def print_classification_report(
-    pred_y: ArrayLike, test_y: ArrayLike, class_names: Iterable[str] | None = None
+    pred_y: ArrayLike, test_y: ArrayLike, *, class_names: Iterable[str] | None = None
 ) -> None:
     """Print precision, recall and F1 of each class.
 
@@ -310,6 +310,7 @@ def test_flips_on_model(
     has_flip_y: bool = True,
     has_bw: bool = True,
     center_crop: float = 0.0,
+    *,
     class_names: Sequence[str] | None = None,
 ) -> None:
     """Print how well a model does on images, on changed ones, and on both together.
@@ -339,7 +340,7 @@ def test_flips_on_model(
 
     def report(title: str, predictions: Array) -> None:
         print(f"{title}:")
-        print_classification_report(predictions, test_y, class_names)
+        print_classification_report(predictions, test_y, class_names=class_names)
 
     plain = predict(images)
     report("Test Original", plain)
@@ -378,12 +379,13 @@ def test_flips_on_saved_model(
     has_flip_y: bool = True,
     has_bw: bool = True,
     center_crop: float = 0.0,
+    *,
     class_names: Sequence[str] | None = None,
 ) -> None:
     """:func:`test_flips_on_model` for the model in a file."""
     model = load_kereas_model(model_file_name)
     flips = (has_flip_x, has_flip_y, has_bw)
-    test_flips_on_model(test_x, test_y, model, *flips, center_crop, class_names)
+    test_flips_on_model(test_x, test_y, model, *flips, center_crop, class_names=class_names)
 
 
 # Not tests of kconv, whatever their names say to pytest.

@@ -332,9 +332,9 @@ class _Run:
             if not self.ranks.rank and (val_loss < best or not self.best.exists()):
                 self.best.save(trainer.model, done)
         self.progress = Progress([*history, done])
-        if not self.ranks.rank:
-            write_history(self.output / "results.csv", self.progress.history)
         self._save(self.progress)
+        if not self.ranks.rank:  # after the checkpoint, which is to know what is printed
+            write_history(self.output / "results.csv", self.progress.history)
         self.log(
             f"epoch {epoch + 1:3d}/{config.epochs}  loss {loss:.4f}  accuracy {accuracy:.4f}  "
             f"val_loss {val_loss:.4f}  val_accuracy {val_accuracy:.4f}  {speed:.1f} images/s"
