@@ -159,7 +159,8 @@ pub fn reserve<T>(values: &mut Vec<T>, len: usize) {
 impl Blocks {
     /// The smallest free block that is large enough, and not far too large.
     fn take(&mut self, size: usize) -> Option<Block> {
-        let fitting = self.free.iter().enumerate().filter(|(_, block)| (size..=LARGEST_FIT * size).contains(&block.size));
+        let fitting =
+            self.free.iter().enumerate().filter(|(_, block)| (size..=LARGEST_FIT * size).contains(&block.size));
         let (index, _) = fitting.min_by_key(|(_, block)| block.size)?;
         let block = self.free.remove(index);
         self.free_bytes -= block.size;
