@@ -14,8 +14,8 @@ use crate::simd::element::Element;
 pub const RECYCLED: usize = 256 << 10;
 /// Recycled and free memory together is at most this many times what was in use at once.
 const SURPLUS: usize = 2;
-/// A free block is taken for memory of at least this part of its size: so the last, smaller batch of
-/// an epoch finds what the others left.
+/// A free block is at most this many times larger than what it is taken for: so the last, smaller
+/// batch of an epoch finds what the others left.
 const LARGEST_FIT: usize = 4;
 /// More bytes than any machine has; sums of sizes up to this stay numbers.
 pub const LARGEST: usize = isize::MAX as usize / 8;
