@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kconv import export
+from kconv.cli._serve import add_network
 from kconv.runtime import load
 
 
@@ -18,11 +19,7 @@ def add(commands: Any) -> None:
         "outputs with kconv's."
     )
     parser.set_defaults(run=_export)
-    parser.add_argument(
-        "network",
-        metavar="RUN",
-        help="folder of a run or a saved network, or a name of `kconv models`",
-    )
+    add_network(parser)
     parser.add_argument("--format", required=True, choices=export.FORMATS, help="which")
     parser.add_argument(
         "--output",

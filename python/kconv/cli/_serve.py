@@ -68,12 +68,17 @@ def add(commands: Any) -> None:
     bench.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names a trained network."""
     parser.add_argument(
         "network",
         metavar="RUN",
         help="folder of a run or a saved network, or a name of `kconv models`",
     )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add_network(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use")
 
 

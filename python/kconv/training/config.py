@@ -37,28 +37,19 @@ SHORT_RUN_STEPS = 2000
 SMALL_IMAGE = 64
 """Images of no more pixels a side keep the first strides' pixels, as the papers' 32x32 do."""
 
+_PAPERS: dict[str, Any] = {
+    "model": "keffnet_b0",
+    "optimizer": "rmsprop",
+    "lr_schedule": "cyclic25",
+    "lr": 0.001,
+    "epochs": 50,
+    "batch_size": 64,
+    "augment": True,
+}
+"""Both papers': two cycles."""
 PRESETS: dict[str, dict[str, Any]] = {
-    # Both papers: 50 epochs of two cycles, RMSprop, batches of 64, their augmentation.
-    "paper-v1": {
-        "model": "keffnet_b0",
-        "ktype": "D6_16ch",
-        "optimizer": "rmsprop",
-        "lr_schedule": "cyclic25",
-        "lr": 0.001,
-        "epochs": 50,
-        "batch_size": 64,
-        "augment": True,
-    },
-    "paper-v2": {
-        "model": "keffnet_b0",
-        "ktype": "D6v3_32ch",
-        "optimizer": "rmsprop",
-        "lr_schedule": "cyclic25",
-        "lr": 0.001,
-        "epochs": 50,
-        "batch_size": 64,
-        "augment": True,
-    },
+    "paper-v1": {**_PAPERS, "ktype": "D6_16ch"},
+    "paper-v2": {**_PAPERS, "ktype": "D6v3_32ch"},
     # Few epochs: one cycle of a high rate, and statistics that follow the averaged weights.
     "fast": {
         "model": "keffnet_b0",
