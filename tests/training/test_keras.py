@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -79,17 +80,21 @@ def test_figures_are_of_the_step_and_averages_go_in_and_out() -> None:
 
 DEVICES = """
 import os, sys
-count = int(sys.argv[1])
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+count, rank, size, address = int(sys.argv[1]), *map(int, sys.argv[2:4]), sys.argv[4]
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count // size}"
 os.environ["KERAS_BACKEND"] = "jax"
+import jax
+if size > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, size, rank)
 import keras, numpy as np
 from kconv import models
 from kconv.training import Config
 from kconv.training._keras import KerasTrainer
-devices = keras.distribution.list_devices("cpu")
-assert len(devices) == count
+assert (len(keras.distribution.list_devices("cpu")), jax.process_count()) == (count, size)
 if count > 1:
-    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
+    keras.distribution.set_distribution(
+        keras.distribution.DataParallel(auto_shard_dataset=False))
 spec = models.create("kdensenet_bc_l100", blocks=1, growth_rate=4, bottleneck=8, ktype="D6_4ch",
                      classes=3, input_shape=(8, 8, 1))
 trainer = KerasTrainer(spec, Config())
@@ -97,20 +102,47 @@ rng = np.random.default_rng(0)
 for _ in range(3):
     images = rng.standard_normal((8, 8, 8, 1)).astype(np.float32)
     targets = np.eye(3, dtype=np.float32)[rng.integers(0, 3, 8)]
-    print(trainer.train_step(images, targets, 0.01, scale=1, update=True, seed=0)[0])
-print(*trainer.predict(images).ravel())
+    mine = slice(rank * 8 // size, (rank + 1) * 8 // size)
+    print(trainer.train_step(images[mine], targets[mine], 0.01, scale=1, update=True, seed=0)[0])
+if size == 1:
+    print(*trainer.predict(images).ravel())
 """
 
 
-@pytest.mark.slow
-def test_several_devices_compute_what_one_does() -> None:
-    """Keras's DataParallel, of JAX's devices on one CPU: losses, and norms of the whole batch."""
-    found = []
-    for count in "12":
-        run = subprocess.run(
-            [sys.executable, "-c", DEVICES, count], capture_output=True, text=True, timeout=300
+def losses(devices: int, processes: int = 1) -> list[list[float]]:
+    """What each of some processes prints."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    started = []
+    for rank in range(processes):
+        arguments = (str(devices), str(rank), str(processes), address)
+        command = [sys.executable, "-c", DEVICES, *arguments]
+        started.append(
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=-1
+            )
         )
-        assert run.returncode == 0, run.stderr
-        found.append([float(number) for number in run.stdout.split()])
-    assert len(found[0]) == 3 + 24
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+    printed = [process.communicate(timeout=900) for process in started]
+    assert not any(process.returncode for process in started), printed
+    # Gloo tells of its connections on the same output.
+    return [
+        [
+            float(number)
+            for line in text.splitlines()
+            if "Gloo" not in line
+            for number in line.split()
+        ]
+        for text, _ in printed
+    ]
+
+
+@pytest.mark.slow
+def test_several_devices_and_processes_compute_what_one_device_does() -> None:
+    """Keras's DataParallel on JAX: losses, and norms of the whole batch."""
+    (one,) = losses(1)
+    assert len(one) == 3 + 24
+    (two,) = losses(2)
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+    for of_a_process in losses(2, processes=2):
+        np.testing.assert_allclose(of_a_process, one[:3], rtol=1e-4)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 
 from kconv import training
 from kconv.training import run
-from kconv.training.ranks import Ranks, joined
+from kconv.training.ranks import PeerError, Ranks, agree, joined
 
 TINY = [
     *("--framework", "torch", "--model", "kdensenet_bc_l100", "--ktype", "D6_4ch"),
@@ -77,12 +79,38 @@ def test_keras_trains_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_processes_agree_on_a_name_beside_keys_of_lost_ones() -> None:
+    """Also where the first one asks before the others have replaced what the lost ones left."""
+    import torch.distributed as dist
+
+    store, names = dist.HashStore(), []
+    for late in (0, 2, 0):  # three generations, whose keys stay
+        found: dict[int, str] = {}
+
+        def join(rank: int, late: int = late, found: dict[int, str] = found) -> None:
+            time.sleep(0.2 * (rank == late))
+            found[rank] = agree(store, rank, 3)
+
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert sorted(found) == [0, 1, 2]
+        names.append(set(found.values()))
+    assert [len(name) for name in names] == [1, 1, 1]
+    assert len(set.union(*names)) == 3
+    store.set_timeout(datetime.timedelta(seconds=0.3))
+    with pytest.raises(PeerError, match="process 1 of 3 has not started"):
+        agree(store, 0, 3)  # of the others only what the last generation left is there
+
+
 GRADIENTS = """
 import numpy as np, torch
 from kconv import models
 from kconv.training import Config
 from kconv.training._torch import TorchTrainer
-from kconv.training.ranks import Ranks, joined
+from kconv.training.ranks import PeerError, Ranks, agree, joined
 
 spec = models.create("kdensenet_bc_l100", blocks=1, growth_rate=4, bottleneck=8, ktype="D6_4ch",
                      classes=3, input_shape=(8, 8, 1))

@@ -1,4 +1,4 @@
-"""The processes that train one network together, as ``torchrun`` starts them.
+"""The processes that train one network together, as ``torchrun`` or Ray Train starts them.
 
 Each takes its share of every batch. Whatever is decided is decided by all from the same numbers, or
 by the first, which alone writes files.
@@ -7,6 +7,8 @@ by the first, which alone writes files.
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,14 +52,19 @@ class Ranks:
 
 
 class TorchRanks(Ranks):
-    """Processes that ``torch.distributed`` connects, by gloo."""
+    """Processes that ``torch.distributed`` connects: by gloo, or as they have been already."""
 
     def __init__(self) -> None:
         import torch
         import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
 
         self._torch, self._dist = torch, dist
-        dist.init_process_group("gloo")
+        self._connects = not dist.is_initialized()
+        if self._connects:
+            store, rank, size = next(rendezvous("env://"))
+            store = dist.PrefixStore(agree(store, rank, size), store)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         # torchrun sets 1 where nothing is set, however many CPUs there are.
@@ -81,13 +88,55 @@ class TorchRanks(Ranks):
         return values
 
     def leave(self) -> None:
-        """End the connections, once nobody needs them any more."""
-        self._dist.destroy_process_group()
+        """End the connections that were made here, once nobody needs them any more."""
+        if self._connects:
+            self._dist.destroy_process_group()
+
+
+def agree(store: Any, rank: int, size: int) -> str:
+    """A name that the processes that have started together, and they alone, give to their keys.
+
+    ``torchrun`` keeps one store when it starts processes again, in which the addresses of those
+    that were lost still are; its count of restarts may differ from machine to machine. So each
+    process leaves a word that nobody has used, and the first one answers it with the name, until
+    all have confirmed the name by their word: a lost process's word stays without confirmation.
+
+    Args:
+        store: Of ``torch.distributed``, which all of them reach.
+        rank: Which process this is.
+        size: How many there are.
+
+    Returns:
+        The name.
+
+    Raises:
+        PeerError: A process has not come in the store's time.
+    """
+    word = uuid.uuid4().hex
+    if rank:
+        store.set(f"kconv/word/{rank}", word)
+        name: str = store.get(f"kconv/name/{word}").decode()
+        store.set(f"{name}/{word}", "")
+        return name
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    waiting = set(range(1, size))
+    while waiting:
+        for other in sorted(waiting):
+            if not store.check([f"kconv/word/{other}"]):
+                continue
+            theirs = store.get(f"kconv/word/{other}").decode()
+            store.set(f"kconv/name/{theirs}", word)
+            if store.check([f"{word}/{theirs}"]):
+                waiting.remove(other)
+        if waiting and time.monotonic() > deadline:
+            raise PeerError(f"process {min(waiting)} of {size} has not started in time")
+        time.sleep(0.01)
+    return word
 
 
 @contextmanager
 def joined(framework: str) -> Iterator[Ranks]:
-    """Connect to the other processes that ``torchrun`` has started, if it has started any.
+    """Connect to the other processes that ``torchrun`` or Ray has started, if there are any.
 
     Args:
         framework: What trains.
