@@ -2,30 +2,45 @@
 
     python benches/training.py steps [--model keffnet32] [--batch 64] [--count 50]
     python benches/training.py runs --data cifar10-jpeg.tar.xz [--count 300] [--seeds 3]
+    python benches/training.py stream [--data photos.tar] [--batch 16] [--count 10] [--workers 2]
 
 ``steps`` starts every step from the state of PyTorch's own layers and compares loss, gradients and
 moving statistics. ``runs`` trains from the same weights on the same images with PyTorch's layers in
 both of its memory layouts and with kconv's, and prints the mean loss of the last third of each run:
 float32 rounding alone makes runs part, so the difference of PyTorch's two is the yardstick.
+``stream`` takes turns of ``kconv train``'s steps at 224x224 on arrays in memory and on the same
+JPEGs in a tar file, decoded by workers meanwhile, and prints the images/s of both.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import statistics
+import tarfile
+import tempfile
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import networks
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import kconv.torch
-from kconv import datasets
+from kconv import augment, datasets
+from kconv._cpus import available_cpus
+from kconv.training import Config
+from kconv.training._torch import TorchTrainer
+from kconv.training.batches import Batches, read_ahead
+from kconv.training.ranks import Ranks
 
 LEARNING_RATE = 0.01
 ROUNDING = 1e-3
+ROUNDS = 3
 
 
 def build(network: str, kernels: str, seed: int) -> nn.Module:
@@ -115,19 +130,75 @@ def runs(network: str, images: int, count: int, seeds: int, data: str) -> None:
     )
 
 
+def write_photos(path: Path, count: int) -> None:
+    """A tar file of JPEGs of 256x256, as smooth as photographs are."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+            coarse.resize((256, 256), Image.Resampling.BICUBIC).save(file := io.BytesIO(), "jpeg")
+            member = tarfile.TarInfo(f"n{number % 10}/{number:06}.jpg")
+            member.size = file.tell()
+            file.seek(0)
+            tar.addfile(member, file)
+
+
+def stream(network: str, images: int, count: int, workers: int | None, data: str | None) -> None:
+    """Images/s from memory and from a tar file, each over ``count`` steps of a turn."""
+    # Beside those of the steps: one batch before time counts, and those that are decoded ahead of
+    # the last step, as as many were ahead of the first.
+    wanted = (count + 1 + 2 * (workers or available_cpus())) * images
+    with tempfile.TemporaryDirectory() as folder:
+        if data is None:
+            write_photos(Path(folder, "photos.tar"), round(1.3 * wanted))
+            data = str(Path(folder, "photos.tar"))
+        size = networks.NETWORKS[network][2]
+        streamed = datasets.load(data, image_size=size, stream=True).x_train
+        order = np.resize(np.arange(len(streamed)), wanted)
+        sources = {"memory": streamed[:wanted], "tar": streamed}
+        trainer = TorchTrainer(networks.spec_of(network), Config(framework="torch"), Ranks())
+        targets = np.eye(10, dtype=np.float32)[np.arange(images) % 10]
+        rates: dict[str, list[float]] = {source: [] for source in sources}
+        for _ in range(ROUNDS):
+            for source, pictures in sources.items():
+                batches = Batches(pictures, order % len(pictures), images)
+                reader = iter(read_ahead(batches, workers=workers, framework="torch"))
+                for step in range(count + 1):
+                    x = augment.scale(next(reader).images)
+                    trainer.train_step(x, targets, 1e-4, scale=1, update=True, seed=0)
+                    if not step:
+                        begin = time.perf_counter()
+                rates[source].append(count * images / (time.perf_counter() - begin))
+                del reader
+    print(f"{count} steps of {network}, {images} images, {ROUNDS} turns; images/s")
+    for source, found in rates.items():
+        print(f"  {source:8} {statistics.median(found):6.1f}  ({min(found):.1f}-{max(found):.1f})")
+    ratios = [b / a for a, b in zip(*rates.values(), strict=True)]
+    print(f"  ratio    {statistics.median(ratios):6.3f}  ({min(ratios):.3f}-{max(ratios):.3f})")
+
+
 def main() -> None:
     """Reads the arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("steps", "runs"))
-    parser.add_argument("--model", choices=networks.NETWORKS, default="keffnet32")
-    parser.add_argument("--batch", type=int, default=64, help="images in a step")
-    parser.add_argument("--count", type=int, help="steps (default: 50, or 300 of a run)")
+    parser.add_argument("what", choices=("steps", "runs", "stream"))
+    parser.add_argument("--model", choices=networks.NETWORKS, help="default: keffnet32 or 224")
+    parser.add_argument("--batch", type=int, help="images in a step (default: 64, streamed 16)")
+    parser.add_argument(
+        "--count", type=int, help="steps (default: 50, or 300 of a run, or 10 of a turn)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each side")
+    parser.add_argument("--workers", type=int, help="that decode (default: one for each CPU)")
     parser.add_argument("--data", help="a data set of three channels, by name, or its archive")
     arguments = parser.parse_args()
-    if arguments.what == "steps":
+    streams = arguments.what == "stream"
+    arguments.model = arguments.model or ("keffnet224" if streams else "keffnet32")
+    arguments.batch = arguments.batch or (16 if streams else 64)
+    if streams:
+        count = arguments.count or 10
+        stream(arguments.model, arguments.batch, count, arguments.workers, arguments.data)
+    elif arguments.what == "steps":
         steps(arguments.model, arguments.batch, arguments.count or 50)
     elif arguments.data is None:
         parser.error("runs needs --data")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kconv.augment import PAPERS, Recipe, augment, scale
+from kconv.augment import FLIP_SHIFT, PAPERS, Recipe, augment, scale
 
 STILL = Recipe(rotation=0, shift=0, shear=0, zoom=0, flip=False)
 
@@ -65,6 +65,23 @@ def test_shifts_repeat_the_edge_and_stay_in_reach() -> None:
     assert middle.std() > 10
     assert out.min() == 0
     assert out.max() == 198
+
+
+def test_flips_and_shifts_of_whole_pixels_blur_nothing() -> None:
+    x = images(n=40, height=16, width=24)
+    seen = set()
+    for out, image in zip(augment(x, np.random.default_rng(0), FLIP_SHIFT), x, strict=True):
+        padded = np.pad(image, ((2, 2), (3, 3), (0, 0)), mode="edge")
+        found = [
+            (flip, down, right)
+            for flip in (1, -1)
+            for down in range(5)
+            for right in range(7)
+            if np.array_equal(out, padded[down : down + 16, right : right + 24][:, ::flip])
+        ]
+        assert len(found) == 1
+        seen |= set(found)
+    assert len(seen) > 20
 
 
 def test_zoom_stays_in_range() -> None:

@@ -28,7 +28,7 @@ RUNS = {
 
 def test_all_are_here() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {*RUNS, "distributed"}
+    assert names == {*RUNS, "distributed", "ray_train"}
     readme = (EXAMPLES / "README.md").read_text()
     for name in names:
         assert f"({name}.py)" in readme
@@ -54,16 +54,31 @@ def test_run(
     assert re.search(printed, capsys.readouterr().out)
 
 
-@pytest.mark.slow
-def test_two_processes() -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    example = [str(EXAMPLES / "distributed.py"), *SMALL, "--image-size", "8"]
-    run = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", *example],
+def run(*command: str, **env: str) -> str:
+    """What a program prints that finds kconv as this process does."""
+    path = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": path, **env},
     )
-    assert run.returncode == 0, run.stderr
-    assert "epoch 1: 2 processes, loss" in run.stdout
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes() -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    printed = run(*torchrun, str(EXAMPLES / "distributed.py"), *SMALL, "--image-size", "8")
+    assert "epoch 1: 2 processes, loss" in printed
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_local_cluster(tmp_path: Path) -> None:
+    needs("ray")
+    example = (str(EXAMPLES / "ray_train.py"), str(tmp_path / "run"))
+    printed = run(*example, *SMALL, "--image-size", "8", RAY_USAGE_STATS_ENABLED="0")
+    assert re.search(r"^2 processes, test accuracy 0\.\d+", printed, re.MULTILINE), printed
+    assert (tmp_path / "run/report.txt").exists()

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from kconv.augment import PAPERS
 from kconv.datasets import StreamedImages
 from kconv.training.batches import Batches, check_loader, read_ahead
 from kconv.training.transforms import Change
@@ -56,10 +57,10 @@ def test_loaders_give_the_same_from_any_batch_on(framework: str, workers: int | 
 
 def test_batches_go_to_workers_of_any_kind() -> None:
     """Which Python starts by fork, or from now on by a server."""
-    batches = Batches(Numbers(50), ORDER, 5, change=Change(1, 2, 0, augment=True))
+    batches = Batches(Numbers(50), ORDER, 5, change=Change(1, 2, 0, PAPERS))
     again = pickle.loads(pickle.dumps(batches))
     np.testing.assert_array_equal(again[1].images, batches[1].images)
-    other = Batches(Numbers(50), ORDER, 5, change=Change(1, 3, 0, augment=False))
+    other = Batches(Numbers(50), ORDER, 5, change=Change(1, 3, 0, None))
     np.testing.assert_array_equal(other[1].images[:, 0, 0, 0], ORDER[5:10])
 
 

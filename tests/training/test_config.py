@@ -57,6 +57,7 @@ def test_preset_is_overruled() -> None:
         ({"optimiser": "sgd"}, r"has no option 'optimiser' \(did you mean 'optimizer'\?\)"),
         ({"optimizer": "adam"}, r"unknown optimizer 'adam' \(did you mean 'adamw'\?\)"),
         ({"weights": "a", "compress_from": "b"}, "both say what to start from"),
+        ({"preset": "fast", "augment": True}, "augment=True mirrors and shifts, .*give one"),
     ],
 )
 def test_bad_option_is_named(given: dict[str, Any], message: str) -> None:

@@ -168,6 +168,7 @@ def test_other_options_are_one_line() -> None:
     assert (out0, out1, err1.count("error")) == ("", "", 0)
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     output = tmp_path / "run"
     command = ("-m", "kconv", "train", *TINY)
@@ -180,14 +181,22 @@ def test_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     assert "41 training, 4 validation and 20 test images" in shown
     assert "(20 images)" in shown
     assert (output / "report.txt").exists()
+    # One process, as torchrun starts it anew after a machine went.
     alone = subprocess.run(
-        [sys.executable, *command, "--resume", str(output), "--epochs", "3"],
+        [sys.executable, *command, "--output", str(output), "--epochs", "3"],
         capture_output=True,
         text=True,
+        env={**os.environ, "TORCHELASTIC_MAX_RESTARTS": "3"},
     )
     assert alone.returncode == 0, alone.stderr
+    assert "goes on      after 2 epochs and 0 steps" in alone.stdout
+    (status, shown, errors), (other, hidden, _) = both(
+        *("-m", "kconv", "train", "--resume", str(output), "--epochs", "4")
+    )
+    assert (status, other, hidden) == (0, 0, ""), errors
+    assert "goes on      after 3 epochs and 0 steps" in shown
     meta, _ = run.read_checkpoint(output / "last.npz")
-    assert len(meta["history"]) == 3
+    assert [epoch["epoch"] for epoch in meta["history"]] == [1, 2, 3, 4]
     assert all(np.isfinite(epoch["val_loss"]) for epoch in meta["history"])
 
 

@@ -88,8 +88,9 @@ def _train(options: argparse.Namespace) -> int:
         if isinstance(text, str) and text and text not in datasets.names() and Path(text).exists():
             given[name] = str(Path(text).resolve())
     output, resume = options.output, options.resume
-    # Where torchrun starts the processes anew after one was lost, they go on.
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    # Where torchrun is to start processes anew, they go on: after one was lost, which its count of
+    # restarts tells on that machine alone, and after a machine came or went, which nothing tells.
+    again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     if again and output is not None and (output / "last.npz").exists():
         resume = output
     source = str(options.config) if options.config else "the configuration"

@@ -305,6 +305,9 @@ class _Run:
             log("test images  are the validation images, as there is no test/")
         if self.left_out:
             log(f"last batch   {self.left_out} images of each epoch are too few for one")
+        if self.progress.history or self.progress.steps:
+            epochs, steps = len(self.progress.history), self.progress.steps
+            log(f"goes on      after {epochs:,} epochs and {steps:,} steps")
         if self.ranks.size > 1:
             log(f"processes    {self.ranks.size}, of which each takes its share of every batch")
         if self.recalibrates:
@@ -356,10 +359,13 @@ class _Run:
     ) -> tuple[float, float, float, float]:
         """Mean loss, mean accuracy, images/s, and the last learning rate."""
         config = self.config
+        recipe = augment.PAPERS if config.augment else None
+        if config.flip_shift:
+            recipe = augment.FLIP_SHIFT
         batches = self._batches(
             self.data.x_train,
             order[: len(order) - self.left_out],
-            change=Change(config.seed, epoch, self.ranks.rank, config.augment, self.transform),
+            change=Change(config.seed, epoch, self.ranks.rank, recipe, self.transform),
         )
         first = self.progress.steps
         # What all processes had is the first one's now.

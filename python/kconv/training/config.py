@@ -50,7 +50,8 @@ _PAPERS: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-v1": {**_PAPERS, "ktype": "D6_16ch"},
     "paper-v2": {**_PAPERS, "ktype": "D6v3_32ch"},
-    # Few epochs: one cycle of a high rate, and statistics that follow the averaged weights.
+    # Few epochs: one cycle that begins and ends low, so that neither averages of the weights nor
+    # new statistics are needed at its end, and little augmentation, whose gain takes long to come.
     "fast": {
         "model": "keffnet_b0",
         "ktype": "D6_16ch",
@@ -59,12 +60,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 0.004,
         "weight_decay": 0.02,
         "label_smoothing": 0.1,
-        "ema_decay": 0.99,
         "clip_grad_norm": 5.0,
         "epochs": 20,
         "batch_size": 64,
-        "augment": False,
-        "recalibrate_bn": True,
+        "flip_shift": True,
     },
 }
 """Sets of options by name; what is given beside a preset overrules it."""
@@ -220,6 +219,9 @@ class Config:
         0.5, "the teacher's share of what is learnt, beside the labels'", metavar="SHARE"
     )
     augment: bool = option(False, "augment the training images as the papers do")
+    flip_shift: bool = option(
+        False, "mirror training images at random, and shift them by up to an eighth of their size"
+    )
     recalibrate_bn: bool | None = option(
         None,
         "estimate moving statistics of batch norms anew before each evaluation",
@@ -289,6 +291,8 @@ class Config:
             0 <= weight < math.inf for weight in self.class_weights
         ):
             raise ValueError(f"class_weights={self.class_weights} must be 0 or above, and finite")
+        if self.augment and self.flip_shift:
+            raise ValueError("augment=True mirrors and shifts, as flip_shift=True does: give one")
         if self.compress_from is not None and self.weights is not None:
             raise ValueError("weights and compress_from both say what to start from: give one")
         if self.sync_bn and self.framework != "torch":

@@ -63,7 +63,9 @@ class TorchRanks(Ranks):
         self._connects = not dist.is_initialized()
         if self._connects:
             store, rank, size = next(rendezvous("env://"))
-            store = dist.PrefixStore(agree(store, rank, size), store)
+            store = dist.PrefixStore(  # type: ignore[attr-defined]  # public, but not in __all__
+                agree(store, rank, size), store
+            )
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

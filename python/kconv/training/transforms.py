@@ -31,21 +31,21 @@ class Change:
         seed: of the run.
         epoch: which.
         rank: of the process.
-        augment: whether as the papers do.
+        recipe: how far they are moved, or None.
         transform: the user's, or None.
     """
 
     seed: int
     epoch: int
     rank: int
-    augment: bool
+    recipe: augment.Recipe | None
     transform: Any = None
 
     def __call__(self, number: int, images: Images) -> Images:
         """(N, H, W, C) uint8 of a batch to the same."""
         rng = np.random.default_rng([self.seed, self.epoch, 1, number, self.rank])
-        if self.augment:
-            images = augment.augment(images, rng)
+        if self.recipe is not None:
+            images = augment.augment(images, rng, self.recipe)
         if self.transform is not None:
             images = changed_images(self.transform, images, rng)
         return images
