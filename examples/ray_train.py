@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, report
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from kconv import training
@@ -22,8 +22,7 @@ def train(options: dict) -> None:
     """What each of the processes does."""
     output = Path(options.pop("output"))
     config = training.Config(framework="torch", **options)
-    result = training.train(config, output, resume=(output / "last.npz").exists())
-    report({"test_accuracy": result.test_accuracy})
+    training.train(config, output, resume=(output / "last.npz").exists())
 
 
 def main() -> None:
@@ -54,8 +53,9 @@ def main() -> None:
             storage_path=str(output.parent / "ray"), failure_config=FailureConfig(max_failures=1)
         ),
     )
-    accuracy = trainer.fit().metrics["test_accuracy"]
-    print(f"{options.processes} processes, test accuracy {accuracy:.3f}")
+    trainer.fit()
+    accuracy, *_ = (output / "report.txt").read_text().splitlines()
+    print(f"{options.processes} processes, {accuracy}")
 
 
 if __name__ == "__main__":

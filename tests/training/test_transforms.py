@@ -49,6 +49,16 @@ def test_albumentations_protocol() -> None:
     np.testing.assert_array_equal(first, again)
 
 
+def test_albumentations_is_applied_and_repeatable() -> None:
+    library = pytest.importorskip("albumentations")
+    flipped = changed_images(library.Compose([library.HorizontalFlip(p=1)]), IMAGES, rng())
+    np.testing.assert_array_equal(flipped, IMAGES[:, :, ::-1])
+    chance = library.Compose([library.HorizontalFlip(), library.GaussNoise(p=1)])
+    first, again = (changed_images(chance, IMAGES, rng()) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != IMAGES).any(axis=(1, 2, 3)).all()
+
+
 @pytest.mark.parametrize(
     ("transform", "message"),
     [
