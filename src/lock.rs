@@ -20,13 +20,13 @@ extern "C" fn forked_child() {
 pub fn generation() -> u64 {
     static REGISTERED: AtomicBool = AtomicBool::new(false);
     if !REGISTERED.load(Ordering::Relaxed) && !REGISTERED.swap(true, Ordering::Relaxed) {
-        // Miri has no `pthread_atfork`.
-        #[cfg(not(miri))]
+        // Neither Miri nor Windows has `pthread_atfork`, and neither forks.
+        #[cfg(all(unix, not(miri)))]
         // SAFETY: registers a handler that does one atomic add.
         unsafe {
             libc::pthread_atfork(None, None, Some(forked_child))
         };
-        #[cfg(miri)]
+        #[cfg(not(all(unix, not(miri))))]
         let _ = forked_child;
     }
     GENERATION.load(Ordering::Acquire)

@@ -1,4 +1,5 @@
-//! The thread pool: kconv's own, so that it survives `fork` and never meets another library's work.
+//! The thread pool: kconv's own, so that it survives `fork` and never meets another library's work;
+//! where PyTorch calls, its [`team`](crate::team).
 //!
 //! A forked child inherits the pool's memory but none of its threads; rayon's global pool then
 //! waits for ever. Here the pool knows its process (see [`lock`](crate::lock)) and its first use in
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 use crate::cpus::available_cpus;
 use crate::error::{Result, bail};
 use crate::lock::{Lock, generation};
+use crate::team::Team;
 
 /// Work under this many nanoseconds (estimated on one core) stays on the calling thread: waking
 /// workers that sleep costs it 8 to 10 us.
@@ -124,11 +126,6 @@ pub fn check_environment() -> Result<()> {
     environment().kconv.as_ref().map(|_| ()).map_err(Clone::clone)
 }
 
-/// Whether kconv's own settings say how many threads there are, so that [`follow`] changes nothing.
-pub fn is_set() -> bool {
-    CHOSEN.load(Ordering::Relaxed) > 0 || !matches!(environment().kconv, Ok(None))
-}
-
 /// Uses as many threads as the framework that calls, unless kconv's own settings say how many.
 pub fn follow(threads: usize) {
     let threads = threads.clamp(1, MAX_THREADS);
@@ -167,14 +164,15 @@ pub fn threads_for(nanoseconds: f64) -> usize {
 /// ms instead of 0.4. Without that, one image of 7 layers takes 0.076 ms so, 0.049 as it is.
 pub fn parallel_for(threads: usize, tasks: usize, task: impl Fn(usize) + Sync) {
     let used = threads.min(tasks);
-    let Some(pool) = (used > 1).then(|| pool(threads)).flatten() else { return (0..tasks).for_each(task) };
-    let workers = &pool.workers;
+    if used <= 1 {
+        return (0..tasks).for_each(task);
+    }
     // Each thread has neighbouring tasks, which find in the caches what the one before has read.
     // (All threads taking them in
     // turns: 4.6 ms for 7 layers that take 3.7.) Who has done his own takes from others'.
     let next: Vec<_> = (0..used).map(|thread| AtomicUsize::new(part(tasks, used, thread).start)).collect();
     let run = |thread: usize| {
-        for other in (thread..used).chain(0..thread) {
+        for other in (thread..used).chain(0..thread.min(used)) {
             let end = part(tasks, used, other).end;
             loop {
                 let i = next[other].fetch_add(1, Ordering::Relaxed);
@@ -185,6 +183,11 @@ pub fn parallel_for(threads: usize, tasks: usize, task: impl Fn(usize) + Sync) {
             }
         }
     };
+    if let Some(team) = Team::lent(threads) {
+        return team.run(threads, &run);
+    }
+    let Some(pool) = pool(threads) else { return run(0) };
+    let workers = &pool.workers;
     // Who has done with an earlier call now looks for this one's tasks.
     let number = CALLS.fetch_add(1, Ordering::Relaxed) + 1;
     let call = Call::open(&run);

@@ -12,6 +12,8 @@ mod parse;
 mod tensorflow;
 mod xla;
 
+use std::path::PathBuf;
+
 use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -22,6 +24,7 @@ use crate::error::Error;
 use crate::memory::{self, NoMemory};
 use crate::microkernels::probe::Multiply;
 use crate::simd::{self, IsaKind};
+use crate::team::Team;
 use crate::{lock, pool};
 
 impl From<Error> for PyErr {
@@ -37,31 +40,48 @@ impl From<NoMemory> for PyErr {
 }
 
 /// Runs an operation without the GIL, on as many threads as PyTorch uses where kconv's own settings
-/// do not say how many.
+/// do not say how many; on PyTorch's own threads, if there are as many.
 fn compute<R: Send>(py: Python<'_>, operation: impl FnOnce() -> R + Send) -> PyResult<R> {
-    follow_torch(py);
-    Ok(py.detach(|| memory::catch(operation))?)
+    let team = follow_torch(py);
+    let run = || match team {
+        Some((team, threads)) => team.lend(threads, || memory::catch(operation)),
+        None => memory::catch(operation),
+    };
+    Ok(py.detach(run)?)
 }
 
-/// Uses as many threads as PyTorch, if the process has it: `torch.set_num_threads` and the one
-/// thread of a `DataLoader`'s worker hold here too. (PyTorch's answer takes 50 ns.)
-fn follow_torch(py: Python<'_>) {
-    static GET_NUM_THREADS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    if pool::is_set() {
-        return;
-    }
-    let find = || {
-        // It may be imported later.
+/// PyTorch, in this process.
+struct Torch {
+    get_num_threads: Py<PyAny>,
+    team: Option<Team>,
+}
+
+impl Torch {
+    /// PyTorch, if the process has imported it.
+    fn find(py: Python<'_>) -> Option<Self> {
         // SAFETY: a borrowed reference to `sys.modules`; the GIL is held.
         let modules = unsafe { Bound::from_borrowed_ptr_or_opt(py, pyo3::ffi::PyImport_GetModuleDict()) }?;
         let torch = modules.cast::<PyDict>().ok()?.get_item(intern!(py, "torch")).ok()??;
-        let found = torch.getattr(intern!(py, "get_num_threads")).ok()?.unbind();
-        Some(GET_NUM_THREADS.get_or_init(py, || found))
-    };
-    let Some(get) = GET_NUM_THREADS.get(py).or_else(find) else { return };
-    if let Ok(threads) = get.call0(py).and_then(|threads| threads.extract::<usize>(py)) {
-        pool::follow(threads);
+        let get_num_threads = torch.getattr(intern!(py, "get_num_threads")).ok()?.unbind();
+        let library = || {
+            let file: PathBuf = torch.getattr(intern!(py, "__file__")).ok()?.extract().ok()?;
+            Some(file.parent()?.join("lib").join("libtorch_cpu.so"))
+        };
+        Some(Self { get_num_threads, team: library().and_then(|library| Team::of(&library)) })
     }
+}
+
+/// Uses as many threads as PyTorch, if the process has it: `torch.set_num_threads` and the one
+/// thread of a `DataLoader`'s worker hold here too. (PyTorch's answer takes 50 ns.) Returns these
+/// threads, where they are of a kind that kconv can use, and their number.
+fn follow_torch(py: Python<'_>) -> Option<(Team, usize)> {
+    static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
+    // It may be imported later.
+    let find = || Torch::find(py).map(|found| TORCH.get_or_init(py, || found));
+    let torch = TORCH.get(py).or_else(find)?;
+    let threads = torch.get_num_threads.call0(py).ok()?.extract(py).ok()?;
+    pool::follow(threads);
+    torch.team.map(|team| (team, threads))
 }
 
 /// The instruction set of this process.

@@ -149,3 +149,38 @@ def test_threads_are_as_many_as_torchs(tmp_path):
         command = [sys.executable, str(script)]
         run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
         assert run.stdout.strip() == expected, run.stderr
+
+
+TEAM = """
+import os
+import time
+from pathlib import Path
+import torch
+from kconv.torch import pointwise_conv
+
+torch.set_num_threads(2)
+
+
+def own_threads():
+    pointwise_conv(torch.randn(8, 32, 64, 64), torch.randn(32, 8, 1, 1), groups=4)
+    time.sleep(0.5)  # a thread names itself
+    tasks = Path("/proc/self/task").iterdir()
+    return sum((task / "comm").read_text().startswith("kconv-") for task in tasks)
+
+
+print(own_threads(), flush=True)
+if not os.fork():
+    print(own_threads(), flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's threads are used on Linux")
+@pytest.mark.parametrize(("setting", "own"), [("", 0), ("2", 0), ("3", 2)])
+def test_work_is_done_by_the_threads_of_pytorch(setting: str, own: int) -> None:
+    """Unless kconv has another number of threads, or was forked, where PyTorch's may not exist."""
+    environment = {**os.environ, "KCONV_NUM_THREADS": setting}
+    command = [sys.executable, "-c", TEAM]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert printed.stdout.split() == [str(own), str(own or 1)]

@@ -1,0 +1,217 @@
+//! The OpenMP threads of a framework that calls: PyTorch's.
+//!
+//! GNU's OpenMP keeps its threads spinning for milliseconds after each operator, on CPUs that
+//! kconv's own threads then wait for: eight images of 224 x 224 through timm's MobileNet V2, whose
+//! convolutions are kconv's and whose norms are PyTorch's, took 116 ms so, and 68 where PyTorch's
+//! threads were told to sleep (`OMP_WAIT_POLICY=PASSIVE`; two threads of an AMD EPYC). As one of
+//! the framework's own parallel regions, kconv's work finds these threads awake.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::ffi::{c_int, c_uint, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use crate::lock::generation;
+
+/// `GOMP_parallel(function, data, threads, flags)`, which GCC has code call since 4.9; LLVM's and
+/// Intel's OpenMP have it, too.
+type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
+/// `omp_get_thread_num()`.
+type ThreadNum = unsafe extern "C" fn() -> c_int;
+
+/// An OpenMP library that the process has loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Team {
+    parallel: Parallel,
+    thread_num: ThreadNum,
+    generation: u64,
+}
+
+thread_local! {
+    /// The team, and the number of its threads, that this thread's calls may use.
+    static LENT: Cell<Option<(Team, usize)>> = const { Cell::new(None) };
+}
+
+impl Team {
+    /// The OpenMP that a library depends on which the process has loaded; none in a process that
+    /// was forked, whose OpenMP may wait for threads that only the parent has.
+    #[must_use]
+    pub fn of(library: &Path) -> Option<Self> {
+        let generation = generation();
+        if is_forked()? {
+            return None;
+        }
+        let [parallel, thread_num] = symbols(library)?;
+        // SAFETY: these names have had these signatures wherever they are defined.
+        unsafe {
+            Some(Self {
+                parallel: std::mem::transmute::<*mut c_void, Parallel>(parallel),
+                thread_num: std::mem::transmute::<*mut c_void, ThreadNum>(thread_num),
+                generation,
+            })
+        }
+    }
+
+    /// Has the team's `threads` threads do what `work` divides by [`parallel_for`].
+    ///
+    /// [`parallel_for`]: crate::pool::parallel_for
+    pub fn lend<R>(self, threads: usize, work: impl FnOnce() -> R) -> R {
+        struct Back(Option<(Team, usize)>);
+        impl Drop for Back {
+            fn drop(&mut self) {
+                LENT.set(self.0);
+            }
+        }
+        let _back = Back(LENT.replace(Some((self, threads))));
+        work()
+    }
+
+    /// The team that was lent to this thread, if it has as many threads: OpenMP ends threads that a
+    /// smaller region does not use.
+    pub(crate) fn lent(threads: usize) -> Option<Self> {
+        let (team, size) = LENT.get()?;
+        (size == threads && team.generation == generation()).then_some(team)
+    }
+
+    /// Calls `run(0..threads)`, each on a thread of its own, or on fewer threads where OpenMP has
+    /// no more; a panic is the caller's.
+    pub(crate) fn run(self, threads: usize, run: &(dyn Fn(usize) + Sync)) {
+        let job = Job { run, thread_num: self.thread_num, panic: Mutex::new(None) };
+        let data = std::ptr::from_ref(&job).cast_mut().cast();
+        // SAFETY: the job outlives the region, which ends before the call returns; `enter` does not
+        // unwind.
+        unsafe { (self.parallel)(enter, data, threads as c_uint, 0) };
+        if let Some(panic) = job.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            resume_unwind(panic);
+        }
+    }
+}
+
+struct Job<'a> {
+    run: &'a (dyn Fn(usize) + Sync),
+    thread_num: ThreadNum,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+extern "C" fn enter(data: *mut c_void) {
+    // SAFETY: `Team::run` passes its job, which all threads share.
+    let job = unsafe { &*data.cast::<Job<'_>>() };
+    // SAFETY: OpenMP's function without arguments.
+    let thread = unsafe { (job.thread_num)() } as usize;
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (job.run)(thread))) {
+        *job.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+    }
+}
+
+/// Where OpenMP's functions are.
+#[cfg(target_os = "linux")]
+fn symbols(library: &Path) -> Option<[*mut c_void; 2]> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(library.as_os_str().as_bytes()).ok()?;
+    // SAFETY: a path that ends with 0; nothing is loaded that was not before.
+    let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD) };
+    if handle.is_null() {
+        return None;
+    }
+    // SAFETY: a handle that is never closed, and names that end with 0.
+    let found = [c"GOMP_parallel", c"omp_get_thread_num"].map(|name| unsafe { libc::dlsym(handle, name.as_ptr()) });
+    (!found.iter().any(|address| address.is_null())).then_some(found)
+}
+
+/// Elsewhere [`is_forked`] does not know.
+#[cfg(not(target_os = "linux"))]
+fn symbols(_: &Path) -> Option<[*mut c_void; 2]> {
+    None
+}
+
+/// Whether the process was forked and has executed no program since: `PF_FORKNOEXEC` of
+/// `/proc/self/stat`. None where there is no such file.
+fn is_forked() -> Option<bool> {
+    const PF_FORKNOEXEC: u64 = 0x40;
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The second field is a name in parentheses; the ninth holds the flags.
+    let flags: u64 = stat.rsplit_once(')')?.1.split_whitespace().nth(6)?.parse().ok()?;
+    Some(flags & PF_FORKNOEXEC != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::pool::parallel_for;
+
+    thread_local!(static NUMBER: Cell<c_int> = const { Cell::new(0) });
+
+    /// OpenMP by threads of the standard library's.
+    extern "C" fn parallel(call: extern "C" fn(*mut c_void), data: *mut c_void, threads: c_uint, _: c_uint) {
+        let data = data as usize;
+        std::thread::scope(|scope| {
+            for number in 0..threads as c_int {
+                scope.spawn(move || {
+                    NUMBER.set(number);
+                    call(data as *mut c_void);
+                });
+            }
+        });
+    }
+
+    extern "C" fn thread_num() -> c_int {
+        NUMBER.get()
+    }
+
+    fn team() -> Team {
+        Team { parallel, thread_num, generation: generation() }
+    }
+
+    /// The threads that did the tasks, and how often each task was done.
+    fn tasks_done(threads: usize, tasks: usize) -> (Vec<c_int>, Vec<usize>) {
+        let counts: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+        let numbers = Mutex::new(Vec::new());
+        parallel_for(threads, tasks, |i| {
+            counts[i].fetch_add(1, Ordering::SeqCst);
+            numbers.lock().unwrap().push(NUMBER.get());
+        });
+        (numbers.into_inner().unwrap(), counts.into_iter().map(AtomicUsize::into_inner).collect())
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no pthread_atfork")]
+    fn a_lent_team_does_each_task_once() {
+        for (threads, tasks) in [(2, 100), (5, 100), (5, 3)] {
+            NUMBER.set(-1);
+            let (numbers, counts) = team().lend(threads, || tasks_done(threads, tasks));
+            assert_eq!(counts, vec![1; tasks]);
+            assert!(numbers.iter().all(|number| (0..threads as c_int).contains(number)), "{numbers:?}");
+            // Own threads again, this one among them, and where the team has another size.
+            for numbers in [tasks_done(threads, tasks).0, team().lend(1, || tasks_done(threads, tasks).0)] {
+                assert!(numbers.iter().all(|number| [-1, 0].contains(number)), "{numbers:?}");
+                assert!(numbers.contains(&-1));
+            }
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no pthread_atfork")]
+    fn a_panic_in_a_team_reaches_the_caller() {
+        for culprit in [0, 99] {
+            let run = || team().lend(2, || parallel_for(2, 100, |i| assert_ne!(i, culprit)));
+            assert!(catch_unwind(run).is_err());
+            assert!(Team::lent(2).is_none());
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no processes")]
+    fn this_process_executed_a_program() {
+        assert_eq!(is_forked(), cfg!(target_os = "linux").then_some(false));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri loads no libraries")]
+    fn a_library_that_is_not_loaded_has_no_team() {
+        assert!(Team::of(Path::new("/nowhere/libtorch_cpu.so")).is_none());
+    }
+}
