@@ -1,7 +1,7 @@
 """How fast whole networks have been: a line for each run in history.jsonl, and a picture of them.
 
     python benches/compare.py step --model keffnet32 --history    # adds a line
-    python benches/history.py docs/history.png                    # draws all of them
+    python benches/history.py history.png                         # draws all, as `make docs` does
 
 A line has the date, the commit, the machine, and how many times as long each peer took as
 kconv.torch, in turns, in that run. Times of different runs are not comparable; ratios nearly are.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import sys
 from contextlib import suppress
 from functools import cache
@@ -20,6 +19,8 @@ def peak_memory() -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    import resource  # Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -30,7 +31,7 @@ def return_freed_memory() -> bool:
     Returns:
         Whether the C library can; only glibc does.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = None if os.name == "nt" else getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:
         return False
     trim(0)

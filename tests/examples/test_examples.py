@@ -30,8 +30,10 @@ def test_all_are_here() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {*RUNS, "distributed", "ray_train"}
     readme = (EXAMPLES / "README.md").read_text()
+    page = (EXAMPLES.parent / "docs/examples.md").read_text()
     for name in names:
         assert f"({name}.py)" in readme
+        assert f'--8<-- "examples/{name}.py"' in page  # the line that brings the program in
         assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 70
 
 

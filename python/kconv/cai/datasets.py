@@ -284,7 +284,8 @@ def print_classification_report(
         1           0.0000  0.0000  0.0000       1
         mean        0.2500  0.5000  0.3333       2
         accuracy 0.5000
-        >>> print_classification_report(np.eye(2)[[0, 0]], np.eye(2)[[0, 1]], class_names=["cat", "dog"])
+        >>> names = ["cat", "dog"]
+        >>> print_classification_report(np.eye(2)[[0, 0]], np.eye(2)[[0, 1]], class_names=names)
         class    precision  recall      F1  images
         cat         0.5000  1.0000  0.6667       1
         dog         0.0000  0.0000  0.0000       1
