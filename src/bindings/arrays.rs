@@ -262,7 +262,7 @@ impl<'py, T: ArrayElement> Input<'py, T> {
     }
 
     /// Whether it is a capsule, for which a result is one, too.
-    fn is_capsule(&self) -> bool {
+    pub fn is_capsule(&self) -> bool {
         self.owner.is_instance_of::<PyCapsule>()
     }
 

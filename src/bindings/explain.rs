@@ -101,7 +101,7 @@ fn job(
     };
     let shapes: Vec<_> = function.operands().iter().filter_map(shape).collect();
     let rest = Arguments::new(function, layout, WeightLayout::Oi);
-    Arguments { groups, step, stride, input_size: size, kernel_size, ..rest }.job(&shapes, layout)
+    Arguments { groups, step, stride, input_size: size, kernel_size, ..rest }.job(&shapes, layout, true)
 }
 
 fn function(operation: &str, direction: &str) -> Result<Function> {

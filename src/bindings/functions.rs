@@ -102,7 +102,7 @@ impl Signature {
         match self.kernel {
             Kernel::Single(function) => {
                 let arguments = read(function, call, None)?;
-                Ok(vec![arguments.job(&shapes(call), arguments.layout)?.result])
+                Ok(vec![arguments.job(&shapes(call), arguments.layout, false)?.result])
             }
             Kernel::Fused(pass) => fused::result_shapes(pass, call),
         }
@@ -144,7 +144,7 @@ fn shapes<'a>(call: &'a Call<'_>) -> SmallVec<[&'a [usize]; MAX_OPERANDS]> {
 fn run_single<T: Float>(function: Function, call: &Call<'_>, outputs: Vec<Output<'_>>) -> Result<()> {
     let Ok([output]) = <[Output<'_>; 1]>::try_from(outputs) else { bail!("expected one result") };
     let arguments = read(function, call, Some(output.shape()))?;
-    let job = arguments.job(&shapes(call), arguments.layout)?;
+    let job = arguments.job(&shapes(call), arguments.layout, false)?;
     arguments.expect_result(output.shape(), &job.result)?;
     let operands = call.operand_list().iter().map(|operand| operand.read::<T>());
     let operands = operands.collect::<Result<SmallVec<[_; MAX_OPERANDS]>>>()?;

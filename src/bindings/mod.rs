@@ -174,7 +174,8 @@ fn fma_peak(py: Python<'_>) -> PyResult<f64> {
 }
 
 /// kconv's kernels.
-#[pymodule]
+// PyO3 would say that no global lock is needed, which no test under a free-threaded Python shows.
+#[pymodule(gil_used = true)]
 fn _kconv(module: &Bound<'_, PyModule>) -> PyResult<()> {
     // Wrong settings are reported at import. What is found out once, and the fork handler, come
     // while no other thread may fork.

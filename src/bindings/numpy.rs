@@ -74,7 +74,8 @@ fn run<'py, T: ArrayElement>(
     let order = inputs[0].memory_order(layout);
     let mut shapes = [&[][..]; MAX_OPERANDS];
     shapes.iter_mut().zip(&inputs).for_each(|(shape, input)| *shape = input.shape());
-    let job = arguments.job(&shapes[..inputs.len()], order)?;
+    // Capsules are PyTorch's tensors, whose functions have no layouts to choose.
+    let job = arguments.job(&shapes[..inputs.len()], order, inputs[0].is_capsule())?;
     let mut result = if job.makes_images() {
         Output::images(py, &job.result, layout, order, out, &inputs)?
     } else {

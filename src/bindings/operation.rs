@@ -77,6 +77,11 @@ pub fn layout(value: &str) -> Result<Order> {
     }
 }
 
+/// The axes of an image in an order.
+fn axes(layout: Order) -> &'static str {
+    if layout == Order::Nchw { "(N, C, H, W)" } else { "(N, H, W, C)" }
+}
+
 /// Parses the order of a weight's axes.
 pub fn weight_layout(value: &str) -> Result<WeightLayout> {
     match value {
@@ -116,8 +121,7 @@ impl Batch {
     /// Reads the shape of the array `name`.
     pub fn new(name: &str, shape: &[usize], layout: Order) -> Result<Self> {
         let &[count, a, b, c] = shape else {
-            let expected = if layout == Order::Nchw { "(N, C, H, W)" } else { "(N, H, W, C)" };
-            bail!("{name} has shape {shape:?}, expected {expected}");
+            bail!("{name} has shape {shape:?}, expected {}", axes(layout));
         };
         let (channels, height, width) = if layout == Order::Nchw { (a, b, c) } else { (c, a, b) };
         if height.checked_mul(width).is_none() {
@@ -219,8 +223,40 @@ impl Arguments {
         }
     }
 
-    /// Checks the call on arrays of these shapes, whose images lie in memory in `order`.
-    pub fn job(&self, shapes: &[&[usize]], order: Order) -> Result<Job> {
+    /// Checks the call on arrays of these shapes, whose images lie in memory in `order`. Where they
+    /// would fit other layouts, the error says so; `fixed` are those of a caller that has no such
+    /// arguments.
+    pub fn job(&self, shapes: &[&[usize]], order: Order, fixed: bool) -> Result<Job> {
+        self.check(shapes, order).or_else(|error| match self.remedy(shapes, order, fixed) {
+            Some(remedy) => bail!("{error}, or {remedy}"),
+            None => Err(error),
+        })
+    }
+
+    /// What would make a call right that is wrong.
+    fn remedy(&self, shapes: &[&[usize]], order: Order, fixed: bool) -> Option<String> {
+        let (layout, images) = match self.layout {
+            Order::Nchw => (Order::Nhwc, r#"layout="NHWC""#),
+            Order::Nhwc => (Order::Nchw, r#"layout="NCHW""#),
+        };
+        let (weight_layout, weights) = match self.weight_layout {
+            WeightLayout::Oi => (WeightLayout::Io, r#"weight_layout="IO""#),
+            WeightLayout::Io => (WeightLayout::Oi, r#"weight_layout="OI""#),
+        };
+        let fits = |other: Self| other.check(shapes, order).is_ok();
+        if fits(Self { layout, ..*self }) {
+            let permute = || format!("permute {} to {}", self.function.operands()[0], axes(self.layout));
+            Some(if fixed { permute() } else { format!("pass {images}") })
+        } else if fixed {
+            None
+        } else if fits(Self { weight_layout, ..*self }) {
+            Some(format!("pass {weights}"))
+        } else {
+            fits(Self { layout, weight_layout, ..*self }).then(|| format!("pass {images}, {weights}"))
+        }
+    }
+
+    fn check(&self, shapes: &[&[usize]], order: Order) -> Result<Job> {
         let names = self.function.operands();
         let optional = usize::from(names.len() == MAX_OPERANDS); // the bias
         if !(names.len() - optional..=names.len()).contains(&shapes.len()) {

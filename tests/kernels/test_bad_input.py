@@ -59,7 +59,7 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: kconv.deinterleave(X, -3), ValueError, "step=-3, expected at least 1"),
     (lambda: kconv.depthwise_conv(X, D[:, :2, :2]), ValueError, "kernel_size=2, expected 3, 5 or 7"),
     (lambda: kconv.depthwise_conv(X, D[:, :2]), ValueError, r"weight has shape \[6, 2, 3\], expected \(C, k, k\)"),
-    (lambda: kconv.depthwise_conv(X, D[:5]), ValueError, r"weight has shape \[5, 3, 3\].* with C=6"),
+    (lambda: kconv.depthwise_conv(X, D[:4]), ValueError, r"weight has shape \[4, 3, 3\].* with C=6"),
     (lambda: kconv.depthwise_conv(X, D, stride=3), ValueError, "stride=3, expected 1 or 2"),
     (lambda: kconv.depthwise_conv(X, D, padding="full"), ValueError, 'padding="full", expected "same", "valid"'),
     (lambda: kconv.depthwise_conv(X, D, padding=-1), ValueError, "padding=-1, expected"),
@@ -84,3 +84,25 @@ def test_error(case: int) -> None:
         call()
     assert "panic" not in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert ", or " not in str(caught.value)  # no layout helps these
+
+
+L = np.zeros((2, 5, 7, 6), np.float32)  # images as (N, H, W, C)
+LAYOUTS: list[tuple[Callable[[], object], str]] = [
+    (lambda: kconv.pointwise_conv(L, W, groups=2), 'in_channels=5 is not divisible by groups=2, or pass layout="NHWC"'),
+    (lambda: kconv.pointwise_conv(X, W, groups=2, layout="NHWC"), 'groups=2, or pass layout="NCHW"'),
+    (lambda: kconv.pointwise_conv(X, W.T.copy(), groups=2), 'groups=2, or pass weight_layout="IO"'),
+    (lambda: kconv.pointwise_conv(X, W, groups=2, weight_layout="IO"), 'or pass weight_layout="OI"'),
+    (lambda: kconv.pointwise_conv(L, W.T.copy(), groups=2), 'or pass layout="NHWC", weight_layout="IO"'),
+    (lambda: kconv.pointwise_conv_grad_input(L[..., :4], W, groups=2), 'expected 4 as .*, or pass layout="NHWC"'),
+    (lambda: kconv.depthwise_conv(L, D), r' with C=5, or pass layout="NHWC"'),
+    (lambda: kconv.depthwise_conv(X, D.transpose(1, 2, 0).copy()), ' with C=6, or pass weight_layout="IO"'),
+    (lambda: kconv.depthwise_conv_grad_input(L, D, (5, 7)), 'or pass layout="NHWC"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(LAYOUTS)))
+def test_error_names_the_layout_that_fits(case: int) -> None:
+    call, message = LAYOUTS[case]
+    with pytest.raises(ValueError, match=message):
+        call()

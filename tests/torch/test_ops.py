@@ -190,6 +190,7 @@ def test_weight_that_changed_before_the_backward_pass():
 
 
 X, W = torch.zeros(2, 6, 4, 4), torch.zeros(4, 3, 1, 1)
+LAST_X = X.permute(0, 2, 3, 1)  # whose shape is (N, H, W, C)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,12 @@ X, W = torch.zeros(2, 6, 4, 4), torch.zeros(4, 3, 1, 1)
         (lambda: depthwise_conv(X, torch.zeros(6, 1, 3, 3), stride=0), ValueError, "stride"),
         (lambda: depthwise_conv(X, torch.zeros(6, 1, 3, 3), padding="full"), ValueError, "full"),
         (lambda: depthwise_conv(X, torch.zeros(6, 1, 3, 5)), ValueError, "3.*5"),
+        (lambda: depthwise_conv(X, torch.zeros(3, 1, 3, 3)), ValueError, "C=6$"),
+        (
+            lambda: pointwise_conv(LAST_X, W, groups=2),
+            ValueError,
+            r"or permute x to \(N, C, H, W\)$",
+        ),
         (lambda: interleave(X, 0), ValueError, "0"),
         (lambda: deinterleave(X, -1), ValueError, "-1"),
     ],

@@ -40,13 +40,13 @@ macro_rules! api {
             /// Looks the functions up.
             ///
             /// # Safety
-            /// `library` must be a handle of `dlopen`, and the library TensorFlow's.
+            /// `library` must be of [`loaded`], and TensorFlow's.
             unsafe fn load(library: Opaque) -> Result<Self> {
                 Ok(Self {
                     $($name: {
                         let name = concat!(stringify!($name), "\0");
                         // SAFETY: a valid handle and a name that ends with a zero.
-                        let symbol = unsafe { libc::dlsym(library, name.as_ptr().cast()) };
+                        let symbol = unsafe { symbol(library, name.as_ptr().cast()) };
                         if symbol.is_null() {
                             bail!("this TensorFlow has no {}", stringify!($name));
                         }
@@ -113,15 +113,41 @@ pub fn load(path: &str) -> Result<bool> {
     if API.get().is_some() {
         return Ok(false);
     }
-    let name = text(path);
-    // SAFETY: with NOLOAD this only finds a library that is there, whose initialisation is done.
-    let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD) };
+    let library = loaded(&text(path));
     if library.is_null() {
         bail!("{path} is not loaded, expected the library of an imported TensorFlow");
     }
     // SAFETY: a handle of TensorFlow's library.
     let api = unsafe { Api::load(library) }?;
     Ok(API.set(api).is_ok())
+}
+
+/// The handle of a library that the process has loaded, or null.
+#[cfg(unix)]
+fn loaded(path: &CStr) -> Opaque {
+    // SAFETY: with NOLOAD this only finds a library that is there, whose initialisation is done.
+    unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD) }
+}
+
+/// The address of a function, or null.
+///
+/// # Safety
+/// `library` must be of [`loaded`], `name` end with a zero.
+#[cfg(unix)]
+unsafe fn symbol(library: Opaque, name: *const c_char) -> Opaque {
+    // SAFETY: the promise.
+    unsafe { libc::dlsym(library, name) }
+}
+
+/// On Windows TensorFlow's library is none of those found: its operations are for Unix alone.
+#[cfg(not(unix))]
+fn loaded(_: &CStr) -> Opaque {
+    null_mut()
+}
+
+#[cfg(not(unix))]
+unsafe fn symbol(_: Opaque, _: *const c_char) -> Opaque {
+    null_mut()
 }
 
 /// Registers a function as an operation, whose name it returns, and its kernels, which `create`
