@@ -15,9 +15,11 @@ DEV := $(VENV)/.installed-dev
 SOURCES := pyproject.toml Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 # Without build isolation pip uses the venv's maturin, and a rebuild needs no network.
 INSTALL := $(BIN)/pip install --quiet --no-build-isolation --editable
-# A wheel of `make wheel` that is newer than the sources spares the build: its extension is taken.
+# A wheel of `make wheel` that is newer than the sources spares the build: its extension is taken. So is
+# an older one where nothing can be built.
 WHEEL = $(shell ls -t dist/kconv-*.whl 2>/dev/null | head -1)
-FRESH = $(and $(WHEEL),$(if $(shell find $(SOURCES) -newer $(WHEEL)),,$(WHEEL)))
+CARGO = $(shell command -v cargo 2>/dev/null)
+FRESH = $(and $(WHEEL),$(if $(and $(CARGO),$(shell find $(SOURCES) -newer $(WHEEL))),,$(WHEEL)))
 UNPACK = import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); [z.extract(n, "python") for n in z.namelist() if n.endswith(".so")]
 
 .DEFAULT_GOAL := help
@@ -125,7 +127,7 @@ PORTABLE := --zig --compatibility manylinux_2_28
 endif
 
 .PHONY: wheel
-wheel: $(DEV) ## Build dist/kconv-*.whl, and try it on every Python that is here
+wheel: | $(BIN)/maturin ## Build dist/kconv-*.whl, and try it on every Python that is here
 	$(BIN)/pip install --quiet ziglang auditwheel
 	rm -rf dist
 	$(BIN)/maturin build --release $(PORTABLE) --out dist
