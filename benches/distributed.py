@@ -4,9 +4,10 @@
 
 In turns it runs one process of as many threads as there are processes, and that many processes of
 one thread, on the same batch; and prints the median step of each, their ratio, and the time of an
-all-reduce of the gradients alone. `--scaling` prints from these what machines would reach that a
-network connects: each step waits for the part of a ring's 2 (n - 1) / n transfers that the backward
-pass, two thirds of a step, does not hide.
+all-reduce of the gradients alone. `--scaling` models from the step what machines would reach that a
+network connects: a ring passes 2 (n - 1) parts of 1 / n of the gradients, each of which also takes
+0.1 ms to arrive. The backward pass, two thirds of a step, hides as much of that at best, and
+nothing at worst. (`--scaling 530` models from a step of so many ms, and measures nothing.)
 """
 
 from __future__ import annotations
@@ -23,21 +24,28 @@ from typing import Any
 
 import numpy as np
 
+from kconv import models
+
 ROUNDS = 3
+LATENCY = 1e-4
+
+
+def spec_of(options: argparse.Namespace) -> Any:
+    """The network."""
+    return models.create(
+        options.model, ktype=options.ktype, classes=10, input_shape=(32, 32, 3), skip_stride_cnt=3
+    )
 
 
 def worker(options: argparse.Namespace) -> None:
     """Time the steps of this process; the first one prints them."""
     import torch
 
-    from kconv import models
     from kconv.training import Config
     from kconv.training._torch import TorchTrainer
     from kconv.training.ranks import joined
 
-    spec = models.create(
-        options.model, ktype=options.ktype, classes=10, input_shape=(32, 32, 3), skip_stride_cnt=3
-    )
+    spec = spec_of(options)
     with joined("torch") as ranks:
         config = Config(framework="torch", model=options.model, batch_size=options.batch)
         ranks.threads = options.processes // ranks.size
@@ -91,13 +99,18 @@ def measure(options: argparse.Namespace, processes: int) -> dict[str, Any]:
 
 def scaling(step: float, parameters: int, batch: int) -> None:
     """What machines would reach, each of one step's images."""
-    print("\nmachines    10 Gbit/s     1 Gbit/s   (images/s, and the share of linear)")
+    print(
+        f"\nStep {1e3 * step:.0f} ms, {parameters:,} gradients: images/s, least and most of linear"
+    )
+    print("machines       10 Gbit/s              1 Gbit/s")
     for machines in (1, 2, 4, 8, 16, 32, 64):
         row = f"{machines:8}"
         for rate in (10e9, 1e9):
-            transfer = 2 * (machines - 1) / machines * 4 * parameters * 8 / rate
+            part = 4 * parameters * 8 / machines / rate + LATENCY
+            transfer = 2 * (machines - 1) * part
             total = step + max(0.0, transfer - 2 / 3 * step)
-            row += f"  {machines * batch / total:9.0f} {step / total:4.0%}"
+            least = step / (step + transfer)
+            row += f"   {machines * batch / total:8.0f} {least:4.0%} {step / total:4.0%}"
         print(row)
 
 
@@ -108,11 +121,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--scaling", type=float, nargs="?", const=0.0, metavar="MS")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(options)
+        return
+    if options.scaling:
+        scaling(options.scaling / 1e3, models.count(spec_of(options)).trainable, options.batch)
         return
     steps: dict[int, list[float]] = {1: [], options.processes: []}
     reductions: list[float] = []
@@ -135,7 +151,7 @@ def main() -> None:
         f"all-reduce of {parameters:,} float32 over {options.processes} processes: "
         f"{1e3 * statistics.median(reductions):.2f} ms"
     )
-    if options.scaling:
+    if options.scaling is not None:
         scaling(one, parameters, options.batch)
 
 
