@@ -145,7 +145,7 @@ def _describe(plan: TracedPlan, prefix: str, changed: dict[str, str], kept: dict
             changed[prefix + first.label] = text
         elif first.module is not None:
             reason = plan.traced.opaque.get(first.module)
-            kept[prefix + first.label] = reason or why_not(first)
+            kept[prefix + first.label] = reason or why_not(first, plan.layers.get(first.name))
         elif first.is_tensor_function and not isinstance(plan.layers[first.name], Parameter):
             kept[prefix + first.label] = why_not(first)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from kconv.models.graph import Conv, Layer
 from kconv.torch._lift import Watch, is_in_place, is_known, lift
 from kconv.torch._lift_calls import lift_call
 from kconv.torch._parameters import Borrowed, Parameter, parameter
@@ -165,14 +166,21 @@ class TracedPlan:
         return _plain(fx.map_arg(self._output, lambda node: values[node.name]))
 
 
-def why_not(call: Call) -> str:
-    """Why something is in no chain."""
+def why_not(call: Call, layer: Layer | None = None) -> str:
+    """Why something is in no chain.
+
+    Args:
+        call: what is outside.
+        layer: what it computes, where that is known.
+    """
     module = call.module
     if module is None:
         return "no fused operation computes this call"
     kind = type(module).__name__
     if any(map(module.__dict__.get, _HOOKS)):
         return HOOKED
+    if isinstance(layer, Conv) and layer.groups == 1:
+        return f"a {kind} without groups is PyTorch's, which computes it as fast or faster here"
     if is_known(module):
         return f"no chain can have this {kind} here"
     return f"no fused operation computes a {kind}"
