@@ -1,9 +1,13 @@
 """Models of timm and torchvision: layer by layer in both layouts, accelerated, fused.
 
     python benches/compare.py fuse --models mobilenetv2_100 tv.shufflenet_v2_x1_0 --size 96
+    python benches/compare.py fuse --models keras.MobileNetV2 --size 96 --batch 4
 
-Each side runs in a process of its own, so that the peak of its resident memory is its own; the
-processes take turns, call by call. Before a time counts, losses must agree with the first side's.
+Models of keras.applications run as they are and fused, on JAX, which compiles them, and on PyTorch.
+
+Each side runs in a process of its own, so that the peak of its resident memory is its own, from
+the second step on; the processes take turns, call by call. Before a time counts, losses must agree
+with the first side's.
 The bound is that of the convolutions and linear layers alone: for each the larger of its
 multiply-adds at the measured peak and its input, output and weights at the bandwidth of a copy of
 memory, three times for a step.
@@ -27,7 +31,12 @@ TIMM = (
     *("regnety_008", "rexnet_100", "resnet50", "densenet121", "convnext_atto"),
 )
 TORCHVISION = ("tv.mobilenet_v3_small", "tv.shufflenet_v2_x1_0", "tv.efficientnet_b0")
+KERAS = (
+    *("keras.MobileNetV2", "keras.EfficientNetB0", "keras.MobileNetV3Large"),
+    *("keras.DenseNet121", "keras.NASNetMobile"),
+)
 SIDES = ("eager", "channels_last", "compile", "accelerate", "accelerate_channels_last", "fuse")
+KERAS_SIDES = ("jax", "jax_fuse", "torch", "torch_fuse")
 KINDS = ("step", "inference", "one")
 """A training step (SGD), inference of the batch, and of one image."""
 
@@ -35,8 +44,9 @@ KINDS = ("step", "inference", "one")
 def main(arguments: list[str]) -> int:
     """Prints the table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="compare.py fuse", description=__doc__)
-    parser.add_argument("--models", nargs="+", default=[*TIMM, *TORCHVISION])
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--models", nargs="+", default=[*TIMM, *TORCHVISION, *KERAS])
+    every = (*SIDES, *KERAS_SIDES)
+    parser.add_argument("--sides", nargs="+", choices=every, default=every)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--turns", type=int, default=4)
@@ -96,7 +106,8 @@ class _MissingError(Exception):
 
 def _model(model: str, options: Any) -> list[dict[str, Any]]:
     sides = []
-    for name in options.sides:
+    known = KERAS_SIDES if model.startswith("keras.") else SIDES
+    for name in (side for side in options.sides if side in known):
         try:
             sides.append(_Side(name, model, options))
         except _MissingError as error:
@@ -114,12 +125,13 @@ def _model(model: str, options: Any) -> list[dict[str, Any]]:
     print(
         f"\n{model}, {options.batch} x {options.size} x {options.size}, {options.threads} threads"
     )
-    print(f"{'':26}{'step ms':>9}{'inference':>10}{'one image':>10}{'peak MB':>9}")
+    print(f"{'':26}{'step ms':>9}{'inference':>10}{'one image':>10}{'peak MB':>9}{'first s':>9}")
     rows = []
     for side in sides:
         peak = side.finish()
         times = [1e3 * side.best[kind] for kind in KINDS]
-        print(f"{side.name:26}{times[0]:9.1f}{times[1]:10.1f}{times[2]:10.2f}{peak / 1e6:9.0f}")
+        last = f"{peak / 1e6:9.0f}{side.about['first step']:9.2f}"
+        print(f"{side.name:26}{times[0]:9.1f}{times[1]:10.1f}{times[2]:10.2f}{last}")
         rows.append({"model": model, "side": side.name, "peak": peak, **side.best, **side.about})
     for side in sides:
         if bound := side.about.get("bound"):
@@ -130,19 +142,53 @@ def _model(model: str, options: Any) -> list[dict[str, Any]]:
 
 
 def _print_ratios(sides: list[_Side]) -> None:
-    """Of the faster of PyTorch's two layouts beside kconv's sides."""
-    layouts = [side for side in sides if side.name in ("eager", "channels_last")]
+    """Of the framework's own layers beside kconv's, PyTorch's in the faster of its two layouts."""
     for side in sides:
-        if layouts and side.name.startswith(("accelerate", "fuse")):
-            ratios = [min(x.best[kind] for x in layouts) / side.best[kind] for kind in KINDS]
-            text = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-            print(f"{side.name}: {text} of the faster", end="")
+        backend, _, last = side.name.rpartition("_")
+        own = (backend,) if last == "fuse" and backend else ("eager", "channels_last")
+        peers = [x for x in sides if x.name in own]
+        if peers and (last == "fuse" or side.name.startswith("accelerate")):
             layers = side.about.get("layers")
-            print(f"; {layers[0]} of {layers[1]} layers fused" if layers else "")
+            note = f"; {layers[0]} of {layers[1]} layers fused" if layers else ""
+            print(f"{side.name}: {_ratios(peers, side)} of {' or '.join(own)}{note}")
+    fused = {side.name: side for side in sides}
+    if "jax_fuse" in fused and "torch_fuse" in fused:
+        print(f"jax_fuse: {_ratios([fused['torch_fuse']], fused['jax_fuse'])} of torch_fuse")
+
+
+def _ratios(peers: list[_Side], side: _Side) -> str:
+    """How many times a side's times the least of its peers' are."""
+    ratios = [min(x.best[kind] for x in peers) / side.best[kind] for kind in KINDS]
+    return ", ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 def _serve(side: str, name: str, size: int, batch: int, threads: int) -> None:
     """What a process does: says what it has made, then times the calls that it is told."""
+    if name.startswith("keras."):
+        from fuse_keras import make
+    else:
+        make = _make
+    about, calls, convolutions = make(side, name.removeprefix("keras."), size, batch, threads)
+    if convolutions:
+        about["bound"] = _bound(convolutions, batch)
+    start = time.perf_counter()
+    about["loss"] = calls["step"]()
+    about["first step"] = time.perf_counter() - start
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
+    print(json.dumps(about), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "end":
+            status = Path("/proc/self/status").read_text()
+            peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+            print(json.dumps({"peak": peak}), flush=True)
+            return
+        start = time.perf_counter()
+        calls[line.strip()]()
+        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+
+
+def _make(side: str, name: str, size: int, batch: int, threads: int) -> tuple[Any, ...]:
+    """What the side knows of its model, its calls by their kinds, and its layers for the bound."""
     import torch
 
     import kconv
@@ -154,13 +200,13 @@ def _serve(side: str, name: str, size: int, batch: int, threads: int) -> None:
     model: Any = _made(name)
     x, labels = torch.randn(batch, 3, size, size), torch.arange(batch)
     about: dict[str, Any] = {}
+    convolutions = _convolutions(model, x[:1]) if side == "fuse" else []
     if side.endswith("channels_last"):
         model = model.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
     if side.startswith("accelerate"):
         kconv.torch.accelerate(model)
     if side == "fuse":
-        about["bound"] = _bound(model, x)
         start = time.perf_counter()
         kconv.torch.fuse(model)
         about["fuse seconds"] = time.perf_counter() - start
@@ -186,45 +232,41 @@ def _serve(side: str, name: str, size: int, batch: int, threads: int) -> None:
         "inference": lambda: infer(x),
         "one": lambda: infer(x[:1]),
     }
-    about["loss"] = step()
-    print(json.dumps(about), flush=True)
-    for line in sys.stdin:
-        if line.strip() == "end":
-            status = Path("/proc/self/status").read_text()
-            peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
-            print(json.dumps({"peak": peak}), flush=True)
-            return
-        start = time.perf_counter()
-        calls[line.strip()]()
-        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+    return about, calls, convolutions
 
 
-def _bound(model: Any, x: Any) -> dict[str, float]:
-    """The least seconds of each kind of call, as the machine's limits have them."""
+def _convolutions(model: Any, x: Any) -> list[tuple[int, int, int]]:
+    """Multiply-adds of an image, its values and the weights, of each convolution and linear."""
     import torch
-    from limits import measure_limits
     from torch import nn
 
     calls: list[tuple[int, int, int]] = []
 
     def record(layer: Any, inputs: Any, y: Any) -> None:
         weights = layer.weight.numel()
-        multiply_adds = y.numel() * weights // layer.weight.shape[0] // len(y)
-        calls.append((multiply_adds, (inputs[0].numel() + y.numel()) // len(y), weights))
+        multiply_adds = y.numel() * weights // layer.weight.shape[0]
+        calls.append((multiply_adds, inputs[0].numel() + y.numel(), weights))
 
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(record) for layer in layers]
     with torch.no_grad():
-        model.eval()(x[:1])
+        model.eval()(x)
     for hook in hooks:
         hook.remove()
+    return calls
+
+
+def _bound(convolutions: list[tuple[int, int, int]], batch: int) -> dict[str, float]:
+    """The least seconds of each kind of call, as the machine's limits have them."""
+    from limits import measure_limits
+
     limits = measure_limits()
 
     def least(images: int) -> float:
-        sizes = ((images * adds, 4 * (images * values + w)) for adds, values, w in calls)
+        sizes = ((images * adds, 4 * (images * values + w)) for adds, values, w in convolutions)
         return sum(limits.milliseconds(adds, size) for adds, size in sizes) / 1e3
 
-    return {"step": 3 * least(len(x)), "inference": least(len(x)), "one": least(1)}
+    return {"step": 3 * least(batch), "inference": least(batch), "one": least(1)}
 
 
 def _made(name: str) -> Any:

@@ -5,7 +5,9 @@ Each is trained for three steps in float64: losses, gradients and all variables 
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 
 import keras
 import numpy as np
@@ -275,8 +277,9 @@ def test_saved_loaded_cloned_and_restored(tmp_path):
     fused.save_weights(tmp_path / "model.weights.h5")
     plain.load_weights(tmp_path / "model.weights.h5")
     expected = numbers(plain(x))
-    others = [keras.saving.load_model(tmp_path / "model.keras"), keras.models.clone_model(fused)]
-    others[1].set_weights(fused.get_weights())
+    others = [keras.saving.load_model(tmp_path / "model.keras"), copy.deepcopy(fused)]
+    others += [pickle.loads(pickle.dumps(fused)), keras.models.clone_model(fused)]
+    others[-1].set_weights(fused.get_weights())
     for model in others:
         with pytest.raises(ValueError, match="does not come from a conversion"):
             kk.report(model)
@@ -340,6 +343,26 @@ def test_norms_frozen_in_the_middle(monkeypatch):
     assert all(y is not None for y in results), "a chain ran layer by layer"
 
 
+def test_a_variable_takes_the_place_of_an_equal_one():
+    """One of one element, which Keras says is equal."""
+
+    def make():
+        x = keras.Input((5, 7, 1))
+        conv = layers.Conv2D(1, 1, use_bias=False, name="conv")
+        return keras.Model(x, layers.ReLU()(conv(x)))
+
+    fused, _ = pair(make)
+    conv, x = fused.get_layer("conv"), images((5, 7, 1))
+    before = numbers(fused(x))
+    plan = _fusion.plan_of(fused)
+    conv._tracker.unlock()
+    conv._kernel = keras.Variable(numbers(conv.kernel), dtype="float64", name="kernel")
+    np.testing.assert_array_equal(numbers(fused(x)), before)
+    assert _fusion.plan_of(fused) is not plan
+    (kernel,) = _fusion.plan_of(fused).calls.variables.values()
+    assert kernel is conv._kernel
+
+
 def test_sequential():
     def make():
         return keras.Sequential([layers.Input((5, 7, 4)), layers.Conv2D(6, 3), layers.ReLU()])
@@ -349,6 +372,22 @@ def test_sequential():
     assert_trains_alike(fused, plain, images((5, 7, 4)))
     with pytest.raises(ValueError, match="has not been built"):
         kk.fuse(keras.Sequential([layers.Conv2D(6, 3)]))
+
+
+def test_layers_of_a_sequential_model_change():
+    """Keras makes another model inside then, which is not fused until `fuse` is called again."""
+
+    def make():
+        conv = layers.Conv2D(6, 3, kernel_initializer="ones")
+        return keras.Sequential([layers.Input((5, 7, 4)), conv, layers.ReLU(), layers.Flatten()])
+
+    fused, plain = pair(make)
+    for model in (fused, plain):
+        model.pop()
+        model.add(layers.DepthwiseConv2D(2, kernel_initializer="ones"))
+    np.testing.assert_allclose(numbers(fused(images((5, 7, 4)))), numbers(plain(images((5, 7, 4)))))
+    assert chains(kk.fuse(fused)) == (1, [])
+    assert_trains_alike(fused, plain, images((5, 7, 4)))
 
 
 class Subclassed(keras.Model):

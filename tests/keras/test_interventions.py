@@ -181,6 +181,7 @@ CHANGES = {
     "strides as a list": setting("conv", strides=[2, 2]),
     "padding": setting("conv", padding="valid"),
     "dilation": setting("conv", dilation_rate=(2, 2)),
+    "groups": setting("conv", groups=2),
     "bias off": setting("conv", use_bias=False),
     "pad": setting("pad", padding=((2, 0), (0, 3))),
     "activity regularizer": setting("conv", activity_regularizer=keras.regularizers.L2(0.1)),

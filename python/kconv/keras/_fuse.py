@@ -4,7 +4,8 @@
 the same layers, variables, names and configuration. It is saved, loaded, compiled, trained and
 evaluated as before. What :class:`kconv.keras.Network` says of its chains holds for these: they run
 layer by layer where one operation cannot stand for them, and what is changed of a layer counts from
-the next call on. A copy, made by ``clone_model`` or by loading what was saved, is not fused.
+the next call on. A copy, made by ``clone_model`` or by loading what was saved, is not fused; nor is
+a sequential model any longer when layers are added or taken away, until it is fused anew.
 """
 
 from __future__ import annotations

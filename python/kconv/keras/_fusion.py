@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import keras
+import numpy as np
 from keras import ops
 
 from kconv.keras._graph import CallGraph, call_graph
 from kconv.keras._native import LAYOUTS, fused, is_compiling, runs_natively
 from kconv.keras._private import AutocastScope
 from kconv.models import graph
-from kconv.models.chains import Node, find_chains
-from kconv.models.fusion import Segment, UnfitError, is_fusable, partition
+from kconv.models.fusion import Segment, UnfitError, partition
 
 __all__ = ["Plan", "plan_of", "run_fused"]
 
@@ -55,46 +56,10 @@ class Plan:
         if not training or len(frozen) in (0, len(norms)):
             return self.parts
         if frozen not in self.split:
-            self.split[frozen] = _split(self.calls, frozen, self.recompute)
+            self.split[frozen] = partition(
+                self.calls.graph, recompute=self.recompute, frozen=frozen
+            )
         return self.split[frozen]
-
-
-def _split(calls: CallGraph, frozen: frozenset[str], recompute: bool) -> Parts:
-    layers = {layer.name: layer for layer in calls.graph.layers}
-    readers: dict[str, list[graph.Layer]] = {name: [] for name in layers}
-    for layer in layers.values():
-        for name in layer.inputs:
-            readers[name].append(layer)
-    nodes = [
-        Node(
-            layer.name,
-            layer.inputs,
-            fusable=is_fusable(layer, readers[layer.name]),
-            # What is inside of a call is no tensor of the model's.
-            ends=layer.name in calls.nodes and not isinstance(layer, graph.ZeroPad),
-            is_convolution=isinstance(layer, graph.Conv | graph.DepthwiseConv),
-            mode=layer.name in frozen if isinstance(layer, graph.BatchNorm) else None,
-        )
-        for layer in layers.values()
-        if not isinstance(layer, graph.Input)
-    ]
-    sources = [name for name, layer in layers.items() if isinstance(layer, graph.Input)]
-    chains = {
-        chain.nodes[0]: chain
-        for chain in find_chains(sources, nodes, [calls.graph.output])
-        if chain.input in calls.tensors and len(layers[chain.input].shape) == 3
-    }
-    parts: Parts = []
-    done: set[str] = set()
-    for node in nodes:
-        if chain := chains.get(node.name):
-            own = tuple(layers[name] for name in chain.nodes)
-            channels = layers[chain.input].channels
-            parts.append(Segment(own, chain.input, channels, recompute=recompute))
-            done |= set(chain.nodes)
-        elif node.name not in done:
-            parts.append(layers[node.name])
-    return parts
 
 
 _PLANS: WeakKeyDictionary[keras.Model, Plan] = WeakKeyDictionary()
@@ -222,11 +187,13 @@ def _row(variables: list[Any], dtype: str) -> Tensor:
 
 def _update_statistics(norms: list[Any], used: Tensor) -> None:
     """The moving statistics, as keras.layers.BatchNormalization updates them."""
-    start = 0
-    for norm in norms:
-        end = start + norm.moving_mean.shape[0]
-        for moving, values in zip((norm.moving_mean, norm.moving_variance), used, strict=True):
-            kept = ops.cast(moving, values.dtype) * norm.momentum
-            new = kept + values[start:end] * (1 - norm.momentum)
+    sizes = [norm.moving_mean.shape[0] for norm in norms]
+    ends = list(accumulate(sizes[:-1]))
+    rates = np.repeat([1 - norm.momentum for norm in norms], sizes)
+    for name, values in zip(("moving_mean", "moving_variance"), used, strict=True):
+        # As one product and one operation that divides it: each is traced, and differentiated.
+        shares = ops.split(values * ops.convert_to_tensor(rates, values.dtype), ends or 1)
+        for norm, share in zip(norms, shares, strict=True):
+            moving = getattr(norm, name)
+            new = ops.cast(moving, share.dtype) * norm.momentum + share
             moving.assign(ops.cast(new, moving.dtype))
-        start = end

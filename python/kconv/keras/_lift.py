@@ -129,6 +129,8 @@ class Lifted:
 
 def _conv(read: Read, call: Call) -> Made:
     kernel = _conv_kernel(read)
+    if kernel[2] * read.groups != call.channels():
+        raise KeptError(f"groups={read.groups}, with a kernel of the shape {kernel}")
     conv = graph.Conv(
         **call.common,
         kernel_size=read.kernel_size,
@@ -494,7 +496,11 @@ _hooked = _torch_hooks if keras.backend.backend() == "torch" else _no_hooks
 def same(before: list[Any], after: list[Any]) -> bool:
     """Whether two fingerprints are equal; what cannot be compared is not."""
     try:
-        return before == after
+        return before == after and all(
+            old is new  # a variable of one element equals another of that value
+            for old, new in zip(before, after, strict=True)
+            if isinstance(new, keras.Variable)
+        )
     except Exception:  # an array's equality has no truth
         return False
 

@@ -17,7 +17,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 __all__ = ["Chain", "Node", "find_chains"]
@@ -55,7 +55,11 @@ class Chain:
 
 
 def find_chains(
-    sources: Iterable[str], nodes: Sequence[Node], outputs: Iterable[str]
+    sources: Iterable[str],
+    nodes: Sequence[Node],
+    outputs: Iterable[str],
+    *,
+    starts: Container[str] | None = None,
 ) -> list[Chain]:
     """The largest chains, from the first node on.
 
@@ -63,6 +67,7 @@ def find_chains(
         sources: the names of the values that come from outside.
         nodes: in the order in which they are computed.
         outputs: the names of the values that are read after all.
+        starts: the names of those values that chains may read; None for all.
 
     Returns:
         The chains, in the order of their first nodes. Computed where its first node stands, each
@@ -82,7 +87,7 @@ def find_chains(
     search = _Search(nodes, first, [[place[x] for x in n.inputs] for n in nodes], readers)
     chains = []
     for start in range(len(names)):
-        if not search.inner >> start & 1:
+        if not search.inner >> start & 1 and (starts is None or names[start] in starts):
             while chain := search.largest_from(start):
                 chains.append(Chain(names[start], tuple(names[i] for i in _bits(chain))))
     chains.sort(key=lambda chain: place[chain.nodes[0]])

@@ -26,6 +26,7 @@ from functools import cached_property, lru_cache
 from kconv._geometry import interleave_order, same_padding
 from kconv.models import wire
 from kconv.models.activations import ACTIVATIONS
+from kconv.models.chains import Node, find_chains
 from kconv.models.graph import (
     Activation,
     Add,
@@ -42,13 +43,13 @@ from kconv.models.graph import (
     GlobalPool,
     Graph,
     Identity,
+    Input,
     Interleave,
     Layer,
     Multiply,
     Pool,
     PReLU,
     Reshape,
-    Shape,
     WindowPool,
     ZeroPad,
 )
@@ -173,7 +174,9 @@ class Segment:
         return {}
 
 
-def partition(graph: Graph, *, recompute: bool = False) -> list[Layer | Segment]:
+def partition(
+    graph: Graph, *, recompute: bool = False, frozen: frozenset[str] = frozenset()
+) -> list[Layer | Segment]:
     """A graph's layers after the input, the largest sets of them that can be fused as segments.
 
     A segment reads one image, and one tensor of it is read by others; what else is computed at the
@@ -184,59 +187,48 @@ def partition(graph: Graph, *, recompute: bool = False) -> list[Layer | Segment]
     Args:
         graph: the layers.
         recompute: whether the segments keep little for their backward passes.
+        frozen: batch norms that do not use the batch's statistics while others do, which are in
+            segments of their own therefore.
     """
-    return list(_partition(graph, recompute))
+    return list(_partition(graph, recompute, frozen))
 
 
 @lru_cache(maxsize=64)
-def _partition(graph: Graph, recompute: bool) -> tuple[Layer | Segment, ...]:
-    readers: dict[str, list[Layer]] = {layer.name: [] for layer in graph.layers}
+def _partition(
+    graph: Graph, recompute: bool, frozen: frozenset[str]
+) -> tuple[Layer | Segment, ...]:
+    layers = {layer.name: layer for layer in graph.layers}
+    readers: dict[str, list[Layer]] = {name: [] for name in layers}
     for layer in graph.layers:
         for source in layer.inputs:
             readers[source].append(layer)
-    free = {
-        layer.name: layer for layer in graph.layers[1:] if is_fusable(layer, readers[layer.name])
+    nodes = [
+        Node(
+            layer.name,
+            layer.inputs,
+            fusable=is_fusable(layer, readers[layer.name]),
+            ends=not isinstance(layer, ZeroPad),  # which belongs to the convolution after it
+            is_convolution=isinstance(layer, Conv | DepthwiseConv),
+            mode=layer.name in frozen if isinstance(layer, BatchNorm) else None,
+        )
+        for layer in graph.layers
+        if not isinstance(layer, Input)
+    ]
+    sources = [layer.name for layer in graph.layers if isinstance(layer, Input)]
+    images = {name for name, layer in layers.items() if len(layer.shape) == 3}
+    chains = find_chains(sources, nodes, [graph.output], starts=images)
+    segments = {
+        chain.nodes[-1]: Segment(
+            tuple(layers[name] for name in chain.nodes),
+            chain.input,
+            layers[chain.input].channels,
+            recompute,
+        )
+        for chain in chains
     }
-    segments: dict[str, Segment] = {}
-    fused: set[str] = set()
-    shapes = {layer.name: layer.shape for layer in graph.layers}
-    order = {layer.name: index for index, layer in enumerate(graph.layers)}
-    for layer in reversed(graph.layers):
-        # A padding belongs to the convolution after it.
-        if layer.name not in free or isinstance(layer, ZeroPad):
-            continue
-        inside, source = _grown(layer, free, readers, order, shapes, graph.output)
-        if any(isinstance(free[name], Conv | DepthwiseConv) for name in inside):
-            parts = tuple(free.pop(name) for name in sorted(inside, key=order.__getitem__))
-            segments[layer.name] = Segment(parts, source, graph[source].channels, recompute)
-            fused |= inside
-    kept = (x for x in graph.layers[1:] if x.name in segments or x.name not in fused)
-    return tuple(segments.get(layer.name, layer) for layer in kept)
-
-
-def _grown(
-    last: Layer,
-    free: dict[str, Layer],
-    readers: dict[str, list[Layer]],
-    order: dict[str, int],
-    shapes: dict[str, Shape],
-    output: str,
-) -> tuple[set[str], str]:
-    """The largest set of free layers that ends in one and reads one image, and that image."""
-    found: tuple[set[str], str] = (set(), "")
-    inside: set[str] = set()
-    sources: set[str] = set()
-    name = last.name
-    while True:
-        inside.add(name)
-        sources.discard(name)
-        sources.update(free[name].inputs)
-        if len(sources) == 1 and len(shapes[next(iter(sources))]) == 3:
-            found = (set(inside), next(iter(sources)))
-        name = max(sources, key=order.__getitem__)  # all that read it stand after it
-        read_inside = all(reader.name in inside for reader in readers[name])
-        if name not in free or name == output or not read_inside:
-            return found
+    fused = {name for chain in chains for name in chain.nodes}
+    kept = (node.name for node in nodes if node.name in segments or node.name not in fused)
+    return tuple(segments.get(name, layers[name]) for name in kept)
 
 
 def is_fusable(layer: Layer, readers: Sequence[Layer] = ()) -> bool:
