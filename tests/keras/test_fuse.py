@@ -384,7 +384,7 @@ def test_layers_of_a_sequential_model_change():
     fused, plain = pair(make)
     for model in (fused, plain):
         model.pop()
-        model.add(layers.DepthwiseConv2D(2, kernel_initializer="ones"))
+        model.add(layers.DepthwiseConv2D(2, depthwise_initializer="ones"))
     np.testing.assert_allclose(numbers(fused(images((5, 7, 4)))), numbers(plain(images((5, 7, 4)))))
     assert chains(kk.fuse(fused)) == (1, [])
     assert_trains_alike(fused, plain, images((5, 7, 4)))
