@@ -92,6 +92,6 @@ def _convolutions(model: Any) -> Calls:
 
 
 def _call(weights: Any, pixels: list[int], values: float) -> tuple[int, int, int]:
-    """Of a convolution whose pixels have so many values, those that it reads included."""
+    """Of a convolution with ``values`` for each of its pixels, those that it reads included."""
     count = int(np.prod(pixels))
     return count * int(weights), int(count * values), int(weights)
