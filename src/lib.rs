@@ -7,7 +7,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`error`], [`shape`] | what can be wrong with a call; geometry that has been validated once |
-//! | [`simd`], [`lock`], [`pool`], [`team`], [`scratch`], [`memory`] | instructions, threads, memory |
+//! | [`simd`], [`lock`], [`pool`], [`team`], [`scratch`], [`memory`] | vectors, threads, memory |
 //! | [`microkernels`] | numbers only: rows in, rows out, one thread, one instruction set |
 //! | [`plan`] | which algorithm: tables of candidates and what they cost |
 //! | [`conv1x1`], [`dwconv`], [`interleave`] | operations: geometry, plan, division over threads |

@@ -238,3 +238,11 @@ def test_onnx(tmp_path):
     with torch.no_grad():
         expected = net().float().eval()(x)
     np.testing.assert_allclose(y, expected.numpy(), atol=1e-5)
+
+
+def test_report_says_what_pytorch_computes_as_fast():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    kept = report(fuse(model)).kept
+    assert kept["0"] == (
+        "a Conv2d without groups is PyTorch's, which computes it as fast or faster here"
+    )
