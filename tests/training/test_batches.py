@@ -15,7 +15,7 @@ from kconv.training.transforms import Change
 
 
 class Numbers(StreamedImages):
-    """Image n is of n everywhere; some cannot be read."""
+    """Image n is of n (modulo 256) everywhere; some cannot be read."""
 
     def __init__(self, count: int, bad: frozenset[int] = frozenset()) -> None:
         self.shape, self.bad = (count, 2, 3, 1), bad
@@ -23,7 +23,7 @@ class Numbers(StreamedImages):
     def pixels(self, number: int) -> np.ndarray:
         if number in self.bad:
             raise ValueError(f"image {number} is bad")
-        return np.full(self.shape[1:], number, np.uint8)
+        return np.full(self.shape[1:], number % 256, np.uint8)
 
 
 ORDER = np.random.default_rng(0).permutation(50)[:23]
@@ -95,3 +95,18 @@ def test_bad_images(framework: str, workers: int) -> None:
     all_bad = Numbers(50, frozenset(range(50)))
     with pytest.raises(ValueError, match="a whole batch cannot be read"):
         list(read_ahead(Batches(all_bad, ORDER, 5, skip_bad=True), **how))
+
+
+def test_bad_image_after_ten_thousand_good_ones() -> None:
+    images, order = Numbers(10_240, frozenset([10_050])), np.arange(10_240)
+    how = {"workers": 2, "framework": "torch"}
+    seen = 0
+    with pytest.raises(ValueError, match=r"^image 10050 is bad$"):  # noqa: PT012
+        for batch in read_ahead(Batches(images, order, 64), **how):
+            seen += len(batch.indices)
+    assert seen == 10_050 // 64 * 64
+    unread, read = {}, 0
+    for batch in read_ahead(Batches(images, order, 64, skip_bad=True), **how):
+        unread |= batch.unread
+        read += len(batch.indices)
+    assert (read, list(unread)) == (10_239, [10_050])

@@ -133,6 +133,7 @@ def gradients(ranks, frozen, sync_bn):
     trainer.train_step(images[mine], targets[mine], 0.1, scale=scale, update=True, seed=0)
     return found, dict(trainer.model.named_buffers())
 
+torch.distributed.init_process_group("gloo")  # as Ray Train does
 with joined("torch") as ranks:
     for frozen, sync_bn in ((True, False), (False, True)):
         shared, theirs = gradients(ranks, frozen, sync_bn)
@@ -145,7 +146,8 @@ with joined("torch") as ranks:
             torch.testing.assert_close(theirs[name], buffer, rtol=1e-4, atol=1e-6)
     assert ranks.sum(np.array([ranks.rank + 1.0])) == 3
     assert ranks.threads >= 1
-    print("equal")
+torch.distributed.destroy_process_group()  # which is the caller's
+print("equal")
 """
 
 
