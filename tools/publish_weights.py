@@ -82,8 +82,19 @@ def tested(net: FrozenNetwork, config: training.Config) -> tuple[float, int]:
     return float((np.concatenate(found) == data.y_test).mean()), len(data.x_test)
 
 
+def commands_of(config: training.Config, dataset: str) -> list[str]:
+    """The commands that train it again, those of the run that it starts from first."""
+    run = Path(config.weights) if config.weights else None
+    before = []
+    if run is not None and run.is_dir():
+        *before, last = commands_of(training.load_config(run), dataset)
+        before.append(f"{last} --output {run.name}")
+        config = dataclasses.replace(config, weights=run.name)
+    return [*before, command_of(config, dataset)]
+
+
 def command_of(config: training.Config, dataset: str) -> str:
-    """The command that trains it again."""
+    """The command that trains it again, from the files that the configuration names."""
     default = training.Config()
     given = dataclasses.replace(config, dataset=dataset, data_dir=None)
     words = ["kconv train"]
@@ -141,6 +152,7 @@ def card_of(
         for field in dataclasses.fields(spec)
         if field.name not in ("name", "input_shape", "classes")
     }
+    commands = "; ".join(f"`{command}`" for command in commands_of(config, options.dataset))
     shown = ", ".join(f"{name}={value!r}" for name, value in options_of.items())
     return f"""# {options.name}
 
@@ -163,7 +175,7 @@ def card_of(
 | trained on | {options.dataset}{f": {options.notes}" if options.notes else ""} |
 | test accuracy | **{accuracy:.2%}** of {images:,} images |
 | in the papers | {theirs} |
-| command | `{command_of(config, options.dataset)}` |
+| commands | {commands} |
 | seed | {config.seed} |
 | machine | {options.machine} |
 | kconv | {net.config.kconv_version}, commit {commit} |
@@ -174,6 +186,7 @@ the lowest validation loss, epoch {int(net.config.metrics["epoch"])}.
 | epoch | learning rate | loss | accuracy | validation loss | validation accuracy |
 |---|---|---|---|---|---|
 {curve}
+<!-- --8<-- [end:card] -->
 """
 
 
