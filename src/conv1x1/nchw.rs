@@ -8,7 +8,7 @@ use super::pack::{Packed, WeightView};
 use super::plan::{PASS_ROWS, PASS_TILE};
 use super::{GroupedProduct, TASKS_PER_THREAD};
 use crate::interleave::ChannelOrder;
-use crate::microkernels::conv1x1_nchw::{Conv1x1Nchw, Init};
+use crate::microkernels::conv1x1_nchw::{Conv1x1Nchw, Init, Output};
 use crate::parallel::Shared;
 use crate::pool::{parallel_for, part};
 use crate::shape::Images;
@@ -143,8 +143,8 @@ impl GroupedProduct {
                 x,
                 x_offsets,
                 weights,
-                init: if first > 0 { Init::Output } else { bias.into() },
-                y,
+                init: if first > 0 { Init::Output } else { Init::bias(bias) },
+                y: Output::Stored(y),
                 y_offsets: &packed.y_offsets[channels],
                 pixels,
                 prefetch,

@@ -39,7 +39,7 @@ pub fn backward<S: Element>(
     }
     let mut pass = Pass::new(arguments, Shared(workspace.as_ptr().cast_mut()), &program.kept, num_threads());
     pass.fix_statistics(statistics);
-    let weights = if program.recomputed.is_empty() { Vec::new() } else { arguments.packed(None) };
+    let weights = if program.recomputed.is_empty() { Vec::new() } else { arguments.packed_for::<S>() };
     (pass.packed, pass.recomputed) = (&weights, &program.recomputed);
     let gradients = program.gradients.len * count;
     memory::with(gradients + program.inner.len * count, |memory: &mut [MaybeUninit<S>]| {

@@ -9,12 +9,12 @@ use super::pass::{Pass, Statistics, merge_statistics};
 use super::program::{Conv, Source};
 use super::source::NormSums;
 use crate::memory;
-use crate::microkernels::conv1x1_nchw::{Conv1x1Nchw, Init};
+use crate::microkernels::conv1x1_nchw::{Conv1x1Nchw, Init, Output};
 use crate::parallel::Shared;
 use crate::pool::{parallel_for, threads_for};
 use crate::shape::WeightLayout;
 use crate::simd::element::{Element, WideElement};
-use crate::simd::mul_acc::Fma;
+use crate::simd::mul_acc::MulAcc;
 use crate::simd::{IsaKind, Promised};
 
 /// Rows of values: the first one's start, and the offsets of all from there.
@@ -25,16 +25,16 @@ pub(super) type RowPointers<'a, P> = (P, &'a [usize]);
 ///
 /// # Safety
 /// As for [`Conv1x1Nchw`].
-pub(super) unsafe fn multiply_rows<T: WideElement>(
-    isa: IsaKind,
+pub(super) unsafe fn multiply_rows<T: Element, M: MulAcc<T>>(
+    (isa, mul_acc): (IsaKind, M),
     (x, x_offsets): RowPointers<'_, *const T>,
-    weights: &[T],
+    weights: &[T::Wide],
     init: Init<'_, T>,
-    (y, y_offsets): RowPointers<'_, *mut T>,
+    (y, y_offsets): RowPointers<'_, Output<T>>,
     pixels: usize,
     prefetch: [usize; 2],
 ) {
-    let rows = Conv1x1Nchw { mul_acc: Fma, x, x_offsets, weights, init, y, y_offsets, pixels, prefetch };
+    let rows = Conv1x1Nchw { mul_acc, x, x_offsets, weights, init, y, y_offsets, pixels, prefetch };
     // SAFETY: the caller's promise.
     isa.run(unsafe { Promised::new_unchecked(rows) });
 }
@@ -44,19 +44,20 @@ pub(super) unsafe fn multiply_rows<T: WideElement>(
 ///
 /// # Safety
 /// As for [`Conv1x1Nchw`].
-pub(super) unsafe fn multiply_blocks<T: WideElement>(
-    isa: IsaKind,
+pub(super) unsafe fn multiply_blocks<T: Element, M: MulAcc<T>>(
+    kernel: (IsaKind, M),
     x: RowPointers<'_, *const T>,
-    (packed, group): (&Packed<T>, usize),
+    (packed, group): (&Packed<T::Wide>, usize),
     blocks: &[Range<usize>],
-    bias: Option<&[T]>,
-    (y, y_offsets): RowPointers<'_, *mut T>,
+    bias: Option<&[T::Wide]>,
+    (y, y_offsets): RowPointers<'_, *mut T::Wide>,
     pixels: usize,
 ) {
     for block in blocks {
-        let (weights, init) = (packed.block(group, block), bias.map(|bias| &bias[block.clone()]).into());
+        let (weights, init) = (packed.block(group, block), Init::wide_bias(bias.map(|bias| &bias[block.clone()])));
+        let y = (Output::Wide(y), &y_offsets[block.clone()]);
         // SAFETY: the caller's promise.
-        unsafe { multiply_rows(isa, x, weights, init, (y, &y_offsets[block.clone()]), pixels, [0; 2]) };
+        unsafe { multiply_rows(kernel, x, weights, init, y, pixels, [0; 2]) };
     }
 }
 

@@ -43,7 +43,7 @@ pub fn forward<S: Element>(
         }
         return;
     }
-    let weights = arguments.packed(None);
+    let weights = arguments.packed_for::<S>();
     let mut pass = Pass::new(arguments, Shared::new(workspace), &program.kept, num_threads());
     (pass.packed, pass.recomputed) = (&weights, &program.recomputed);
     pass.clear_gaps();

@@ -8,12 +8,15 @@ use super::depthwise;
 use super::program::{Conv, Kind, Step};
 use crate::memory;
 use crate::microkernels::conv1x1_nchw::ConvHeight;
+use crate::microkernels::row_copy::NarrowRows;
 use crate::microkernels::transpose::Transpose;
 use crate::parallel::Shared;
 use crate::pool::{parallel_for, part, threads_for};
+use crate::scratch;
 use crate::shape::WeightLayout;
 use crate::simd::IsaKind;
-use crate::simd::element::WideElement;
+use crate::simd::element::{Element, WideElement, is_wide, writable};
+use crate::simd::mul_acc::MulAcc;
 
 /// What packing a weight takes, about.
 const NANOSECONDS: f64 = 1.0;
@@ -101,6 +104,26 @@ impl<T: WideElement> Packed<T> {
         Self { weights, bias: Vec::new(), group: outputs * inputs, inputs, blocks }
     }
 
+    /// These weights rounded to `S`, a step's rows packed into one as [`MulAcc::pack`] does.
+    pub fn paired<S: Element<Wide = T>, M: MulAcc<S>>(self, isa: IsaKind, mul_acc: M) -> Self {
+        let (outputs, steps, count) = (self.group / self.inputs, self.inputs.div_ceil(M::TERMS), self.blocks.len());
+        let groups = self.weights.len() / self.group;
+        let mut weights = memory::filled(T::default(), groups * outputs * steps);
+        let shared = Shared(weights.as_mut_ptr());
+        parallel_for(threads_for(self.weights.len() as f64 * NANOSECONDS), groups * count, |task| {
+            let (g, block) = (task / count, &self.blocks[task % count]);
+            let (rows, start) = (self.block(g, block), (g * outputs + block.start) * steps);
+            // SAFETY: the block's own weights.
+            let to = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(start), block.len() * steps) };
+            scratch::with(rows.len(), |rounded: &mut [S]| {
+                let (x, y) = ((rows, rows.len()), (writable(rounded), rows.len()));
+                isa.run(NarrowRows { x, y, size: [1, rows.len()], ahead: 0 });
+                mul_acc.steps(isa, rounded, block.len(), to);
+            });
+        });
+        Self { weights, group: outputs * steps, inputs: steps, ..self }
+    }
+
     /// These weights and a bias.
     pub fn with_bias(self, bias: Vec<T>) -> Self {
         Self { bias, ..self }
@@ -146,6 +169,18 @@ impl<T: WideElement> Arguments<'_, T> {
             Kind::Copy | Kind::Mean | Kind::Pool(_) => None,
         };
         self.program.steps.iter().map(packed).collect()
+    }
+
+    /// The same for values that are stored as `S`, with whose batch norms nothing is folded: what
+    /// pointwise convolutions multiply in pairs, if they do so, is packed in pairs.
+    pub(super) fn packed_for<S: Element<Wide = T>>(&self) -> Vec<Option<Packed<T>>> {
+        let packed = self.packed(None);
+        let Some(pairs) = S::bf16_dot(self.isa).filter(|_| !is_wide::<S>()) else { return packed };
+        let paired = |(step, packed): (&Step, Option<Packed<T>>)| match &step.kind {
+            Kind::Conv(conv) if conv.pointwise() => packed.map(|packed| packed.paired::<S, _>(self.isa, pairs)),
+            _ => packed,
+        };
+        self.program.steps.iter().zip(packed).map(paired).collect()
     }
 
     fn packed_conv(&self, step: &Step, conv: &Conv, affine: Option<&[(T, T)]>) -> Packed<T> {

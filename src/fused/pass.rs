@@ -18,7 +18,7 @@ use crate::parallel::Shared;
 use crate::pool::parallel_for;
 use crate::shape::Order;
 use crate::simd::IsaKind;
-use crate::simd::element::{Element, is_wide, writable};
+use crate::simd::element::{Element, as_wide_mut, is_wide, writable};
 
 /// Pixels of a row in one set of partial sums, at least.
 const PART_PIXELS: usize = 256;
@@ -49,6 +49,12 @@ pub(super) struct Pass<'a, S: Element> {
     /// Whether values are stored as their readers see them (where these agree), because nothing is
     /// kept for a backward pass and the statistics are known.
     pub stores_views: bool,
+}
+
+/// Whether `T` is what values are stored as, where that is `S`: else it is what they are computed
+/// with.
+pub(super) const fn is_stored<S: Element, T: Element<Wide = S::Wide>>() -> bool {
+    size_of::<T>() == size_of::<S>()
 }
 
 /// Rows of results that are yet to be stored: the first one's start, and the distance from one to
@@ -271,15 +277,15 @@ impl<'a, S: Element> Pass<'a, S> {
 
     /// Where to write a value's channels from `channel` on and pixels from `pixel` on: its own
     /// rows, or where they are stored as something else, those of `tile`, `pitch` apart.
-    pub fn results(
+    pub fn results<T: Element<Wide = S::Wide>>(
         &self,
         value: usize,
         channel: usize,
         pixel: usize,
-        tile: &mut [S::Wide],
+        tile: &mut [T],
         pitch: usize,
-    ) -> Results<S::Wide> {
-        if is_wide::<S>() {
+    ) -> Results<T> {
+        if is_stored::<S, T>() {
             let row_len = self.row_len(value);
             (Shared(self.rows(value).at(channel * row_len + pixel).ptr().cast()), row_len)
         } else {
@@ -299,18 +305,18 @@ impl<'a, S: Element> Pass<'a, S> {
     /// # Safety
     /// The results and these pixels of the value's rows must be this task's own, the results
     /// written.
-    pub unsafe fn apply_epilogue(
+    pub unsafe fn apply_epilogue<T: Element<Wide = S::Wide>>(
         &self,
         value: usize,
         channels: Range<usize>,
         pixels: Range<usize>,
-        (rows, pitch): Results<S::Wide>,
+        (rows, pitch): Results<T>,
         statistics: &mut [Statistics],
     ) {
         if !self.stores_views && self.program.values[value].normed {
             for (i, statistics) in statistics.iter_mut().enumerate().take(channels.len()) {
                 // SAFETY: the caller's promise.
-                let row = unsafe { std::slice::from_raw_parts(rows.at(i * pitch).ptr(), pixels.len()) };
+                let row: &[T] = unsafe { std::slice::from_raw_parts(rows.at(i * pitch).ptr(), pixels.len()) };
                 let (mean, squares) = self.isa.run(Moments(row));
                 *statistics = merge_statistics(*statistics, (row.len() as f64, mean, squares));
             }
@@ -324,10 +330,18 @@ impl<'a, S: Element> Pass<'a, S> {
     ///
     /// # Safety
     /// As for [`Pass::apply_epilogue`].
-    pub unsafe fn store(&self, value: usize, channels: Range<usize>, pixels: Range<usize>, results: Results<S::Wide>) {
+    pub unsafe fn store<T: Element<Wide = S::Wide>>(
+        &self,
+        value: usize,
+        channels: Range<usize>,
+        pixels: Range<usize>,
+        results: Results<T>,
+    ) {
+        assert!(is_wide::<T>() || !self.stores_views, "views of what is rounded");
+        let results = (Shared(results.0.ptr().cast()), results.1);
         // SAFETY: the caller's promise.
         unsafe { self.apply_view(value, channels.clone(), pixels.len(), results) };
-        if is_wide::<S>() {
+        if is_stored::<S, T>() {
             return;
         }
         for (i, channel) in channels.enumerate() {
@@ -340,9 +354,25 @@ impl<'a, S: Element> Pass<'a, S> {
     }
 
     /// Rounds a row to what is stored.
-    pub fn narrow(&self, row: &[S::Wide], to: &mut [S]) {
+    pub fn narrow<T: Element<Wide = S::Wide>>(&self, row: &[S::Wide], to: &mut [T]) {
         let len = row.len();
         self.isa.run(NarrowRows { x: (row, len), y: (writable(to), len), size: [1, len], ahead: len });
+    }
+
+    /// Has `write` write a row that is computed with: `y` itself, or else `wide`, which is then
+    /// rounded.
+    pub fn rounded<T: Element<Wide = S::Wide>>(
+        &self,
+        y: &mut [T],
+        wide: &mut [S::Wide],
+        write: impl FnOnce(&mut [S::Wide]),
+    ) {
+        if let Some(y) = as_wide_mut(y) {
+            return write(y);
+        }
+        let wide = &mut wide[..y.len()];
+        write(wide);
+        self.narrow(wide, y);
     }
 
     /// Makes of results of some channels what their readers will, if this pass does so.

@@ -6,11 +6,12 @@ use super::conv::multiply_rows;
 use super::pass::Pass;
 use super::program::{Conv, Row, Source, Step};
 use crate::microkernels::activations::Activation;
-use crate::microkernels::conv1x1_nchw::Init;
+use crate::microkernels::conv1x1_nchw::{Init, Output};
 use crate::microkernels::norm_act::{Activate, Factors};
 use crate::pool::parallel_for;
 use crate::scratch;
 use crate::simd::element::{Element, is_wide};
+use crate::simd::mul_acc::Fma;
 
 /// Weights of a convolution that are worth more than one thread. (Each is read once, about 0.2 ns;
 /// entering the pool costs 12 to 16 us.)
@@ -61,7 +62,7 @@ impl<S: Element> Pass<'_, S> {
     pub(super) fn pointwise_single(&self, step: &Step, conv: &Conv) {
         let (k, m, packed) = (conv.group_in, conv.group_out, self.weights(step));
         let starts: Vec<Vec<_>> = packed.blocks.iter().map(|block| (0..k).map(|i| i * block.len()).collect()).collect();
-        let results = self.results(step.value, 0, 0, &mut [], 0);
+        let results = self.results::<S::Wide>(step.value, 0, 0, &mut [], 0);
         scratch::with(conv.groups * k, |x: &mut [S::Wide]| {
             // SAFETY: sources are earlier values.
             unsafe { self.gather(&step.source, x) };
@@ -75,11 +76,11 @@ impl<S: Element> Pass<'_, S> {
                     let (weights, x) = (packed.block(g, block), &x[g * k..][..k]);
                     let y = results.0.ptr().add(g * m + block.start);
                     multiply_rows(
-                        self.isa,
+                        (self.isa, Fma),
                         (weights.as_ptr(), &starts[b]),
                         x,
                         Init::Zero,
-                        (y, &[0]),
+                        (Output::Stored(y), &[0]),
                         block.len(),
                         [0; 2],
                     );

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::backward::Tape;
-use super::pass::Pass;
+use super::pass::{Pass, is_stored};
 use super::program::{Row, Source};
 use crate::microkernels::activations::Activation;
 use crate::microkernels::norm_act::{Activate, ActivateGrad, Factors, Kept, MeanGrad, NormGrad};
@@ -89,39 +89,47 @@ impl<S: Element> Pass<'_, S> {
 
     /// Rows of a source's channels over some pixels, `tile` apart in `buffer` unless they are all
     /// values' own memory: the start of what `offsets` count from. Derivatives go to `slopes`
-    /// likewise.
+    /// likewise; where rows in the buffer are rounded, they come from those of `wide`, as far
+    /// apart as that says (0: all in turns from the same memory).
     ///
     /// # Safety
     /// As for [`Pass::load`].
-    pub(super) unsafe fn load_rows(
+    pub(super) unsafe fn load_rows<T: Element<Wide = S::Wide>>(
         &self,
         source: &Source,
         first: usize,
         pixels: &Range<usize>,
-        buffer: &mut [S::Wide],
-        tile: usize,
+        (buffer, tile): (&mut [T], usize),
+        (wide, pitch): (&mut [S::Wide], usize),
         offsets: &mut [usize],
         mut slopes: Option<&mut [S::Wide]>,
-    ) -> *const S::Wide {
+    ) -> *const T {
         let bounds = &source.starts[first..=first + offsets.len()];
         let rows = &source.rows[bounds[0]..bounds[offsets.len()]];
         let own = |row: &Row| self.plain(row) && self.is_recomputed(row.value) == self.is_recomputed(rows[0].value);
-        if is_wide::<S>() && rows.len() == offsets.len() && rows.iter().all(own) {
+        if is_stored::<S, T>() && rows.len() == offsets.len() && rows.iter().all(own) {
             return self.row_offsets(rows, pixels.start, offsets);
         }
         for (i, (offset, y)) in offsets.iter_mut().zip(buffer.chunks_exact_mut(tile)).enumerate() {
             let slopes = slopes.as_deref_mut().map(|slopes| &mut slopes[i * source.most_rows * tile..]);
-            // SAFETY: the caller's promise.
-            unsafe { self.fill(source, first + i, pixels.clone(), &mut y[..pixels.len()], slopes) };
+            self.rounded(&mut y[..pixels.len()], wide.get_mut(i * pitch..).unwrap_or_default(), |y| {
+                // SAFETY: the caller's promise.
+                unsafe { self.fill(source, first + i, pixels.clone(), y, slopes) }
+            });
             *offset = i * tile;
         }
         buffer.as_ptr()
     }
 
-    /// The rows' values from a pixel on, which must be stored as they are computed with and in one
-    /// memory: the start of what `offsets` count from.
-    pub(super) fn row_offsets(&self, rows: &[Row], pixel: usize, offsets: &mut [usize]) -> *const S::Wide {
-        assert!(is_wide::<S>());
+    /// The rows' values from a pixel on, which must be stored as `T` and in one memory: the start
+    /// of what `offsets` count from.
+    pub(super) fn row_offsets<T: Element<Wide = S::Wide>>(
+        &self,
+        rows: &[Row],
+        pixel: usize,
+        offsets: &mut [usize],
+    ) -> *const T {
+        assert!(is_stored::<S, T>());
         for (offset, row) in offsets.iter_mut().zip(rows) {
             *offset = self.offsets[row.value] + row.channel * self.row_len(row.value) + pixel;
         }
@@ -283,25 +291,27 @@ impl<S: Element> Tape<'_, '_, S> {
     ///
     /// # Safety
     /// As for [`Tape::read_grad`].
-    pub(super) unsafe fn read_grad_rows(
+    pub(super) unsafe fn read_grad_rows<T: Element<Wide = S::Wide>>(
         &self,
         value: usize,
         first: usize,
         pixels: &Range<usize>,
-        buffer: &mut [S::Wide],
-        tile: usize,
+        (buffer, tile): (&mut [T], usize),
+        wide: &mut [S::Wide],
         offsets: &mut [usize],
-    ) -> *const S::Wide {
+    ) -> *const T {
         let len = self.pass.row_len(value);
-        if is_wide::<S>() && self.is_gradient() {
+        if is_stored::<S, T>() && self.is_gradient() {
             for (i, offset) in offsets.iter_mut().enumerate() {
                 *offset = self.grad_row(value, first + i) * len + pixels.start;
             }
             return self.rows(value).ptr().cast();
         }
         for (i, (offset, y)) in offsets.iter_mut().zip(buffer.chunks_exact_mut(tile)).enumerate() {
-            // SAFETY: the caller's promise.
-            unsafe { self.read_grad(value, first + i, pixels.clone(), y) };
+            self.pass.rounded(&mut y[..pixels.len()], wide, |y| {
+                // SAFETY: the caller's promise.
+                unsafe { self.read_grad(value, first + i, pixels.clone(), y) };
+            });
             *offset = i * tile;
         }
         buffer.as_ptr()

@@ -136,7 +136,7 @@ impl<T: WideElement> Spatial<'_, T> {
                 let (x, y) = ((padded.as_ptr(), &self.views[..]), (results.as_mut_ptr(), &y_offsets[..]));
                 let (bias, len) = (self.packed.bias(g * m..(g + 1) * m), (value.height - 1) * planes.pitch + columns);
                 // SAFETY: views of `padded` end inside it, as the rows do inside `results`.
-                unsafe { multiply_blocks(pass.isa, x, (self.packed, g), blocks, bias, y, len) };
+                unsafe { multiply_blocks((pass.isa, Fma), x, (self.packed, g), blocks, bias, y, len) };
                 let outputs = blocks[0].start..blocks[blocks.len() - 1].end;
                 let results = results.chunks_exact(rows).enumerate();
                 for (o, result) in results.skip(outputs.start).take(outputs.len()) {
@@ -432,7 +432,9 @@ impl<T: WideElement> SpatialGrad<'_, T> {
                 let len = (vertical.count - 1) * planes.pitch + planes.columns(images, phase.count);
                 let (x, y) = ((grads.as_ptr(), &kernel.views[..]), (results.as_mut_ptr(), &y_offsets[..]));
                 // SAFETY: views of the planes end inside them; `results` hold the phase's rows.
-                unsafe { multiply_blocks(pass.isa, x, (&kernel.weights, g), &kernel.weights.blocks, None, y, len) };
+                unsafe {
+                    multiply_blocks((pass.isa, Fma), x, (&kernel.weights, g), &kernel.weights.blocks, None, y, len)
+                };
             }
             for (i, grad_x) in grad_x.chunks_exact_mut(images * pixels).enumerate() {
                 for (image, plane) in grad_x.chunks_exact_mut(pixels).enumerate() {

@@ -20,7 +20,7 @@ use super::pass::{Pass, Statistics};
 use super::program::{Conv, Step};
 use super::source::NormSums;
 use crate::conv1x1::dot_nt::MatmulNt;
-use crate::microkernels::conv1x1_nchw::{Init, MAX_ROWS};
+use crate::microkernels::conv1x1_nchw::{Init, MAX_ROWS, Output};
 use crate::microkernels::dot_nt::Rows;
 use crate::microkernels::reduce::Sum;
 use crate::microkernels::window_pool::Span;
@@ -300,7 +300,8 @@ impl<T: WideElement> Unfolded<'_, T> {
         let (taps, first) = (conv.taps() * block.len(), g * conv.group_out);
         let channels = first + block.start..first + block.end;
         let weights = &self.packed.block(g, block)[set.start * taps..set.end * taps];
-        let init = if set.start == 0 { self.packed.bias(channels.clone()).into() } else { Init::Output };
+        let bias = self.packed.bias(channels.clone());
+        let init = if set.start == 0 { Init::wide_bias(bias) } else { Init::Output };
         // Sums of several sets wait where they are.
         let own = tile.get_mut(block.start * pitch..).unwrap_or_default();
         let (y, pitch) = pass.results(value, channels.start, pixels.start, own, pitch);
@@ -308,8 +309,8 @@ impl<T: WideElement> Unfolded<'_, T> {
         // SAFETY: the unfolded rows, and these pixels of the value's rows, which are the task's
         // own, as are their statistics.
         unsafe {
-            let rows = (y.ptr(), &y_offsets[..block.len()]);
-            multiply_rows(pass.isa, (x.as_ptr(), &self.x_offsets), weights, init, rows, pixels.len(), [0; 2]);
+            let rows = (Output::Wide(y.ptr()), &y_offsets[..block.len()]);
+            multiply_rows((pass.isa, Fma), (x.as_ptr(), &self.x_offsets), weights, init, rows, pixels.len(), [0; 2]);
             if set.end == conv.group_in {
                 pass.apply_epilogue(value, channels.clone(), pixels, (y, pitch), self.sums.of(part, channels));
             }
@@ -387,7 +388,9 @@ impl<T: WideElement> UnfoldGrad<'_, T> {
                     let out = unfold.pixels(&tile);
                     // SAFETY: all that read the value come later in the program and have added
                     // their gradients.
-                    let grad = unsafe { tape.read_grad_rows(step.value, g * m, &out, grad_rows, pitch, &mut offsets) };
+                    let grad = unsafe {
+                        tape.read_grad_rows(step.value, g * m, &out, (&mut *grad_rows, pitch), &mut [], &mut offsets)
+                    };
                     if conv.bias.is_some() {
                         self.add_bias(pass, (grad, &offsets), out.len(), bias);
                     }
@@ -461,6 +464,6 @@ impl<T: WideElement> UnfoldGrad<'_, T> {
     ) {
         let y = (back.as_mut_ptr(), back_offsets);
         // SAFETY: the gradient's rows, and rows of `back`.
-        unsafe { multiply_blocks(pass.isa, grad, (&self.packed, set), &self.packed.blocks, None, y, pixels) };
+        unsafe { multiply_blocks((pass.isa, Fma), grad, (&self.packed, set), &self.packed.blocks, None, y, pixels) };
     }
 }

@@ -14,7 +14,7 @@
 
 use std::marker::PhantomData;
 
-use crate::simd::element::{Element, is_scalar};
+use crate::simd::element::{Element, is_scalar, is_wide};
 use crate::simd::mul_acc::{MulAcc, has_code};
 use crate::simd::{Isa, Kernel, RawKernel};
 
@@ -27,20 +27,36 @@ const STEPS: usize = 4;
 const LONG_ROW: usize = 1024;
 /// What the sums of [`Conv1x1Nchw`] start from.
 #[derive(Clone, Copy)]
-pub enum Init<'a, T> {
+pub enum Init<'a, T: Element> {
     /// Zero.
     Zero,
     /// A value for each output row.
     Bias(&'a [T]),
+    /// The same, as it is computed with.
+    WideBias(&'a [T::Wide]),
     /// What is in the output: for types that are stored as they are computed with.
     Output,
 }
 
-impl<'a, T> From<Option<&'a [T]>> for Init<'a, T> {
+impl<'a, T: Element> Init<'a, T> {
     /// The bias, where there is one.
-    fn from(bias: Option<&'a [T]>) -> Self {
+    pub fn bias(bias: Option<&'a [T]>) -> Self {
         bias.map_or(Self::Zero, Self::Bias)
     }
+
+    /// The same of a bias as it is computed with.
+    pub fn wide_bias(bias: Option<&'a [T::Wide]>) -> Self {
+        bias.map_or(Self::Zero, Self::WideBias)
+    }
+}
+
+/// Where the first output row of [`Conv1x1Nchw`] would start at offset 0.
+#[derive(Clone, Copy)]
+pub enum Output<T: Element> {
+    /// Rows as values are stored.
+    Stored(*mut T),
+    /// Rows of the sums themselves.
+    Wide(*mut T::Wide),
 }
 
 /// `y[r] = init[r] + sum over j of weights[j][r] * x[j]` for `R` output rows over `pixels` pixels.
@@ -61,7 +77,7 @@ pub struct Conv1x1Nchw<'a, T: Element, M> {
     /// What sums start from.
     pub init: Init<'a, T>,
     /// Output row `r` starts at `y + y_offsets[r]`.
-    pub y: *mut T,
+    pub y: Output<T>,
     /// One offset for each output row, at most [`MAX_ROWS`].
     pub y_offsets: &'a [usize],
     /// Length of a row.
@@ -100,7 +116,8 @@ impl<'a, T: Element, M: MulAcc<T>> Conv1x1Nchw<'a, T, M> {
         match self.init {
             Init::Zero => {}
             Init::Bias(bias) => assert_eq!(bias.len(), rows, "bias"),
-            Init::Output => assert_eq!(size_of::<T>(), size_of::<T::Wide>(), "sums are stored with rounding"),
+            Init::WideBias(bias) => assert_eq!(bias.len(), rows, "bias"),
+            Init::Output => assert!(is_wide::<T>(), "sums are stored with rounding"),
         }
     }
 
@@ -243,12 +260,18 @@ impl<'a, T: Element, M: MulAcc<T>> Conv1x1Nchw<'a, T, M> {
                     *row = [T::splat(isa, bias); V];
                 }
             }
+            Init::WideBias(bias) => {
+                for (row, &bias) in sums.iter_mut().zip(bias) {
+                    *row = [T::splat_wide(isa, bias); V];
+                }
+            }
             Init::Output => {
+                let y = self.stored();
                 for (row, &offset) in sums.iter_mut().zip(self.y_offsets) {
                     for (v, sum) in row.iter_mut().enumerate() {
                         // SAFETY: inside the output row.
                         *sum = unsafe {
-                            let y = self.y.add(offset + p + v * lanes);
+                            let y = y.add(offset + p + v * lanes);
                             if TAIL && v == V - 1 { T::load_masked(isa, mask, y) } else { T::load(isa, y) }
                         };
                     }
@@ -281,11 +304,16 @@ impl<'a, T: Element, M: MulAcc<T>> Conv1x1Nchw<'a, T, M> {
                 }
             }
         }
+        if let (false, Output::Wide(y)) = (const { is_wide::<T>() }, self.y) {
+            // SAFETY: the caller's promise.
+            return unsafe { self.store_wide::<I, R, V, TAIL>(isa, y, p, mask, sums) };
+        }
+        let y = self.stored();
         for (r, row) in sums.into_iter().enumerate() {
             for (v, &value) in row.iter().enumerate() {
                 // SAFETY: inside output row r; R offsets were asserted.
                 unsafe {
-                    let ptr = self.y.add(*self.y_offsets.get_unchecked(r) + p + v * lanes);
+                    let ptr = y.add(*self.y_offsets.get_unchecked(r) + p + v * lanes);
                     if self.prefetch[1] > 0 {
                         isa.prefetch_l2(ptr.wrapping_add(self.prefetch[1]));
                     }
@@ -295,6 +323,52 @@ impl<'a, T: Element, M: MulAcc<T>> Conv1x1Nchw<'a, T, M> {
                         }
                     } else {
                         self.mul_acc.store(isa, (TAIL && v == V - 1).then_some(mask), ptr, value);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What the tiles end with.
+impl<T: Element, M: MulAcc<T>> Conv1x1Nchw<'_, T, M> {
+    /// Where rows of stored values start.
+    #[inline(always)]
+    fn stored(&self) -> *mut T {
+        match self.y {
+            Output::Stored(y) => y,
+            // Of what is stored as it is computed with.
+            Output::Wide(y) => y.cast(),
+        }
+    }
+
+    /// Stores a tile's sums themselves.
+    ///
+    /// # Safety
+    /// As for [`Conv1x1Nchw::tile`].
+    #[inline(always)]
+    unsafe fn store_wide<I: Isa, const R: usize, const V: usize, const TAIL: bool>(
+        &self,
+        isa: I,
+        y: *mut T::Wide,
+        p: usize,
+        mask: T::Mask<I>,
+        sums: [[T::Vector<I>; V]; R],
+    ) {
+        let paired = const { paired(V, TAIL) };
+        for (r, row) in sums.into_iter().enumerate() {
+            for (v, &value) in row.iter().enumerate() {
+                // SAFETY: inside output row r; R offsets were asserted.
+                unsafe {
+                    let ptr = y.add(*self.y_offsets.get_unchecked(r) + p + v * T::lanes::<I>());
+                    if v < paired {
+                        if v % 2 == 0 {
+                            self.mul_acc.store_wide_parts(isa, ptr, [value, row[v + 1]]);
+                        }
+                    } else if TAIL && v == V - 1 {
+                        T::store_wide_masked(isa, mask, ptr, value);
+                    } else {
+                        T::store_wide(isa, ptr, value);
                     }
                 }
             }
@@ -395,21 +469,25 @@ mod tests {
                     weights.push(mul_acc.pack(weight(j, r), second.then(|| weight(j + 1, r))));
                 }
                 let before: Vec<T> = (0..rows * pixels).map(|i| number(i + 1)).collect();
-                let mut y = before.clone();
+                let (mut y, mut wide) = (before.clone(), vec![T::Wide::default(); rows * pixels]);
+                let wide_bias: Vec<_> = bias.iter().map(|bias| bias.widen()).collect();
                 let offsets = |rows: usize| (0..rows).map(|r| r * pixels).collect::<Vec<_>>();
-                let kernel = Conv1x1Nchw {
-                    mul_acc,
-                    x: x.as_ptr(),
-                    x_offsets: &offsets(inputs),
-                    weights: &weights,
-                    init: [Init::Zero, Init::Bias(&bias), Init::Output][init],
-                    y: y.as_mut_ptr(),
-                    y_offsets: &offsets(rows),
-                    pixels,
-                    prefetch: [0, 0],
+                let kernel = |init, y| {
+                    let (x_offsets, y_offsets) = (&offsets(inputs)[..], &offsets(rows)[..]);
+                    let (x, weights, prefetch) = (x.as_ptr(), &weights[..], [0, 0]);
+                    let kernel = Conv1x1Nchw { mul_acc, x, x_offsets, weights, init, y, y_offsets, pixels, prefetch };
+                    // SAFETY: all rows are there, `pixels` long.
+                    isa.run(unsafe { Promised::new_unchecked(kernel) });
                 };
-                // SAFETY: all rows are there, `pixels` long.
-                isa.run(unsafe { Promised::new_unchecked(kernel) });
+                kernel([Init::Zero, Init::Bias(&bias), Init::Output][init], Output::Stored(y.as_mut_ptr()));
+                if init < 2 {
+                    kernel([Init::Zero, Init::WideBias(&wide_bias)][init], Output::Wide(wide.as_mut_ptr()));
+                    assert!(
+                        y.iter().zip(&wide).all(|(y, wide)| y.widen() == *wide),
+                        "{} {rows} x {pixels}",
+                        isa.name()
+                    );
+                }
                 for (r, p) in (0..rows).flat_map(|r| (0..pixels).map(move |p| (r, p))) {
                     let start = [0.0, bias[r].to_f64(), before[r * pixels + p].to_f64()][init];
                     let terms = (0..inputs).map(|j| weight(j, r).to_f64() * x[j * pixels + p].to_f64());

@@ -3,7 +3,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::rows::{Body, Lanes, load, prefetch, run, store};
+use super::rows::{Body, Lanes, load, load_wide, prefetch, run, store};
 use crate::simd::element::Element;
 use crate::simd::{Isa, Kernel};
 
@@ -105,16 +105,10 @@ impl<T: Element, I: Isa> Body<T, I> for Narrow<T> {
     #[inline(always)]
     unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
         prefetch::<T, I, N>(isa, self.y.wrapping_add(at), self.ahead);
-        for i in 0..N {
-            let at = at + i * T::lanes::<I>();
-            // SAFETY: the caller's promise.
-            unsafe {
-                let value = match lanes {
-                    Lanes::All => T::load_wide(isa, self.x.add(at)),
-                    Lanes::First(mask) => T::load_wide_masked(isa, mask, self.x.add(at)),
-                };
-                store(isa, self.y.add(at), lanes, [value]);
-            }
+        // SAFETY: the caller's promise.
+        unsafe {
+            let values = load_wide::<T, I, N>(isa, self.x.add(at), lanes);
+            store(isa, self.y.add(at), lanes, values);
         }
     }
 }

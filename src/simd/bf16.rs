@@ -101,6 +101,11 @@ impl MulAcc<bf16> for Bf16Dot {
         unsafe { ptr.cast::<I::u32s>().write_unaligned(isa.round_unpacked_bf16(parts)) };
     }
     #[inline(always)]
+    unsafe fn store_wide_parts<I: Isa>(self, isa: I, ptr: *mut f32, parts: [I::f32s; 2]) {
+        // SAFETY: as above; to have `self` is to have the instructions.
+        unsafe { ptr.cast::<[I::f32s; 2]>().write_unaligned(isa.pack_f32s(parts)) };
+    }
+    #[inline(always)]
     fn mask<I: Isa>(_isa: I, len: usize) -> usize {
         len
     }
@@ -207,6 +212,11 @@ impl Element for bf16 {
     unsafe fn store<I: Isa>(isa: I, ptr: *mut Self, value: I::f32s) {
         // SAFETY: the caller's promise.
         unsafe { isa.store_u16s(ptr.cast(), isa.round_bf16(value)) }
+    }
+    #[inline(always)]
+    unsafe fn store_pair<I: Isa>(isa: I, ptr: *mut Self, values: [I::f32s; 2]) {
+        // SAFETY: the caller's promise.
+        unsafe { isa.store_rounded_bf16(ptr.cast(), values) }
     }
     #[inline(always)]
     unsafe fn load_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *const Self) -> I::f32s {

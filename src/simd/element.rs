@@ -137,6 +137,18 @@ pub trait Element:
     /// # Safety
     /// All of the vector's values must be writable at `ptr`.
     unsafe fn store<I: Isa>(isa: I, ptr: *mut Self, value: Self::Vector<I>);
+    /// Stores two vectors, one after the other.
+    ///
+    /// # Safety
+    /// As for [`Element::store`], of both.
+    #[inline(always)]
+    unsafe fn store_pair<I: Isa>(isa: I, ptr: *mut Self, [first, second]: [Self::Vector<I>; 2]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            Self::store(isa, ptr, first);
+            Self::store(isa, ptr.add(Self::lanes::<I>()), second);
+        }
+    }
     /// Loads the values that `mask` selects; the others are zero.
     ///
     /// # Safety
@@ -264,6 +276,12 @@ pub(crate) const fn is_wide<T: Element>() -> bool {
 /// not of bfloat16, where widening then takes an instruction more.
 pub(crate) const fn masks_are_free<T: Element, I: Isa>() -> bool {
     I::MASK_REGISTERS && is_wide::<T>()
+}
+
+/// The values themselves, if they are what is computed with.
+pub(crate) fn as_wide_mut<T: Element>(values: &mut [T]) -> Option<&mut [T::Wide]> {
+    // SAFETY: what has the size of what it is computed with is of the same type.
+    is_wide::<T>().then(|| unsafe { &mut *(values as *mut [T] as *mut [T::Wide]) })
 }
 
 /// Memory that holds values as memory to be written.

@@ -240,12 +240,32 @@ pub trait Isa: pulp::Simd {
     fn round_even_odd_bf16(self, even_odd: [Self::f32s; 2]) -> Self::u32s {
         portable::rounded_even_odd(self, even_odd)
     }
+    /// Stores what [`Isa::round_bf16`] makes of two vectors, one after the other.
+    ///
+    /// # Safety
+    /// Two vectors' numbers must be writable at `ptr`.
+    #[inline(always)]
+    unsafe fn store_rounded_bf16(self, ptr: *mut u16, [first, second]: [Self::f32s; 2]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.store_u16s(ptr, self.round_bf16(first));
+            self.store_u16s(ptr.add(size_of::<Self::f32s>() / 4), self.round_bf16(second));
+        }
+    }
     /// As [`Isa::round_bf16`], of two vectors as [`Isa::unpack_u16s`] divides values, in order.
     ///
     /// # Safety
     /// [`IsaKind::bf16`] must be true.
     #[inline(always)]
     unsafe fn round_unpacked_bf16(self, parts: [Self::f32s; 2]) -> Self::u32s {
+        unreachable!("no instruction for {parts:?}")
+    }
+    /// The values of two vectors as [`Isa::unpack_u16s`] divides them, in order.
+    ///
+    /// # Safety
+    /// [`IsaKind::bf16`] must be true.
+    #[inline(always)]
+    unsafe fn pack_f32s(self, parts: [Self::f32s; 2]) -> [Self::f32s; 2] {
         unreachable!("no instruction for {parts:?}")
     }
     /// Transposes a block of `R` rows of `C` values, 4 or 8 each.

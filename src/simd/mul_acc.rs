@@ -1,7 +1,7 @@
 //! How sums of products take values from memory and add them up: one product at a time, or two
 //! where there are instructions for it.
 
-use super::element::Element;
+use super::element::{Element, is_wide};
 use crate::simd::{Isa, IsaKind};
 
 /// How products of values of type `T` are summed. To have one is to have its instructions.
@@ -57,6 +57,11 @@ pub trait MulAcc<T: Element>: Copy + Send + Sync {
     /// # Safety
     /// Two vectors' values must be writable at `ptr`.
     unsafe fn store_parts<I: Isa>(self, isa: I, ptr: *mut T, parts: [T::Vector<I>; 2]);
+    /// As [`MulAcc::store_parts`], without rounding.
+    ///
+    /// # Safety
+    /// Two vectors' values must be writable at `ptr`.
+    unsafe fn store_wide_parts<I: Isa>(self, isa: I, ptr: *mut T::Wide, parts: [T::Vector<I>; 2]);
 
     /// One step's neighbouring values, of which there are `len` or more than a step takes, for
     /// every sum.
@@ -171,6 +176,16 @@ impl<T: Element> MulAcc<T> for Fma {
     unsafe fn store_parts<I: Isa>(self, isa: I, ptr: *mut T, parts: [T::Vector<I>; 2]) {
         // SAFETY: as above.
         unsafe { T::store_parts(isa, ptr, parts) }
+    }
+    #[inline(always)]
+    unsafe fn store_wide_parts<I: Isa>(self, isa: I, ptr: *mut T::Wide, parts: [T::Vector<I>; 2]) {
+        // Those of what is widened are the values at even indices and at odd ones.
+        let [first, second] = if is_wide::<T>() { parts } else { T::zip(isa, parts[0], parts[1]) };
+        // SAFETY: as above.
+        unsafe {
+            T::store_wide(isa, ptr, first);
+            T::store_wide(isa, ptr.add(T::lanes::<I>()), second);
+        }
     }
     #[inline(always)]
     fn mask<I: Isa>(isa: I, len: usize) -> T::Mask<I> {

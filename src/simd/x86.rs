@@ -374,10 +374,32 @@ avx!(pulp::x86::V4 {
         unsafe { cast(_mm512_permutexvar_epi16(cast(INDICES), round_512(cast(even), cast(odd)))) }
     }
     #[inline(always)]
+    unsafe fn store_rounded_bf16(self, ptr: *mut u16, [first, second]: [Self::f32s; 2]) {
+        // SAFETY: asked first; the token proves AVX-512, the rest is the caller's promise.
+        unsafe {
+            if has_bf16() {
+                _mm512_storeu_si512(ptr.cast(), round_512(cast(first), cast(second)));
+            } else {
+                self.store_u16s(ptr, rounded(self, first));
+                self.store_u16s(ptr.add(16), rounded(self, second));
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn round_unpacked_bf16(self, [first, second]: [Self::f32s; 2]) -> Self::u32s {
         const INDICES: [u16; 32] = in_turns(4);
         // SAFETY: the caller's promise.
         unsafe { cast(_mm512_permutexvar_epi16(cast(INDICES), round_512(cast(first), cast(second)))) }
+    }
+    #[inline(always)]
+    unsafe fn pack_f32s(self, [a, b]: [Self::f32s; 2]) -> [Self::f32s; 2] {
+        // Fours of both in turns: the lower halves' and the upper halves'.
+        // SAFETY: the token proves AVX-512.
+        unsafe {
+            let (a, b) = (cast(a), cast(b));
+            let (low, high) = (_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+            [low, high].map(|fours| cast(_mm512_shuffle_f32x4::<0xd8>(fours, fours)))
+        }
     }
 
     #[inline(always)]

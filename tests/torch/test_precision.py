@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kconv
 import kconv.torch.fused
 from kconv._kconv import FusedProgram
 from kconv.models import create
@@ -20,6 +21,10 @@ NETWORKS = [
     ("kmobilenet_v3_large", {"ktype": "D6_16ch", "alpha": 0.5}, 32),
     ("kdensenet_bc_l100", {"ktype": "D6_12ch", "blocks": 2}, 16),
 ]
+
+
+PAIRS = kconv.build_info()["isa"] == "avx512_bf16"
+"""Whether pointwise convolutions multiply bfloat16 numbers, as PyTorch's autocast does."""
 
 
 def network(name, options, size, **how):
@@ -81,11 +86,12 @@ def test_autocast_trains_in_bfloat16(name, options, size, counted):
     assert abs(narrow - loss) < 0.02 * loss
     assert all(grad.dtype is torch.float32 for grad in found.values())
     fused = errors(found, expected)
-    assert sum(fused.values()) < 0.9 * sum(layers.values())
+    assert sum(fused.values()) < (1.1 if PAIRS else 0.9) * sum(layers.values())
 
 
 def test_gradients_of_a_block():
-    """Where no depth multiplies them, the errors are those of the rounding: some 2^-9.
+    """Where no depth multiplies them, the errors are those of the rounding: some 2^-9 (with pairs,
+    that of weights and of what they are multiplied with too).
 
     (Gradients by a norm's parameters are sums that later norms make nearly 0.)
     """
@@ -101,7 +107,8 @@ def test_gradients_of_a_block():
         results.append({name: p.grad.clone() for name, p in block.named_parameters()})
     found = errors(results[1], results[0])
     assert max(found.values()) < 0.04
-    assert max(error for name, error in found.items() if "bn" not in name) < 1e-2
+    limit = 1.5e-2 if PAIRS else 1e-2
+    assert max(error for name, error in found.items() if "bn" not in name) < limit
 
 
 def test_a_model_of_bfloat16(counted):
