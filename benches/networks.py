@@ -33,6 +33,8 @@ Array = NDArray[Any]
 NETWORKS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "keffnet32": ("keffnet_b0", {"ktype": "D6_16ch", "skip_stride_cnt": 3}, 32, 64),
     "keffnet224": ("keffnet_b0", {"ktype": "D6_16ch"}, 224, 16),
+    "efficientnet224": ("efficientnet_b0", {}, 224, 16),
+    "mobilenet_v3": ("mobilenet_v3_large", {}, 224, 16),
     "kmobilenet": ("kmobilenet", {"ktype": "D6_32ch"}, 224, 16),
     "kmobilenet_v3": ("kmobilenet_v3_large", {"ktype": "D6_16ch"}, 224, 16),
     "kdensenet": ("kdensenet_bc_l100", {"ktype": "D6_12ch"}, 32, 64),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kconv._kconv import FusedProgram
+from kconv._kconv import FrozenProgram, FusedProgram
 from kconv.models import graph
 from kconv.models.fusion import Segment, UnfitError, partition
 from kconv.weights._entries import Array
@@ -163,7 +163,7 @@ def _chain(
 
 
 class _Fused:
-    """Runs a segment on weights that are put in a row once."""
+    """Runs a segment, whose weights are packed once for each size of images."""
 
     def __init__(self, segment: Segment, weights: Weights) -> None:
         norms = [layer for layer in segment.layers if isinstance(layer, graph.BatchNorm)]
@@ -174,7 +174,7 @@ class _Fused:
             for name in ("moving_mean", "moving_variance")
             for norm in norms
         )
-        self._programs: dict[tuple[int, int], tuple[Any, tuple[int, ...]]] = {}
+        self._programs: dict[tuple[int, int], tuple[FrozenProgram, tuple[int, ...]]] = {}
 
     def __call__(self, x: Values) -> Values:
         if x.ndim == 2:
@@ -185,16 +185,17 @@ class _Fused:
             program = self._programs[size] = self._program(size)
         if not len(x):
             return np.empty((0, *program[1]), np.float32)
-        y: Values = program[0].infer(x, self._parameters, self._statistics, "NHWC")
+        y: Values = program[0].infer(x, "NHWC")
         return y.reshape(len(y), *program[1])
 
-    def _program(self, size: tuple[int, int]) -> tuple[Any, tuple[int, ...]]:
+    def _program(self, size: tuple[int, int]) -> tuple[FrozenProgram, tuple[int, ...]]:
         try:
             program = self._segment.program(size, "OI")
         except UnfitError as error:
             raise ValueError(str(error)) from None
         shape = program.output_shape("NHWC")
-        return FusedProgram(program.integers), shape if self._segment.keeps_pixels else shape[2:]
+        frozen = FusedProgram(program.integers).freeze(self._parameters, self._statistics)
+        return frozen, shape if self._segment.keeps_pixels else shape[2:]
 
 
 def _row(arrays: Any) -> Values:

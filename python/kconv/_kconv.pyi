@@ -5,6 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "FrozenProgram",
     "FusedProgram",
     "build_info",
     "deinterleave",
@@ -220,6 +221,12 @@ class FusedProgram:
         layout: _Layout = "NCHW",
     ) -> NDArray[_Float]:
         """Forward in inference: the output, with the statistics that are given."""
+    def freeze(
+        self,
+        parameters: NDArray[np.float32] | list[NDArray[np.float32]],
+        statistics: NDArray[np.float32] | list[NDArray[np.float32]],
+    ) -> FrozenProgram:
+        """Packs parameters and statistics for inference, once for all calls."""
     def backward(
         self,
         grad_output: NDArray[_Float],
@@ -231,3 +238,13 @@ class FusedProgram:
         layout: _Layout = "NCHW",
     ) -> tuple[NDArray[_Float] | None, NDArray[_Float]]:
         """The gradients by the input (None if the program wants none) and by the parameters."""
+
+@final
+class FrozenProgram:
+    """A program with weights that stay what they are."""
+
+    @property
+    def program(self) -> FusedProgram:
+        """The program."""
+    def infer(self, x: NDArray[np.float32], layout: _Layout = "NCHW") -> NDArray[np.float32]:
+        """Forward in inference."""

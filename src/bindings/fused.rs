@@ -1,5 +1,7 @@
 //! Fused networks for NumPy arrays (and so for PyTorch's tensors).
 
+use std::mem::MaybeUninit;
+
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
@@ -7,7 +9,7 @@ use super::arrays::{ArrayElement, Input, Output, Values, by_dtype, dtype, memory
 use super::operation::{Batch, expect_images, expect_values, layout};
 use super::{active, compute};
 use crate::error::Result;
-use crate::fused::{self, Arguments, Inference, Program};
+use crate::fused::{self, Arguments, Inference, Prepared, Program};
 use crate::memory::{self, Memory};
 use crate::shape::Order;
 
@@ -119,6 +121,28 @@ impl FusedProgram {
         by_dtype!(dtype("x", x)?, S => self.run::<S>(py, x, parameters, statistics, layout))
     }
 
+    /// Packs parameters and statistics for inference, once for all calls.
+    ///
+    /// Args:
+    ///     parameters: All float32 parameters in a row, or a list of arrays that hold them one
+    ///         after the other. Later changes of them have no effect.
+    ///     statistics: (2, norm channels) means and variances to normalise with, or such a list.
+    ///
+    /// Returns:
+    ///     The program with these.
+    ///
+    /// Raises:
+    ///     ValueError: If an array does not fit.
+    ///     MemoryError: If there is not enough memory.
+    fn freeze(slf: &Bound<'_, Self>, parameters: &Any<'_>, statistics: &Any<'_>) -> PyResult<FrozenProgram> {
+        let (py, program, isa) = (slf.py(), &slf.get().0, active()?);
+        let parameters = Pieces::<f32>::new("parameters", parameters, program.parameters())?;
+        let statistics = Pieces::<f32>::new("statistics", statistics, 2 * program.norm_channels())?;
+        let (parameters, statistics) = (&parameters.slices().concat()[..], &statistics.slices().concat()[..]);
+        let prepared = compute(py, || Prepared::new(isa, program, parameters, statistics))?;
+        Ok(FrozenProgram { program: slf.clone().unbind(), prepared })
+    }
+
     /// The gradients by the input (None if the program wants none) and by the parameters.
     ///
     /// Args:
@@ -146,6 +170,65 @@ impl FusedProgram {
             S => self.back::<S>(py, grad_output, parameters, masks, statistics, workspace, frozen, layout)
         )
     }
+}
+
+/// A program with weights that stay what they are: nothing is packed or compared at a call.
+///
+/// :meth:`FusedProgram.freeze` makes it. Several threads may call it at once.
+#[pyclass(frozen, module = "kconv._kconv")]
+pub struct FrozenProgram {
+    program: Py<FusedProgram>,
+    prepared: Prepared<f32>,
+}
+
+#[pymethods]
+impl FrozenProgram {
+    /// The program.
+    #[getter]
+    fn program(&self, py: Python<'_>) -> Py<FusedProgram> {
+        self.program.clone_ref(py)
+    }
+
+    /// Forward in inference.
+    ///
+    /// Args:
+    ///     x: (N, C, H, W) or (N, H, W, C), float32.
+    ///     layout: "NCHW" or "NHWC".
+    ///
+    /// Returns:
+    ///     The output.
+    ///
+    /// Raises:
+    ///     ValueError: If the array or the layout does not fit.
+    ///     TypeError: If it is no array of float32.
+    ///     MemoryError: If there is not enough memory.
+    #[pyo3(signature = (x, layout="NCHW"))]
+    fn infer<'py>(&self, py: Python<'py>, x: &Any<'py>, layout: &str) -> PyResult<Any<'py>> {
+        let prepared = &self.prepared;
+        infer_images::<f32>(py, &self.program.get().0, x, layout, |program, images, x, y| {
+            fused::infer_prepared(program, prepared, images, x, y);
+        })
+    }
+}
+
+/// Checks images and a program's memory for them, and has `infer` write the output.
+fn infer_images<'py, S: ArrayElement<Wide: ArrayElement>>(
+    py: Python<'py>,
+    program: &Program,
+    x: &Any<'py>,
+    layout_name: &str,
+    infer: impl FnOnce(&Program, (usize, Order), &[S], &mut [MaybeUninit<S>]) + Send,
+) -> PyResult<Any<'py>> {
+    let layout = layout(layout_name)?;
+    let [input, output] = program.sizes();
+    let x = Input::<S>::new("x", x)?;
+    let (count, order) = images("x", &x, input, layout)?;
+    program.workspace_len(count)?;
+    let mut y =
+        Output::images(py, &Batch::of(count, output).shape(layout), layout, order, None, std::slice::from_ref(&x))?;
+    let (x, mut memory) = (x.image_values(layout, order)?, y.memory());
+    compute(py, || infer(program, (count, order), x.as_slice(), memory.as_mut_slice()))?;
+    y.finish()
 }
 
 /// Checks the number of values that arrays have together.
@@ -251,22 +334,14 @@ impl FusedProgram {
         statistics: &Any<'py>,
         layout_name: &str,
     ) -> PyResult<Any<'py>> {
-        let (program, layout, isa) = (&self.0, layout(layout_name)?, active()?);
-        let [input, output] = program.sizes();
-        let x = Input::<S>::new("x", x)?;
-        let (count, order) = images("x", &x, input, layout)?;
-        program.workspace_len(count)?;
+        let (program, isa) = (&self.0, active()?);
         let parameters = Pieces::<S::Wide>::new("parameters", parameters, program.parameters())?;
         let statistics = Pieces::<S::Wide>::new("statistics", statistics, 2 * program.norm_channels())?;
-        let mut y =
-            Output::images(py, &Batch::of(count, output).shape(layout), layout, order, None, std::slice::from_ref(&x))?;
-        let (x, mut memory) = (x.image_values(layout, order)?, y.memory());
         let (parameters, statistics) = (&parameters.slices()[..], &statistics.slices()[..]);
-        compute(py, || {
+        infer_images::<S>(py, program, x, layout_name, |program, (count, order), x, y| {
             let inference = Inference { isa, program, count, order, parameters, statistics };
-            fused::infer::<S>(&inference, x.as_slice(), memory.as_mut_slice());
-        })?;
-        y.finish()
+            fused::infer::<S>(&inference, x, y);
+        })
     }
 
     fn back<'py, S: ArrayElement<Wide: ArrayElement>>(
@@ -353,6 +428,7 @@ fn release_memory() -> usize {
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<FusedProgram>()?;
+    module.add_class::<FrozenProgram>()?;
     module.add_function(wrap_pyfunction!(memory_stats, module)?)?;
     module.add_function(wrap_pyfunction!(release_memory, module)?)
 }

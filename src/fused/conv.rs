@@ -84,6 +84,9 @@ impl<S: Clone> PartSums<S> {
     /// They must be the calling task's own.
     #[expect(clippy::mut_from_ref, reason = "tasks write different parts of shared memory")]
     pub unsafe fn of(&self, part: usize, range: Range<usize>) -> &mut [S] {
+        if self.len == 0 {
+            return &mut [];
+        }
         assert!(range.end <= self.len && (part + 1) * self.len <= self.sums.len());
         // SAFETY: inside the sums; the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.shared.ptr().add(part * self.len + range.start), range.len()) }
@@ -91,14 +94,15 @@ impl<S: Clone> PartSums<S> {
 }
 
 impl PartSums<Statistics> {
-    /// Statistics of that many channels.
-    pub fn statistics(parts: usize, channels: usize) -> Self {
+    /// Statistics of a value's channels, of none where nobody wants them.
+    pub fn statistics<E: Element>(pass: &Pass<'_, E>, value: usize, parts: usize) -> Self {
+        let channels = if pass.gathers(value) { pass.program.values[value].channels } else { 0 };
         Self::new((0.0, 0.0, 0.0), parts, channels)
     }
 
     /// The statistics of each channel from those of its parts.
     pub fn merged(&self) -> Vec<Statistics> {
-        let parts = || self.sums.chunks_exact(self.len);
+        let parts = || self.sums.chunks_exact(self.len.max(1));
         (0..self.len).map(|c| parts().map(|part| part[c]).fold((0.0, 0.0, 0.0), merge_statistics)).collect()
     }
 }

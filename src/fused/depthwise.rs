@@ -36,7 +36,7 @@ impl<S: Element> Pass<'_, S> {
         let together = planes_together(block * pixels, conv.groups.div_ceil(self.threads));
         let packed = self.weights(step);
         let none = vec![S::Wide::default(); together];
-        let sums = PartSums::statistics(parts, conv.groups);
+        let sums = PartSums::statistics(self, step.value, parts);
         let sizes = [together * block * pixels, Self::tile_len(together * block * out_pixels)];
         self.for_tasks(conv.groups.div_ceil(together), parts, |task, p| {
             let channels = task * together..conv.groups.min((task + 1) * together);

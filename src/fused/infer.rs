@@ -38,12 +38,35 @@ pub struct Inference<'a, T> {
     pub statistics: &'a [&'a [T]],
 }
 
-/// What inference makes of parameters and statistics, and these.
-struct Prepared<T> {
-    parameters: Vec<T>,
-    statistics: Vec<T>,
+/// What inference makes of a program's parameters and statistics: weights as the kernels read
+/// them, for one instruction set.
+pub struct Prepared<T> {
+    isa: IsaKind,
     weights: Vec<Option<Packed<T>>>,
     affine: Vec<(T, T)>,
+}
+
+/// The last call's parameters and statistics, and what was made of them.
+struct Last<T> {
+    parameters: Vec<T>,
+    statistics: Vec<T>,
+    prepared: Arc<Prepared<T>>,
+}
+
+impl<T: WideElement> Prepared<T> {
+    /// That of all parameters and statistics.
+    pub fn new(isa: IsaKind, program: &Program, parameters: &[T], statistics: &[T]) -> Self {
+        let arguments = Arguments { isa, program, count: 1, order: Order::Nchw, parameters, masks: &[] };
+        let mut pass = Pass::<T>::new(&arguments, Shared::new(&mut []), &program.reused, 1);
+        pass.fix_statistics(statistics);
+        Self { isa, weights: arguments.packed(Some(&pass.affine)), affine: pass.affine.into_owned() }
+    }
+
+    /// How many convolutions' products have vectors of channels.
+    #[cfg(test)]
+    pub(super) fn by_channels(&self) -> usize {
+        self.weights.iter().flatten().filter(|packed| packed.by_channels).count()
+    }
 }
 
 impl<T: WideElement> Inference<'_, T> {
@@ -53,27 +76,19 @@ impl<T: WideElement> Inference<'_, T> {
     fn prepared(&self) -> Arc<Prepared<T>> {
         // Not under the lock: threads that come at once may all pack.
         let last = self.program.prepared.with(|last| last.clone());
-        if let Some(prepared) = last.and_then(|last| last.downcast::<Prepared<T>>().ok())
-            && same_bits(&prepared.parameters, self.parameters)
-            && same_bits(&prepared.statistics, self.statistics)
+        if let Some(last) = last.and_then(|last| last.downcast::<Last<T>>().ok())
+            && last.prepared.isa.name() == self.isa.name()
+            && same_bits(&last.parameters, self.parameters)
+            && same_bits(&last.statistics, self.statistics)
         {
-            return prepared;
+            return last.prepared.clone();
         }
         let (parameters, statistics) = (concat(self.parameters), concat(self.statistics));
-        let arguments = self.arguments(&parameters);
-        let mut pass = Pass::<T>::new(&arguments, Shared::new(&mut []), &self.program.reused, 1);
-        pass.fix_statistics(&statistics);
-        let (weights, affine) = (arguments.packed(Some(&pass.affine)), pass.affine);
-        let prepared = Arc::new(Prepared { parameters, statistics, weights, affine });
-        let old = self.program.prepared.with(|last| last.replace(prepared.clone()));
+        let prepared = Arc::new(Prepared::new(self.isa, self.program, &parameters, &statistics));
+        let last = Arc::new(Last { parameters, statistics, prepared: prepared.clone() });
+        let old = self.program.prepared.with(|before| before.replace(last));
         drop(old);
         prepared
-    }
-
-    /// What a pass computes with.
-    fn arguments<'a>(&'a self, parameters: &'a [T]) -> Arguments<'a, T> {
-        let Inference { isa, program, count, order, .. } = *self;
-        Arguments { isa, program, count, order, parameters, masks: &[] }
     }
 }
 
@@ -113,31 +128,53 @@ fn export<S: Element>(pass: &Pass<'_, S::Wide>, y: &mut [MaybeUninit<S>]) {
 }
 
 /// Forward in inference, with given statistics (means and variances of all norms' channels).
+pub fn infer<S: Element>(inference: &Inference<'_, S::Wide>, x: &[S], y: &mut [MaybeUninit<S>]) {
+    let Inference { program, count, order, .. } = *inference;
+    if count > 0 {
+        infer_prepared(program, &inference.prepared(), (count, order), x, y);
+    }
+}
+
+/// Forward in inference, with what was [`Prepared`] for the program.
 ///
 /// Nothing is kept. Each thread takes a few images at a time through the whole program, in memory
 /// that stays in its cache: so values are as they are computed with, whatever images are.
-pub fn infer<S: Element>(inference: &Inference<'_, S::Wide>, x: &[S], y: &mut [MaybeUninit<S>]) {
-    let Inference { program, count, .. } = *inference;
+pub fn infer_prepared<S: Element>(
+    program: &Program,
+    prepared: &Prepared<S::Wide>,
+    (count, order): (usize, Order),
+    x: &[S],
+    y: &mut [MaybeUninit<S>],
+) {
     let [input, output] = program.sizes().map(|[channels, height, width]| channels * height * width);
     assert_eq!((x.len(), y.len()), (count * input, count * output));
+    assert_eq!((prepared.weights.len(), prepared.affine.len()), (program.steps.len(), program.norm_channels()));
     assert!(program.workspace_len(count).is_ok());
     if count == 0 {
         return;
     }
     let threads = num_threads();
     let y = Shared::new(y);
-    let prepared = inference.prepared();
-    let arguments = inference.arguments(&prepared.parameters);
-    // What is the same for all images, which only the memory is not.
-    let mut first = Pass::<S::Wide>::new(&arguments, Shared::new(&mut []), &program.reused, 1);
-    first.packed = &prepared.weights;
-    first.affine.clone_from(&prepared.affine);
-    first.stores_views = true;
     let run = |images: Range<usize>, threads: usize| {
         let count = images.len();
         memory::with(program.reused.len * count, |memory: &mut [MaybeUninit<S::Wide>]| {
-            let (start, offsets) = (Shared::new(memory), program.reused.offsets(count));
-            let pass = Pass { start, offsets, count, threads, ..first.clone() };
+            let pass = Pass::<S::Wide> {
+                isa: prepared.isa,
+                program,
+                count,
+                order,
+                threads,
+                parameters: &[],
+                masks: &[],
+                packed: &prepared.weights,
+                start: Shared::new(memory),
+                inner: Shared::new(&mut []),
+                recomputed: &[],
+                offsets: program.reused.offsets(count),
+                affine: prepared.affine.as_slice().into(),
+                moments: Vec::new(),
+                stores_views: true,
+            };
             let x = &x[images.start * input..images.end * input];
             let len = if is_wide::<S>() { 0 } else { x.len() };
             scratch::with(len, |memory: &mut [S::Wide]| pass.import(0, pass.rows(0), S::widened(pass.isa, x, memory)));

@@ -29,13 +29,14 @@
 //! | `pass`, `source` | values in memory, statistics, how steps read values and return gradients |
 //! | `forward`, `infer`, `backward` | the three ways through a program |
 //! | `conv`, `pack` | what the convolutions share |
-//! | `pointwise`, `depthwise`, `spatial`, `unfold`, `single` | the convolutions |
+//! | `pointwise`, `by_channels`, `single`, `depthwise`, `spatial`, `unfold` | the convolutions |
 //! | `pool` | means and maxima over windows |
 
 mod analysis;
 mod backward;
 #[cfg(test)]
 mod builder;
+mod by_channels;
 mod conv;
 mod depthwise;
 mod forward;
@@ -56,7 +57,7 @@ mod unfold;
 
 pub use backward::backward;
 pub use forward::forward;
-pub use infer::{Inference, infer};
+pub use infer::{Inference, Prepared, infer, infer_prepared};
 pub use program::{Program, StepTimes};
 pub use reader::FORMAT;
 

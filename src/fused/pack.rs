@@ -11,7 +11,7 @@ use crate::microkernels::conv1x1_nchw::ConvHeight;
 use crate::microkernels::row_copy::NarrowRows;
 use crate::microkernels::transpose::Transpose;
 use crate::parallel::Shared;
-use crate::pool::{parallel_for, part, threads_for};
+use crate::pool::{chunks, parallel_for, part, threads_for};
 use crate::scratch;
 use crate::shape::WeightLayout;
 use crate::simd::IsaKind;
@@ -20,6 +20,13 @@ use crate::simd::mul_acc::MulAcc;
 
 /// What packing a weight takes, about.
 const NANOSECONDS: f64 = 1.0;
+/// Output rows of a block of [`Packed::by_channels`], at most: four of the longest vectors, or
+/// eight, whose sums stay in registers beside as many pixels as these hold.
+pub(super) const CHANNELS: usize = 64;
+/// Images of fewer pixels leave much of the last vector of a row empty.
+const FEW_PIXELS: usize = 64;
+/// Channels from which on it pays to transpose the pixels.
+const MANY_CHANNELS: usize = 32;
 
 /// Packed weights: for each group, for each block of output rows, `[input row][output row]`.
 pub(super) struct Packed<T> {
@@ -30,6 +37,8 @@ pub(super) struct Packed<T> {
     inputs: usize,
     /// Output rows of a group in blocks.
     pub blocks: Vec<Range<usize>>,
+    /// Whether vectors are made of output rows and not of pixels.
+    pub by_channels: bool,
 }
 
 impl<T: WideElement> Packed<T> {
@@ -54,7 +63,7 @@ impl<T: WideElement> Packed<T> {
         taps: &[Option<usize>],
         weight: impl Fn(usize, usize, usize, usize) -> T + Sync,
     ) -> Self {
-        Self::of_blocks(isa, [groups, outputs, channels * taps.len()], |g, block, rows| {
+        Self::of_blocks(row_blocks::<T>(isa, outputs), [groups, outputs, channels * taps.len()], |g, block, rows| {
             let inputs = (0..channels).flat_map(|channel| taps.iter().map(move |&tap| (channel, tap)));
             for ((channel, tap), row) in inputs.zip(rows.chunks_exact_mut(block.len())) {
                 let Some(tap) = tap else { continue };
@@ -71,7 +80,7 @@ impl<T: WideElement> Packed<T> {
         let [groups, outputs, inputs] = size;
         let end = (groups - 1) * group + (outputs - 1) * output + (inputs - 1) * input;
         assert!(end < weights.len() && (output == 1 || input == 1), "strides");
-        Self::of_blocks(isa, size, |g, block, rows| {
+        Self::of_blocks(row_blocks::<T>(isa, outputs), size, |g, block, rows| {
             let weights = &weights[g * group + block.start * output..];
             if output == 1 {
                 for (i, row) in rows.chunks_exact_mut(block.len()).enumerate() {
@@ -86,12 +95,26 @@ impl<T: WideElement> Packed<T> {
         })
     }
 
+    /// Packs `weight(group, output row, input row)` for products whose vectors are made of output
+    /// rows.
+    pub fn by_channels(size: [usize; 3], weight: impl Fn(usize, usize, usize) -> T + Sync) -> Self {
+        let blocks = chunks(0..size[1], CHANNELS).collect();
+        let packed = Self::of_blocks(blocks, size, |g, block, rows| {
+            for (i, row) in rows.chunks_exact_mut(block.len()).enumerate() {
+                block.clone().zip(row).for_each(|(o, y)| *y = weight(g, o, i));
+            }
+        });
+        Self { by_channels: true, ..packed }
+    }
+
     /// Packs groups, output rows and input rows by `pack(group, output rows, weights)`, on all
     /// threads.
-    fn of_blocks(isa: IsaKind, size: [usize; 3], pack: impl Fn(usize, &Range<usize>, &mut [T]) + Sync) -> Self {
-        let [groups, outputs, inputs] = size;
-        let count = outputs.div_ceil(isa.constant(ConvHeight::<T> { pixels: 0, values: PhantomData }));
-        let blocks: Vec<_> = (0..count).map(|i| part(outputs, count, i)).collect();
+    fn of_blocks(
+        blocks: Vec<Range<usize>>,
+        [groups, outputs, inputs]: [usize; 3],
+        pack: impl Fn(usize, &Range<usize>, &mut [T]) + Sync,
+    ) -> Self {
+        let count = blocks.len();
         let mut weights = memory::filled(T::default(), groups * outputs * inputs);
         let shared = Shared(weights.as_mut_ptr());
         parallel_for(threads_for(weights.len() as f64 * NANOSECONDS), groups * count, |task| {
@@ -101,7 +124,7 @@ impl<T: WideElement> Packed<T> {
             let rows = unsafe { std::slice::from_raw_parts_mut(shared.ptr().add(start), block.len() * inputs) };
             pack(g, block, rows);
         });
-        Self { weights, bias: Vec::new(), group: outputs * inputs, inputs, blocks }
+        Self { weights, bias: Vec::new(), group: outputs * inputs, inputs, blocks, by_channels: false }
     }
 
     /// These weights rounded to `S`, a step's rows packed into one as [`MulAcc::pack`] does.
@@ -159,6 +182,19 @@ impl<T: WideElement> Packed<T> {
     }
 }
 
+/// Output rows in blocks of nearly the same height, as many as a tile of the kernel has or fewer.
+fn row_blocks<T: WideElement>(isa: IsaKind, outputs: usize) -> Vec<Range<usize>> {
+    let count = outputs.div_ceil(isa.constant(ConvHeight::<T> { pixels: 0, values: PhantomData }));
+    (0..count).map(|i| part(outputs, count, i)).collect()
+}
+
+/// Whether the vectors of a pointwise convolution's products are better made of its output
+/// channels than of an image's pixels.
+fn is_by_channels(conv: &Conv, pixels: usize) -> bool {
+    let many = conv.group_in.min(conv.group_out) >= MANY_CHANNELS;
+    conv.pointwise() && (pixels == 1 || pixels < FEW_PIXELS && many)
+}
+
 impl<T: WideElement> Arguments<'_, T> {
     /// Each step's weights for the forward pass, where it is a convolution. With scale and shift of
     /// all norms' channels, those of the norm that all readers of the result apply are part of its
@@ -197,7 +233,9 @@ impl<T: WideElement> Arguments<'_, T> {
         let weight = |g, o, i, tap| weights[conv.index(g, o, i, tap)] * scale[g * outputs + o];
         // A channel's taps follow each other, or there is one.
         let in_order = !conv.depthwise() && (conv.taps() == 1 || conv.layout == WeightLayout::Oi);
-        let packed = if affine.is_none() && in_order {
+        let packed = if affine.is_some() && is_by_channels(conv, value.pixels()) {
+            Packed::by_channels([conv.groups, outputs, conv.group_in], |g, o, i| weight(g, o, i, 0))
+        } else if affine.is_none() && in_order {
             let size = [conv.groups, outputs, conv.group_in * conv.taps()];
             let input = if conv.taps() == 1 { conv.index(0, 0, 1, 0) } else { 1 };
             Packed::strided(self.isa, size, weights, [conv.index(1, 0, 0, 0), conv.index(0, 1, 0, 0), input])

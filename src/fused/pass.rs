@@ -1,5 +1,6 @@
 //! A pass through a program: its values in memory, and the statistics of its norms.
 
+use std::borrow::Cow;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -15,13 +16,15 @@ use crate::microkernels::reduce::Moments;
 use crate::microkernels::row_copy::NarrowRows;
 use crate::microkernels::transpose::Transpose;
 use crate::parallel::Shared;
-use crate::pool::parallel_for;
+use crate::pool::{parallel_for, part};
 use crate::shape::Order;
 use crate::simd::IsaKind;
 use crate::simd::element::{Element, as_wide_mut, is_wide, writable};
 
 /// Pixels of a row in one set of partial sums, at least.
 const PART_PIXELS: usize = 256;
+/// Pixels of an image that are worth a thread to copy them.
+const IMPORT_PIXELS: usize = 16 << 10;
 
 /// A pass through a program, whose values are stored as `S` and computed with as `S::Wide`.
 #[derive(Clone)]
@@ -43,8 +46,8 @@ pub(super) struct Pass<'a, S: Element> {
     pub recomputed: &'a [bool],
     pub offsets: Vec<usize>,
     /// Scale and shift of each channel of the norms.
-    pub affine: Vec<(S::Wide, S::Wide)>,
-    /// Mean and inverse standard deviation of each channel of the norms.
+    pub affine: Cow<'a, [(S::Wide, S::Wide)]>,
+    /// Mean and inverse standard deviation of each channel of the norms; none in inference.
     pub moments: Vec<(S::Wide, S::Wide)>,
     /// Whether values are stored as their readers see them (where these agree), because nothing is
     /// kept for a backward pass and the statistics are known.
@@ -112,7 +115,7 @@ impl<'a, S: Element> Pass<'a, S> {
             inner: Shared::new(&mut []),
             recomputed: &[],
             offsets: slots.offsets(count),
-            affine: vec![zero; channels],
+            affine: vec![zero; channels].into(),
             moments: vec![zero; channels],
             stores_views: false,
         }
@@ -180,17 +183,22 @@ impl<'a, S: Element> Pass<'a, S> {
         let row_len = self.row_len(value);
         // A single pixel is the same memory in both orders.
         let planes = self.order == Order::Nchw && pixels > 1;
-        parallel_for(self.threads, self.count, |n| {
+        // Fewer images than threads: these share an image.
+        let parts = self.threads.div_ceil(self.count).min(pixels.div_ceil(IMPORT_PIXELS));
+        parallel_for(self.threads, self.count * parts, |task| {
+            let (n, pixel) = (task / parts, part(pixels, parts, task % parts));
             let x = &x[n * channels * pixels..][..channels * pixels];
-            // SAFETY: image n of the value's rows, which no other task writes.
+            // SAFETY: pixels of image n of the value's rows, which no other task writes.
             unsafe {
-                let target = rows.ptr().add(n * pixels);
+                let target = rows.ptr().add(n * pixels + pixel.start);
                 if planes {
                     for (c, plane) in x.chunks_exact(pixels).enumerate() {
-                        target.add(c * row_len).copy_from_nonoverlapping(plane.as_ptr(), pixels);
+                        let plane = &plane[pixel.clone()];
+                        target.add(c * row_len).copy_from_nonoverlapping(plane.as_ptr(), plane.len());
                     }
                 } else {
-                    self.isa.run(Transpose::gather([pixels, channels], x.as_ptr(), channels, target, row_len));
+                    let x = x[pixel.start * channels..].as_ptr();
+                    self.isa.run(Transpose::gather([pixel.len(), channels], x, channels, target, row_len));
                 }
             }
         });
@@ -266,7 +274,7 @@ impl<'a, S: Element> Pass<'a, S> {
         let gamma = norm.gamma.map_or(1.0, |gamma| self.parameters[gamma + own].to_f64());
         let inverse = 1.0 / (variance + norm.epsilon).sqrt();
         let shift = self.parameters[norm.beta + own].to_f64() - mean * gamma * inverse;
-        self.affine[channel] = (S::Wide::from_f64(gamma * inverse), S::Wide::from_f64(shift));
+        self.affine.to_mut()[channel] = (S::Wide::from_f64(gamma * inverse), S::Wide::from_f64(shift));
         self.moments[channel] = (S::Wide::from_f64(mean), S::Wide::from_f64(inverse));
     }
 
@@ -298,6 +306,11 @@ impl<'a, S: Element> Pass<'a, S> {
         if is_wide::<S>() { 0 } else { len }
     }
 
+    /// Whether a value's statistics are gathered: norms read it, and they are not given.
+    pub fn gathers(&self, value: usize) -> bool {
+        !self.stores_views && self.program.values[value].normed
+    }
+
     /// What follows a convolution while its results are in the cache: the statistics of new values
     /// of some channels, or what their readers make of them; and where they are not the value's own
     /// rows, they are stored there.
@@ -313,7 +326,7 @@ impl<'a, S: Element> Pass<'a, S> {
         (rows, pitch): Results<T>,
         statistics: &mut [Statistics],
     ) {
-        if !self.stores_views && self.program.values[value].normed {
+        if self.gathers(value) {
             for (i, statistics) in statistics.iter_mut().enumerate().take(channels.len()) {
                 // SAFETY: the caller's promise.
                 let row: &[T] = unsafe { std::slice::from_raw_parts(rows.at(i * pitch).ptr(), pixels.len()) };

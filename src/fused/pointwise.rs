@@ -51,6 +51,10 @@ impl<S: Element> Pass<'_, S> {
             self.pointwise_single(step, conv);
             return Vec::new();
         }
+        if self.weights(step).by_channels {
+            self.pointwise_by_channels(step, conv);
+            return Vec::new();
+        }
         match S::bf16_dot(self.isa) {
             Some(pairs) => self.pointwise_with::<S, _>(pairs, step, conv),
             None => self.pointwise_with::<S::Wide, _>(Fma, step, conv),
@@ -76,7 +80,7 @@ impl<S: Element> Pass<'_, S> {
         let parts = parts.clamp(1, PARTS);
         // Fewer tasks than threads: some share a group's output channels.
         let sets = self.threads.div_ceil(conv.groups * parts).min(packed.blocks.len());
-        let sums = PartSums::statistics(parts, conv.groups * m);
+        let sums = PartSums::statistics(self, step.value, parts);
         let pitch = tile + line::<T>();
         let highest = packed.blocks.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
         let sizes = [k * pitch, if is_stored::<S, T>() { 0 } else { highest * tile }];

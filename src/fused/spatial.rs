@@ -87,7 +87,7 @@ impl<S: Element> Pass<'_, S> {
             views: views::<S::Wide>(&planes, vertical, horizontal, conv.group_in),
             planes,
             phases: [vertical, horizontal],
-            sums: PartSums::statistics(parts, conv.groups * conv.group_out),
+            sums: PartSums::statistics(self, step.value, parts),
         };
         // Fewer tasks than threads: some share a group's output channels, though each has to pad
         // all planes. (Measured: docs/ALGORITHMS.md.)

@@ -8,7 +8,7 @@ use half::bf16;
 use super::builder::{
     Builder, CLIP, ELU, GELU, GELU_TANH, HARD_SWISH, LEAKY_RELU, MISH, RELU6, SIGMOID, SWISH, Term, Window, term,
 };
-use super::{Arguments, Inference, Program, backward, forward, infer};
+use super::{Arguments, Inference, Prepared, Program, backward, forward, infer, infer_prepared};
 use crate::shape::Order;
 use crate::simd::IsaKind;
 use crate::simd::element::Element;
@@ -138,6 +138,25 @@ fn recomputing(mut program: Vec<i64>) -> Vec<i64> {
 /// Every program that is tested.
 fn programs() -> [Vec<i64>; 6] {
     [gated(), pooling(), windows(), dense(), wide(), activations()]
+}
+
+/// Squeeze and excite on 3 x 3 pixels, whose convolutions are computed by channels in inference:
+/// 40 to 72 of gated and permuted ones, 72 to 70 in two groups, both with a sum.
+fn few_pixels() -> Vec<i64> {
+    let mut program = Builder::new([40, 3, 3]);
+    let norms = [program.norm(72, true), program.norm(70, true)];
+    let mean = program.mean(&[term(0, 0..40)], 40);
+    let squeezed = program.conv(Window::square(1, 1, 0), 1, true, &[term(mean, 0..40)], [5, 1, 1]);
+    let expanded = term(squeezed, 0..5).activation(SWISH, &[]);
+    let expanded = program.conv(Window::square(1, 1, 0), 1, true, &[expanded], [40, 1, 1]);
+    let gate = program.copy(&[term(expanded, 0..40).activation(SIGMOID, &[])], [40, 1, 1]);
+    let gated = term(0, (0..40).map(|c| c * 7 % 40)).gate(gate);
+    let wide = program.conv(Window::square(1, 1, 0), 1, false, &[gated], [72, 3, 3]);
+    let swish = term(wide, 0..72).norm(norms[0]).activation(SWISH, &[]);
+    let groups = program.conv(Window::square(1, 1, 0), 2, true, &[swish.clone()], [70, 3, 3]);
+    let sum = [term(groups, 0..70).norm(norms[1]), swish];
+    program.conv(Window::square(1, 1, 0), 1, true, &sum, [33, 3, 3]);
+    program.integers()
 }
 
 fn values<T: Element>(len: usize, seed: u64) -> Vec<T> {
@@ -379,6 +398,26 @@ fn inference_in_bfloat16_is_nearly_that_of_floats() {
                 for (found, expected) in found.iter().zip(&expected) {
                     assert!((found.to_f32() - expected).abs() < 0.02 * largest, "program {index}, {}", isa.name());
                 }
+            }
+        }
+    }
+}
+
+/// The forward pass has vectors of pixels, for whose sums those of channels are exchanged here.
+#[test]
+fn inference_by_channels_is_the_forward_pass() {
+    for isa in IsaKind::available() {
+        for count in [1, COUNT] {
+            let mut case = Case::<f64>::new(Program::parse(&few_pixels()).unwrap(), count);
+            // As parts of sums that neither grow nor vanish.
+            case.parameters.iter_mut().for_each(|value| *value *= 0.2);
+            let (y, statistics, _) = case.forward(isa);
+            let Arguments { program, order, parameters, .. } = case.arguments(isa);
+            let prepared = Prepared::new(isa, program, parameters, &statistics);
+            assert_eq!(prepared.by_channels(), 5, "convolutions");
+            let found = filled(y.len(), |y| infer_prepared(program, &prepared, (count, order), &case.x, y));
+            for (found, expected) in found.iter().zip(&y) {
+                assert!((found - expected).abs() < 1e-12, "{} {count}: {found} {expected}", isa.name());
             }
         }
     }

@@ -241,7 +241,7 @@ impl<S: Element> Pass<'_, S> {
         let forward = Unfolded {
             packed,
             x_offsets: (0..unfold.unfolded()).map(|i| i * pitch).collect(),
-            sums: PartSums::statistics(parts, conv.groups * conv.group_out),
+            sums: PartSums::statistics(self, step.value, parts),
             unfold,
         };
         // Fewer tasks than threads: some share a group's output channels, though each has to

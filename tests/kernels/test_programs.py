@@ -70,6 +70,48 @@ def test_the_program_itself() -> None:
         assert run(PROGRAM, count)
 
 
+def test_a_frozen_program_keeps_its_weights() -> None:
+    rng = np.random.default_rng(1)
+    program = _kconv.FusedProgram(PROGRAM)
+    parameters = rng.normal(size=program.parameters).astype(np.float32)
+    statistics = rng.uniform(1, 2, size=(2, program.norm_channels)).astype(np.float32)
+    for pieces in ([parameters], [parameters[:5], parameters[5:]]):
+        frozen = program.freeze(pieces, [statistics[0], statistics[1]])
+        for count in (0, 1, 3):
+            x = rng.normal(size=(count, 2, 6, 5)).astype(np.float32)
+            expected = program.infer(x, parameters, statistics)
+            np.testing.assert_array_equal(frozen.infer(x), expected)
+            nhwc = frozen.infer(np.ascontiguousarray(x.transpose(0, 2, 3, 1)), "NHWC")
+            np.testing.assert_allclose(nhwc.transpose(0, 3, 1, 2), expected, rtol=1e-6)
+    parameters += 1
+    np.testing.assert_array_equal(frozen.infer(x), expected)
+    assert not np.array_equal(program.infer(x, parameters, statistics), expected)
+    assert sum(forward for _, forward, *_ in frozen.program.take_times()) > 0
+
+
+@pytest.mark.parametrize("lengths", [(1, 0), (-1, 0), (0, 1), (0, -1)])
+def test_a_program_is_frozen_with_all_that_it_needs(lengths: tuple[int, int]) -> None:
+    program = _kconv.FusedProgram(PROGRAM)
+    sizes = (program.parameters + lengths[0], 2 * program.norm_channels + lengths[1])
+    with pytest.raises(ValueError, match=r"values, expected"):
+        program.freeze(*(np.ones(size, np.float32) for size in sizes))
+
+
+def test_a_frozen_program_refuses_other_images() -> None:
+    program = _kconv.FusedProgram(PROGRAM)
+    sizes = (program.parameters, 2 * program.norm_channels)
+    frozen = program.freeze(*(np.ones(size, np.float32) for size in sizes))
+    with pytest.raises(TypeError, match="float64"):
+        frozen.infer(np.ones((1, 2, 6, 5)))  # type: ignore[arg-type]
+    for shape in ((1, 6, 5, 2), (2, 6, 5)):
+        with pytest.raises(ValueError, match="x has shape"):
+            frozen.infer(np.ones(shape, np.float32))
+    with pytest.raises(ValueError, match='layout="HWC"'):
+        frozen.infer(np.ones((1, 2, 6, 5), np.float32), "HWC")  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        program.freeze(np.ones(sizes[0]), np.ones(sizes[1]))  # type: ignore[arg-type]
+
+
 def test_changed_programs() -> None:
     rng = np.random.default_rng(0)
     values = [-1, 0, 1, 2, 3, 4, 5, 7, 1 << 20, 1 << 40, (1 << 63) - 1, -(1 << 63)]
