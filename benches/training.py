@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import kconv.torch
 from kconv import augment, datasets
-from kconv._cpus import available_cpus
+from kconv._kconv import available_cpus
 from kconv.training import Config
 from kconv.training._torch import TorchTrainer
 from kconv.training.batches import Batches, read_ahead

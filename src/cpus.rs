@@ -1,26 +1,40 @@
-//! How many CPUs this process may use: `python/kconv/_cpus.py` in Rust.
+//! How many CPUs this process may use.
 
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-/// CPUs that the process may run on, and no more than its container's quota, rounded up: 1.5 are
-/// worth two threads. The standard library rounds down.
-pub fn available_cpus() -> usize {
+/// CPUs that the calling thread may run on, and no more than its container's quota, rounded up: 1.5
+/// are worth two threads. The standard library rounds down.
+///
+/// `root` stands for `/` where the quota is looked for.
+pub fn available_cpus(root: &Path) -> usize {
     let whole = std::thread::available_parallelism().map_or(1, usize::from);
-    match (allowed(Path::new("/")), quota(Path::new("/"))) {
-        (Some(allowed), Some(quota)) => allowed.min(quota.ceil() as usize).max(whole),
+    match (affinity(), quota(root)) {
+        (Some(cpus), Some(quota)) => limited(cpus, quota),
         _ => whole,
     }
 }
 
+fn limited(cpus: usize, quota: f64) -> usize {
+    cpus.min(quota.ceil() as usize).max(1)
+}
+
 /// The CPUs of the affinity mask.
-fn allowed(root: &Path) -> Option<usize> {
-    let status = fs::read_to_string(root.join("proc/self/status")).ok()?;
-    let mask = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed:"))?;
-    let ones = mask.chars().filter_map(|digit| digit.to_digit(16)).map(u32::count_ones).sum::<u32>();
-    Some(ones as usize)
+#[cfg(target_os = "linux")]
+fn affinity() -> Option<usize> {
+    // SAFETY: a set of bits, for which zeros are a value, of the size that the call is told.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        let failed = libc::sched_getaffinity(0, size_of_val(&set), &mut set) != 0;
+        (!failed).then(|| libc::CPU_COUNT(&set) as usize)
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn affinity() -> Option<usize> {
+    None
 }
 
 /// CPUs of the tightest `cpu.max` of cgroup v2, of the process's group and those above.
@@ -47,15 +61,31 @@ mod tests {
         fs::create_dir_all(root.join("proc/self")).unwrap();
         assert_eq!(quota(&root), None);
         fs::write(root.join("proc/self/cgroup"), "1:cpu:/old\n0::/a/b\n").unwrap();
-        fs::write(root.join("proc/self/status"), "Name:\tx\nCpus_allowed:\tf,0000000f\n").unwrap();
-        assert_eq!((quota(&root), allowed(&root)), (None, Some(8)));
-        fs::write(group.join("cpu.max"), "max 100000\n").unwrap();
         assert_eq!(quota(&root), None);
+        for text in ["max 100000\n", "no quota\n", ""] {
+            fs::write(group.join("cpu.max"), text).unwrap();
+            assert_eq!(quota(&root), None);
+        }
         fs::write(root.join("sys/fs/cgroup/a/cpu.max"), "150000 100000\n").unwrap();
         assert_eq!(quota(&root), Some(1.5));
+        fs::write(root.join("sys/fs/cgroup/cpu.max"), "140000 100000\n").unwrap();
+        assert_eq!(quota(&root), Some(1.4));
         fs::write(group.join("cpu.max"), "90000 100000\n").unwrap();
         assert_eq!(quota(&root), Some(0.9));
+        assert_eq!(available_cpus(&root), 1);
         fs::remove_dir_all(root).unwrap();
-        assert!(available_cpus() >= 1);
+    }
+
+    #[test]
+    fn quota_is_rounded_up() {
+        for (quota, expected) in [(1.5, 2), (0.5, 1), (0.0, 1), (2.5, 3), (3.0, 3), (99.0, 16)] {
+            assert_eq!(limited(16, quota), expected, "{quota}");
+        }
+    }
+
+    #[test]
+    fn nowhere_is_a_limit() {
+        let all = std::thread::available_parallelism().unwrap().get();
+        assert_eq!(available_cpus(Path::new("/nowhere")), all);
     }
 }

@@ -8,6 +8,7 @@
 use std::any::Any;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
@@ -102,7 +103,7 @@ fn environment() -> &'static Environment {
     static ENVIRONMENT: OnceLock<Environment> = OnceLock::new();
     ENVIRONMENT.get_or_init(|| {
         let variable = |name| std::env::var_os(name).map(|value| value.to_string_lossy().trim().to_owned());
-        let cpus = || available_cpus().min(MAX_THREADS);
+        let cpus = || available_cpus(Path::new("/")).min(MAX_THREADS);
         // OpenMP's is a list for nested regions; what is wrong with it is for OpenMP to say.
         let openmp = variable("OMP_NUM_THREADS").and_then(|list| list.split(',').next()?.trim().parse().ok());
         let openmp = openmp.filter(|&threads| threads > 0).map(|threads: usize| threads.min(MAX_THREADS));

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from os import PathLike
 from typing import Final, Literal, TypedDict, TypeVar, final
 
 import numpy as np
@@ -7,6 +8,7 @@ from numpy.typing import NDArray
 __all__ = [
     "FrozenProgram",
     "FusedProgram",
+    "available_cpus",
     "build_info",
     "deinterleave",
     "depthwise_conv",
@@ -168,6 +170,9 @@ def set_num_threads(threads: int) -> None:
 
 def get_num_threads() -> int:
     """Returns how many threads the kernels use."""
+
+def available_cpus(root: str | PathLike[str] = "/") -> int:
+    """CPUs that the process may run on, and no more than its container's quota, rounded up."""
 
 def build_info() -> _BuildInfo:
     """Describes this build of kconv."""

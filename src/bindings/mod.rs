@@ -20,6 +20,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 
+use crate::cpus;
 use crate::error::Error;
 use crate::memory::{self, NoMemory};
 use crate::microkernels::probe::Multiply;
@@ -125,6 +126,23 @@ fn get_num_threads(py: Python<'_>) -> usize {
     pool::num_threads()
 }
 
+/// Returns how many CPUs the process may run on, and no more than its container's quota, rounded up.
+///
+/// A quota of 1.5 CPUs is worth two threads: ``cpu.max`` of cgroup v2, the least of the group's own
+/// and of those above.
+///
+/// Args:
+///     root: What stands for "/" where the quota is looked for, for tests.
+///
+/// Example:
+///     >>> kconv._kconv.available_cpus() >= 1
+///     True
+#[pyfunction]
+#[pyo3(signature = (root = PathBuf::from("/")))]
+fn available_cpus(root: PathBuf) -> usize {
+    cpus::available_cpus(&root)
+}
+
 /// Describes this build of kconv.
 ///
 /// Returns:
@@ -186,6 +204,7 @@ fn _kconv(module: &Bound<'_, PyModule>) -> PyResult<()> {
     for function in [
         wrap_pyfunction!(set_num_threads, module)?,
         wrap_pyfunction!(get_num_threads, module)?,
+        wrap_pyfunction!(available_cpus, module)?,
         wrap_pyfunction!(build_info, module)?,
         wrap_pyfunction!(fma_peak, module)?,
         wrap_pyfunction!(xla::xla_handlers, module)?,

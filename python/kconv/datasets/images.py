@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kconv._cpus import available_cpus
+from kconv._kconv import available_cpus
 from kconv.datasets.decode import (
     IMAGE_SUFFIXES,
     OTHER_IMAGE_SUFFIXES,

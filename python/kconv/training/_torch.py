@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import kconv.torch
-from kconv._cpus import available_cpus
+from kconv._kconv import available_cpus
 from kconv.models import Spec
 from kconv.training._sync_norm import synchronize_norms
 from kconv.training.config import Config

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kconv._cpus import available_cpus
+from kconv._kconv import available_cpus
 from kconv._require import require
 from kconv.datasets import Images, StreamedImages
 

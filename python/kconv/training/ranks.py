@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kconv._cpus import available_cpus
+from kconv._kconv import available_cpus
 
 __all__ = ["PeerError", "Ranks", "joined"]
 
