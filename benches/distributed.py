@@ -7,7 +7,7 @@ one thread, on the same batch; and prints the median step of each, their ratio, 
 all-reduce of the gradients alone. `--scaling` models from the step what machines would reach that a
 network connects: a ring passes 2 (n - 1) parts of 1 / n of the gradients, each of which also takes
 0.1 ms to arrive. The backward pass, two thirds of a step, hides as much of that at best, and
-nothing at worst. (`--scaling 530` models from a step of so many ms, and measures nothing.)
+nothing at worst. (`--scaling 530` models from a step of 530 ms, and measures nothing.)
 """
 
 from __future__ import annotations
