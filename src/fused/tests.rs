@@ -153,7 +153,7 @@ fn few_pixels() -> Vec<i64> {
     let gated = term(0, (0..40).map(|c| c * 7 % 40)).gate(gate);
     let wide = program.conv(Window::square(1, 1, 0), 1, false, &[gated], [72, 3, 3]);
     let swish = term(wide, 0..72).norm(norms[0]).activation(SWISH, &[]);
-    let groups = program.conv(Window::square(1, 1, 0), 2, true, &[swish.clone()], [70, 3, 3]);
+    let groups = program.conv(Window::square(1, 1, 0), 2, true, std::slice::from_ref(&swish), [70, 3, 3]);
     let sum = [term(groups, 0..70).norm(norms[1]), swish];
     program.conv(Window::square(1, 1, 0), 1, true, &sum, [33, 3, 3]);
     program.integers()
