@@ -171,7 +171,7 @@ def set_num_threads(threads: int) -> None:
 def get_num_threads() -> int:
     """Returns how many threads the kernels use."""
 
-def available_cpus(root: str | PathLike[str] = "/") -> int:
+def available_cpus(root: str | PathLike[str] = ...) -> int:
     """CPUs that the process may run on, and no more than its container's quota, rounded up."""
 
 def build_info() -> _BuildInfo:

@@ -1,6 +1,8 @@
 //! Tiles of NHWC memory to rows of pixels and back, through registers in blocks of 8 x 8, or halves
 //! of them.
 
+use std::mem::MaybeUninit;
+
 use crate::simd::element::Element;
 use crate::simd::{Isa, Kernel, TransposeBlock};
 
@@ -111,12 +113,12 @@ impl<T: Element> Kernel for Transpose<T> {
 unsafe fn split_colours<T: Element>(rows: usize, src: *const T, dst: *mut T, dst_stride: usize) {
     // SAFETY: the caller's promise; source and planes do not overlap.
     let (pixels, planes) = unsafe {
-        let plane = |c: usize| std::slice::from_raw_parts_mut(dst.add(c * dst_stride), rows);
+        let plane = |c: usize| std::slice::from_raw_parts_mut(dst.add(c * dst_stride).cast::<MaybeUninit<T>>(), rows);
         (std::slice::from_raw_parts(src.cast::<[T; 3]>(), rows), [plane(0), plane(1), plane(2)])
     };
     let [red, green, blue] = planes;
     for (((pixel, red), green), blue) in pixels.iter().zip(red).zip(green).zip(blue) {
-        [*red, *green, *blue] = *pixel;
+        [*red, *green, *blue] = pixel.map(MaybeUninit::new);
     }
 }
 
