@@ -62,3 +62,11 @@ def test_each_argument_is_described(face: str, function: str) -> None:
 def test_summaries_are_the_same(function: str) -> None:
     faces = FACES if function != "interleave" else FACES[1:]
     assert len({documented(face, function)[0] for face in faces}) == 1
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_only_what_is_public_is_listed(face: str) -> None:
+    module = importlib.import_module(face)
+    assert set(module.__all__) <= set(dir(module))
+    assert "annotations" not in dir(module)
+    assert "warn_of_version" not in dir(module)

@@ -20,3 +20,7 @@ from kconv.jax.ops import deinterleave, depthwise_conv, interleave, pointwise_co
 __all__ = ["deinterleave", "depthwise_conv", "interleave", "pointwise_conv"]
 
 warn_of_version("jax", _jax.__version__)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "nnx"])

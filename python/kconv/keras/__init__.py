@@ -52,3 +52,7 @@ __all__ = [
 ]
 
 warn_of_version("keras", _keras.__version__)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -28,3 +28,7 @@ from kconv.tensorflow.ops import deinterleave, depthwise_conv, interleave, point
 __all__ = ["deinterleave", "depthwise_conv", "interleave", "pointwise_conv"]
 
 warn_of_version("tensorflow", _tensorflow.__version__)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

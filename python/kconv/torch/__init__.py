@@ -59,3 +59,7 @@ __all__ = [
 warn_of_version("torch", _torch.__version__)
 if "timm.models" in _sys.modules:
     register_timm()
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
