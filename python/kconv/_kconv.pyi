@@ -172,7 +172,7 @@ def get_num_threads() -> int:
     """Returns how many threads the kernels use."""
 
 def available_cpus(root: str | PathLike[str] = ...) -> int:
-    """CPUs that the process may run on, and no more than its container's quota, rounded up."""
+    """Returns how many CPUs the process may run on, up to its container's quota, rounded up."""
 
 def build_info() -> _BuildInfo:
     """Describes this build of kconv."""

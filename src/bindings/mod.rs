@@ -126,8 +126,7 @@ fn get_num_threads(py: Python<'_>) -> usize {
     pool::num_threads()
 }
 
-/// Returns how many CPUs the process may run on, and no more than its container's quota, rounded
-/// up.
+/// Returns how many CPUs the process may run on, up to its container's quota, rounded up.
 ///
 /// A quota of 1.5 CPUs is worth two threads: ``cpu.max`` of cgroup v2, the least of the group's own
 /// and of those above.
