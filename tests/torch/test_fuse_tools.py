@@ -241,8 +241,9 @@ def test_onnx(tmp_path):
 
 
 def test_report_says_what_pytorch_computes_as_fast():
-    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
     kept = report(fuse(model)).kept
+    assert kept["3"] == "no chain can have this Linear here"
     assert kept["0"] == (
         "a Conv2d without groups is PyTorch's, which computes it as fast or faster here"
     )

@@ -179,7 +179,7 @@ def why_not(call: Call, layer: Layer | None = None) -> str:
     kind = type(module).__name__
     if any(map(module.__dict__.get, _HOOKS)):
         return HOOKED
-    if isinstance(layer, Conv) and layer.groups == 1:
+    if isinstance(module, nn.Conv2d) and isinstance(layer, Conv) and layer.groups == 1:
         return f"a {kind} without groups is PyTorch's, which computes it as fast or faster here"
     if is_known(module):
         return f"no chain can have this {kind} here"
