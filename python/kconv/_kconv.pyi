@@ -246,7 +246,7 @@ class FusedProgram:
 
 @final
 class FrozenProgram:
-    """A program with weights that stay what they are."""
+    """A program with weights that stay what they are: nothing is packed or compared at a call."""
 
     @property
     def program(self) -> FusedProgram:
