@@ -102,7 +102,7 @@ impl<T: WideElement> ByChannels<'_, T> {
                     let start = self.tile(g, tile).start + j * tile.len();
                     // SAFETY: this channel's part of the tile, which is this task's own.
                     let to = unsafe { std::slice::from_raw_parts_mut(x.ptr().add(start), tile.len()) };
-                    scale(&row[tile.clone()], gate, to);
+                    row[tile.clone()].iter().zip(to).for_each(|(&x, to)| *to = x * gate);
                 }
             }
         });
@@ -145,19 +145,5 @@ impl<T: WideElement> ByChannels<'_, T> {
                 pass.isa.run(Transpose::gather([pixels.len(), width], y, width, to.0.ptr(), to.1).ahead(0));
             }
         });
-    }
-}
-
-/// Writes a few values times a factor. Loops of known lengths are a few instructions each.
-fn scale<T: WideElement>(from: &[T], factor: T, to: &mut [T]) {
-    fn exactly<T: WideElement, const N: usize>(from: &[T], factor: T, to: &mut [T]) {
-        let (from, to) = (&from[..N], &mut to[..N]);
-        (0..N).for_each(|i| to[i] = from[i] * factor);
-    }
-    match from.len() {
-        8 => exactly::<T, 8>(from, factor, to),
-        7 => exactly::<T, 7>(from, factor, to),
-        6 => exactly::<T, 6>(from, factor, to),
-        _ => from.iter().zip(to).for_each(|(&from, to)| *to = from * factor),
     }
 }

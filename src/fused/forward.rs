@@ -117,9 +117,6 @@ impl<S: Element> Pass<'_, S> {
     }
 
     fn mean(&self, step: &Step) {
-        if self.is_single(step.value) {
-            return self.mean_single(step);
-        }
         let (pixels, channels, count) = (step.source.pixels(), step.source.channels(), self.count);
         let deferred = !self.stores_views && self.program.values[step.value].kept_rows > 1;
         let mean = |c: usize, means: &mut [S::Wide], buffer: &mut [S::Wide]| {

@@ -5,12 +5,10 @@
 use super::conv::multiply_rows;
 use super::pass::Pass;
 use super::program::{Conv, Row, Source, Step};
-use crate::dwconv::nchw::planes_together;
 use crate::microkernels::activations::Activation;
 use crate::microkernels::conv1x1_nchw::{Init, Output};
 use crate::microkernels::norm_act::{Activate, Factors};
-use crate::microkernels::reduce::Means;
-use crate::pool::{parallel_for, part};
+use crate::pool::parallel_for;
 use crate::scratch;
 use crate::simd::element::{Element, is_wide};
 use crate::simd::mul_acc::Fma;
@@ -57,27 +55,6 @@ impl<S: Element> Pass<'_, S> {
             self.gather(&step.source, &mut *self.single(step.value));
             self.apply_view(step.value, 0..step.source.channels(), 1, self.results(step.value, 0, 0, &mut [], 0));
         }
-    }
-
-    /// [`Pass::mean`] of one image.
-    pub(super) fn mean_single(&self, step: &Step) {
-        let (pixels, channels) = (step.source.pixels(), step.source.channels());
-        let together = planes_together(pixels, channels.div_ceil(self.threads));
-        let (tasks, results) = (channels.div_ceil(together), self.results::<S::Wide>(step.value, 0, 0, &mut [], 0));
-        self.for_tasks(tasks, 1, |task, _| {
-            let channels = part(channels, tasks, task);
-            scratch::with(channels.len() * pixels, |buffer: &mut [S::Wide]| {
-                // SAFETY: sources are earlier values; these channels of the value are this task's
-                // own.
-                unsafe {
-                    let (x, pitch) = self.load_channels(&step.source, channels.clone(), &(0..pixels), buffer);
-                    let y = std::slice::from_raw_parts_mut(results.0.ptr().add(channels.start), channels.len());
-                    self.isa.run(Means { x, pitch, len: pixels, y });
-                }
-            });
-        });
-        // SAFETY: just written.
-        unsafe { self.apply_view(step.value, 0..channels, 1, results) };
     }
 
     /// [`Pass::pointwise`] of single pixels: with the weights in the role of the pixels, and the

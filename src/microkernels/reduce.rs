@@ -19,30 +19,6 @@ impl<T: Element> Kernel for Sum<'_, T> {
     }
 }
 
-/// The means of rows of `len` values that start `pitch` apart, one for each value of `y`.
-pub struct Means<'a, T> {
-    /// The first row, and what follows.
-    pub x: &'a [T],
-    /// From a row to the next.
-    pub pitch: usize,
-    /// Values of a row.
-    pub len: usize,
-    /// Receives the means.
-    pub y: &'a mut [T],
-}
-
-impl<T: WideElement> Kernel for Means<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let Self { x, pitch, len, y } = self;
-        for (i, y) in y.iter_mut().enumerate() {
-            *y = T::from_f64(Sum(&x[i * pitch..][..len]).run(isa) / len as f64);
-        }
-    }
-}
-
 struct Total<T, V> {
     x: *const T,
     sums: [V; BLOCK],
@@ -161,10 +137,6 @@ mod tests {
                 assert!((isa.run(Sum(&x)) - sum).abs() <= 1e-12 * sum);
                 let (mean, squares) = isa.run(Moments(&x));
                 let expected: f64 = x.iter().map(|x| (x - sum / count).powi(2)).sum();
-                let (mut means, half) = ([f64::NAN; 2], len / 2);
-                isa.run(Means { x: &x, pitch: len - half, len: half, y: &mut means });
-                let expected_means = [&x[..half], &x[len - half..]].map(|x| x.iter().sum::<f64>() / half as f64);
-                assert!(half == 0 || means.iter().zip(expected_means).all(|(y, mean)| (y - mean).abs() < 1e-10));
                 assert!(len == 0 || (mean - sum / count).abs() < 1e-10 && (squares - expected).abs() < 1e-9);
             }
         }

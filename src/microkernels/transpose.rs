@@ -1,8 +1,6 @@
 //! Tiles of NHWC memory to rows of pixels and back, through registers in blocks of 8 x 8, or halves
 //! of them.
 
-use std::mem::MaybeUninit;
-
 use crate::simd::element::Element;
 use crate::simd::{Isa, Kernel, TransposeBlock};
 
@@ -61,10 +59,6 @@ impl<T: Element> Kernel for Transpose<T> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let Self { rows, cols, src, src_stride, dst, dst_stride, ahead, .. } = self;
-        if cols == 3 && src_stride == 3 {
-            // SAFETY: in bounds, promised to `new`.
-            return unsafe { split_colours(rows, src, dst, dst_stride) };
-        }
         if rows < HALF || cols < HALF {
             for r in 0..rows {
                 for c in 0..cols {
@@ -102,23 +96,6 @@ impl<T: Element> Kernel for Transpose<T> {
                 }
             }
         }
-    }
-}
-
-/// Images of three colours to a plane for each: compilers make vectors of this loop.
-///
-/// # Safety
-/// There must be `rows` pixels at `src`, and that many values at each multiple of the stride.
-#[inline(always)]
-unsafe fn split_colours<T: Element>(rows: usize, src: *const T, dst: *mut T, dst_stride: usize) {
-    // SAFETY: the caller's promise; source and planes do not overlap.
-    let (pixels, planes) = unsafe {
-        let plane = |c: usize| std::slice::from_raw_parts_mut(dst.add(c * dst_stride).cast::<MaybeUninit<T>>(), rows);
-        (std::slice::from_raw_parts(src.cast::<[T; 3]>(), rows), [plane(0), plane(1), plane(2)])
-    };
-    let [red, green, blue] = planes;
-    for (((pixel, red), green), blue) in pixels.iter().zip(red).zip(green).zip(blue) {
-        [*red, *green, *blue] = pixel.map(MaybeUninit::new);
     }
 }
 
