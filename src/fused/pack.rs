@@ -15,7 +15,7 @@ use crate::pool::{chunks, parallel_for, part, threads_for};
 use crate::scratch;
 use crate::shape::WeightLayout;
 use crate::simd::IsaKind;
-use crate::simd::element::{Element, WideElement, is_wide, writable};
+use crate::simd::element::{Element, WideElement, writable};
 use crate::simd::mul_acc::MulAcc;
 
 /// What packing a weight takes, about.
@@ -211,7 +211,7 @@ impl<T: WideElement> Arguments<'_, T> {
     /// pointwise convolutions multiply in pairs, if they do so, is packed in pairs.
     pub(super) fn packed_for<S: Element<Wide = T>>(&self) -> Vec<Option<Packed<T>>> {
         let packed = self.packed(None);
-        let Some(pairs) = S::bf16_dot(self.isa).filter(|_| !is_wide::<S>()) else { return packed };
+        let Some(pairs) = S::bf16_dot(self.isa) else { return packed };
         let paired = |(step, packed): (&Step, Option<Packed<T>>)| match &step.kind {
             Kind::Conv(conv) if conv.pointwise() => packed.map(|packed| packed.paired::<S, _>(self.isa, pairs)),
             _ => packed,

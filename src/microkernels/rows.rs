@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use crate::simd::Isa;
-use crate::simd::element::{Element, is_wide, one_lane};
+use crate::simd::element::{Element, one_lane};
 
 /// Vectors that are worked on at a time: the sums' additions and the activations' chains overlap.
 pub(super) const BLOCK: usize = 4;
@@ -134,14 +134,6 @@ pub(super) unsafe fn store<T: Element, I: Isa, const N: usize>(
     lanes: Lanes<T::Mask<I>>,
     vectors: [T::Vector<I>; N],
 ) {
-    // Two at a time are rounded by one instruction, where there is one.
-    if const { !is_wide::<T>() && N.is_multiple_of(2) } && matches!(lanes, Lanes::All) {
-        for (i, &pair) in vectors.as_chunks::<2>().0.iter().enumerate() {
-            // SAFETY: the caller's promise.
-            unsafe { T::store_pair(isa, y.add(2 * i * T::lanes::<I>()), pair) };
-        }
-        return;
-    }
     for (i, vector) in vectors.into_iter().enumerate() {
         // SAFETY: the caller's promise.
         unsafe {

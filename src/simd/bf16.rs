@@ -214,11 +214,6 @@ impl Element for bf16 {
         unsafe { isa.store_u16s(ptr.cast(), isa.round_bf16(value)) }
     }
     #[inline(always)]
-    unsafe fn store_pair<I: Isa>(isa: I, ptr: *mut Self, values: [I::f32s; 2]) {
-        // SAFETY: the caller's promise.
-        unsafe { isa.store_rounded_bf16(ptr.cast(), values) }
-    }
-    #[inline(always)]
     unsafe fn load_masked<I: Isa>(isa: I, mask: Self::Mask<I>, ptr: *const Self) -> I::f32s {
         // SAFETY: the caller's promise.
         widened(isa, unsafe { isa.load_masked_u16s(mask, ptr.cast()) })

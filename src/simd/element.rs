@@ -137,18 +137,6 @@ pub trait Element:
     /// # Safety
     /// All of the vector's values must be writable at `ptr`.
     unsafe fn store<I: Isa>(isa: I, ptr: *mut Self, value: Self::Vector<I>);
-    /// Stores two vectors, one after the other.
-    ///
-    /// # Safety
-    /// As for [`Element::store`], of both.
-    #[inline(always)]
-    unsafe fn store_pair<I: Isa>(isa: I, ptr: *mut Self, [first, second]: [Self::Vector<I>; 2]) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            Self::store(isa, ptr, first);
-            Self::store(isa, ptr.add(Self::lanes::<I>()), second);
-        }
-    }
     /// Loads the values that `mask` selects; the others are zero.
     ///
     /// # Safety

@@ -240,18 +240,6 @@ pub trait Isa: pulp::Simd {
     fn round_even_odd_bf16(self, even_odd: [Self::f32s; 2]) -> Self::u32s {
         portable::rounded_even_odd(self, even_odd)
     }
-    /// Stores what [`Isa::round_bf16`] makes of two vectors, one after the other.
-    ///
-    /// # Safety
-    /// Two vectors' numbers must be writable at `ptr`.
-    #[inline(always)]
-    unsafe fn store_rounded_bf16(self, ptr: *mut u16, [first, second]: [Self::f32s; 2]) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            self.store_u16s(ptr, self.round_bf16(first));
-            self.store_u16s(ptr.add(size_of::<Self::f32s>() / 4), self.round_bf16(second));
-        }
-    }
     /// As [`Isa::round_bf16`], of two vectors as [`Isa::unpack_u16s`] divides values, in order.
     ///
     /// # Safety

@@ -374,18 +374,6 @@ avx!(pulp::x86::V4 {
         unsafe { cast(_mm512_permutexvar_epi16(cast(INDICES), round_512(cast(even), cast(odd)))) }
     }
     #[inline(always)]
-    unsafe fn store_rounded_bf16(self, ptr: *mut u16, [first, second]: [Self::f32s; 2]) {
-        // SAFETY: asked first; the token proves AVX-512, the rest is the caller's promise.
-        unsafe {
-            if has_bf16() {
-                _mm512_storeu_si512(ptr.cast(), round_512(cast(first), cast(second)));
-            } else {
-                self.store_u16s(ptr, rounded(self, first));
-                self.store_u16s(ptr.add(16), rounded(self, second));
-            }
-        }
-    }
-    #[inline(always)]
     unsafe fn round_unpacked_bf16(self, [first, second]: [Self::f32s; 2]) -> Self::u32s {
         const INDICES: [u16; 32] = in_turns(4);
         // SAFETY: the caller's promise.
