@@ -7,7 +7,8 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`error`], [`shape`] | what can be wrong with a call; geometry that has been validated once |
-//! | [`simd`], [`lock`], [`pool`], [`team`], [`scratch`], [`memory`] | vectors, threads, memory |
+//! | [`simd`], [`lock`], [`scratch`], [`memory`] | vectors, locks, memory |
+//! | [`library`], [`team`], [`pool`] | loaded frameworks; threads: PyTorch's, and own |
 //! | [`microkernels`] | numbers only: rows in, rows out, one thread, one instruction set |
 //! | [`plan`] | which algorithm: tables of candidates and what they cost |
 //! | [`conv1x1`], [`dwconv`], [`interleave`] | operations: geometry, plan, division over threads |
@@ -21,6 +22,7 @@ pub mod dwconv;
 pub mod error;
 pub mod fused;
 pub mod interleave;
+pub mod library;
 pub mod lock;
 pub mod memory;
 pub mod microkernels;

@@ -11,8 +11,10 @@ use std::cell::Cell;
 use std::ffi::{c_int, c_uint, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
+use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 
+use crate::library::Library;
 use crate::lock::generation;
 
 /// `GOMP_parallel(function, data, threads, flags)`, which GCC has code call since 4.9; LLVM's and
@@ -43,12 +45,13 @@ impl Team {
         if is_forked()? {
             return None;
         }
-        let [parallel, thread_num] = symbols(library)?;
+        let library = Library::loaded(library)?;
+        let (parallel, thread_num) = (library.symbol(c"GOMP_parallel")?, library.symbol(c"omp_get_thread_num")?);
         // SAFETY: these names have had these signatures wherever they are defined.
         unsafe {
             Some(Self {
-                parallel: std::mem::transmute::<*mut c_void, Parallel>(parallel),
-                thread_num: std::mem::transmute::<*mut c_void, ThreadNum>(thread_num),
+                parallel: std::mem::transmute::<NonNull<c_void>, Parallel>(parallel),
+                thread_num: std::mem::transmute::<NonNull<c_void>, ThreadNum>(thread_num),
                 generation,
             })
         }
@@ -103,27 +106,6 @@ extern "C" fn enter(data: *mut c_void) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (job.run)(thread))) {
         *job.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
     }
-}
-
-/// Where OpenMP's functions are.
-#[cfg(target_os = "linux")]
-fn symbols(library: &Path) -> Option<[*mut c_void; 2]> {
-    use std::os::unix::ffi::OsStrExt;
-    let path = std::ffi::CString::new(library.as_os_str().as_bytes()).ok()?;
-    // SAFETY: a path that ends with 0; nothing is loaded that was not before.
-    let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD) };
-    if handle.is_null() {
-        return None;
-    }
-    // SAFETY: a handle that is never closed, and names that end with 0.
-    let found = [c"GOMP_parallel", c"omp_get_thread_num"].map(|name| unsafe { libc::dlsym(handle, name.as_ptr()) });
-    (!found.iter().any(|address| address.is_null())).then_some(found)
-}
-
-/// Elsewhere [`is_forked`] does not know.
-#[cfg(not(target_os = "linux"))]
-fn symbols(_: &Path) -> Option<[*mut c_void; 2]> {
-    None
 }
 
 /// Whether the process was forked and has executed no program since: `PF_FORKNOEXEC` of

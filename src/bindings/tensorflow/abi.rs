@@ -4,7 +4,8 @@
 //! takes part in the build, and one binary serves every TensorFlow.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::ptr::null_mut;
+use std::path::Path;
+use std::ptr::{NonNull, null_mut};
 use std::sync::OnceLock;
 
 use crate::bindings::arrays::Dtype;
@@ -12,6 +13,7 @@ use crate::bindings::call::{Array, Attribute, Attributes, Buffer, Call, INTERNAL
 use crate::bindings::functions::{ResultLike, Signature};
 use crate::bindings::operation::Dims;
 use crate::error::{Result, bail};
+use crate::library::Library;
 use crate::memory;
 
 /// A pointer to one of TensorFlow's own objects.
@@ -40,18 +42,16 @@ macro_rules! api {
             /// Looks the functions up.
             ///
             /// # Safety
-            /// `library` must be of [`loaded`], and TensorFlow's.
-            unsafe fn load(library: Opaque) -> Result<Self> {
+            /// `library` must be TensorFlow's.
+            unsafe fn load(library: &Library) -> Result<Self> {
                 Ok(Self {
                     $($name: {
-                        let name = concat!(stringify!($name), "\0");
-                        // SAFETY: a valid handle and a name that ends with a zero.
-                        let symbol = unsafe { symbol(library, name.as_ptr().cast()) };
-                        if symbol.is_null() {
-                            bail!("this TensorFlow has no {}", stringify!($name));
-                        }
+                        let name = stringify!($name);
+                        let Some(symbol) = library.symbol(&text(name)) else {
+                            bail!("this TensorFlow has no {name}");
+                        };
                         // SAFETY: TensorFlow's headers declare a function of that type.
-                        unsafe { std::mem::transmute::<Opaque, unsafe extern "C" fn($($argument),*) $(-> $result)?>(symbol) }
+                        unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn($($argument),*) $(-> $result)?>(symbol) }
                     },)*
                 })
             }
@@ -113,41 +113,13 @@ pub fn load(path: &str) -> Result<bool> {
     if API.get().is_some() {
         return Ok(false);
     }
-    let library = loaded(&text(path));
-    if library.is_null() {
+    // On Windows it is not found: the operations are for Unix alone.
+    let Some(library) = Library::loaded(Path::new(path)) else {
         bail!("{path} is not loaded, expected the library of an imported TensorFlow");
-    }
-    // SAFETY: a handle of TensorFlow's library.
-    let api = unsafe { Api::load(library) }?;
+    };
+    // SAFETY: TensorFlow's library.
+    let api = unsafe { Api::load(&library) }?;
     Ok(API.set(api).is_ok())
-}
-
-/// The handle of a library that the process has loaded, or null.
-#[cfg(unix)]
-fn loaded(path: &CStr) -> Opaque {
-    // SAFETY: with NOLOAD this only finds a library that is there, whose initialisation is done.
-    unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD) }
-}
-
-/// The address of a function, or null.
-///
-/// # Safety
-/// `library` must be of [`loaded`], `name` end with a zero.
-#[cfg(unix)]
-unsafe fn symbol(library: Opaque, name: *const c_char) -> Opaque {
-    // SAFETY: the promise.
-    unsafe { libc::dlsym(library, name) }
-}
-
-/// On Windows TensorFlow's library is none of those found: its operations are for Unix alone.
-#[cfg(not(unix))]
-fn loaded(_: &CStr) -> Opaque {
-    null_mut()
-}
-
-#[cfg(not(unix))]
-unsafe fn symbol(_: Opaque, _: *const c_char) -> Opaque {
-    null_mut()
 }
 
 /// Registers a function as an operation, whose name it returns, and its kernels, which `create`
