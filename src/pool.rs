@@ -5,7 +5,6 @@
 //! waits for ever. Here the pool knows its process (see [`lock`](crate::lock)) and its first use in
 //! the child builds a new one.
 
-use std::any::Any;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
@@ -172,7 +171,7 @@ pub fn parallel_for(threads: usize, tasks: usize, task: impl Fn(usize) + Sync) {
     // (All threads taking them in
     // turns: 4.6 ms for 7 layers that take 3.7.) Who has done his own takes from others'.
     let next: Vec<_> = (0..used).map(|thread| AtomicUsize::new(part(tasks, used, thread).start)).collect();
-    let run = |thread: usize| {
+    let take = |thread: usize| {
         for other in (thread..used).chain(0..thread.min(used)) {
             let end = part(tasks, used, other).end;
             loop {
@@ -184,14 +183,31 @@ pub fn parallel_for(threads: usize, tasks: usize, task: impl Fn(usize) + Sync) {
             }
         }
     };
+    // A panic of any thread's is the caller's, once nobody is in the call any more.
+    let panic = Mutex::new(None);
+    let run = |thread: usize| {
+        if let Err(found) = catch_unwind(AssertUnwindSafe(|| take(thread))) {
+            *panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
+        }
+    };
     if let Some(team) = Team::lent(threads) {
-        return team.run(threads, &run);
+        team.run(threads, &run);
+    } else if let Some(pool) = pool(threads) {
+        run_by(&pool.workers, used, &run);
+    } else {
+        run(0);
     }
-    let Some(pool) = pool(threads) else { return run(0) };
-    let workers = &pool.workers;
+    if let Some(panic) = panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        resume_unwind(panic);
+    }
+}
+
+/// Calls `run(0..used)`, which must not panic: 0 on this thread, the others on workers that come in
+/// time.
+fn run_by(workers: &rayon::ThreadPool, used: usize, run: &(dyn Fn(usize) + Sync)) {
     // Who has done with an earlier call now looks for this one's tasks.
     let number = CALLS.fetch_add(1, Ordering::Relaxed) + 1;
-    let call = Call::open(&run);
+    let call = Call::open(run);
     for thread in 1..used {
         let call = Arc::clone(&call.0);
         workers.spawn(move || {
@@ -203,7 +219,6 @@ pub fn parallel_for(threads: usize, tasks: usize, task: impl Fn(usize) + Sync) {
         });
     }
     run(0);
-    call.close();
 }
 
 /// A call of [`parallel_for`], which workers may enter until it is closed. Those that come too
@@ -219,7 +234,6 @@ struct Call {
     /// How many workers are in the call; plus [`CLOSED`].
     inside: AtomicUsize,
     caller: Thread,
-    panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 /// More than there are workers.
@@ -239,8 +253,8 @@ impl Call {
         // SAFETY: the same pointer; `OpenCall` keeps `run` borrowed while anybody uses it.
         let run =
             unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + 'a), *const (dyn Fn(usize) + Sync)>(run) };
-        let (inside, caller, panic) = (AtomicUsize::new(0), std::thread::current(), Mutex::new(None));
-        OpenCall(Arc::new(Self { run, inside, caller, panic }), PhantomData)
+        let (inside, caller) = (AtomicUsize::new(0), std::thread::current());
+        OpenCall(Arc::new(Self { run, inside, caller }), PhantomData)
     }
 
     /// Does tasks, unless the call is closed.
@@ -250,29 +264,15 @@ impl Call {
             return;
         }
         // SAFETY: the call was open; it is not left before this worker is outside again.
-        let result = catch_unwind(AssertUnwindSafe(|| unsafe { (*self.run)(thread) }));
-        if let Err(panic) = result {
-            *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
-        }
+        unsafe { (*self.run)(thread) };
         if self.inside.fetch_sub(1, Ordering::Release) == CLOSED + 1 {
             self.caller.unpark();
         }
     }
 }
 
-impl OpenCall<'_> {
-    /// Waits for the workers that have entered; a panic of theirs is the caller's.
-    fn close(self) {
-        let call = Arc::clone(&self.0);
-        drop(self);
-        let panic = call.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(panic) = panic {
-            resume_unwind(panic);
-        }
-    }
-}
-
 impl Drop for OpenCall<'_> {
+    /// Waits for the workers that have entered.
     fn drop(&mut self) {
         let call = &self.0;
         call.inside.fetch_or(CLOSED, Ordering::Relaxed);

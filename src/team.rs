@@ -6,13 +6,10 @@
 //! threads were told to sleep (`OMP_WAIT_POLICY=PASSIVE`; two threads of an AMD EPYC). As one of
 //! the framework's own parallel regions, kconv's work finds these threads awake.
 
-use std::any::Any;
 use std::cell::Cell;
 use std::ffi::{c_int, c_uint, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
 
 use crate::library::Library;
 use crate::lock::generation;
@@ -79,23 +76,18 @@ impl Team {
     }
 
     /// Calls `run(0..threads)`, each on a thread of its own, or on fewer threads where OpenMP has
-    /// no more; a panic is the caller's.
+    /// no more. `run` must not panic: it has frames of C between it and the caller.
     pub(crate) fn run(self, threads: usize, run: &(dyn Fn(usize) + Sync)) {
-        let job = Job { run, thread_num: self.thread_num, panic: Mutex::new(None) };
+        let job = Job { run, thread_num: self.thread_num };
         let data = std::ptr::from_ref(&job).cast_mut().cast();
-        // SAFETY: the job outlives the region, which ends before the call returns; `enter` does not
-        // unwind.
+        // SAFETY: the job outlives the region, which ends before the call returns.
         unsafe { (self.parallel)(enter, data, threads as c_uint, 0) };
-        if let Some(panic) = job.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            resume_unwind(panic);
-        }
     }
 }
 
 struct Job<'a> {
     run: &'a (dyn Fn(usize) + Sync),
     thread_num: ThreadNum,
-    panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 extern "C" fn enter(data: *mut c_void) {
@@ -103,9 +95,7 @@ extern "C" fn enter(data: *mut c_void) {
     let job = unsafe { &*data.cast::<Job<'_>>() };
     // SAFETY: OpenMP's function without arguments.
     let thread = unsafe { (job.thread_num)() } as usize;
-    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (job.run)(thread))) {
-        *job.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
-    }
+    (job.run)(thread);
 }
 
 /// Whether the process was forked and has executed no program since: `PF_FORKNOEXEC` of
@@ -120,6 +110,8 @@ fn is_forked() -> Option<bool> {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::catch_unwind;
+    use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
