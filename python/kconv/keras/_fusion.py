@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import keras
-import numpy as np
 from keras import ops
 
 from kconv.keras._graph import CallGraph, call_graph
@@ -187,13 +185,11 @@ def _row(variables: list[Any], dtype: str) -> Tensor:
 
 def _update_statistics(norms: list[Any], used: Tensor) -> None:
     """The moving statistics, as keras.layers.BatchNormalization updates them."""
-    sizes = [norm.moving_mean.shape[0] for norm in norms]
-    ends = list(accumulate(sizes[:-1]))
-    rates = np.repeat([1 - norm.momentum for norm in norms], sizes)
-    for name, values in zip(("moving_mean", "moving_variance"), used, strict=True):
-        # As one product and one operation that divides it: each is traced, and differentiated.
-        shares = ops.split(values * ops.convert_to_tensor(rates, values.dtype), ends or 1)
-        for norm, share in zip(norms, shares, strict=True):
-            moving = getattr(norm, name)
-            new = ops.cast(moving, share.dtype) * norm.momentum + share
+    start = 0
+    for norm in norms:
+        end = start + norm.moving_mean.shape[0]
+        for moving, values in zip((norm.moving_mean, norm.moving_variance), used, strict=True):
+            kept = ops.cast(moving, values.dtype) * norm.momentum
+            new = kept + values[start:end] * (1 - norm.momentum)
             moving.assign(ops.cast(new, moving.dtype))
+        start = end
