@@ -11,8 +11,6 @@ import numpy as np
 Calls = list[tuple[int, int, int]]
 """For each convolution and linear layer: multiply-adds of an image, its values, and weights."""
 
-BACKENDS = ("jax", "torch")
-
 
 def make(side: str, name: str, size: int, batch: int, threads: int) -> tuple[Any, ...]:
     """What the side knows of its model, its calls by their kinds, and its layers for the bound."""

@@ -139,15 +139,16 @@ def _describe(plan: TracedPlan, prefix: str, changed: dict[str, str], kept: dict
     assert plan.traced is not None
     for part in plan.parts:
         first, last = part.calls[0], part.calls[-1]
+        layer = plan.layers[first.name]
         if part.fused:
             count = len(part.fused.segment.layers)
             text = f"{count} layers as one operation, to {last.label}"
             changed[prefix + first.label] = text
         elif first.module is not None:
             reason = plan.traced.opaque.get(first.module)
-            kept[prefix + first.label] = reason or why_not(first, plan.layers.get(first.name))
-        elif first.is_tensor_function and not isinstance(plan.layers[first.name], Parameter):
-            kept[prefix + first.label] = why_not(first)
+            kept[prefix + first.label] = reason or why_not(first, layer)
+        elif first.is_tensor_function and not isinstance(layer, Parameter):
+            kept[prefix + first.label] = why_not(first, layer)
 
 
 class Fused:

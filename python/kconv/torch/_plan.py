@@ -127,15 +127,13 @@ def divide(
     # What only parameters are read for is read first, so that chains can be tried and left alone.
     calls = sorted(calls, key=lambda call: not isinstance(layers.get(call.name), Parameter))
     nodes = _nodes(calls, lifted, layers, by_mode)
-    chains = {chain.nodes[0]: chain for chain in find_chains(sources, nodes, outputs)}
-    if by_mode:
-        # One layer has nothing to be fused with. (The 7x7 of ConvNeXt, between LayerNorms that read
-        # channels_last: inference of convnext_atto takes 1.1 times as long with these fused.)
-        chains = {
-            first: chain
-            for first, chain in chains.items()
-            if sum(len(lifted[name]) for name in chain.nodes) > 1
-        }
+    # By mode, a single layer is no chain, as it has nothing to be fused with. (The 7x7 of ConvNeXt,
+    # between LayerNorms: inference of convnext_atto takes 1.1 times as long with these fused.)
+    chains = {
+        chain.nodes[0]: chain
+        for chain in find_chains(sources, nodes, outputs)
+        if not by_mode or sum(len(lifted[name]) for name in chain.nodes) > 1
+    }
     by_name = {call.name: call for call in calls}
     parts: list[Part] = []
     done: set[str] = set()

@@ -166,13 +166,8 @@ class TracedPlan:
         return _plain(fx.map_arg(self._output, lambda node: values[node.name]))
 
 
-def why_not(call: Call, layer: Layer | None = None) -> str:
-    """Why something is in no chain.
-
-    Args:
-        call: what is outside.
-        layer: what it computes, where that is known.
-    """
+def why_not(call: Call, layer: Layer) -> str:
+    """Why a call, which computes a layer (a plain one if that is not known), is in no chain."""
     module = call.module
     if module is None:
         return "no fused operation computes this call"
