@@ -138,7 +138,7 @@ class Forked(nn.Module):
         self.one, self.other = (nn.Conv2d(channels, channels, 1, groups=2) for _ in range(2))
 
     def forward(self, x):
-        return torch.cos(self.one(x)) * self.other(x).relu()
+        return torch.cos(self.one(x).relu()) * self.other(x).relu()
 
 
 BLOCKS = {
