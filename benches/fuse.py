@@ -35,7 +35,10 @@ KERAS = (
     *("keras.MobileNetV2", "keras.EfficientNetB0", "keras.MobileNetV3Large"),
     *("keras.DenseNet121", "keras.NASNetMobile"),
 )
-SIDES = ("eager", "channels_last", "compile", "accelerate", "accelerate_channels_last", "fuse")
+SIDES = (
+    *("eager", "channels_last", "compile"),
+    *("accelerate", "accelerate_channels_last", "fuse", "fuse_channels_last"),
+)
 KERAS_SIDES = ("jax", "jax_fuse", "torch", "torch_fuse")
 KINDS = ("step", "inference", "one")
 """A training step (SGD), inference of the batch, and of one image."""
@@ -147,7 +150,7 @@ def _print_ratios(sides: list[_Side]) -> None:
         backend, _, last = side.name.rpartition("_")
         own = (backend,) if last == "fuse" and backend else ("eager", "channels_last")
         peers = [x for x in sides if x.name in own]
-        if peers and (last == "fuse" or side.name.startswith("accelerate")):
+        if peers and (last == "fuse" or side.name.startswith(("accelerate", "fuse"))):
             layers = side.about.get("layers")
             note = f"; {layers[0]} of {layers[1]} layers fused" if layers else ""
             print(f"{side.name}: {_ratios(peers, side)} of {' or '.join(own)}{note}")
@@ -206,7 +209,7 @@ def _make(side: str, name: str, size: int, batch: int, threads: int) -> tuple[An
         x = x.contiguous(memory_format=torch.channels_last)
     if side.startswith("accelerate"):
         kconv.torch.accelerate(model)
-    if side == "fuse":
+    if side.startswith("fuse"):
         start = time.perf_counter()
         kconv.torch.fuse(model)
         about["fuse seconds"] = time.perf_counter() - start

@@ -209,3 +209,22 @@ def test_values_that_nobody_reads():
     plain.load_state_dict(model.state_dict())
     x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
     torch.testing.assert_close(outcome(model, x), outcome(plain, x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_channels_last_stays(training):
+    """Outputs and gradients lie in memory as PyTorch's do, gradients of gradients agree."""
+    torch.manual_seed(0)
+    modules = (nn.Conv2d(6, 12, 1, groups=3), nn.BatchNorm2d(12), nn.SiLU(), nn.Conv2d(12, 5, 1))
+    plain = nn.Sequential(*modules).double().to(memory_format=torch.channels_last)
+    plain.train(training)
+    results = []
+    images = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    for model in (plain, fuse(copy.deepcopy(plain))):
+        x = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = model(x)
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        results.append((y, grad, x.grad, *(p.grad for p in model.parameters())))
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, grad))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)

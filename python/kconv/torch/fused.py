@@ -30,6 +30,7 @@ from kconv.torch._private import (
     profiler_enabled,
     to_dlpack,
 )
+from kconv.torch.ops import memory_format_of
 
 __all__ = ["FusedSegment", "fused", "is_eager", "is_watched", "trains"]
 
@@ -113,7 +114,8 @@ class FusedSegment:
             x: (N, C, H, W).
 
         Returns:
-            (N, C, H, W), or (N, C) where the segment ends in a mean over the pixels.
+            (N, C, H, W) in the memory format of ``x``, or (N, C) where the segment ends in a mean
+            over the pixels.
         """
         if not is_eager(x) or x.shape[1] != self.segment.input_channels or not x.numel():
             return None
@@ -157,17 +159,19 @@ class FusedSegment:
         statistics: list[Tensor],
         training: bool,
     ) -> Tensor:
-        norms = self._norms
+        norms, last = self._norms, memory_format_of(x) is torch.channels_last
+        layout, x = ("NHWC", x.permute(0, 2, 3, 1)) if last else ("NCHW", x)
         if not training and masks is None and not _need_grad([x, *parameters]):
             if torch.bfloat16 in map(_DTYPE, (*parameters, *statistics)):
                 parameters, statistics = [_row(parameters, x)], [_row(statistics, x)]
-            y = _infer(program, "NCHW", x, parameters, statistics)
+            y = _infer(program, layout, x, parameters, statistics)
         else:
             flat = _row(parameters, x)
             rows = None if training else _row(statistics, x).view(2, -1)
-            y, used = fused(program, "NCHW", x, flat, masks, rows)
+            y, used = fused(program, layout, x, flat, masks, rows)
             if training:
                 _update_statistics(norms, used, program, len(x))
+        y = y.permute(0, 3, 1, 2) if last else y
         return y if self.segment.keeps_pixels else y.flatten(1)
 
 

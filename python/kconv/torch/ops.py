@@ -320,10 +320,10 @@ def _image(x: Tensor) -> Any:
     """An image's capsule; one that is dense in neither memory format is copied."""
     if x.is_contiguous():
         return to_dlpack(x)
-    return to_dlpack(x.contiguous(memory_format=_memory_format(x)))
+    return to_dlpack(x.contiguous(memory_format=memory_format_of(x)))
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def memory_format_of(x: Tensor) -> torch.memory_format:
     """An image's memory format, or the one it resembles."""
     last = not x.is_contiguous() and x.stride(1) == 1
     return torch.channels_last if last else torch.contiguous_format
@@ -438,7 +438,7 @@ def _order(channels: int, step: int, device: torch.device) -> Tensor:
 def _empty_like(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An image in x's memory format."""
     shape = (x.shape[0], channels, height, width)
-    format_ = _memory_format(x)
+    format_ = memory_format_of(x)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format_)
 
 
