@@ -185,6 +185,33 @@ def test_objects_of_other_libraries() -> None:
     np.testing.assert_array_equal(grey.x_train[3], np.full((6, 6, 1), 3))
 
 
+class Damaged(Pairs):
+    """Whose first files are no images."""
+
+    def __init__(self, count: int, bad: int) -> None:
+        super().__init__(count)
+        self.bad = bad
+
+    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
+        data = b"no image" if number < self.bad else png(number)
+        return Image.open(io.BytesIO(data)), self.targets[number]
+
+
+def test_damaged_objects_are_told_when_they_are_read() -> None:
+    data = datasets.from_objects({"train": Damaged(5, 2), "test": Pairs(2)})
+    assert data.image_shape == (9, 7, 3)
+    images, failed = data.x_train.read(np.arange(5))  # type: ignore[union-attr]
+    assert sorted(failed) == [0, 1]
+    assert failed[0].startswith("image 0 cannot be read: cannot identify image file")
+    np.testing.assert_array_equal(images[4], np.asarray(Image.open(io.BytesIO(png(4)))))
+    with pytest.raises(ValueError, match="none of 3 images can be read, the first as cannot ident"):
+        datasets.from_objects({"train": Damaged(3, 3), "test": Pairs(2)})
+    unlisted = Damaged(3, 1)
+    unlisted.target_transform = int  # type: ignore[attr-defined]  # so that each item is asked
+    with pytest.raises(ValueError, match="image 0 cannot be read, nor its label: cannot identify"):
+        datasets.from_objects({"train": unlisted, "test": Pairs(2)})
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

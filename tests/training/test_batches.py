@@ -10,6 +10,7 @@ import pytest
 
 from kconv.augment import PAPERS
 from kconv.datasets import StreamedImages
+from kconv.training._loop import _expect_images
 from kconv.training.batches import Batches, check_loader, read_ahead
 from kconv.training.transforms import Change
 
@@ -92,9 +93,14 @@ def test_bad_images(framework: str, workers: int) -> None:
     read = [n for part in numbers(found) for n in part]
     assert read == [number for number in ORDER if number != bad]
     assert [batch.unread for batch in found] == [{}, {bad: f"image {bad} is bad"}, {}, {}, {}]
-    all_bad = Numbers(50, frozenset(range(50)))
-    with pytest.raises(ValueError, match="a whole batch cannot be read"):
-        list(read_ahead(Batches(all_bad, ORDER, 5, skip_bad=True), **how))
+    all_bad, change = Numbers(50, frozenset(range(50))), Change(0, 0, 0, PAPERS)
+    for batch in read_ahead(Batches(all_bad, ORDER, 5, skip_bad=True, change=change), **how):
+        assert batch.images.shape[0] == len(batch.indices) == 0
+        assert len(batch.unread) in (5, 3)
+        with pytest.raises(
+            ValueError, match=r"a whole batch cannot be read, the first as image \d"
+        ):
+            _expect_images(batch)
 
 
 def test_bad_image_after_ten_thousand_good_ones() -> None:

@@ -57,6 +57,9 @@ def test_preset_is_overruled() -> None:
         ({"optimiser": "sgd"}, r"has no option 'optimiser' \(did you mean 'optimizer'\?\)"),
         ({"optimizer": "adam"}, r"unknown optimizer 'adam' \(did you mean 'adamw'\?\)"),
         ({"weights": "a", "compress_from": "b"}, "both say what to start from"),
+        ({"momentum": 0.5}, "momentum=0.5 has no effect without optimizer='sgd'"),
+        ({"warmup_epochs": 2}, "has no effect without lr_schedule 'cosine' or 'constant'"),
+        ({"teacher_weight": 0.3}, "teacher_weight=0.3 has no effect without teacher"),
         ({"preset": "fast", "augment": True}, "augment=True mirrors and shifts, .*give one"),
     ],
 )

@@ -331,6 +331,41 @@ def test_resumed_run_equals_uninterrupted(
     assert resumed.test_accuracy == result.test_accuracy
 
 
+def test_options_of_a_run_that_goes_on(
+    finished: tuple[Config, Path, training.Result], tmp_path: Path
+) -> None:
+    """What it started from must not change, and need not be there; its options are written anew."""
+    config, output, _ = finished
+    start = tmp_path / "start"
+    start.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (start / name).write_bytes((output / name).read_bytes())
+    tuned = dataclasses.replace(config, epochs=1, weights=str(start))
+    training.train(tuned, tmp_path / "run", log=quiet)
+    (start / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"run with weights='.*', which cannot go on with weights"):
+        training.train(
+            dataclasses.replace(tuned, weights=str(output)),
+            tmp_path / "run",
+            resume=True,
+            log=quiet,
+        )
+    longer = dataclasses.replace(tuned, epochs=2)
+    result = training.train(longer, tmp_path / "run", resume=True, log=quiet)
+    assert len(result.history) == 2
+    written = training.config_from(training.read_toml(tmp_path / "run/config.toml"))
+    assert written == longer == training.load_config(tmp_path / "run")
+
+
+def test_batches_beyond_the_images_of_recalibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_loop, "RECALIBRATION_IMAGES", 5)
+    config = dataclasses.replace(TINY, framework="torch", epochs=1)
+    result = training.train(config, tmp_path, log=quiet)
+    assert np.isfinite(result.history[0].val_loss)
+
+
 def test_finished_run_can_be_extended(
     finished: tuple[Config, Path, training.Result], tmp_path: Path
 ) -> None:
@@ -449,7 +484,7 @@ def test_full_disk_is_one_error_and_keeps_the_files(framework: str, tmp_path: Pa
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"cannot write .*(model|last)\."):
+        with pytest.raises(OSError, match=r"cannot write .*(model|last|config)\."):
             training.train(dataclasses.replace(config, epochs=2), tmp_path, resume=True, log=quiet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -109,6 +109,7 @@ GRADIENTS = """
 import numpy as np, torch
 from kconv import models
 from kconv.training import Config
+from kconv.training._loop import _check_same
 from kconv.training._torch import TorchTrainer
 from kconv.training.ranks import PeerError, Ranks, agree, joined
 
@@ -145,6 +146,15 @@ with joined("torch") as ranks:
         for name, buffer in ours.items() if sync_bn else ():
             torch.testing.assert_close(theirs[name], buffer, rtol=1e-4, atol=1e-6)
     assert ranks.sum(np.array([ranks.rank + 1.0])) == 3
+    _check_same({"test images": 5}, ranks, "data")
+    try:
+        _check_same({"test images": 5 + ranks.rank}, ranks, "data")
+        raise AssertionError
+    except ValueError as error:
+        assert (ranks.rank, str(error)) == (0, "process 1 has test images=6, the first one "
+                                               "test images=5: all need the same data")
+    except SystemExit as error:
+        assert (ranks.rank, error.code) == (1, 2)
     assert ranks.threads >= 1
 torch.distributed.destroy_process_group()  # which is the caller's
 print("equal")

@@ -20,7 +20,7 @@ from kconv.training import Config
 
 TINY = Config(
     model="kdensenet_bc_l100",
-    model_options={"blocks": 1, "growth_rate": 4, "bottleneck": 8},
+    model_options={"blocks": 1, "growth_rate": 4, "bottleneck": 8, "dropout": 0.2},
     ktype="D6_4ch",
     image_size=8,
     batch_size=8,
@@ -38,13 +38,13 @@ def jpeg(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_tar(path: Path, bad: int | None = None) -> Path:
+def write_tar(path: Path, *bad: int) -> Path:
     """30 training images and 6 for validation, of two classes."""
     with tarfile.open(path, "w") as tar:
         for number in range(36):
             part = "train" if number < 30 else "val"
             member = tarfile.TarInfo(f"{part}/n{number % 2}/{number}.png")
-            data = b"no image" if number == bad else jpeg(number)
+            data = b"no image" if number in bad else jpeg(number)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return path
@@ -88,7 +88,7 @@ def test_unreadable_image_is_an_error_or_counted(stream: bool, tmp_path: Path) -
     config = dataclasses.replace(
         TINY,
         framework="torch",
-        dataset=str(write_tar(tmp_path / "a.tar", bad=17)),
+        dataset=str(write_tar(tmp_path / "a.tar", 17)),
         stream=stream,
     )
     with pytest.raises(ValueError, match=r"a\.tar: train/n1/17\.png is not a readable image"):
@@ -100,6 +100,25 @@ def test_unreadable_image_is_an_error_or_counted(stream: bool, tmp_path: Path) -
     told = [line for line in lines if line.startswith("bad images   1 left out")]
     assert told
     assert "17.png" in told[0]
+
+
+def test_each_bad_image_is_counted_once(tmp_path: Path) -> None:
+    """Those that are validated and tested on, too, also where they are a whole batch."""
+    path = write_tar(tmp_path / "a.tar", 3, 4, 34, 35)
+    config = dataclasses.replace(
+        TINY, framework="torch", dataset=str(path), stream=True, on_bad_image="skip", workers=0
+    )
+    lines: list[str] = []
+    # The six for validation are two batches, of which the second is all bad.
+    result = training.train(
+        dataclasses.replace(config, batch_size=4), tmp_path / "run", log=lines.append
+    )
+    assert all(np.isfinite(epoch.val_loss) for epoch in result.history)
+    told = [line for line in lines if line.startswith("bad images")]
+    # As there is no test/, the two are found bad again when tested on.
+    assert len(told) == 1
+    assert told[0].startswith("bad images   4 left out so far")
+    assert any("(4 images)" in line for line in lines)
 
 
 class Pairs:

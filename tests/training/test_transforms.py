@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+import torch
 from torchvision.transforms import v2
 
 from kconv.training.transforms import changed_batch, changed_images
@@ -32,6 +35,38 @@ def test_keras_and_functions() -> None:
     for image, before in zip(flipped, IMAGES, strict=True):
         assert (image == before).all() or (image == before[::-1]).all()
     np.testing.assert_array_equal(changed_images(lambda x: 255 - x, IMAGES, rng()), 255 - IMAGES)
+
+
+def by_chance(image: np.ndarray) -> np.ndarray:
+    """Draws from all that functions draw from."""
+    torch.manual_seed(torch.initial_seed())  # in no way bound to what is drawn elsewhere
+    drawn = random.randrange(64) + np.random.randint(64) + int(torch.randint(64, ()))  # noqa: NPY002
+    return np.full_like(image, drawn)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        by_chance,
+        keras.Sequential([keras.layers.RandomFlip(), keras.layers.RandomContrast(0.9)]),
+        keras.layers.RandAugment((0, 255)),
+    ],
+)
+def test_chance_is_that_of_the_batch(transform: Any) -> None:
+    """Also for several threads, and what others draw is as if there were no transform."""
+    random.seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    torch.manual_seed(3)
+    untouched = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    first = changed_images(transform, IMAGES, rng())
+    assert random.getstate() == untouched[0]
+    np.testing.assert_array_equal(np.random.get_state()[1], untouched[1])  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), untouched[2])
+    other = changed_images(transform, IMAGES, np.random.default_rng(6))
+    assert (other != first).any()
+    with ThreadPoolExecutor(4) as pool:
+        for again in pool.map(lambda _: changed_images(transform, IMAGES, rng()), range(8)):
+            np.testing.assert_array_equal(again, first)
 
 
 def test_albumentations_protocol() -> None:
@@ -65,7 +100,7 @@ def test_albumentations_is_applied_and_repeatable() -> None:
         (lambda image: image / 255, "gives float64, expected bytes"),
         (lambda image: image[:4], r"makes images of \(4, 6, 3\), expected \(8, 6, 3\)"),
         (lambda image: None, "gives NoneType"),
-        (v2.ToDtype(__import__("torch").float32), "gives float32"),
+        (v2.ToDtype(torch.float32), "gives float32"),
         (v2.Resize(4), r"makes images of \("),
     ],
 )
@@ -90,7 +125,6 @@ def test_mixtures_share_out_the_classes(kind: str) -> None:
     if kind != "function":  # the images are mixed as the classes are
         np.testing.assert_allclose(found[:, :, 0, 0], shares[:, labels], atol=1e-5)
     again = changed_batch(transforms[kind], images, targets, labels, 3)
-    if kind != "keras":
-        np.testing.assert_array_equal(again[1], shares)
+    np.testing.assert_array_equal(again[1], shares)
     with pytest.raises(ValueError, match="gives images"):
         changed_batch(lambda x, y: (x[:1], y), images, targets, labels, 3)

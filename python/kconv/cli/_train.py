@@ -82,6 +82,10 @@ def _train(options: argparse.Namespace) -> int:
     told = {name: value for name, value in vars(options).items() if name in fields}
     if "model_option" in options:
         told["model_options"] = dict(map(_model_option, options.model_option))
+        # Each of them overrules that of its name in the file.
+        options_in_file = given.get("model_options", {})
+        if isinstance(options_in_file, dict):
+            told["model_options"] = {**options_in_file, **told["model_options"]}
     given |= told
     for name in _PATHS:  # a run may be resumed from elsewhere
         text = given.get(name)

@@ -261,8 +261,7 @@ class ObjectImages(StreamedImages):
         if not len(items):
             raise ValueError(f"the data, a {type(items).__name__}, have no items")
         self.items, self.interpolation = items, interpolation
-        self.image_key, self.label_key = _keys(items[0])
-        first = _picture(items[0][self.image_key])
+        self.image_key, self.label_key, first = _first_readable(items)
         self.mode = "L" if first.mode in ("L", "1") else "RGB"
         height, width = (size, size) if size else (first.height, first.width)
         self.shape = (len(items), height, width, 1 if self.mode == "L" else 3)
@@ -295,8 +294,11 @@ class ObjectImages(StreamedImages):
             column = self.items[self.label_key] if hasattr(self.items, "features") else None
             if column is not None:
                 return np.asarray(column, np.int64)
-        count = range(len(self.items))
-        return np.array([int(self.items[number][self.label_key]) for number in count], np.int64)
+        labels = np.empty(len(self.items), np.int64)
+        for number in range(len(labels)):
+            with damage(f"image {number:,} cannot be read, nor its label"):
+                labels[number] = int(self.items[number][self.label_key])
+        return labels
 
     def class_names(self) -> tuple[str, ...] | None:
         """Where the object knows them."""
@@ -305,6 +307,19 @@ class ObjectImages(StreamedImages):
         if names is None and isinstance(features, Mapping):
             names = getattr(features.get(self.label_key), "names", None)
         return None if names is None else tuple(map(str, names))
+
+
+def _first_readable(items: Any) -> tuple[Any, Any, Any]:
+    """The keys of images and labels, and the first image; damaged ones are told when read."""
+    wrong: OSError | None = None
+    for number in range(len(items)):
+        try:
+            item = items[number]
+            image, label = _keys(item)
+            return image, label, _picture(item[image])
+        except OSError as error:  # of a damaged file, or none
+            wrong = wrong or error
+    raise ValueError(f"none of {len(items):,} images can be read, the first as {wrong}")
 
 
 def _keys(item: Any) -> tuple[Any, Any]:

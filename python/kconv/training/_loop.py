@@ -149,7 +149,7 @@ def train(
         RuntimeError: Another process of the run has ended.
     """
     with joined(config.framework) as ranks:
-        _check_same(config, ranks)
+        _check_same(dataclasses.asdict(config), ranks, "options")
         folder: Path = ranks.first_of(output or (None if ranks.rank else reserve(config)))
         # The first alone writes, into a folder that the others need not even see.
         with nullcontext() if ranks.rank else held(folder):
@@ -162,9 +162,9 @@ def train(
                 release_memory()
 
 
-def _check_same(config: Config, ranks: Ranks) -> None:
+def _check_same(told: Mapping[str, Any], ranks: Ranks, what: str) -> None:
     """See that all processes have been told to do the same."""
-    first, *others = ranks.all_of(dataclasses.asdict(config))
+    first, *others = ranks.all_of(told)
     for rank, other in enumerate(others, start=1):
         for name, value in first.items():
             if other[name] != value:
@@ -172,7 +172,7 @@ def _check_same(config: Config, ranks: Ranks) -> None:
                     raise SystemExit(2)  # the first one says it
                 raise ValueError(
                     f"process {rank} has {name}={other[name]!r}, the first one {name}={value!r}: "
-                    "all need the same options"
+                    f"all need the same {what}"
                 )
 
 
@@ -187,7 +187,8 @@ class _Run:
     transform: Any = None
     batch_transform: Callable[..., Any] | None = None
     callbacks: list[Callback] = field(default_factory=list)
-    unread: dict[int, str] = field(default_factory=dict)
+    unread: dict[tuple[str, int], str] = field(default_factory=dict)
+    unread_told: int = 0
 
     def train(self, resume: bool, data: Any) -> Result:
         config, output, ranks = self.config, self.output, self.ranks
@@ -198,13 +199,12 @@ class _Run:
             checkpoint = checkpoint_of(output / CHECKPOINT, config) if resume else None
         checkpoint = ranks.first_of(checkpoint)
         _start.check_installed(config)
-        for name in (
-            config.teacher,
-            *([] if ranks.rank else (config.weights, config.compress_from)),
-        ):
+        starts = [] if ranks.rank or checkpoint else [config.weights, config.compress_from]
+        for name in (config.teacher, *starts):
             if name is not None:
                 find_network(name, config.model)  # or there is an error before images are read
         self.data = _start.load_data(config, data, ranks, self.log)
+        _check_same(_start.described(self.data), ranks, "data")
         check_loader(self.data.x_train, workers=config.workers, framework=config.framework)
         self.spec = config.spec(self.data)
         self._split()
@@ -221,7 +221,8 @@ class _Run:
         self._tell()
         for callback in self.callbacks:
             callback.on_train_begin(config, output)
-        self.began, self.done_before = time.perf_counter(), len(self.progress.history)
+        self.began = time.perf_counter()
+        self.done_before = len(self.progress.history) + self.progress.steps / self.steps
         while len(self.progress.history) < config.epochs and not self._stops_early():
             self._epoch()
         result = self._finish()
@@ -269,7 +270,10 @@ class _Run:
         if checkpoint:
             if not self.ranks.rank:
                 self.best.take_over(trainer.model)
-            return _restore(trainer, *checkpoint)
+            behind = _restore(trainer, *checkpoint)
+            if not self.ranks.rank:
+                write_options(self.output, config)
+            return behind
         if config.weights is not None and not self.ranks.rank:
             whole = fill_network(trainer.model, self.spec, config.weights)
             self.log(
@@ -327,7 +331,7 @@ class _Run:
         images, labels, index = self.validation
         with trainer.averaged():
             if self.recalibrates:
-                self._recalibrate(order[:RECALIBRATION_IMAGES])
+                self._recalibrate(order[: max(RECALIBRATION_IMAGES, config.batch_size)])
             val_loss, val_accuracy, _ = self._evaluate(images, labels, index, "validation")
             history = self.progress.history
             best = min((done.val_loss for done in history), default=np.inf)
@@ -338,6 +342,7 @@ class _Run:
         self._save(self.progress)
         if not self.ranks.rank:  # after the checkpoint, which is to know what is printed
             write_history(self.output / "results.csv", self.progress.history)
+        self._tell_unread()
         self.log(
             f"epoch {epoch + 1:3d}/{config.epochs}  loss {loss:.4f}  accuracy {accuracy:.4f}  "
             f"val_loss {val_loss:.4f}  val_accuracy {val_accuracy:.4f}  {speed:.1f} images/s"
@@ -376,7 +381,8 @@ class _Run:
             bar.update(first * config.batch_size)
             reader = read_ahead(batches, first, workers=config.workers, framework=config.framework)
             for step, batch in enumerate(reader, start=first):
-                self.unread |= batch.unread
+                self._note_unread(self.data.x_train, batch)
+                _expect_images(batch)
                 whole = epoch * self.steps + step
                 rate = learning_rate(
                     config.lr_schedule,
@@ -402,7 +408,6 @@ class _Run:
                     False,
                 )
                 bar.update(batches.count(step))
-        self._tell_unread()
         seconds = time.perf_counter() - (first_done if len(batches) - first > 1 else begin)
         timed = range(first + (len(batches) - first > 1), len(batches))
         images = sum(map(batches.count, timed))
@@ -422,14 +427,13 @@ class _Run:
         targets[np.arange(len(labels)), labels] = 1
         if self.batch_transform is not None:
             images, targets = changed_batch(self.batch_transform, images, targets, labels, mixing)
-        # A cross-entropy is linear in the truth, so that all this is the same in any framework.
-        smoothing = np.float32(config.label_smoothing)
-        targets = (1 - smoothing) * targets + smoothing / targets.shape[1]
-        if self.teacher is not None:
-            share = np.float32(config.teacher_weight)
-            targets = (1 - share) * targets + share * self.teacher(images)
-        if self.weights is not None:
-            targets *= self.weights[labels, None]
+        targets = _start.targets_of(
+            targets,
+            self.weights,
+            config.label_smoothing,
+            None if self.teacher is None else self.teacher(images),
+            config.teacher_weight,
+        )
         together = config.gradient_accumulation
         start = step - step % together
         update = (step + 1) % together == 0 or step + 1 == len(batches)
@@ -453,11 +457,20 @@ class _Run:
             skip_bad=config.on_bad_image == "skip",
         )
 
+    def _note_unread(self, images: Any, batch: Batch) -> None:
+        parts = ("x_train", "x_test", "x_val")
+        part = next(name for name in parts if getattr(self.data, name) is images)
+        self.unread |= {(part, index): wrong for index, wrong in batch.unread.items()}
+
     def _tell_unread(self) -> None:
-        counts = self.ranks.sum(np.array([len(self.unread)]))
-        if counts[0]:
-            first = next(iter(self.unread.values()), "another process tells")
-            self.log(f"bad images   {int(counts[0]):,} left out so far, the first as {first}")
+        """Log how many images no process could read, each counted once, if there are new ones."""
+        together: dict[tuple[str, int], str] = {}
+        for found in self.ranks.all_of(self.unread):
+            together |= found
+        if len(together) > self.unread_told:
+            first = next(iter(together.values()))
+            self.log(f"bad images   {len(together):,} left out so far, the first as {first}")
+        self.unread_told = len(together)
 
     # Evaluation
 
@@ -469,6 +482,7 @@ class _Run:
 
             def images() -> Iterable[NDArray[np.float32]]:
                 for batch in self._read(batches):
+                    _expect_images(batch)
                     bar.update(size)
                     yield augment.scale(batch.images)
 
@@ -490,7 +504,7 @@ class _Run:
                     found[0, batch.indices] = probabilities.argmax(axis=1)
                     found[1, batch.indices] = -np.log(np.maximum(truth, 1e-7))
                     found[2, batch.indices] = 1
-                self.unread |= batch.unread
+                self._note_unread(images, batch)
                 bar.update(batches.count(number))
         found = self.ranks.sum(found)[:, index]
         classes, losses, read = found
@@ -537,6 +551,7 @@ class _Run:
             self.trainer.load_state(state)
         every = np.arange(len(data.y_test))
         _, accuracy, found = self._evaluate(data.x_test, data.y_test, every, "test")
+        self._tell_unread()
         read = found >= 0
         confusion = confusion_matrix(data.y_test[read], found[read], len(data.class_names))
         table = report_of(confusion, data.class_names)
@@ -589,6 +604,13 @@ def _make_trainer(config: Config, spec: models.Spec, ranks: Ranks | None = None)
     from kconv.training._keras import KerasTrainer
 
     return KerasTrainer(spec, config)
+
+
+def _expect_images(batch: Batch) -> None:
+    """See that there is something to learn of, as all processes have to take each step."""
+    if batch.unread and not len(batch.indices):
+        first = next(iter(batch.unread.values()))
+        raise ValueError(f"a whole batch cannot be read, the first as {first}")
 
 
 def _predict(trainer: Trainer, images: NDArray[np.float32], batch_size: int) -> NDArray[np.float32]:

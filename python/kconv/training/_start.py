@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from kconv import augment, datasets, models
 from kconv._model_folder import read_config, read_weights, weight_layouts
 from kconv._published import find_network
 from kconv._require import require
-from kconv.datasets import Dataset, Labels
+from kconv.datasets import Dataset, Labels, StreamedImages
 from kconv.runtime import load
 from kconv.training.batches import progress
 from kconv.training.config import Config
@@ -28,7 +29,9 @@ __all__ = [
     "check_step",
     "class_weights",
     "compress_from",
+    "described",
     "load_data",
+    "targets_of",
 ]
 
 
@@ -44,16 +47,8 @@ def load_data(config: Config, data: Any, ranks: Ranks, log: Callable[[str], None
     Returns:
         The data set.
     """
-    if isinstance(data, Dataset):
-        return data
     if data is not None:
-        if not isinstance(data, Mapping):
-            raise TypeError(
-                f"data is a {type(data).__name__}, expected a kconv.datasets.Dataset or a mapping "
-                "with 'train' and 'test'"
-            )
-        size, how = config.image_size, config.interpolation
-        return datasets.from_objects(data, image_size=size, interpolation=how)
+        return _given_data(config, data)
     if ranks.rank:
         ranks.first_of(None)
     unread: dict[str, str] | None = {} if config.on_bad_image == "skip" else None
@@ -73,6 +68,44 @@ def load_data(config: Config, data: Any, ranks: Ranks, log: Callable[[str], None
     if unread:
         log(f"bad images   {len(unread):,} left out, the first as {next(iter(unread.values()))}")
     return loaded
+
+
+def _given_data(config: Config, data: Any) -> Dataset:
+    """The caller's data, with the options that are for them; others would have no effect."""
+    for name in ("data_dir", "train_images", "test_images"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(f"{name}={value!r} is for config.dataset, and there are data= instead")
+    size, how = config.image_size, config.interpolation
+    if isinstance(data, Dataset):
+        found, streamed = data, isinstance(data.x_train, StreamedImages)
+        if size is not None and (size, size) != found.image_shape[:2]:
+            raise ValueError(
+                f"image_size={size}: the data's images are {'x'.join(map(str, found.image_shape))}"
+            )
+    elif isinstance(data, Mapping):
+        found, streamed = datasets.from_objects(data, image_size=size, interpolation=how), True
+    else:
+        raise TypeError(
+            f"data is a {type(data).__name__}, expected a kconv.datasets.Dataset or a mapping "
+            "with 'train' and 'test'"
+        )
+    if config.stream is not None and config.stream != streamed:
+        kind = "read as they are wanted" if streamed else "arrays in memory"
+        raise ValueError(f"stream={config.stream}: the data's images are {kind}")
+    return found
+
+
+def described(data: Dataset) -> dict[str, Any]:
+    """What processes that train together have to find alike in their data."""
+    parts = {"training": data.y_train, "test": data.y_test, "validation": data.y_val}
+    counts = {f"{part} images": 0 if y is None else len(y) for part, y in parts.items()}
+    labels = [y.tobytes() for y in parts.values() if y is not None]
+    return {
+        **counts,
+        "image shape": data.image_shape,
+        "classes": len(data.class_names),
+        "checksum of labels": zlib.crc32(b"".join([*labels, repr(data.class_names).encode()])),
+    }
 
 
 def check_step(config: Config, spec: models.Spec) -> None:
@@ -123,7 +156,37 @@ def class_weights(config: Config, labels: Labels, classes: int) -> NDArray[np.fl
     weights = np.array(config.class_weights, np.float32)
     if weights.shape != (classes,):
         raise ValueError(f"class_weights has {weights.size} numbers for {classes} classes")
-    return weights
+    # With 0, targets would not tell the class any more, by which the accuracy is counted.
+    return np.maximum(weights, np.float32(1e-30))
+
+
+def targets_of(
+    targets: NDArray[np.float32],
+    weights: NDArray[np.float32] | None,
+    smoothing: float,
+    teacher: NDArray[np.float32] | None,
+    share: float,
+) -> NDArray[np.float32]:
+    """What an image's cross-entropy is of; as it is linear in the truth, so is all of this.
+
+    Args:
+        targets: (N, classes): the truth; mixed images have shares of several classes.
+        weights: (classes,) what each class's loss counts, or None.
+        smoothing: the share of the truth that all classes have in common.
+        teacher: (N, classes): another network's probabilities, or None.
+        share: of these.
+
+    Returns:
+        (N, classes): shares of the classes, times what the image counts.
+    """
+    if weights is not None:
+        targets = targets * weights
+    counts = targets.sum(axis=1, keepdims=True)
+    found = (1 - np.float32(smoothing)) * targets
+    found += np.float32(smoothing) / targets.shape[1] * counts
+    if teacher is not None:
+        found = (1 - np.float32(share)) * found + np.float32(share) * teacher * counts
+    return found
 
 
 class Teacher:

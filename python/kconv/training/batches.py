@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     Attributes:
         indices: (N,) which of the data set's they are.
         images: (N, H, W, C) uint8.
-        unread: what is wrong with those that cannot be read, which are left out.
+        unread: what is wrong with those that cannot be read, which are left out: all, maybe.
     """
 
     indices: NDArray[np.intp]
@@ -96,13 +96,9 @@ class Batches(Sequence[Batch]):
                 raise ValueError(next(iter(failed.values())))
             if failed:
                 unread = {int(index[place]): message for place, message in failed.items()}
-                if len(unread) == len(index) > 0:
-                    raise ValueError(
-                        f"a whole batch cannot be read, the first as {next(iter(unread.values()))}"
-                    )
                 good = np.setdiff1d(np.arange(len(index)), list(failed))
                 index, images = index[good], images[good]
-        if self.change is not None:
+        if self.change is not None and len(images):
             images = self.change(number, images)
         return Batch(index, images, unread)
 
@@ -147,6 +143,7 @@ def check_loader(images: Images | StreamedImages, *, workers: int | None, framew
 
 
 def _torch_loader(batches: Batches, start: int, workers: int) -> Iterable[Batch]:
+    import torch
     from torch.utils.data import DataLoader
 
     loader: Any = DataLoader(
@@ -158,7 +155,11 @@ def _torch_loader(batches: Batches, start: int, workers: int) -> Iterable[Batch]
         # As they are: tensors would be in shared memory, of which containers have little.
         collate_fn=_same,
     )
-    for batch in loader:
+    # The seed of the workers is drawn from PyTorch's chance, of which steps are to have the same
+    # whether images are streamed or not.
+    with torch.random.fork_rng(devices=[]):
+        reader = iter(loader)
+    for batch in reader:
         if isinstance(batch, ValueError):
             raise batch
         yield batch

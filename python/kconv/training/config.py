@@ -30,6 +30,7 @@ from kconv.datasets import Dataset
 FRAMEWORKS = ("keras", "torch")
 OPTIMIZERS = ("rmsprop", "adamw", "sgd")
 SCHEDULES = ("cyclic25", "constant", "cosine", "one-cycle")
+WARMED_UP = ("cosine", "constant")
 BAD_IMAGES = ("error", "skip")
 PRECISIONS = ("float32", "bfloat16")
 SHORT_RUN_STEPS = 2000
@@ -247,14 +248,12 @@ class Config:
         "classifier starts anew where the classes differ",
         metavar="NAME|PATH",
         unset="random ones",
-        resumable=True,
     )
     compress_from: str | None = option(
         None,
         "folder of a run of the network without kType (or a name), whose weights to start from but "
         "for those of its pointwise convolutions, which the kType's blocks replace",
         metavar="NAME|DIR",
-        resumable=True,
     )
     sync_bn: bool = option(
         False, "batch norms over the images of all processes, in the place of each one's"
@@ -299,7 +298,23 @@ class Config:
             raise ValueError("sync_bn=True: only framework='torch' trains in several processes")
         if self.sync_bn and self.recompute:
             raise ValueError("recompute=True needs fused layers, which sync_bn=True takes apart")
+        self._check_use()
         self._check_model_options()
+
+    def _check_use(self) -> None:
+        """See that no option is given that others leave without effect."""
+        for name, used, where in (
+            ("momentum", self.optimizer == "sgd", "optimizer='sgd'"),
+            (
+                "warmup_epochs",
+                self.lr_schedule in WARMED_UP,
+                f"lr_schedule {' or '.join(map(repr, WARMED_UP))}",
+            ),
+            ("teacher_weight", self.teacher is not None, "teacher"),
+        ):
+            value = getattr(self, name)
+            if not used and value != getattr(type(self), name):
+                raise ValueError(f"{name}={value} has no effect without {where}")
 
     def _check_numbers(self) -> None:
         least_one = (

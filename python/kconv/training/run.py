@@ -142,11 +142,13 @@ class BestModel:
     def describe(self, metrics: Mapping[str, float]) -> None:
         """Write the configuration, with what is known of the model."""
         height, width, channels = self.data.image_shape
+        # Streamed images that the caller has are resized as they say themselves.
+        how: Any = getattr(self.data.x_train, "interpolation", self.config.interpolation)
         image = ImageInput(
             height=height,
             width=width,
             channels=channels,
-            interpolation=self.config.interpolation,  # type: ignore[arg-type]  # it is checked
+            interpolation=how,
         )
         model = ModelConfig(
             network=self.spec,

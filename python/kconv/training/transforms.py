@@ -5,12 +5,19 @@ A transform of each image is one of torchvision's (``transforms.v2.TrivialAugmen
 (``keras.layers.RandAugment((0, 255))``), or a function of bytes (H, W, C). A transform of whole
 batches, after them, is a function of (images, labels), such as torchvision's ``MixUp`` and
 ``CutMix``, or Keras's layer of these names.
+
+Their chance is that of the batch, so that a run goes on as if it had not been interrupted: what
+Python's ``random``, NumPy's and PyTorch's functions without a generator draw, Albumentations', and
+the seeds of Keras's layers, whatever they were.
 """
 
 from __future__ import annotations
 
+import random
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +28,10 @@ from kconv import augment
 from kconv.datasets import Images
 
 __all__ = ["Change", "changed_batch", "changed_images"]
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Of the threads that read ahead: transforms draw from what all threads share."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ def changed_images(transform: Any, images: Images, rng: np.random.Generator) -> 
     """What a transform of single images makes of some.
 
     Args:
-        transform: of one of the libraries; its chance, but for Keras's, is drawn from ``rng``.
+        transform: of one of the libraries, whose chance is drawn from ``rng``.
         images: (N, H, W, C) uint8.
         rng: the batch's chance.
 
@@ -78,31 +89,8 @@ def changed_images(transform: Any, images: Images, rng: np.random.Generator) -> 
         TypeError: the transform gives something else.
         ValueError: it gives images of another shape.
     """
-    library, seed = _library(transform), int(rng.integers(2**31))
-    found: list[Any] = []
-    if library == "keras":
-        import keras
-
-        output = transform(images.astype(np.float32), training=True)
-        numbers = keras.ops.convert_to_numpy(output)
-        found = list(np.clip(np.rint(numbers), 0, 255).astype(np.uint8))
-    elif library == "torchvision":
-        import torch
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for image in images:
-                # Torchvision draws some of its chance from NumPy's, too, in older transforms.
-                output = transform(torch.from_numpy(image.copy()).permute(2, 0, 1))
-                if not isinstance(output, torch.Tensor):
-                    raise TypeError(_unexpected(output))
-                found.append(output.permute(1, 2, 0).numpy())
-    elif library == "albumentations":
-        if hasattr(transform, "set_random_seed"):
-            transform.set_random_seed(seed)
-        found = [transform(image=image)["image"] for image in images]
-    else:
-        found = [transform(image) for image in images]
+    with _seeded(transform, int(rng.integers(2**31))) as library:
+        found = _each_changed(library, transform, images)
     for one in found:
         if not isinstance(one, np.ndarray) or one.dtype != np.uint8:
             raise TypeError(_unexpected(one))
@@ -111,6 +99,68 @@ def changed_images(transform: Any, images: Images, rng: np.random.Generator) -> 
                 f"the transform makes images of {one.shape}, expected {images.shape[1:]} as before"
             )
     return np.stack(found) if found else images
+
+
+def _each_changed(library: str, transform: Any, images: Images) -> list[Any]:
+    if library == "keras":
+        import keras
+
+        output = transform(images.astype(np.float32), training=True)
+        numbers = keras.ops.convert_to_numpy(output)
+        return list(np.clip(np.rint(numbers), 0, 255).astype(np.uint8))
+    if library == "torchvision":
+        import torch
+
+        found: list[Any] = []
+        for image in images:
+            output = transform(torch.from_numpy(image.copy()).permute(2, 0, 1))
+            if not isinstance(output, torch.Tensor):
+                raise TypeError(_unexpected(output))
+            found.append(output.permute(1, 2, 0).numpy())
+        return found
+    if library == "albumentations":
+        return [transform(image=image)["image"] for image in images]
+    return [transform(image) for image in images]
+
+
+@contextmanager
+def _seeded(transform: Any, seed: int) -> Iterator[str]:
+    """Have a transform draw its chance from a seed; its library.
+
+    What else draws from the same sources goes on there as if nothing had been drawn.
+    """
+    library, torch = _library(transform), sys.modules.get("torch")
+    with (
+        _ONE_AT_A_TIME,
+        nullcontext() if torch is None else torch.random.fork_rng(devices=[]),
+    ):
+        # What users' functions draw from.
+        of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        if torch is not None:
+            torch.manual_seed(seed)
+        if library == "albumentations" and hasattr(transform, "set_random_seed"):
+            transform.set_random_seed(seed)
+        elif library == "keras":
+            _seed_layer(transform, seed)
+        try:
+            yield library
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def _seed_layer(layer: Any, seed: int) -> None:
+    from keras.random import SeedGenerator
+
+    from kconv.keras._private import all_layers
+
+    # By their order, in which the model within a Sequential, made at its first call, adds nothing.
+    values = [value for one in all_layers(layer) for value in vars(one).values()]
+    generators = {id(value): value for value in values if isinstance(value, SeedGenerator)}
+    for number, generator in enumerate(generators.values()):
+        generator.state.assign(np.array([seed, number << 16], generator.state.dtype))
 
 
 def _unexpected(value: Any) -> str:
@@ -140,25 +190,23 @@ def changed_batch(
     Raises:
         ValueError: the shapes have changed.
     """
-    library = _library(transform)
-    if library == "torchvision":
-        import torch
+    with _seeded(transform, seed % 2**31) as library:
+        if library == "torchvision":
+            import torch
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
             mixed, shares = transform(
                 torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
             )
-        if shares.ndim == 1:
-            shares = torch.nn.functional.one_hot(shares, targets.shape[1])
-        found, new = mixed.permute(0, 2, 3, 1).numpy(), shares.numpy()
-    elif library == "keras":
-        import keras
+            if shares.ndim == 1:
+                shares = torch.nn.functional.one_hot(shares, targets.shape[1])
+            found, new = mixed.permute(0, 2, 3, 1).numpy(), shares.numpy()
+        elif library == "keras":
+            import keras
 
-        output = transform({"images": images, "labels": targets}, training=True)
-        found, new = (keras.ops.convert_to_numpy(output[key]) for key in ("images", "labels"))
-    else:
-        found, new = transform(images, targets)
+            output = transform({"images": images, "labels": targets}, training=True)
+            found, new = (keras.ops.convert_to_numpy(output[key]) for key in ("images", "labels"))
+        else:
+            found, new = transform(images, targets)
     if found.shape != images.shape or new.shape != targets.shape:
         raise ValueError(
             f"the transform of batches gives images {found.shape} and shares {new.shape}, expected "
