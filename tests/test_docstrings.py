@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +72,10 @@ def test_only_what_is_public_is_listed(face: str) -> None:
     assert set(module.__all__) <= set(dir(module))
     assert "annotations" not in dir(module)
     assert "warn_of_version" not in dir(module)
+
+
+def test_stubs_have_the_extension_s_docstrings() -> None:
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools/stub_docstrings.py"))
+    stubs = tool["STUBS"].read_text()
+    assert tool["with_docstrings"](stubs) == stubs, "run python tools/stub_docstrings.py"
+    assert tool["with_docstrings"](stubs.replace("divides C_in", "divides C_out")) == stubs
