@@ -49,8 +49,10 @@ def create(
 
     Raises:
         ValueError: an option makes no sense, or the weights are another network's.
-        TypeError: the network has no such option.
+        TypeError: the network has no such option, or one is given by two names.
     """
+    _expect_one_name("classes", options, num_classes=num_classes)
+    _expect_one_name("input_shape", options, in_chans=in_chans, image_size=image_size)
     known = dict(_DEFAULTS)
     size, channels = (_SIZE, _SIZE), _CHANNELS
     run = None if weights is None else _spec_of(weights, name)
@@ -67,6 +69,15 @@ def create(
     if weights is not None:
         fill_network(model, spec, weights)
     return model
+
+
+def _expect_one_name(field: str, options: dict[str, Any], **given: Any) -> None:
+    """See that a field of the spec is not given beside an argument that sets it, too."""
+    twice = [name for name, value in given.items() if field in options and value is not None]
+    if twice:
+        raise TypeError(
+            f"{field}={options[field]!r} and {twice[0]}={given[twice[0]]!r}, expected one"
+        )
 
 
 def fill_network(model: Any, spec: models.Spec, weights: str | os.PathLike[str]) -> bool:
@@ -92,7 +103,7 @@ def fill_network(model: Any, spec: models.Spec, weights: str | os.PathLike[str])
             if option not in _MAY_DIFFER | {"name"} and own != value:
                 raise ValueError(
                     f"the weights of {weights} are of a {run.name} with {option}={value!r}, the "
-                    f"model has {option}={own!r}"
+                    f"model is a {spec.name} with {option}={own!r}"
                 )
     return load_pretrained(model, find_network(weights, spec.name), spec.graph())
 

@@ -55,7 +55,10 @@ def find_network(given: str | os.PathLike[str], model: str | None = None) -> Pat
 
     Raises:
         FileNotFoundError: there is neither.
+        TypeError: it can be neither.
     """
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(f"{given!r} is neither a path nor the name of a trained network")
     path = Path(given)
     if path.exists():
         return path

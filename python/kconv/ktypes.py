@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from kconv._geometry import interleave_order
+from kconv._names import did_you_mean
 
 __all__ = [
     "INPUT",
@@ -110,7 +111,8 @@ def resolve(ktype: KType | str | int) -> KType:
         raise TypeError(f"ktype={ktype!r} is neither a kType's name nor its number")
     if ktype not in _BY_KEY:
         known = ", ".join(f"{k.name} ({k.number})" for k in KTYPES)
-        raise ValueError(f"unknown ktype={ktype!r}; known are {known}")
+        close = did_you_mean(ktype, [k.name for k in KTYPES]) if isinstance(ktype, str) else ""
+        raise ValueError(f"unknown ktype={ktype!r}{close}; known are {known}")
     return _BY_KEY[ktype]
 
 

@@ -188,11 +188,18 @@ class FrozenNetwork:
             ValueError: a file is no image that can be read, or ``top`` is below 1.
             OSError: a file cannot be opened.
             ImportError: Pillow is not installed.
+            TypeError: a path is none; arrays are for calls of the network itself.
         """
         if top is not None and top < 1:
             raise ValueError(f"top={top} must be at least 1")
         single = isinstance(path, str | os.PathLike)
         paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+        for one in paths:
+            if not isinstance(one, str | os.PathLike):
+                raise TypeError(
+                    f"path is a {type(one).__name__}, expected image files; a call of the network "
+                    "itself takes arrays"
+                )
         found: list[Any] = []
         for start in range(0, len(paths), _AT_ONCE):
             pixels = [

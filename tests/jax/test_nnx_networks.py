@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from kconv.jax._operations import operations
-from kconv.jax.nnx import ConvUnit, MBConv, build
+from kconv.jax.nnx import ConvUnit, MBConv, build, create_model
 from kconv.models import create
 
 BLOCKS = [
@@ -177,6 +177,16 @@ def test_inputs():
             unit(jnp.ones(shape))
     with pytest.raises(ValueError, match="activation"):
         ConvUnit(6, 8, activation="cosine", rngs=nnx.Rngs(0))
+
+
+def test_what_is_missing_is_named():
+    for options in ({}, {"rngs": 0}):
+        with pytest.raises(TypeError, match=r"rngs=\w+, expected flax\.nnx\.Rngs"):
+            create_model("keffnet_s", image_size=8, **options)
+        with pytest.raises(
+            TypeError, match=r"jax\.nnx\.create_model\('keffnet_s'\) builds by name"
+        ):
+            build("keffnet_s", **options)
 
 
 def test_average_pools_of_half_precision():

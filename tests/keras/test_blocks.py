@@ -107,3 +107,5 @@ def test_bad_arguments(arguments, message):
     x = keras.Input((4, 4, 32))
     with pytest.raises(ValueError, match=message):
         kconv.keras.kPointwiseConv2D(x, **{"filters": 8, **arguments})
+    with pytest.raises(TypeError, match="last_tensor=48, expected a tensor"):
+        kconv.keras.kPointwiseConv2D(48)(x)

@@ -223,6 +223,11 @@ def test_unknown_ktypes_list_the_known(bad):
         resolve(bad)
 
 
+def test_unknown_ktypes_name_a_close_one():
+    with pytest.raises(ValueError, match=r"unknown ktype='d6_16ch' \(did you mean 'D6_16ch'\?\)"):
+        resolve("d6_16ch")
+
+
 @pytest.mark.parametrize("bad", [None, 2.0, True, ["D6_16ch"]])
 def test_ktypes_of_a_wrong_type(bad):
     with pytest.raises(TypeError, match="ktype="):

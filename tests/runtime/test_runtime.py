@@ -177,6 +177,8 @@ def test_labels_of_files(net: FrozenNetwork, tmp_path: Path) -> None:
     assert net.predict([]) == []
     with pytest.raises(ValueError, match="top=0 must be at least 1"):
         net.predict(paths[0], top=0)
+    with pytest.raises(TypeError, match="path is a ndarray, expected image files"):
+        net.predict(np.zeros((2, 8, 8, 3), np.uint8))
 
 
 def test_grey_networks_read_colours_as_grey(tmp_path: Path) -> None:

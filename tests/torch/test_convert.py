@@ -24,6 +24,7 @@ from kconv.torch import (
     accelerate,
     build,
     compress,
+    fuse,
     report,
     restore,
     to_native,
@@ -187,6 +188,12 @@ def test_compress_bad_input(model):
         compress(Untraceable())
     with pytest.raises(ValueError, match="D7"):
         compress(model, "D7")
+
+
+@pytest.mark.parametrize("convert", [accelerate, compress, fuse, restore, report, to_native])
+def test_what_is_no_module_is_refused(convert):
+    with pytest.raises(TypeError, match=r"model=<class .*Conv2d'>, expected a torch\.nn\.Module"):
+        convert(nn.Conv2d)
 
 
 def test_to_native():

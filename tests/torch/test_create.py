@@ -45,7 +45,9 @@ def test_weights_of_a_run_bring_its_options(tmp_path: Path) -> None:
         "keffnet_s", weights=path, num_classes=3, image_size=8, ktype="D6_4ch"
     )
     torch.testing.assert_close(file.eval()(x), source(x))
-    with pytest.raises(ValueError, match=r"with width=1\.0, the model has width=2\.0"):
+    with pytest.raises(
+        ValueError, match=r"with width=1\.0, the model is a keffnet_s with width=2\.0"
+    ):
         kconv.torch.create_model("keffnet_s", weights=tmp_path, width=2.0)
 
 
@@ -56,6 +58,9 @@ def test_weights_of_a_run_bring_its_options(tmp_path: Path) -> None:
         ("keffnet_s", {"num_class": 3}, TypeError, "keffnet_s has no option 'num_class'"),
         ("mobilenet", {"ktype": "D6_4ch"}, TypeError, "mobilenet has no option 'ktype'"),
         ("keffnet_s", {"num_classes": 0}, ValueError, "classes=0 is below 1"),
+        ("keffnet_s", {"num_classes": 3, "classes": 5}, TypeError, "classes=5 and num_classes=3"),
+        ("keffnet_s", {"image_size": 9, "input_shape": (8, 8, 3)}, TypeError, "and image_size=9"),
+        ("keffnet_s", {"weights": True}, TypeError, "True is neither a path nor the name"),
     ],
 )
 def test_wrong_arguments_are_named(

@@ -95,7 +95,7 @@ def test_strides_are_skipped_for_small_images(size: int, skipped: int) -> None:
 
 def test_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"batch_size=64.*has 40 training images"):
-        training.train(dataclasses.replace(TINY, batch_size=64), tmp_path / "run")
+        training.train(dataclasses.replace(TINY, batch_size=64), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -111,6 +111,11 @@ def test_step_beyond_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         _start.check_step(TINY, spec)
     monkeypatch.setattr(datasets, "memory", lambda: least)
     _start.check_step(TINY, spec)
+
+
+def test_config_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"config is a dict, expected a kconv\.training\.Config"):
+        training.train({"epochs": 1}, tmp_path / "run")  # type: ignore[arg-type]
 
 
 def test_option_that_the_model_lacks_is_refused(tmp_path: Path) -> None:

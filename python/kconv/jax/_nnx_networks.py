@@ -63,6 +63,7 @@ class Network(nnx.Module):
 
     Raises:
         ValueError: if the input has other axes or channels.
+        TypeError: if ``rngs`` are none.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class Network(nnx.Module):
         dtype: Any = jnp.float32,
         recompute: bool = False,
     ) -> None:
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs={rngs!r}, expected flax.nnx.Rngs, such as nnx.Rngs(0)")
         made = {}
         for layer in layers.layers:
             module = _module(layer, rngs, dtype)
@@ -320,7 +323,7 @@ def _call(layer: graph.Layer, module: Any, inputs: list[jax.Array]) -> jax.Array
 def build(
     spec: Spec,
     *,
-    rngs: nnx.Rngs,
+    rngs: nnx.Rngs | None = None,
     fused: bool = True,
     dtype: Any = jnp.float32,
     weights: Weights = None,
@@ -340,7 +343,8 @@ def build(
 
     Args:
         spec: of :mod:`kconv.models`.
-        rngs: the keys of the initial values ("params") and of dropout and drop-connect ("dropout").
+        rngs: the keys of the initial values ("params") and of dropout and drop-connect ("dropout");
+            there is no default.
         fused: whether chains of layers run as one operation each; the layers and their weights are
             the same.
         dtype: of the parameters.
@@ -352,7 +356,7 @@ def build(
         A :class:`Network` from (N, H, W, channels) to (N, classes), in training mode.
 
     Raises:
-        TypeError: if ``spec`` is none.
+        TypeError: if ``spec`` is none, or ``rngs`` are missing.
         ValueError: if the weights are of another network, or nothing is fused that could compute
             anew.
     """
@@ -369,7 +373,7 @@ def build(
 def create_model(
     name: str,
     *,
-    rngs: nnx.Rngs,
+    rngs: nnx.Rngs | None = None,
     ktype: str | int | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
@@ -386,7 +390,8 @@ def create_model(
 
     Args:
         name: of :func:`kconv.list_models`.
-        rngs: the keys of the initial values ("params") and of dropout and drop-connect ("dropout").
+        rngs: the keys of the initial values ("params") and of dropout and drop-connect ("dropout");
+            there is no default.
         ktype: kind of pointwise convolution, its name or its number; by default the network's own.
         num_classes: outputs of the classifier, by default 1000.
         in_chans: channels of the images, by default 3.
@@ -402,7 +407,7 @@ def create_model(
 
     Raises:
         ValueError: an option makes no sense, or the weights are of another network.
-        TypeError: the network has no such option.
+        TypeError: the network has no such option, or ``rngs`` are missing.
     """
     return create(
         partial(build, rngs=rngs),

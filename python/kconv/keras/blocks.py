@@ -53,7 +53,12 @@ def kPointwiseConv2D(  # noqa: N802 - the original's name
 
     Raises:
         ValueError: an unknown kType, or sizes below 1.
+        TypeError: ``last_tensor`` is no tensor.
     """
+    if not hasattr(last_tensor, "shape"):
+        raise TypeError(
+            f"last_tensor={last_tensor!r}, expected a tensor, as this is a function and no layer"
+        )
     if channel_axis not in (1, 3):
         raise ValueError(f"channel_axis={channel_axis} is neither 1 nor 3")
     data_format = data_format_of(channel_axis)

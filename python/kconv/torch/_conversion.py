@@ -39,6 +39,7 @@ def report(model: nn.Module) -> Report:
 
     Raises:
         ValueError: if none of them returned this module.
+        TypeError: if ``model`` is no module.
     """
     stored = unwrapped(model).__dict__.get(_KEY)
     if stored is None:
@@ -55,7 +56,13 @@ def set_report(model: nn.Module, made: Report) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``'s wrapper and ``DataParallel``."""
+    """The module inside ``torch.compile``'s wrapper and ``DataParallel``.
+
+    Raises:
+        TypeError: if it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r:.80}, expected a torch.nn.Module")
     while True:
         if isinstance(model, DataParallel):
             model = model.module

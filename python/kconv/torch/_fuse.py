@@ -63,6 +63,9 @@ def fuse(model: nn.Module) -> nn.Module:
     Returns:
         The model. :func:`kconv.torch.report` lists the chains, and what stayed outside and why;
         :func:`kconv.torch.restore` changes the model back.
+
+    Raises:
+        TypeError: if ``model`` is no module.
     """
     inner = unwrapped(model)
     unfuse(inner)

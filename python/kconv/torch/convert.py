@@ -58,6 +58,9 @@ def accelerate(model: nn.Module, *, all_layers: bool = False) -> nn.Module:
     Returns:
         The model. :func:`kconv.torch.report` tells what has changed, what was left alone and why;
         :func:`restore` changes it back.
+
+    Raises:
+        TypeError: if ``model`` is no module.
     """
     inner = unwrapped(model)
     changed: dict[str, str] = {}
@@ -98,6 +101,7 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if the class of an accelerated module was exchanged for one derived from it,
             which may compute something else; nothing has changed then.
+        TypeError: if ``model`` is no module.
     """
     inner = unwrapped(model)
     changed = change_classes(inner, {AcceleratedConv2d: lambda _: (nn.Conv2d, {})}, "restore")
@@ -137,15 +141,16 @@ def compress(model: nn.Module, ktype: ktypes.KType | str | int = "D6_16ch") -> n
     Raises:
         ValueError: if the kType is unknown, the model cannot be traced, or a wrapper such as
             ``DistributedDataParallel`` holds the parameters already.
+        TypeError: if ``model`` is no module.
     """
     ktype = ktypes.resolve(ktype)
+    inner = unwrapped(model)
     for module in model.modules():
         if wrapper := next((c for c in type(module).__mro__ if c.__name__ in _HOLDERS), None):
             raise ValueError(
                 f"compress: {wrapper.__name__} has taken over the parameters that blocks would "
                 f"replace; compress the model before it is wrapped"
             )
-    inner = unwrapped(model)
     try:
         nodes = [] if type(inner) in _PLAIN else list(_Tracer().trace(inner).nodes)
     except Exception as error:

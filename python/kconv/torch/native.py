@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from kconv._report import Report
-from kconv.torch._conversion import change_classes, copied, set_report
+from kconv.torch._conversion import change_classes, copied, set_report, unwrapped
 from kconv.torch._fuse import unfuse
 from kconv.torch.layers import NATIVE
 
@@ -34,7 +34,9 @@ def to_native(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if a layer is of a class derived from one of kconv's, which may compute
             something else, or if the model cannot be copied.
+        TypeError: if ``model`` is no module.
     """
+    unwrapped(model)
     native = copied(model, "to_native")
     set_report(native, Report("to_native", make_native(native), {}))
     return native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -109,7 +110,7 @@ def _quiet(line: str) -> None:
 
 def train(
     config: Config,
-    output: Path | None = None,
+    output: str | os.PathLike[str] | None = None,
     *,
     resume: bool = False,
     data: Any = None,
@@ -143,14 +144,17 @@ def train(
         ValueError: An option or the data make no sense, the checkpoint is another model's, the
             folder holds a run already or is in use by another process, or the processes have
             different options.
-        TypeError: The data or a transform are of another kind.
+        TypeError: The data, a transform or ``config`` are of another kind.
         OSError: A file cannot be read or written.
         ImportError: A package that the run will need is not installed.
         RuntimeError: Another process of the run has ended.
     """
+    if not isinstance(config, Config):
+        raise TypeError(f"config is a {type(config).__name__}, expected a kconv.training.Config")
     with joined(config.framework) as ranks:
         _check_same(dataclasses.asdict(config), ranks, "options")
-        folder: Path = ranks.first_of(output or (None if ranks.rank else reserve(config)))
+        given = None if output is None else Path(output)
+        folder: Path = ranks.first_of(given or (None if ranks.rank else reserve(config)))
         # The first alone writes, into a folder that the others need not even see.
         with nullcontext() if ranks.rank else held(folder):
             run = _Run(config, folder, ranks, _quiet if ranks.rank else log)
