@@ -17,7 +17,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = ["Chain", "Node", "find_chains"]
@@ -34,7 +34,8 @@ class Node:
         ends: whether it may be the last of a chain.
         is_convolution: whether it is one; a chain without any is not worth an operation.
         mode: what all nodes of a chain that have one must have in common (None: has none).
-        writes: whether it may change its inputs in place, where it is not run as part of a chain.
+        writes: the names of values that it may change in place, where it is not run as part of a
+            chain: inputs, and what else is in their memory.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Node:
     ends: bool = True
     is_convolution: bool = False
     mode: Hashable = None
-    writes: bool = False
+    writes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def find_chains(
             readers[place[name]] |= 1 << i
     for name in outputs:
         readers[place[name]] |= 1 << len(names)
-    search = _Search(nodes, first, [[place[x] for x in n.inputs] for n in nodes], readers)
+    search = _Search(nodes, first, place, readers)
     chains = []
     for start in range(len(names)):
         if not search.inner >> start & 1 and (starts is None or names[start] in starts):
@@ -98,14 +99,18 @@ class _Search:
     """What chains have been found so far, and the next one."""
 
     def __init__(
-        self, nodes: Sequence[Node], first: int, inputs: list[list[int]], readers: list[int]
+        self, nodes: Sequence[Node], first: int, place: Mapping[str, int], readers: list[int]
     ) -> None:
-        self._nodes, self._first, self._inputs, self._readers = nodes, first, inputs, readers
+        self._nodes, self._first, self._readers = nodes, first, readers
+        self._inputs = [[place[name] for name in node.inputs] for node in nodes]
         self._taken = 0
         self.inner = 0
         """The nodes of chains but for their last ones, which begin no further chain."""
         self._convolutions = _set(first + i for i, n in enumerate(nodes) if n.is_convolution)
-        self._writers = _set(first + i for i, n in enumerate(nodes) if n.writes and not n.fusable)
+        self._writers = [0] * len(readers)
+        for i, node in enumerate(nodes, first):
+            for name in () if node.fusable else node.writes:
+                self._writers[place[name]] |= 1 << i
         self._own_writers = _set(first + i for i, n in enumerate(nodes) if n.writes and n.fusable)
 
     def largest_from(self, start: int) -> int:
@@ -150,7 +155,7 @@ class _Search:
         own = self._readers[start] & chain
         if own & self._own_writers and self._readers[start] & ~chain:
             return True  # a chain may run node by node, and earlier than they stand
-        writers = self._readers[start] & self._writers & ~chain
+        writers = self._writers[start] & ~chain
         last, lowest = own.bit_length(), (own & -own).bit_length()
         return any(lowest <= i + 1 <= last for i in _bits(writers))
 

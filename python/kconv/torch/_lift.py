@@ -337,6 +337,7 @@ def _batch_norm(norm: Any, common: Common, inputs: Inputs) -> graph.Layer | None
         or bias.dim() != 1
         or (weight is not None and weight.shape != bias.shape)
         or not norm.track_running_stats
+        or not norm.eps > 0  # which PyTorch refuses in training
         or not _is_image(inputs[0], len(bias))
     ):
         return None

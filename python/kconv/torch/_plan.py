@@ -126,12 +126,12 @@ def divide(
     lifted, layers = _lift_all(calls, sources, outputs)
     # What only parameters are read for is read first, so that chains can be tried and left alone.
     calls = sorted(calls, key=lambda call: not isinstance(layers.get(call.name), Parameter))
-    nodes = _nodes(calls, lifted, layers, by_mode)
+    nodes = _nodes(calls, sources, lifted, layers, by_mode)
     # By mode, a single layer is no chain, as it has nothing to be fused with. (The 7x7 of ConvNeXt,
     # between LayerNorms: inference of convnext_atto takes 1.1 times as long with these fused.)
     chains = {
         chain.nodes[0]: chain
-        for chain in find_chains(sources, nodes, outputs)
+        for chain in find_chains(sources, nodes, outputs, starts=_values(layers))
         if not by_mode or sum(len(lifted[name]) for name in chain.nodes) > 1
     }
     by_name = {call.name: call for call in calls}
@@ -150,8 +150,14 @@ def divide(
     return parts, layers
 
 
+def _values(layers: dict[str, graph.Layer]) -> set[str]:
+    """The names of what a chain may read."""
+    return {name for name, layer in layers.items() if not isinstance(layer, Derived)}
+
+
 def _nodes(
     calls: Sequence[Call],
+    sources: Sequence[str],
     lifted: dict[str, tuple[graph.Layer, ...]],
     layers: dict[str, graph.Layer],
     by_mode: bool,
@@ -160,6 +166,7 @@ def _nodes(
     for layer in layers.values():
         for name in layer.inputs:
             readers[name].append(layer)
+    memory = _memory(calls, sources, lifted)
     nodes = []
     for call in calls:
         own = [layers[layer.name] for layer in lifted[call.name]]
@@ -174,10 +181,28 @@ def _nodes(
                 ends=bool(own) and _may_end(own[-1]),
                 is_convolution=any(map(_wins if by_mode else _convolves, own)),
                 mode=trains(call.owner) if norms and by_mode else None,
-                writes=call.writes,
+                writes=_written(call, memory) if call.writes else (),
             )
         )
     return nodes
+
+
+def _memory(
+    calls: Sequence[Call], sources: Sequence[str], lifted: dict[str, tuple[graph.Layer, ...]]
+) -> dict[str, set[str]]:
+    """For each value those in whose memory it may be."""
+    memory = {name: {name} for name in sources}
+    for call in calls:
+        own = memory[call.name] = {call.name}
+        if call.in_place or _may_be_its_input(lifted[call.name]):
+            own.update(*(memory[name] for name in call.inputs))
+    return memory
+
+
+def _written(call: Call, memory: dict[str, set[str]]) -> tuple[str, ...]:
+    """The values that a call may change."""
+    places = set().union(*(memory[name] for name in call.inputs))
+    return tuple(name for name, own in memory.items() if not own.isdisjoint(places))
 
 
 def _convolves(layer: graph.Layer) -> bool:
@@ -249,7 +274,32 @@ def _lift_all(
         ):
             lifted[call.name] = ()
             layers[call.name] = graph.Layer(name=call.name, inputs=call.inputs, shape=UNKNOWN)
+    _leave_what_changes(calls, sources, lifted, layers)
     return lifted, layers
+
+
+def _leave_what_changes(
+    calls: Sequence[Call],
+    sources: Sequence[str],
+    lifted: dict[str, tuple[graph.Layer, ...]],
+    layers: dict[str, graph.Layer],
+) -> None:
+    """Calls whose parameters a forward changes on its way run where they stand."""
+    memory = _memory(calls, sources, lifted)
+    changed = [name for call in calls if call.in_place for name in _written(call, memory)]
+    parameters = {id(x.tensor) for x in map(layers.get, changed) if isinstance(x, Parameter)}
+    for call in calls if parameters else ():
+        if lifted[call.name] and not parameters.isdisjoint(map(id, _tensors(call))):
+            lifted[call.name] = ()
+            layer = layers[call.name]
+            layers[call.name] = graph.Layer(name=layer.name, inputs=layer.inputs, shape=layer.shape)
+
+
+def _tensors(call: Call) -> list[Any]:
+    """The parameters and buffers of a call's layers."""
+    if call.borrowed:
+        return list(call.borrowed._buffers.values())
+    return [*call.module.parameters(), *call.module.buffers()] if call.module else []
 
 
 def _image(layer: graph.Layer) -> bool:

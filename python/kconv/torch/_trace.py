@@ -16,15 +16,21 @@ import threading
 import types
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import Function
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.proxy import TraceError
+from torch.jit import ScriptFunction
 
 from kconv.torch._lift import is_known
+from kconv.torch._outside import GENERATORS, Outside, frozen, members, refill
+from kconv.torch._private import len_function_stack
 
-__all__ = ["HOOKED", "Placeholder", "State", "Trace", "is_opaque", "trace", "visible"]
+__all__ = ["HOOKED", "Placeholder", "State", "Trace", "is_opaque", "modes", "trace", "visible"]
 
 _LOCK = threading.RLock()
 
@@ -59,18 +65,25 @@ def trace(root: nn.Module, forward: Any, args: Sequence[Any], kwargs: dict[str, 
     opaque: dict[nn.Module, str] = {}
     # A module that changes itself as it runs is found afterwards, and is a call the next time.
     for _ in range(10):
-        state = State(visible(root, opaque))
-        tracer = _Tracer(forward, args, kwargs, opaque)
+        modules = visible(root, opaque)
+        outside = Outside(modules)
+        if reason := outside.reason(root):
+            raise ValueError(reason)
+        state = State(modules)
+        tracer = _Tracer(forward, args, kwargs, opaque, outside)
         numbers = _random_state()
         try:
-            with _LOCK:
+            with _LOCK, _functions_are_calls(tracer):
                 nodes = list(tracer.trace(root).nodes)
         except Exception as error:
             state.put_back()
+            outside.put_back()
             raise ValueError(_reason(error)) from error
         finally:
             _set_random_state(numbers)
         changed = state.put_back()
+        if outside.put_back():
+            raise ValueError(_CHANGES_OUTSIDE)
         if tracer.leaked():
             raise ValueError("its forward keeps tensors outside of it")
         if not changed:
@@ -80,6 +93,9 @@ def trace(root: nn.Module, forward: Any, args: Sequence[Any], kwargs: dict[str, 
             raise ValueError("its forward changes attributes or buffers of the module")
         opaque |= dict.fromkeys(changed, "its forward changes attributes or buffers of the module")
     raise ValueError("forwards change attributes of their modules")
+
+
+_CHANGES_OUTSIDE = "its forward changes what is outside of the module"
 
 
 class Placeholder:
@@ -95,7 +111,7 @@ def is_opaque(module: nn.Module) -> str | None:
         return "it has a forward of its own"
     if isinstance(module, torch.jit.ScriptModule | nn.parallel.DistributedDataParallel):
         return f"it is a {type(module).__name__}"
-    if any(isinstance(value, _generators()) for value in own.values()):
+    if any(isinstance(value, GENERATORS) for value in own.values()):
         return "it draws random numbers"
     return None
 
@@ -125,10 +141,43 @@ HOOKED = "it has hooks"
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
-def _generators() -> tuple[type, ...]:
-    numpy = sys.modules.get("numpy")
-    of_numpy = (numpy.random.Generator, numpy.random.RandomState) if numpy else ()
-    return (random.Random, torch.Generator, *of_numpy)
+def modes() -> tuple[Any, ...]:
+    """What of PyTorch's is switched on or off for a thread, and counts for what is computed."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.get_default_dtype(),
+        len_function_stack(),
+    )
+
+
+@contextmanager
+def _functions_are_calls(tracer: _Tracer) -> Iterator[None]:
+    """An ``autograd.Function`` is a call, as its backward pass is its own.
+
+    TorchScript's functions, too, read tensors as they lie in memory, where a tracer's are not.
+    """
+    classes: tuple[Any, Any] = Function, ScriptFunction
+    own, call_script = vars(Function)["apply"], ScriptFunction.__call__
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        call = own.__get__(None, cls)
+        if tracer.is_mine and any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
+            return tracer.create_proxy("call_function", call, args, kwargs)
+        return call(*args, **kwargs)
+
+    def script(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if tracer.is_mine:
+            raise TraceError("it calls a function of TorchScript")
+        return call_script(function, *args, **kwargs)
+
+    classes[0].apply, classes[1].__call__ = classmethod(apply), script
+    try:
+        yield
+    finally:
+        classes[0].apply, classes[1].__call__ = own, call_script
 
 
 def _random_state() -> tuple[Any, ...]:
@@ -162,6 +211,10 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name == "_is_param":  # which isinstance(x, nn.Parameter) asks
             return False
+        if not hasattr(Tensor, name):
+            if self.node.op == "placeholder":
+                raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+            raise TraceError(f"it asks a value for an attribute {name!r}")
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -181,14 +234,27 @@ class _Tracer(fx.Tracer):
         args: Sequence[Any],
         kwargs: dict[str, Any],
         opaque: dict[nn.Module, str],
+        outside: Outside,
     ) -> None:
         super().__init__()
+        self._outside, self._modes = outside, modes()
         self._call = forward, args, kwargs
         self._thread = threading.get_ident()
         self._names: dict[int, str] = {}
         self._proxies: list[weakref.ref[Any]] = []
         self.through: list[nn.Module] = []
         self.opaque = dict(opaque)
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether it is this thread that traces; torch.fx replaces functions for all threads."""
+        return threading.get_ident() == self._thread
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Refuses what a node cannot tell."""
+        if modes() != self._modes:
+            raise TraceError("it switches gradients, autocast or another mode on or off")
+        return super().create_node(*args, **kwargs)
 
     def leaked(self) -> bool:
         """Whether somebody outside has kept a tensor of the trace."""
@@ -225,15 +291,19 @@ class _Tracer(fx.Tracer):
             if reason and m._modules:
                 self.opaque.setdefault(m, reason)
             return True
-        return False
+        if reason := self._outside.reason(m):
+            self.opaque[m] = reason
+        return reason is not None
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Follows a module's forward, or makes it a call if that is not possible."""
-        if threading.get_ident() != self._thread:  # torch.fx replaces functions for all threads
+        if not self.is_mine:
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
+        if self._outside.put_back():
+            raise TraceError(_CHANGES_OUTSIDE)
         count, stack = len(self.graph.nodes), dict(self.module_stack)
         through = len(self.through)
         try:
@@ -241,6 +311,8 @@ class _Tracer(fx.Tracer):
             y = super().call_module(m, forward, args, kwargs)
             if _random_state() != numbers:
                 raise TraceError("it draws random numbers")
+            if self._outside.put_back():
+                raise TraceError(_CHANGES_OUTSIDE)
             self.through.append(m)
             return y
         except Exception as error:
@@ -254,7 +326,7 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         """A parameter or buffer is read at each call."""
-        if threading.get_ident() == self._thread and id(attr_val) in self._names:
+        if self.is_mine and id(attr_val) in self._names:
             return self.create_proxy("get_attr", self._names[id(attr_val)], (), {})
         return attr_val
 
@@ -268,13 +340,26 @@ class _Tracer(fx.Tracer):
             raise TraceError("it uses a tensor that is neither parameter nor buffer")
         if isinstance(a, nn.Module):
             raise TraceError("it passes a module to a function")
+        of_its_own = isinstance(a, list | tuple | dict) and type(a) not in _CONTAINERS
+        if of_its_own and not hasattr(a, "_fields"):  # as namedtuples have
+            raise TraceError(f"it passes on a {type(a).__name__}")
         return super().create_arg(a)
 
 
-class State:
-    """What Python's decisions in the forwards of modules may depend on, as it is now."""
+_CONTAINERS = list, tuple, dict, torch.Size, immutable_list, immutable_dict
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+
+class State:
+    """What Python's decisions in the forwards of modules may depend on, as it is now.
+
+    Args:
+        modules: whose forwards are followed.
+        outside: what else these read.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], outside: Outside | None = None) -> None:
+        self._outside = outside
+        self._names = outside.names if outside else frozenset()
         self._modules = list(modules)
         self._own = [dict(_own(module)) for module in modules]
         self._tensors = [_tensors(own) for own in self._own]
@@ -286,10 +371,12 @@ class State:
             for name, value in own.items()
             if name not in _OF_MODULES and not isinstance(value, _CONSTANT)
         ]
-        self._mutable = [(value, _frozen(value)) for _, value in values]
         self._copies = [(i, v, type(v)(v)) for i, v in values if type(v) in (list, dict, set)]
         classes = {base for module in modules for base in type(module).__mro__}
         self._classes = [(cls, dict(vars(cls))) for cls in classes - {nn.Module, object}]
+        shared = [v for _, own in self._classes for k, v in own.items() if _is_shared(k, v)]
+        mutable = [*(value for _, value in values), *shared]
+        self._mutable = [(value, frozen(value, self._names)) for value in mutable]
         self._present = list(map(_presence, self._own))
         self._call = nn.Module.__call__
         self._types = list(map(type, self._modules[1:]))  # the root's forward is looked up
@@ -303,20 +390,20 @@ class State:
                 and own == self._own
                 and [list(attributes["_modules"].items()) for attributes in own] == self._children
                 and list(map(_presence, own)) == self._present
-                and all(_frozen(value) == frozen for value, frozen in self._mutable)
+                and all(frozen(value, self._names) == was for value, was in self._mutable)
                 and all(vars(cls) == attributes for cls, attributes in self._classes)
                 and nn.Module.__call__ is self._call
+                and (self._outside is None or self._outside.unchanged())
             )
         except Exception:  # what cannot be compared is not what it was
             return False
 
     def put_back(self) -> list[nn.Module]:
         """The modules that have changed themselves since; they no longer have."""
-        changed = {i for i, value, copy in self._copies if _members(value) != _members(copy)}
+        changed = {i for i, value, copy in self._copies if members(value) != members(copy)}
         for i, value, copy in self._copies:
             if i in changed:
-                value.clear()
-                value.extend(copy) if isinstance(value, list) else value.update(copy)
+                refill(value, copy)
         for i, module in enumerate(self._modules):
             own, tensors = _own(module), self._tensors[i]
             if not (_same(own, self._own[i]) and _same(_tensors(own), tensors)):
@@ -339,13 +426,6 @@ def _own(module: nn.Module) -> dict[str, Any]:
     if "_kconv_report" in own or "_kconv_fusion" in own:
         return {name: value for name, value in own.items() if name not in _NOTES}
     return own
-
-
-def _members(value: Any) -> Any:
-    """A list, dict or set as something to compare."""
-    if isinstance(value, dict):
-        return [(id(key), id(item)) for key, item in value.items()]
-    return list(map(id, value)) if isinstance(value, list) else set(map(id, value))
 
 
 def _same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
@@ -372,32 +452,11 @@ def _presence(own: dict[str, Any]) -> list[Any]:
     ]
 
 
-_CONSTANT = int | float | str | bool | None | types.FunctionType | type | Tensor | nn.Module
+def _is_shared(name: str, value: Any) -> bool:
+    """Whether a value in a class can change in its place."""
+    return not (name.startswith("__") or isinstance(value, _CONSTANT) or hasattr(value, "__get__"))
+
+
+_CONSTANT = int | float | str | bool | None | types.FunctionType | type | nn.Module
 _NOTES = frozenset({"_kconv_report", "_kconv_fusion"})
 _OF_MODULES = frozenset(nn.Module().__dict__)
-
-
-def _frozen(value: Any, depth: int = 4) -> Any:
-    """Something that is equal as long as what can be changed in its place is not."""
-    if isinstance(value, list | tuple) and depth:
-        return (type(value), *(_frozen(item, depth - 1) for item in value))
-    if isinstance(value, dict) and depth:
-        return (dict, *((key, _frozen(item, depth - 1)) for key, item in value.items()))
-    if isinstance(value, set | frozenset):
-        return (set, frozenset(map(id, value)))
-    if isinstance(value, _PLAIN):
-        return value
-    own = getattr(value, "__dict__", None)
-    if type(own) is dict and depth and not isinstance(value, nn.Module | type):
-        plain = dict(_plain_items(own))
-        return (type(value), id(value), *((k, _frozen(v, depth - 1)) for k, v in plain.items()))
-    return id(value)
-
-
-def _plain_items(own: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in own.items():
-        if isinstance(value, (*_PLAIN, list, tuple, dict)):
-            yield name, value
-
-
-_PLAIN = (int, float, complex, str, bytes, bool, type(None))

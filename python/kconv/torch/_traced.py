@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 from kconv.models.graph import Conv, Layer
 from kconv.torch._lift import Watch, is_in_place, is_known, lift
 from kconv.torch._lift_calls import lift_call
+from kconv.torch._outside import Outside
 from kconv.torch._parameters import Borrowed, Parameter, parameter
 from kconv.torch._plan import Call, Part, Values, divide, not_lifted, run_parts
-from kconv.torch._trace import _HOOKS, HOOKED, Placeholder, State, Trace, trace, visible
+from kconv.torch._trace import _HOOKS, HOOKED, Placeholder, State, Trace, modes, trace, visible
 from kconv.torch.fused import trains
 
 __all__ = ["Fusion", "TracedPlan", "why_not"]
@@ -79,7 +80,7 @@ def _key(args: Sequence[Any], kwargs: dict[str, Any]) -> Key | None:
     if not all(isinstance(value, _ARGUMENTS) for value in values):
         return None
     kinds = tuple(_ANY if isinstance(v, Tensor | Placeholder) else (type(v), v) for v in values)
-    return (torch.is_grad_enabled(), *names, kinds)
+    return (*modes(), *names, kinds)
 
 
 _ANY = "tensor"
@@ -115,9 +116,11 @@ class TracedPlan:
             self.traced = trace(root, forward, given, named)
         except ValueError as error:
             self.reason = str(error)
-            self._state = State(visible(root))
+            modules = visible(root)
+            self._state = State(modules, Outside(modules))
             return
-        self._state = State(visible(root, self.traced.opaque))
+        modules = visible(root, self.traced.opaque)
+        self._state = State(modules, Outside(modules))
         self._prepare(self.traced.nodes)
 
     def _prepare(self, nodes: Sequence[fx.Node]) -> None:
@@ -242,8 +245,7 @@ def _call(node: fx.Node, modules: dict[str, nn.Module]) -> Call:
             label=str(node.target),
         )
     in_place = _is_in_place(node)
-    ours = getattr(node.target, "__module__", None) or "torch"
-    known = node.op == "call_method" or ours.partition(".")[0] in _PURE
+    known = node.op == "call_method" or _is_pure(node.target)
     borrowed = Borrowed()
     return Call(
         node.name,
@@ -278,6 +280,13 @@ def _is_in_place(node: fx.Node) -> bool:
     # As the last argument, where torch.nn.functional has it.
     last = node.args[-1] if node.args else None
     return getattr(F, name, None) is node.target and last is True
+
+
+def _is_pure(function: Any) -> bool:
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        return False
+    return (getattr(function, "__module__", None) or "torch").partition(".")[0] in _PURE
 
 
 _CHANGING = tuple(

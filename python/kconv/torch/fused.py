@@ -177,7 +177,7 @@ class FusedSegment:
 
 def trains(norm: Any) -> bool:
     """Whether a batch norm uses the batch's own statistics; frozen ones never do."""
-    return norm.training is True and isinstance(norm, nn.BatchNorm2d | Borrowed)
+    return bool(norm.training) and isinstance(norm, nn.BatchNorm2d | Borrowed)
 
 
 def _holder(module: Any, name: str) -> tuple[Any, str, str]:

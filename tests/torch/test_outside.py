@@ -1,0 +1,271 @@
+"""Fused forwards that read what is in no module, or do what a trace does not show."""
+
+from __future__ import annotations
+
+import collections
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kconv.torch import fuse, report
+
+FLAGS = {"scale": 1.0}
+SCALE = 1.0
+CALLS = 0
+SETTINGS = types.ModuleType("settings")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1, groups=2), nn.BatchNorm2d(4)
+        self.dw = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.setup()
+
+    def setup(self):
+        pass
+
+    def first(self, x):
+        return F.relu6(self.bn(self.conv(x)))
+
+    def after(self, x):
+        return x
+
+    def forward(self, x):
+        return self.dw(self.after(self.first(x)))
+
+
+def images():
+    return torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(1)).double()
+
+
+def outcome(model):
+    model.zero_grad()
+    y = model(images())
+    y.square().sum().backward()
+    return y.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_alike(cls, change=None):
+    """Before and after a change, of what is outside and of the models alike."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), cls(), Block()).double()
+    ours = nn.Sequential(Block(), cls(), Block()).double()
+    ours.load_state_dict(model.state_dict())
+    assert report(fuse(ours)).changed
+    for step in range(2 if change else 1):
+        if step:
+            for one in (model, ours):
+                change(one)
+        for training in (True, False):
+            theirs = outcome(model.train(training))
+            torch.testing.assert_close(outcome(ours.train(training)), theirs)
+
+
+class Global(Block):
+    def after(self, x):
+        return x * FLAGS["scale"] * SCALE * SETTINGS.scale
+
+
+class Closed(Block):
+    box = {"scale": 1.0}  # noqa: RUF012
+
+    def after(self, x, box=box):
+        return x * sum(value for value in box.values())
+
+
+class OfTheClass(Block):
+    options = {"of": {"scale": 1.0}}  # noqa: RUF012
+
+    @property
+    def scale(self):
+        return self.options["of"]["scale"]
+
+    def after(self, x):
+        return x * self.scale
+
+
+class Holding(Block):
+    def setup(self):
+        self.tensor, self.array = torch.ones(2), np.ones(2)
+        self.config = types.SimpleNamespace(inner=types.SimpleNamespace(scale=1.0))
+
+    def after(self, x):
+        return x * self.config.inner.scale * float(self.array[0]) * self.tensor[0].item()
+
+
+CHANGES = {
+    "global": (Global, lambda m, patch: patch.setattr(f"{__name__}.SCALE", 3.0)),
+    "in a global": (Global, lambda m, patch: patch.setitem(FLAGS, "scale", 3.0)),
+    "of a module": (Global, lambda m, patch: patch.setattr(SETTINGS, "scale", 3.0)),
+    "default": (Closed, lambda m, patch: patch.setattr(Closed, "after", tripled)),
+    "in a default": (Closed, lambda m, patch: patch.setitem(Closed.box, "scale", 3.0)),
+    "in the class": (
+        OfTheClass,
+        lambda m, patch: patch.setitem(OfTheClass.options["of"], "scale", 3.0),
+    ),
+}
+
+
+def tripled(self, x):
+    return 3 * x
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_read_outside(name, monkeypatch):
+    monkeypatch.setattr(SETTINGS, "scale", 1.0, raising=False)
+    cls, change = CHANGES[name]
+    assert_alike(cls, lambda model: change(model, monkeypatch))
+
+
+def in_all(attribute, change):
+    return lambda model: change(getattr(model[1], attribute))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_all("tensor", lambda tensor: tensor.data.fill_(3)),
+        in_all("array", lambda array: array.fill(3)),
+        in_all("config", lambda config: setattr(config.inner, "scale", 3)),
+    ],
+    ids=["tensor", "array", "object"],
+)
+def test_what_is_read_in_an_attribute(change):
+    assert_alike(Holding, change)
+
+
+# Modes, and gradients of one's own.
+
+
+class WithoutGradients(Block):
+    def first(self, x):
+        with torch.no_grad():
+            return super().first(x)
+
+
+class Frozen(Block):
+    forward = torch.no_grad()(Block.forward)
+
+
+class Inference(Block):
+    def first(self, x):
+        with torch.inference_mode():
+            y = super().first(x)
+        return y.clone()
+
+
+class Negative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+class Reversed(Block):
+    def after(self, x):
+        return Negative.apply(x)
+
+
+class Checkpointed(Block):
+    def forward(self, x):
+        return self.dw(checkpoint(self.first, x, use_reentrant=True))
+
+
+@torch.jit.script
+def doubled(x: torch.Tensor):
+    return 2 * x
+
+
+class Scripted(Block):
+    def setup(self):
+        self.functions = [doubled]
+
+    def after(self, x):
+        return self.functions[0](x)
+
+
+class Typed(Block):
+    def after(self, x):
+        return 2 * x if type(x) is torch.Tensor else x
+
+
+class Asking(Block):
+    def after(self, x):
+        return x.tensors if hasattr(x, "tensors") else 2 * x
+
+
+class Clamping(Block):
+    """Changes weights on the way."""
+
+    def after(self, x):
+        self.dw.weight.data.mul_(0.5)
+        return x
+
+
+class Aliased(Block):
+    """Changes what it has read through another tensor."""
+
+    def after(self, x):
+        gate = F.relu6(x + 3)
+        x.detach().sub_(1)
+        return x * gate / 6
+
+
+class Twice(Block):
+    """Reads what is between an activation's operations."""
+
+    def after(self, x):
+        y = x * F.relu6(x + 3)
+        return y / 6 + torch.tanh(y)
+
+
+BLOCKS = (
+    *(WithoutGradients, Inference, Reversed, Checkpointed, Scripted, Typed, Asking, Clamping),
+    *(Aliased, Twice),
+)
+
+
+@pytest.mark.parametrize("cls", BLOCKS)
+def test_what_a_trace_does_not_show(cls):
+    assert_alike(cls)
+
+
+def test_a_decorated_forward():
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Frozen(), Block()).double()
+    plain = outcome(model.eval())
+    torch.testing.assert_close(outcome(fuse(model.eval())), plain)
+
+
+def test_what_forwards_change_outside():
+    class Counting(Block):
+        def after(self, x):
+            global CALLS
+            CALLS += 1
+            return x * CALLS
+
+    model = nn.Sequential(Counting(), Block())
+    fuse(model)
+    before = CALLS
+    model(images().float())
+    model(images().float())
+    assert (before, CALLS) == (0, 2)
+    assert "changes what is outside" in str(report(model))
+
+
+def test_what_is_given_back_keeps_its_class():
+    class Named(Block):
+        def forward(self, x):
+            return collections.OrderedDict(out=super().forward(x))
+
+    model = fuse(Named())
+    assert type(model(images().float())) is collections.OrderedDict
