@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+import kconv
 from kconv.augment import PAPERS
 from kconv.datasets import StreamedImages
 from kconv.training._loop import _expect_images
@@ -101,6 +102,17 @@ def test_bad_images(framework: str, workers: int) -> None:
             ValueError, match=r"a whole batch cannot be read, the first as image \d"
         ):
             _expect_images(batch)
+
+
+def test_workers_start_without_the_memory_of_steps() -> None:
+    """Which a fork would have made slow, as its large pages are copied in small ones."""
+    x = np.zeros((1, 64, 128, 128), np.float32)
+    kconv.pointwise_conv(x, np.zeros((64, 64), np.float32))
+    assert kconv.memory_stats()["free"] > 0
+    reader = iter(read_ahead(Batches(Numbers(4), np.arange(4), 2), workers=1, framework="torch"))
+    next(reader)
+    assert kconv.memory_stats()["free"] == 0
+    assert len(list(reader)) == 1
 
 
 def test_bad_image_after_ten_thousand_good_ones() -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kconv._kconv import available_cpus
+from kconv._kconv import available_cpus, release_memory
 from kconv._require import require
 from kconv.datasets import Images, StreamedImages
 
@@ -155,6 +155,9 @@ def _torch_loader(batches: Batches, start: int, workers: int) -> Iterable[Batch]
         # As they are: tensors would be in shared memory, of which containers have little.
         collate_fn=_same,
     )
+    # What a process writes after a fork is copied, in small pages in the place of large ones: the
+    # memory of steps, which is free now, would have slowed down all that follow.
+    release_memory()
     # The seed of the workers is drawn from PyTorch's chance, of which steps are to have the same
     # whether images are streamed or not.
     with torch.random.fork_rng(devices=[]):
