@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,6 +212,22 @@ def test_backend_is_a_default_only() -> None:
             [sys.executable, "-c", script], env=clean | given, capture_output=True, text=True
         )
         assert re.search(rf"keras backend +{expected}\n", done.stdout), done.stderr
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(config: Any, output: Path, *, resume: bool) -> None:
+        (output / "last.npz").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr("kconv.training.train", train)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["train", "--output", str(tmp_path)]) == 143
+    expected = f"\nterminated; go on with: kconv train --resume {tmp_path}\n"
+    assert capsys.readouterr().err == expected
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_train_and_go_on_after_ctrl_c(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import kconv
 from kconv._names import did_you_mean
 from kconv.cli import _explain, _export, _info, _serve, _train
+from kconv.cli._signals import interrupted, terminable
 
 KERAS_BACKENDS = ("jax", "torch", "tensorflow")
 """Named like their packages, the ones to prefer first."""
@@ -24,17 +25,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the command's name; by default the process's own arguments.
 
     Returns:
-        The exit status: 0, 2 for bad input, 1 for what fails later, 130 when interrupted.
+        The exit status: 0, 2 for bad input, 1 for what fails later, 130 when interrupted, 143 when
+        terminated.
     """
     options = _parser().parse_args(arguments)
     for backend in KERAS_BACKENDS:
         if importlib.util.find_spec(backend):
             os.environ.setdefault("KERAS_BACKEND", backend)
+    with terminable():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
-        return options.run(options)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        status: int = options.run(options)
+        return status
+    except KeyboardInterrupt as stop:
+        return interrupted(stop)
     except BrokenPipeError:  # `kconv models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

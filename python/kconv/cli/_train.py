@@ -6,12 +6,12 @@ import argparse
 import ast
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from kconv import datasets, training
 from kconv._memory import leave_out_tensorflow
+from kconv.cli._signals import interrupted
 from kconv.training.config import alternatives
 
 _PATHS = ("dataset", "data_dir", "weights", "teacher", "compress_from")
@@ -109,11 +109,10 @@ def _train(options: argparse.Namespace) -> int:
     leave_out_tensorflow()
     try:
         training.train(config, output, resume=bool(resume))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if output is None or not (output / "last.npz").exists():
             raise
-        print(f"\ninterrupted; go on with: kconv train --resume {output}", file=sys.stderr)
-        return 130
+        return interrupted(stop, f"; go on with: kconv train --resume {output}")
     return 0
 
 
