@@ -137,7 +137,7 @@ class FrozenNetwork:
 
         Returns:
             (N, classes) probabilities, if the network ends in a softmax as those of ``kconv train``
-            do; float32. Without a classifier, its features.
+            do; float32. Without a classifier, its features; maps of them have the images' layout.
 
         Raises:
             ValueError: the shape or the layout is not one of these, or the images are too small.
@@ -148,7 +148,8 @@ class FrozenNetwork:
             values[step.name] = step(*[values[name] for name in step.inputs])
             for name in finished:
                 del values[name]
-        return values[self._output]
+        y = values[self._output]
+        return y.transpose(0, 3, 1, 2) if layout == "NCHW" and y.ndim == 4 else y
 
     def _prepared(self, images: Images, layout: str) -> NDArray[np.float32]:
         """(N, H, W, channels) float32, scaled."""

@@ -451,6 +451,13 @@ class Mobile(torch.nn.Module):
         return self.tail(self.drop(torch.flatten(x, 1)))
 
 
+class Head(torch.nn.Linear):
+    """Hands its parameters to a function, as timm's networks do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
 def mobile(tail: torch.nn.Module) -> torch.nn.Module:
     """Fused, with norms that do something."""
     torch.manual_seed(0)
@@ -462,14 +469,16 @@ def mobile(tail: torch.nn.Module) -> torch.nn.Module:
     return kconv.torch.fuse(model)
 
 
-@pytest.mark.parametrize("tail", ["classifier", "probabilities", "features"])
+@pytest.mark.parametrize("tail", ["classifier", "function", "probabilities", "each", "features"])
 def test_a_fused_model_of_pytorchs(tail: str, tmp_path: Path) -> None:
     """In training mode and its own class it stays; a softmax follows a classifier only."""
     classifier = torch.nn.Linear(6, 3)
     model = mobile(
         {
             "classifier": classifier,
+            "function": Head(6, 3),
             "probabilities": torch.nn.Sequential(classifier, torch.nn.Softmax(1)),
+            "each": torch.nn.Sequential(classifier, torch.nn.Sigmoid()),
             "features": torch.nn.Identity(),
         }[tail]
     )
@@ -482,11 +491,20 @@ def test_a_fused_model_of_pytorchs(tail: str, tmp_path: Path) -> None:
     x = images(3, 11, 14, 3)
     with torch.no_grad():
         expected = kconv.torch.restore(model).eval()(torch.tensor(x).permute(0, 3, 1, 2))
-    if tail == "classifier":
+    if tail in ("classifier", "function"):
         expected = expected.softmax(1)
     np.testing.assert_allclose(frozen(x), expected.numpy(), atol=1e-6)
     frozen.save(tmp_path)
     np.testing.assert_array_equal(kconv.load(tmp_path)(x), frozen(x))
+
+
+def test_maps_have_the_layout_of_the_images() -> None:
+    model = kconv.torch.fuse(mobile(torch.nn.Linear(6, 3)).stem)
+    x = torch.rand(2, 3, 7, 9)
+    with torch.no_grad():
+        expected = model.eval()(x)
+    y = kconv.torch.freeze(model)(x.numpy(), layout="NCHW")
+    np.testing.assert_allclose(y, expected.numpy(), atol=1e-6)
 
 
 class Sum(torch.nn.Module):

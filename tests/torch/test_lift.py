@@ -165,6 +165,25 @@ def test_activations(act):
     assert_fused(copy.deepcopy(act), nn.Conv2d(6, 6, 3, groups=6))
 
 
+@pytest.mark.parametrize(
+    "act", [nn.ReLU(), nn.Hardtanh(0, 1), nn.PReLU(6), nn.LeakyReLU()], ids=str
+)
+def test_derivatives_at_the_ends(act):
+    """Where many values of images lie that have been through a ReLU."""
+    conv = nn.Conv2d(6, 6, 1, groups=6, bias=False).double()
+    nn.init.ones_(conv.weight)
+    model = nn.Sequential(conv, copy.deepcopy(act).double(), nn.MaxPool2d(2))
+    x = torch.randint(-1, 3, (2, 6, 8, 6)).double()
+    ours = fuse(copy.deepcopy(model))
+    assert report(ours).changed
+    results = []
+    for one in (model, ours):
+        image = x.clone().requires_grad_()
+        one(image).cos().sum().backward()
+        results.append((image.grad, [p.grad for p in one.parameters()]))
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_layer_scale():
     layers = pytest.importorskip("timm").layers
     assert_fused(layers.LayerScale2d(6, 0.3), nn.Conv2d(6, 2, 1))

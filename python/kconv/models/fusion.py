@@ -273,7 +273,8 @@ def is_fusable(layer: Layer, readers: Sequence[Layer] = ()) -> bool:
 
 _MAX_KERNEL = 64
 _CLIP = ACTIVATIONS["clip"].code or 0
-_SIGNS = (-math.inf, 0.0), (0.0, math.inf)
+_SIGNS = (-math.inf, 2.0**-126), (0.0, math.inf)
+"""The limits of negative and positive numbers; the derivative by the first is 1 at zero, too."""
 _NO_BORDERS = ((0, 0), (0, 0))
 
 

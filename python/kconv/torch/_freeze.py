@@ -63,7 +63,7 @@ def freeze(
             those of ``kconv train``; ``1 / (255 * std)`` elsewhere.
         offset: what is added then; ``-mean / std`` elsewhere.
         softmax: whether a softmax follows a classifier, as PyTorch's end in logits; none follows
-            means of pixels, which are features, or a softmax.
+            means of pixels, which are features, or a softmax or sigmoid.
 
     Returns:
         The network, which :meth:`~kconv.runtime.FrozenNetwork.save` writes.
@@ -172,7 +172,7 @@ def _frozen(call: Call, inputs: Sequence[graph.Layer], plain: bool) -> tuple[gra
         if module is None:
             what = f"the call {call.label!r}" if call.label else f"the tensor {call.name!r}"
         raise ValueError(f"{what} cannot be frozen as it is")
-    return tuple(map(_settled, made, repeat(inputs[0])))
+    return tuple(map(_settled, made, repeat(inputs[0]))) if inputs else made
 
 
 def _settled(layer: graph.Layer, source: graph.Layer) -> graph.Layer:
@@ -196,8 +196,8 @@ def _is_classifier(layer: graph.Layer, layers: graph.Graph) -> bool:
     """Whether a vector is that of a classifier: no means of pixels, and no probabilities."""
     while isinstance(layer, graph.Identity | graph.Dropout | graph.Flatten):
         layer = layers[layer.inputs[0]]
-    softmax = isinstance(layer, graph.Activation) and layer.kind == "softmax"
-    return not (softmax or isinstance(layer, graph.GlobalPool))
+    probabilities = isinstance(layer, graph.Activation) and layer.kind in ("softmax", "sigmoid")
+    return not (probabilities or isinstance(layer, graph.GlobalPool))
 
 
 def _has_hooks(module: nn.Module) -> bool:
