@@ -212,6 +212,29 @@ def test_damaged_objects_are_told_when_they_are_read() -> None:
         datasets.from_objects({"train": unlisted, "test": Pairs(2)})
 
 
+def test_hugging_face(tmp_path: Path) -> None:
+    library = pytest.importorskip("datasets")
+    from datasets.table import InMemoryTable
+
+    names = library.ClassLabel(names=["cat", "dog"])
+    features = library.Features({"image": library.Image(), "label": names})
+    rows = {
+        "image": [{"bytes": b"no image" if n == 2 else png(n), "path": None} for n in range(5)],
+        "label": [n % 2 for n in range(5)],
+    }
+    table = InMemoryTable.from_pydict(rows, schema=features.arrow_schema)
+    # With a fingerprint, as some releases of pyarrow have what theirs cannot be made of.
+    info = library.DatasetInfo(features=features)
+    part = library.Dataset(table, info=info, fingerprint="kconv")
+    data = datasets.from_objects(library.DatasetDict({"train": part, "validation": part}))
+    assert data.class_names == ("cat", "dog")
+    assert data.y_train.tolist() == [0, 1, 0, 1, 0]
+    assert data.x_test is data.x_val
+    images, failed = data.x_train.read(np.arange(5))  # type: ignore[union-attr]
+    assert list(failed) == [2]
+    np.testing.assert_array_equal(images[3], np.asarray(Image.open(io.BytesIO(png(3)))))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

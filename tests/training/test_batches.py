@@ -12,7 +12,7 @@ import kconv
 from kconv.augment import PAPERS
 from kconv.datasets import StreamedImages
 from kconv.training._loop import _expect_images
-from kconv.training.batches import Batches, check_loader, read_ahead
+from kconv.training.batches import Batches, check_loader, progress, read_ahead
 from kconv.training.transforms import Change
 
 
@@ -102,6 +102,11 @@ def test_bad_images(framework: str, workers: int) -> None:
             ValueError, match=r"a whole batch cannot be read, the first as image \d"
         ):
             _expect_images(batch)
+
+
+def test_bar_of_another_process_is_hidden() -> None:
+    assert progress(3, "x", hidden=True).disable
+    assert progress(3, "x").disable is not sys.stderr.isatty()
 
 
 def test_workers_start_without_the_memory_of_steps() -> None:

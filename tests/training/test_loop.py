@@ -366,9 +366,12 @@ def test_batches_beyond_the_images_of_recalibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_loop, "RECALIBRATION_IMAGES", 5)
-    config = dataclasses.replace(TINY, framework="torch", epochs=1)
-    result = training.train(config, tmp_path, log=quiet)
+    config = dataclasses.replace(TINY, framework="torch", epochs=1, train_images=41)
+    lines: list[str] = []
+    result = training.train(config, tmp_path, log=lines.append)
     assert np.isfinite(result.history[0].val_loss)
+    # Of 41, four are for validation, and three batches of twelve leave one.
+    assert "last batch   1 images of each epoch are too few for one" in lines
 
 
 def test_finished_run_can_be_extended(

@@ -381,7 +381,7 @@ class _Run:
         sums, rate = np.array(self.progress.sums) * (self.ranks.rank == 0), 0.0
         begin = first_done = time.perf_counter()
         saved = first
-        with progress(len(batches.order), f"epoch {epoch + 1}/{config.epochs}") as bar:
+        with self._progress(len(batches.order), f"epoch {epoch + 1}/{config.epochs}") as bar:
             bar.update(first * config.batch_size)
             reader = read_ahead(batches, first, workers=config.workers, framework=config.framework)
             for step, batch in enumerate(reader, start=first):
@@ -406,8 +406,9 @@ class _Run:
                     self._save_within(step + 1, sums, begin)
                 for callback in self.callbacks:
                     callback.on_step_end(whole + 1, loss, accuracy, rate)
+                so_far = sums / max(sums[2], 1)  # others than the first gave theirs at checkpoints
                 bar.set_postfix_str(
-                    f"loss {sums[0] / sums[2]:.4f}, accuracy {sums[1] / sums[2]:.4f}"
+                    f"loss {so_far[0]:.4f}, accuracy {so_far[1]:.4f}"
                     f"{self._left(epoch + (step + 1) / self.steps)}",
                     False,
                 )
@@ -482,7 +483,7 @@ class _Run:
         """Estimate the norms' statistics from whole batches of some training images."""
         size = self.config.batch_size
         batches = self._batches(self.data.x_train, sample[: len(sample) // size * size])
-        with progress(len(batches.order), "recalibration") as bar:
+        with self._progress(len(batches.order), "recalibration") as bar:
 
             def images() -> Iterable[NDArray[np.float32]]:
                 for batch in self._read(batches):
@@ -500,7 +501,7 @@ class _Run:
         batches = self._batches(images, index)
         # Always the same batch size: another one would be compiled anew.
         size = -(-self.config.batch_size // self.ranks.size)
-        with progress(len(index), what) as bar:
+        with self._progress(len(index), what) as bar:
             for number, batch in enumerate(self._read(batches)):
                 if len(batch.indices):
                     probabilities = _predict(self.trainer, augment.scale(batch.images), size)
@@ -518,6 +519,9 @@ class _Run:
 
     def _read(self, batches: Batches) -> Iterable[Batch]:
         return read_ahead(batches, workers=self.config.workers, framework=self.config.framework)
+
+    def _progress(self, total: int, what: str) -> Any:
+        return progress(total, what, hidden=self.ranks.rank > 0)
 
     # Files
 

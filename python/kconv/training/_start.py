@@ -61,7 +61,7 @@ def load_data(config: Config, data: Any, ranks: Ranks, log: Callable[[str], None
         data_dir=config.data_dir,
         stream=config.stream,
         unread=unread,
-        progress=partial(progress, what="decoding"),
+        progress=partial(progress, what="decoding", hidden=ranks.rank > 0),
     )
     if not ranks.rank:
         ranks.first_of(None)

@@ -200,8 +200,9 @@ def _grain_loader(batches: Batches, start: int, workers: int) -> Iterable[Batch]
         yield batch
 
 
-def progress(total: int, what: str) -> Any:
-    """A progress bar of images, shown on a terminal only."""
+def progress(total: int, what: str, *, hidden: bool = False) -> Any:
+    """A progress bar of images, shown on a terminal only, of several processes by the first."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit=" images", leave=False, disable=None)
+    disable = True if hidden else None
+    return tqdm(total=total, desc=what, unit=" images", leave=False, disable=disable)
