@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 
 import kconv
-from kconv import datasets, models, training
+from kconv import datasets, models, plots, training
 from kconv._model_folder import expected_weights, read_config, write_config, write_weights
 from kconv._published import FOLDER
 from kconv.runtime import FrozenNetwork
@@ -58,10 +57,20 @@ def main() -> None:
     card = card_of(options, config, published, accuracy, images)
     (target / "README.md").write_text(card, encoding="utf-8")
     options.pictures.mkdir(exist_ok=True)
-    shutil.copyfile(options.run / "curves.png", options.pictures / f"{options.name}.png")
+    plots.training_curves(
+        [{key: float(value) for key, value in row.items() if value} for row in epochs_of(options)],
+        options.pictures / f"{options.name}.png",
+        title=options.name,
+        test_accuracy=accuracy,
+    )
     print(f"{options.name}: {accuracy:.4f} of {images:,} test images")
     for path in sorted(target.iterdir()):
         print(f"  {path.name}: {path.stat().st_size:,} bytes")
+
+
+def epochs_of(options: argparse.Namespace) -> list[dict[str, str]]:
+    """The run's epochs as its table has them."""
+    return list(csv.DictReader((options.run / "results.csv").open()))
 
 
 def tested(net: FrozenNetwork, config: training.Config) -> tuple[float, int]:
@@ -140,7 +149,7 @@ def card_of(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     theirs = published_figure(spec, options.dataset) or "no figure for this data set"
-    rows = list(csv.DictReader((options.run / "results.csv").open()))
+    rows = epochs_of(options)
     curve = "\n".join(
         f"| {row['epoch']} | {float(row['learning_rate']):.6f} | {float(row['loss']):.4f} | "
         f"{float(row['accuracy']):.4f} | {float(row['val_loss']):.4f} | "
