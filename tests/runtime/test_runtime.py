@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,7 +84,8 @@ def test_computes_what_pytorch_does(name: str, options: dict[str, Any], steps: i
     scale = float(expected.abs().max())
     np.testing.assert_allclose(y, expected.numpy(), atol=1e-5 * scale)
     nchw = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    np.testing.assert_allclose(frozen(nchw, layout="NCHW"), y, atol=1e-6 * scale)
+    z = frozen(nchw, layout="NCHW")
+    np.testing.assert_allclose(z.transpose(0, 2, 3, 1) if z.ndim == 4 else z, y, atol=1e-6 * scale)
     assert frozen(x[:0]).shape == (0, *y.shape[1:])
 
 
@@ -95,6 +97,27 @@ def test_bytes_are_scaled_as_in_training(net: FrozenNetwork) -> None:
     np.testing.assert_allclose(
         other(pixels), net(pixels.astype(np.float32) * (1, 2, 3) + (0.5, 0, -1)), atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_names": "abc"}, "class_names='abc', expected a text for each output"),
+        ({"class_names": [1, 2, 3]}, "expected a text for each output"),
+        ({"image_size": (16,)}, "expected pixels, or a height and a width"),
+        ({"scale": None}, "scale=None, expected a number, or one for each channel"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        kconv.torch.freeze(network(), **options)
+
+
+def test_scales_may_be_arrays() -> None:
+    scale = 1 / np.array([50.0, 60.0, 70.0])
+    net = kconv.torch.freeze(network(), scale=scale, offset=np.float32(0.5))
+    x = np.full((1, 16, 13, 3), 100, np.uint8)
+    np.testing.assert_allclose(net(x), net((x * scale + 0.5).astype(np.float32)), rtol=1e-6)
 
 
 def test_weights_are_copied() -> None:
@@ -286,6 +309,8 @@ def with_layer(number: int, **fields: Any) -> Callable[[dict[str, Any]], Any]:
         (with_layer(1, shape=[-1, 2, 3]), "which it cannot be"),
         (with_layer(1, shape=[2**40, 2, 3]), "which it cannot be"),
         (with_layer(2, name="input"), "two layers 'input'"),
+        (with_layer(1, shape=[]), "which it cannot be"),
+        (with_layer(2, strides=[0, 1]), "strides is (0, 1), which it cannot be"),
         (with_layer(1, colour="red"), "has an unknown 'colour'"),
         (with_layer(0, inputs=["x"]), "reads 'x', no layer before it"),
         (with_layer(0, shape=[16, 13, 4]), "its images have 3 channels, the network reads 4"),

@@ -60,7 +60,7 @@ def freeze(
 
     Raises:
         ValueError: a layer is none that can be frozen, or an option does not fit.
-        TypeError: it is no functional or sequential model.
+        TypeError: it is no functional or sequential model, or an option is of another type.
     """
     if not is_functional(model):
         raise TypeError(

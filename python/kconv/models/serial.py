@@ -16,7 +16,8 @@ from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from kconv.models import graph as layers
-from kconv.models.graph import Graph, Input, Layer
+from kconv.models.activations import ACTIVATIONS
+from kconv.models.graph import Activation, Graph, Input, Layer
 
 __all__ = ["graph_from_json", "graph_to_json"]
 
@@ -108,9 +109,28 @@ def _layer_from_json(entry: Any, number: int) -> Layer:
             raise ValueError(f"{where} of the graph has an unknown {name!r}")
     values = {name: _checked(hints[name], x, f"{where}: {name}") for name, x in given.items()}
     try:
-        return kind(**values)
+        layer = kind(**values)
     except TypeError:
         raise ValueError(f"{where} of the graph lacks some of {', '.join(hints)}") from None
+    _check(layer, where)
+    return layer
+
+
+def _check(layer: Layer, where: str) -> None:
+    """What a type does not tell of a layer's values."""
+    if len(layer.shape) not in (1, 3) or layer.shape[-1] is None:
+        raise ValueError(f"{where}: shape is {layer.shape!r}, which it cannot be")
+    for name in _COUNTS & vars(layer).keys():
+        value = vars(layer)[name]
+        if min(value if isinstance(value, tuple) else (value,)) < 1:
+            raise ValueError(f"{where}: {name} is {value!r}, which it cannot be")
+    if isinstance(layer, Activation) and layer.kind not in ACTIVATIONS:
+        raise ValueError(f"{where}: kind is {layer.kind!r}, which it cannot be")
+
+
+_COUNTS = {"strides", "groups", "dilation", "kernel_size", "pool_size", "interleave"}
+_COUNTS |= {"filters", "in_channels", "units", "in_features"}
+"""Attributes of which none is below 1."""
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:

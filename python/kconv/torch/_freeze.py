@@ -71,7 +71,8 @@ def freeze(
     Raises:
         ValueError: a module or a call is none that can be frozen, a fused model's forward cannot be
             followed or has several inputs or outputs, or an option does not fit.
-        TypeError: the model is none of kconv's, and has not been fused.
+        TypeError: the model is none of kconv's, and has not been fused, or an option is of another
+            type.
     """
     model = unwrapped(model)
     if isinstance(model, Network):
