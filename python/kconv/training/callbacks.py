@@ -55,7 +55,7 @@ class Callback:
         """Before the first step, with what is to be done and the run's folder."""
 
     def on_step_end(self, step: int, loss: float, accuracy: float, learning_rate: float) -> None:
-        """After a step, counted from 1 over the whole run."""
+        """After a step, counted from 1 over the whole run; the figures are of this process."""
 
     def on_epoch_end(self, epoch: Epoch) -> None:
         """After an epoch and its evaluation."""
