@@ -304,7 +304,8 @@ def test_each_has_a_card_and_is_small(name: str) -> None:
     }
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
     config = read_config(folder)
-    assert name == f"{config.name}-{config.dataset}"
+    ktype = getattr(config.network, "ktype", "").partition("_")[0].lower()
+    assert name in (f"{config.name}-{config.dataset}", f"{config.name}-{config.dataset}_{ktype}")
     card = (folder / "README.md").read_text()
     assert f"**{config.metrics['test_accuracy']:.2%}**" in card
     assert (Path(__file__).parents[2] / f"docs/weights/{name}.png").is_file()
