@@ -407,11 +407,6 @@ def freeze_half(model):
             module.eval()
 
 
-def number_for_mode(model):
-    norm = model.blocks[0].bn
-    norm.train = lambda mode=True: setattr(norm, "training", int(mode))
-
-
 def own_forward(model):
     old = model.blocks[0].gate.forward
     model.blocks[0].gate.forward = lambda x: 2 * old(x)
@@ -436,7 +431,6 @@ CHANGES = {
     "groups": set_("stem.0", padding_mode="circular"),
     "eps": set_("blocks.0.dw_bn", eps=0.3),
     "eps of nothing": set_("blocks.0.dw_bn", eps=0.0),
-    "a mode that is no bool": number_for_mode,
     "momentum": set_("stem.1", momentum=None),
     "drop rate": lambda model: model.blocks.append(nn.Dropout(0.5)),
     "another activation": put("blocks.0.dw_act", nn.Tanh),

@@ -228,9 +228,18 @@ class Twice(Block):
         return y / 6 + torch.tanh(y)
 
 
+class Numbered(Block):
+    """Has a mode that is no bool."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.bn.training = int(mode)
+        return self
+
+
 BLOCKS = (
     *(WithoutGradients, Inference, Reversed, Checkpointed, Scripted, Typed, Asking, Clamping),
-    *(Aliased, Twice),
+    *(Aliased, Twice, Numbered),
 )
 
 
