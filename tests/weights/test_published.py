@@ -155,7 +155,8 @@ def test_flax(store: Path, images: np.ndarray, tmp_path: Path) -> None:
     np.testing.assert_allclose(other(scaled(images)), expected, atol=1e-5)
     five = create_model(NETWORK, weights="insects", num_classes=5, rngs=nnx.Rngs(0))
     assert five(scaled(images)).shape == (4, 5)
-    with pytest.raises(ValueError, match="with blocks=1, the model is a kdensenet_bc_l100 with blocks=2"):
+    expected = "with blocks=1, the model is a kdensenet_bc_l100 with blocks=2"
+    with pytest.raises(ValueError, match=expected):
         create_model(NETWORK, weights="insects", blocks=2, rngs=nnx.Rngs(0))
 
 
