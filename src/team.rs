@@ -235,7 +235,7 @@ mod tests {
         assert!(!used(late));
         late.free_again.store(now(), Ordering::Relaxed);
         assert!(used(late));
-        // Fewer threads than asked for are all that there are.
+        // All threads have come where OpenMP has fewer.
         extern "C" fn one(call: extern "C" fn(*mut c_void), data: *mut c_void, _: c_uint, _: c_uint) {
             call(data);
             std::thread::sleep(2 * LATE);
