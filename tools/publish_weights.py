@@ -175,6 +175,7 @@ def card_of(
 
 ```
 
+<!-- --8<-- [start:card] -->
 | | |
 |---|---|
 | network | {spec.name} ({shown}) |

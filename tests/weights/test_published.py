@@ -283,6 +283,7 @@ def test_a_run_becomes_a_network_of_the_package(
     np.testing.assert_allclose(published(images), run(images), atol=5e-3)  # float16 kernels
     assert published.config.dataset == "insects"
     card = (tmp_path / "store" / name / "README.md").read_text()
+    assert card.index("[start:card]") < card.index("| network |") < card.index("[end:card]")
     accuracy = published.config.metrics["test_accuracy"]
     assert f"| test accuracy | **{accuracy:.2%}** of 10 images |" in card
     assert "--ktype D6_4ch --dataset insects" in card
