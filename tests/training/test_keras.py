@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -76,6 +77,40 @@ def test_figures_are_of_the_step_and_averages_go_in_and_out() -> None:
     assert changed
     for name, value in trainer.state().items():
         np.testing.assert_array_equal(value, state[name], err_msg=name)
+
+
+REPEATED = """
+import keras, numpy as np
+from kconv import models
+from kconv.training import Config
+from kconv.training._keras import KerasTrainer
+spec = models.create("kdensenet_bc_l100", blocks=1, growth_rate=4, bottleneck=8, ktype="D6_4ch",
+                     dropout=0.5, classes=3, input_shape=(8, 8, 1))
+images = np.random.default_rng(0).standard_normal((6, 8, 8, 1)).astype(np.float32)
+targets = np.eye(3, dtype=np.float32)[[0, 1, 2] * 2]
+
+def losses(trainer, seeds):
+    return [trainer.train_step(images, targets, 0.01, scale=1, update=True, seed=n)[0]
+            for n in seeds]
+
+first, second = (KerasTrainer(spec, Config(seed=5)) for _ in range(2))
+whole = losses(first, range(4))
+assert losses(second, range(2)) == whole[:2]
+resumed = KerasTrainer(spec, Config(seed=5))
+resumed.load_state({name: np.array(value) for name, value in second.state().items()})
+assert losses(resumed, range(2, 4)) == whole[2:]
+"""
+
+
+def test_chance_is_fixed_on_pytorch_too() -> None:
+    """Where Keras's dropout draws from PyTorch's own."""
+    done = subprocess.run(
+        [sys.executable, "-c", REPEATED],
+        env={**os.environ, "KERAS_BACKEND": "torch"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 DEVICES = """

@@ -32,6 +32,7 @@ class KerasTrainer:
         # Keras draws all its seeds from here; keras.utils.set_random_seed would import TensorFlow,
         # where it is installed, only to seed it too.
         random.seed(config.seed)
+        _seed_backend(config.seed)
         if keras.backend.backend() == "jax":
             return_memory_of_compilers()
         before = keras.config.dtype_policy()
@@ -67,8 +68,9 @@ class KerasTrainer:
         update: bool,
         seed: int,
     ) -> tuple[float, float]:
-        # Accumulation is the optimizer's own, and chance is in the model's variables.
-        del scale, update, seed
+        # Accumulation is the optimizer's own, and chance is in the model's variables but for this.
+        del scale, update
+        _seed_backend(seed)
         self.model.optimizer.learning_rate = learning_rate
         logs = self.model.train_on_batch(images, targets, return_dict=True)
         return float(logs["loss"]), float(logs["accuracy"])
@@ -115,6 +117,14 @@ class KerasTrainer:
             for part, owner in (("model", self.model), ("optimizer", self.model.optimizer))
             for number, variable in enumerate(owner.variables)
         }
+
+
+def _seed_backend(seed: int) -> None:
+    """Fix what Keras's layers draw from PyTorch's own chance on it, such as dropout."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        torch.manual_seed(seed)
 
 
 def _numbers(variable: keras.Variable) -> NDArray[Any]:
