@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::Arguments;
 use super::pack::Packed;
-use super::pass::Pass;
+use super::pass::{Pass, activate_in_place};
 use super::program::Program;
 use crate::memory;
 use crate::microkernels::row_copy::NarrowRows;
@@ -174,6 +174,7 @@ pub fn infer_prepared<S: Element>(
                 affine: prepared.affine.as_slice().into(),
                 moments: Vec::new(),
                 stores_views: true,
+                activate: activate_in_place::<S>,
             };
             let x = &x[images.start * input..images.end * input];
             let len = if is_wide::<S>() { 0 } else { x.len() };

@@ -52,6 +52,21 @@ pub(super) struct Pass<'a, S: Element> {
     /// Whether values are stored as their readers see them (where these agree), because nothing is
     /// kept for a backward pass and the statistics are known.
     pub stores_views: bool,
+    /// What makes of a row of values what their readers see, given scale and shift of their norm.
+    pub activate: Activate<S::Wide>,
+}
+
+/// See [`activate_in_place`].
+type Activate<T> = fn(IsaKind, Activation, (T, T), &mut [T]);
+
+/// An activation after scale and shift, in place, as exact as the images are, which are of `S`.
+pub(super) fn activate_in_place<S: Element>(
+    isa: IsaKind,
+    activation: Activation,
+    affine: (S::Wide, S::Wide),
+    row: &mut [S::Wide],
+) {
+    isa.run(ActivateInPlace::<S> { activation, row, affine });
 }
 
 /// Whether `T` is what values are stored as, where that is `S`: else it is what they are computed
@@ -118,6 +133,7 @@ impl<'a, S: Element> Pass<'a, S> {
             affine: vec![zero; channels].into(),
             moments: vec![zero; channels],
             stores_views: false,
+            activate: activate_in_place::<S>,
         }
     }
 
@@ -405,7 +421,7 @@ impl<'a, S: Element> Pass<'a, S> {
         let run = |start: usize, len: usize, affine: (S::Wide, S::Wide)| {
             // SAFETY: the caller's promise.
             let row = unsafe { std::slice::from_raw_parts_mut(rows.at(start).ptr(), len) };
-            self.isa.run(ActivateInPlace { activation, row, affine });
+            (self.activate)(self.isa, activation, affine, row);
         };
         let one = (S::Wide::ONE, S::Wide::default());
         if plain && len == pitch {

@@ -15,6 +15,7 @@ pub mod dot_nt;
 pub mod dwconv_nchw;
 pub mod dwconv_nchw_s2_grad;
 pub mod dwconv_nhwc;
+pub(crate) mod exponentials;
 mod factors;
 pub mod grouped_nhwc;
 pub mod norm_act;

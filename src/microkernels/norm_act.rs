@@ -6,7 +6,7 @@
 use super::activations::{Activation, Function, with_function};
 pub use super::factors::Factors;
 use super::rows::{BLOCK, Body, Lanes, load, load_wide, prefetch, run, run_range, store, store_wide, total};
-use crate::simd::element::{Element, WideElement};
+use crate::simd::element::Element;
 use crate::simd::{Isa, Kernel, RawKernel, run_by_raw_kernel};
 
 /// `activation(scale * x + shift) * factor` of a row, written or (with `add`) added to `y`.
@@ -36,7 +36,7 @@ impl<'a, T: Element> Activate<'a, T> {
             assert_eq!(x.len(), slopes.len());
             slopes.as_mut_ptr()
         });
-        let (len, x, y) = (x.len(), x.as_ptr(), y.as_mut_ptr());
+        let (len, x, y) = (x.len(), Some(x.as_ptr()), y.as_mut_ptr());
         RawActivate { activation, x, y, len, prefetch: len, affine, factors, add, slopes }
     }
 }
@@ -47,32 +47,33 @@ impl<T: Element> Kernel for Activate<'_, T> {
     run_by_raw_kernel!(Self::raw);
 }
 
-/// `activation(scale * x + shift)` of a row, in place.
-pub struct ActivateInPlace<'a, T> {
+/// `activation(scale * x + shift)` of a row, in place: as exact as `T` is.
+pub struct ActivateInPlace<'a, T: Element> {
     /// The function.
     pub activation: Activation,
     /// The row.
-    pub row: &'a mut [T],
+    pub row: &'a mut [T::Wide],
     /// Scale and shift before the function.
-    pub affine: (T, T),
+    pub affine: (T::Wide, T::Wide),
 }
 
-impl<T: WideElement> Kernel for ActivateInPlace<'_, T> {
+impl<T: Element> Kernel for ActivateInPlace<'_, T> {
     type Output = ();
 
     run_by_raw_kernel!(|Self { activation, row, affine }| {
         let (y, len, factors) = (row.as_mut_ptr(), row.len(), Factors::ONE);
-        RawActivate { activation, x: y, y, len, prefetch: 0, affine, factors, add: false, slopes: None }
+        RawActivate::<T> { activation, x: None, y, len, prefetch: 0, affine, factors, add: false, slopes: None }
     });
 }
 
 /// Both of these, compiled once.
 ///
 /// # Safety
-/// `len` values must be readable at `x`, and writable at `y`, which may be `x`, and at `slopes`.
+/// `len` values must be readable at `x`, and writable at `y` and at `slopes`.
 struct RawActivate<'a, T: Element> {
     activation: Activation,
-    x: *const T,
+    /// What is at `y`, if it is nothing else.
+    x: Option<*const T>,
     y: *mut T::Wide,
     len: usize,
     prefetch: usize,
@@ -101,7 +102,7 @@ impl<T: Element> RawKernel for RawActivate<'_, T> {
 }
 
 struct Forward<T: Element, V, F> {
-    x: *const T,
+    x: Option<*const T>,
     y: *mut T::Wide,
     len: usize,
     slopes: Option<*mut T::Wide>,
@@ -115,9 +116,15 @@ impl<T: Element, I: Isa, F: Function<T>> Body<T, I> for Forward<T, T::Vector<I>,
     #[inline(always)]
     unsafe fn block<const N: usize>(&mut self, isa: I, at: usize, lanes: Lanes<T::Mask<I>>) {
         let [scale, shift, factor] = self.constants;
-        prefetch::<T, I, N>(isa, self.x.wrapping_add(at), self.len);
-        // SAFETY: the caller's promise.
-        let mut z = unsafe { load::<T, I, N>(isa, self.x.add(at), lanes) };
+        let mut z = match self.x {
+            // SAFETY: the caller's promise.
+            None => unsafe { load_wide::<T, I, N>(isa, self.y.add(at), lanes) },
+            Some(x) => {
+                prefetch::<T, I, N>(isa, x.wrapping_add(at), self.len);
+                // SAFETY: as above.
+                unsafe { load::<T, I, N>(isa, x.add(at), lanes) }
+            }
+        };
         for z in &mut z {
             *z = T::mul_add(isa, *z, scale, shift);
         }
@@ -549,6 +556,8 @@ impl<T: Element, I: Isa, M: Addition<T, I>> Body<T, I> for Normal<T, T::Vector<I
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
     use crate::simd::IsaKind;
 
@@ -657,11 +666,15 @@ mod tests {
                     let factors = Factors::ONE;
                     isa.run(Activate { activation, x: &x, affine, factors, add: true, y: to, slopes: None });
                     let mut row = x.clone();
-                    isa.run(ActivateInPlace { activation, row: &mut row, affine });
-                    for ((y, row), x) in y.iter().zip(row).zip(&x) {
+                    isa.run(ActivateInPlace::<f32> { activation, row: &mut row, affine });
+                    let mut rounded = x.clone();
+                    isa.run(ActivateInPlace::<bf16> { activation, row: &mut rounded, affine });
+                    for (((y, row), rounded), x) in y.iter().zip(row).zip(rounded).zip(&x) {
                         let expected = function(1.5 * f64::from(*x) + 0.25);
                         assert!((f64::from(*y) - 1.0 - expected).abs() < 1e-5, "{} {activation:?}", isa.name());
                         assert!((f64::from(row) - expected).abs() < 1e-5, "{} {activation:?}", isa.name());
+                        let near = (f64::from(rounded) - expected).abs() <= 2f64.powi(-11) * expected.abs().max(1e-3);
+                        assert!(near, "{} {activation:?}", isa.name());
                     }
                     assert_eq!(y[len], 1.0);
                 }

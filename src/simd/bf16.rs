@@ -172,7 +172,7 @@ fn paired<I: Isa>(isa: I, row: I::u32s, next: Option<I::u32s>) -> I::f32s {
 }
 
 impl Element for bf16 {
-    f32_vectors!();
+    f32_vectors!(sigmoid: sigmoid_bf16);
     type Bf16Dot = Bf16Dot;
 
     fn bf16_dot(isa: IsaKind) -> Option<Bf16Dot> {

@@ -94,8 +94,9 @@ pub trait Element:
     fn at_most<I: Isa>(isa: I, x: Self::Vector<I>, high: Self::Vector<I>) -> Self::Vector<I>;
     /// `yes` where `a < b`, else `no`.
     fn select_less<I: Isa>(isa: I, a_b_yes_no: [Self::Vector<I>; 4]) -> Self::Vector<I>;
-    /// `1 / (1 + exp(-x))` of vectors whose instructions may overlap.
-    fn sigmoid<I: Isa, const N: usize>(isa: I, x: [Self::Vector<I>; N]) -> [Self::Vector<I>; N];
+    /// `1 / (1 + exp(-x))` of vectors whose instructions may overlap, and 1 minus that (a little
+    /// more than 0 where that is 1): as exact as what is stored.
+    fn sigmoid<I: Isa, const N: usize>(isa: I, x: [Self::Vector<I>; N]) -> [[Self::Vector<I>; N]; 2];
     /// `exp(x)` for `x` up to 40.
     fn exp<I: Isa, const N: usize>(isa: I, x: [Self::Vector<I>; N]) -> [Self::Vector<I>; N];
     /// `exp(x) - 1` for `x <= 0`.
@@ -348,7 +349,7 @@ macro_rules! vectors {
             isa.$select(isa.$less(a, b), yes, no)
         }
         #[inline(always)]
-        fn sigmoid<I: Isa, const N: usize>(isa: I, x: [I::$vector; N]) -> [I::$vector; N] {
+        fn sigmoid<I: Isa, const N: usize>(isa: I, x: [I::$vector; N]) -> [[I::$vector; N]; 2] {
             $sigmoid(isa, x)
         }
         #[inline(always)]
@@ -412,7 +413,7 @@ macro_rules! vectors {
 }
 
 macro_rules! f32_vectors {
-    () => {
+    (sigmoid: $sigmoid:ident) => {
         vectors!(
             wide: f32,
             vector: f32s,
@@ -435,10 +436,10 @@ macro_rules! f32_vectors {
             store_masked: mask_store_ptr_f32s,
             split: split_f32s,
             zip: zip_f32s,
-            sigmoid: $crate::microkernels::activations::sigmoid_f32,
-            exp: $crate::microkernels::activations::exp_f32,
-            exp_m1: $crate::microkernels::activations::exp_m1_f32,
-            normal: $crate::microkernels::activations::normal_f32,
+            sigmoid: $crate::microkernels::exponentials::$sigmoid,
+            exp: $crate::microkernels::exponentials::exp_f32,
+            exp_m1: $crate::microkernels::exponentials::exp_m1_f32,
+            normal: $crate::microkernels::exponentials::normal_f32,
         );
         const PERMUTES: bool = true;
 
@@ -556,7 +557,7 @@ macro_rules! wide_storage {
 }
 
 impl Element for f32 {
-    f32_vectors!();
+    f32_vectors!(sigmoid: sigmoid_f32);
     wide_storage!(transpose: transpose_f32, gemm: matrixmultiply::sgemm);
 
     #[inline(always)]
@@ -589,10 +590,10 @@ impl Element for f64 {
         store_masked: mask_store_ptr_f64s,
         split: split_f64s,
         zip: zip_f64s,
-        sigmoid: crate::microkernels::activations::sigmoid_f64,
-        exp: crate::microkernels::activations::exp_f64,
-        exp_m1: crate::microkernels::activations::exp_m1_f64,
-        normal: crate::microkernels::activations::normal_f64,
+        sigmoid: crate::microkernels::exponentials::sigmoid_f64,
+        exp: crate::microkernels::exponentials::exp_f64,
+        exp_m1: crate::microkernels::exponentials::exp_m1_f64,
+        normal: crate::microkernels::exponentials::normal_f64,
     );
     wide_storage!(transpose: transpose_f64, gemm: matrixmultiply::dgemm);
     const PERMUTES: bool = false;

@@ -54,8 +54,8 @@ pub struct TransposeBlock<T> {
 pub trait Isa: pulp::Simd {
     /// Whether there is an instruction for `a * b + c`; else the compiler calls a function for it.
     const FUSED_MULTIPLY_ADD: bool;
-    /// Whether there are instructions for [`Isa::lookup_f32s`], [`Isa::scale_f32s`] and
-    /// [`Isa::estimate_reciprocal_f32s`].
+    /// Whether there are instructions for [`Isa::lookup_f32s`], [`Isa::scale_f32s`],
+    /// [`Isa::fraction_f32s`] and [`Isa::estimate_reciprocal_f32s`].
     const EXPONENTIALS: bool = false;
     /// Whether there are instructions for [`Isa::permute_f32s`], [`Isa::permute2_f32s`] and
     /// [`Isa::load_quads_f32s`].
@@ -106,11 +106,16 @@ pub trait Isa: pulp::Simd {
     fn lookup_f32s(self, table: &[f32; 32], index: Self::u32s) -> Self::f32s {
         portable::gather(self, table, index)
     }
-    /// `a * 2^floor(n)` for normal numbers `a` and `n` from -160 to 60, rounded once where the
+    /// `a * 2^floor(n)` for normal numbers `a` and `n` up to 60, rounded once where the
     /// result is subnormal.
     #[inline(always)]
     fn scale_f32s(self, a: Self::f32s, n: Self::f32s) -> Self::f32s {
         portable::scale(self, a, n)
+    }
+    /// `x - floor(x)`; of infinities 0.
+    #[inline(always)]
+    fn fraction_f32s(self, x: Self::f32s) -> Self::f32s {
+        portable::fraction(self, x)
     }
     /// `1 / x` for normal numbers `x`, with a relative error of at most 2^-14.
     #[inline(always)]
@@ -504,7 +509,7 @@ impl IsaKind {
         #[cfg(target_arch = "x86_64")]
         {
             let avx512 = pulp::x86::V4::try_new();
-            all.extend(avx512.filter(|_| x86::has_bf16()).map(Self::Avx512Bf16));
+            all.extend(avx512.filter(|_| x86::detect_bf16()).map(Self::Avx512Bf16));
             all.extend(avx512.map(Self::Avx512));
             // On Intel's processors vdpbf16ps takes four times as long as an FMA of float32.
             if is_intel() {

@@ -50,8 +50,19 @@ pub(super) fn scale<I: Isa>(_isa: I, a: I::f32s, n: I::f32s) -> I::f32s {
     let (mut values, powers) = (a, [n]);
     let lanes = cast_slice_mut::<_, f32>(std::slice::from_mut(&mut values));
     for (value, power) in lanes.iter_mut().zip(cast_slice::<_, f32>(&powers)) {
-        let power = f64::from_bits(((power.floor() as i64 + 1023) as u64) << 52);
+        // Below, the result is 0.
+        let power = f64::from_bits(((power.floor().max(-300.0) as i64 + 1023) as u64) << 52);
         *value = (f64::from(*value) * power) as f32;
+    }
+    values
+}
+
+/// [`Isa::fraction_f32s`].
+#[inline(always)]
+pub(super) fn fraction<I: Isa>(_isa: I, x: I::f32s) -> I::f32s {
+    let mut values = x;
+    for value in cast_slice_mut::<_, f32>(std::slice::from_mut(&mut values)) {
+        *value = if value.is_infinite() { 0.0 } else { *value - value.floor() };
     }
     values
 }

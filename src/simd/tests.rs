@@ -79,21 +79,22 @@ fn halves_of_any_number() {
     }
 }
 
-/// A table's values, their multiples by powers of two, and reciprocals: of each index.
-struct Exponentials<'a>(&'a [f32; 32], [&'a mut [f32]; 3]);
+/// A table's values, their multiples by powers of two, fractions, and reciprocals: of each index.
+struct Exponentials<'a>(&'a [f32; 32], [&'a mut [f32]; 4]);
 impl Kernel for Exponentials<'_> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self(table, [found, scaled, reciprocals]) = self;
-        for at in (0..found.len()).step_by(size_of::<I::f32s>() / 4) {
+        let Self(table, mut rows) = self;
+        for at in (0..rows[0].len()).step_by(size_of::<I::f32s>() / 4) {
             let numbers: [f32; 16] = std::array::from_fn(|i| (at + i) as f32);
             let bits: [u32; 16] = std::array::from_fn(|i| (at + i) as u32);
             let numbers: I::f32s = cast_slice(&numbers)[0];
             let value = isa.lookup_f32s(table, cast_slice(&bits)[0]);
             let powers = isa.sub_f32s(numbers, isa.splat_f32s(150.5));
-            let results = [value, isa.scale_f32s(value, powers), isa.estimate_reciprocal_f32s(numbers)];
-            for (to, result) in [&mut *found, &mut *scaled, &mut *reciprocals].into_iter().zip(results) {
+            let fraction = isa.fraction_f32s(isa.mul_f32s(powers, isa.splat_f32s(0.25)));
+            let results = [value, isa.scale_f32s(value, powers), fraction, isa.estimate_reciprocal_f32s(numbers)];
+            for (to, result) in rows.iter_mut().zip(results) {
                 let result = cast_slice::<_, f32>(std::slice::from_ref(&result));
                 to[at..at + result.len()].copy_from_slice(result);
             }
@@ -105,13 +106,14 @@ impl Kernel for Exponentials<'_> {
 fn tables_powers_and_reciprocals() {
     let table: [f32; 32] = std::array::from_fn(|i| 1.0 + i as f32 / 32.0);
     for isa in IsaKind::available() {
-        let (mut found, mut scaled, mut reciprocals) = ([0.0; 192], [0.0; 192], [0.0; 192]);
-        isa.run(Exponentials(&table, [&mut found, &mut scaled, &mut reciprocals]));
+        let (mut found, mut scaled, mut fractions, mut reciprocals) = ([0.0; 192], [0.0; 192], [0.0; 192], [0.0; 192]);
+        isa.run(Exponentials(&table, [&mut found, &mut scaled, &mut fractions, &mut reciprocals]));
         for i in 0..192 {
             assert_eq!(found[i], table[i % 32], "{}", isa.name());
             // i - 150.5 rounded down.
             let power = f64::from(table[i % 32]) * 2f64.powi(i as i32 - 151);
             assert_eq!(scaled[i], power as f32, "{} {i}", isa.name());
+            assert_eq!(fractions[i], (i as f32 * 0.25 - 37.625).rem_euclid(1.0), "{} {i}", isa.name());
             assert!(i == 0 || (reciprocals[i] * i as f32 - 1.0).abs() <= 2f32.powi(-14), "{} {i}", isa.name());
         }
     }

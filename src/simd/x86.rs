@@ -1,6 +1,7 @@
 //! AVX2 and AVX-512: what pulp lacks, by intrinsics.
 
 use std::arch::x86_64::*;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use pulp::cast;
 
@@ -154,10 +155,21 @@ unsafe fn dot_512(a: __m512i, b: __m512i, mut c: __m512) -> __m512 {
     c
 }
 
-/// Whether there is AVX512-BF16.
+/// What [`detect_bf16`] found.
+static HAS_BF16: AtomicBool = AtomicBool::new(false);
+
+/// Whether there is AVX512-BF16: to be asked before there are kernels that round, which else do so
+/// by other instructions.
+pub fn detect_bf16() -> bool {
+    HAS_BF16.store(std::arch::is_x86_feature_detected!("avx512bf16"), Relaxed);
+    has_bf16()
+}
+
+/// Whether AVX512-BF16 was found: the standard library's macro may call a function, and kernels
+/// would keep no sums in registers around that.
 #[inline(always)]
-pub fn has_bf16() -> bool {
-    std::arch::is_x86_feature_detected!("avx512bf16")
+fn has_bf16() -> bool {
+    HAS_BF16.load(Relaxed)
 }
 
 /// The nearest bfloat16 numbers to those of `low`, in the lower half, and of `high`.
@@ -427,6 +439,11 @@ avx!(pulp::x86::V4 {
     fn scale_f32s(self, a: Self::f32s, n: Self::f32s) -> Self::f32s {
         // SAFETY: the token proves AVX-512.
         cast(unsafe { _mm512_scalef_ps(cast(a), cast(n)) })
+    }
+    #[inline(always)]
+    fn fraction_f32s(self, x: Self::f32s) -> Self::f32s {
+        // SAFETY: the token proves AVX-512.
+        cast(unsafe { _mm512_reduce_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(cast(x)) })
     }
     #[inline(always)]
     fn estimate_reciprocal_f32s(self, x: Self::f32s) -> Self::f32s {
