@@ -46,6 +46,13 @@ def test_option_without_effect_on_given_data_is_refused(
         load(data, **options)
 
 
+def test_pytorch_loads_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend, expected in (("torch", "torch"), ("jax", "keras")):
+        monkeypatch.setattr("keras.backend.backend", lambda backend=backend: backend)
+        assert _start.loads(Config(framework="keras")) == expected
+    assert _start.loads(Config(framework="torch")) == "torch"
+
+
 def test_given_data_are_as_told() -> None:
     assert load(ARRAYS, image_size=6, stream=False) is ARRAYS
     assert load(STREAMED, stream=True) is STREAMED

@@ -209,7 +209,7 @@ class _Run:
                 find_network(name, config.model)  # or there is an error before images are read
         self.data = _start.load_data(config, data, ranks, self.log)
         _check_same(_start.described(self.data), ranks, "data")
-        check_loader(self.data.x_train, workers=config.workers, framework=config.framework)
+        check_loader(self.data.x_train, workers=config.workers, framework=_start.loads(config))
         self.spec = config.spec(self.data)
         self._split()
         _start.check_step(config, self.spec)
@@ -383,7 +383,9 @@ class _Run:
         saved = first
         with self._progress(len(batches.order), f"epoch {epoch + 1}/{config.epochs}") as bar:
             bar.update(first * config.batch_size)
-            reader = read_ahead(batches, first, workers=config.workers, framework=config.framework)
+            reader = read_ahead(
+                batches, first, workers=config.workers, framework=_start.loads(config)
+            )
             for step, batch in enumerate(reader, start=first):
                 self._note_unread(self.data.x_train, batch)
                 _expect_images(batch)
@@ -518,7 +520,7 @@ class _Run:
         return float(losses.sum() / read.sum()), float(right.mean()), named
 
     def _read(self, batches: Batches) -> Iterable[Batch]:
-        return read_ahead(batches, workers=self.config.workers, framework=self.config.framework)
+        return read_ahead(batches, workers=self.config.workers, framework=_start.loads(self.config))
 
     def _progress(self, total: int, what: str) -> Any:
         return progress(total, what, hidden=self.ranks.rank > 0)

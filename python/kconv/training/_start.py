@@ -31,6 +31,7 @@ __all__ = [
     "compress_from",
     "described",
     "load_data",
+    "loads",
     "targets_of",
 ]
 
@@ -140,6 +141,18 @@ def check_installed(config: Config) -> None:
         require("torch", "torch", "training by PyTorch")
     else:
         require("keras", "keras jax", "training by Keras")
+
+
+def loads(config: Config) -> str:
+    """Whose loader reads ahead: that of PyTorch wherever it computes.
+
+    Its workers are processes: what transforms draw in threads would come out of the chance that
+    Keras's steps have in common with them on PyTorch.
+    """
+    if config.framework == "torch":
+        return "torch"
+    backend = require("keras", "keras jax", "training by Keras").backend.backend()
+    return "torch" if backend == "torch" else "keras"
 
 
 def class_weights(config: Config, labels: Labels, classes: int) -> NDArray[np.float32] | None:

@@ -4,10 +4,11 @@ A batch depends on the seed, the epoch and its number alone. So whatever loads t
 however many workers, a run goes on at any batch by beginning with that number.
 
 Images in memory are sliced as they are needed. Streamed ones are decoded by the framework's own
-loader: PyTorch's ``DataLoader``, whose processes leave the GIL of the training alone, or else
-Grain, JAX's loader, whose threads suffice as Pillow decodes without the GIL, and which needs no
-fork of a process in which XLA's threads run. (Keras's ``PyDataset`` loads ahead only within
-``fit``, and ``tf.data`` would bring TensorFlow into runs on JAX.)
+loader: PyTorch's ``DataLoader``, also where Keras computes on it, whose processes leave the GIL and
+the chance of the training alone, or else Grain, JAX's loader, whose threads suffice as Pillow
+decodes without the GIL, and which needs no fork of a process in which XLA's threads run. (Keras's
+``PyDataset`` loads ahead only within ``fit``, and ``tf.data`` would bring TensorFlow into runs on
+JAX.)
 """
 
 from __future__ import annotations
