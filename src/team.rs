@@ -8,9 +8,9 @@
 //!
 //! But a region ends only when all its threads have come, though others may have done their tasks.
 //! Where other programs have a thread's CPU, kconv's own threads, which are not waited for, are the
-//! better ones: whenever a thread was [`LATE`] they take over, [`AVOIDED`] times as long. (A training
-//! step of mobilenetv2_100, 4 images of 160 x 160, beside programs that had nearly all of one of two
-//! CPUs: 2.8 s, and 0.6 so.)
+//! better ones: whenever a thread was [`LATE`] they take over, [`AVOIDED`] times as long. (A
+//! training step of mobilenetv2_100, 4 images of 160 x 160, beside programs that had nearly all of
+//! one of two CPUs: 2.8 s, and 0.6 so.)
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_uint, c_void};
