@@ -27,7 +27,8 @@ def test_docstrings_begin_as_the_modules() -> None:
             if not hasattr(owner, child.name):  # a type that only the stub has
                 continue
             told, shown = inspect.getdoc(getattr(owner, child.name)), ast.get_docstring(child)
-            assert told is not None and shown is not None, child.name
+            assert told is not None, child.name
+            assert shown is not None, child.name
             assert _first_paragraph(shown) == _first_paragraph(told), child.name
             found += 1
     assert found >= 25
