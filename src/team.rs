@@ -153,7 +153,6 @@ fn is_forked() -> Option<bool> {
 mod tests {
     use std::panic::catch_unwind;
     use std::sync::Mutex;
-    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
     use crate::pool::parallel_for;

@@ -54,11 +54,13 @@ def main() -> None:
     accuracy, images = tested(published, config)
     metrics = {**read_config(target).metrics, "test_accuracy": accuracy}
     write_config(target, dataclasses.replace(net.config, dataset=options.dataset, metrics=metrics))
-    card = card_of(options, config, published, accuracy, images)
+    with (options.run / "results.csv").open() as table:
+        epochs = list(csv.DictReader(table))
+    card = card_of(options, config, published, epochs, accuracy, images)
     (target / "README.md").write_text(card, encoding="utf-8")
     options.pictures.mkdir(exist_ok=True)
     plots.training_curves(
-        [{key: float(value) for key, value in row.items() if value} for row in epochs_of(options)],
+        [{key: float(value) for key, value in row.items() if value} for row in epochs],
         options.pictures / f"{options.name}.png",
         title=options.name,
         test_accuracy=accuracy,
@@ -66,11 +68,6 @@ def main() -> None:
     print(f"{options.name}: {accuracy:.4f} of {images:,} test images")
     for path in sorted(target.iterdir()):
         print(f"  {path.name}: {path.stat().st_size:,} bytes")
-
-
-def epochs_of(options: argparse.Namespace) -> list[dict[str, str]]:
-    """The run's epochs as its table has them."""
-    return list(csv.DictReader((options.run / "results.csv").open()))
 
 
 def tested(net: FrozenNetwork, config: training.Config) -> tuple[float, int]:
@@ -138,6 +135,7 @@ def card_of(
     options: argparse.Namespace,
     config: training.Config,
     net: FrozenNetwork,
+    epochs: list[dict[str, str]],
     accuracy: float,
     images: int,
 ) -> str:
@@ -149,12 +147,11 @@ def card_of(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     theirs = published_figure(spec, options.dataset) or "no figure for this data set"
-    rows = epochs_of(options)
     curve = "\n".join(
         f"| {row['epoch']} | {float(row['learning_rate']):.6f} | {float(row['loss']):.4f} | "
         f"{float(row['accuracy']):.4f} | {float(row['val_loss']):.4f} | "
         f"{float(row['val_accuracy']):.4f} |"
-        for row in rows
+        for row in epochs
     )
     options_of = {
         field.name: getattr(spec, field.name)

@@ -309,7 +309,7 @@ mod tests {
         fn run<I: Isa>(self, isa: I) -> [[f32; 16]; 2] {
             let (x, mut results) = (self.1.map(bf16::from_bits), [[0.0; 16]; 2]);
             for start in (0..16).step_by(bf16::lanes::<I>()) {
-                // SAFETY: as above.
+                // SAFETY: a vector's values, which are divisors of 16, inside the array.
                 let x = unsafe { bf16::load(isa, x.as_ptr().add(start)) };
                 let found = with_function!(self.0, function => Function::<bf16>::both(function, isa, [x]));
                 for (result, [found]) in results.iter_mut().zip(found) {

@@ -69,10 +69,10 @@ impl<T: Element> Kernel for ActivateInPlace<'_, T> {
 /// Both of these, compiled once.
 ///
 /// # Safety
-/// `len` values must be readable at `x`, and writable at `y` and at `slopes`.
+/// `len` values must be readable at `x` (or `y`), and writable at `y` and at `slopes`.
 struct RawActivate<'a, T: Element> {
     activation: Activation,
-    /// What is at `y`, if it is nothing else.
+    /// The row that is read; that at `y` if there is none.
     x: Option<*const T>,
     y: *mut T::Wide,
     len: usize,

@@ -12,12 +12,8 @@ from kconv import _kconv
 STUB = Path(kconv.__file__).with_name("_kconv.pyi")
 
 
-def _first_paragraph(text: str) -> str:
-    return " ".join(text.split("\n\n")[0].split())
-
-
-def test_docstrings_begin_as_the_modules() -> None:
-    """That those of public functions go on so, too, is tested in tests/test_docstrings.py."""
+def test_docstrings_are_the_modules_or_their_first_paragraphs() -> None:
+    """Those of public functions are whole: see tests/test_docstrings.py."""
     found = 0
     for node in ast.walk(ast.parse(STUB.read_text())):
         for child in getattr(node, "body", []):
@@ -29,6 +25,7 @@ def test_docstrings_begin_as_the_modules() -> None:
             told, shown = inspect.getdoc(getattr(owner, child.name)), ast.get_docstring(child)
             assert told is not None, child.name
             assert shown is not None, child.name
-            assert _first_paragraph(shown) == _first_paragraph(told), child.name
+            first, whole = (" ".join(text.split()) for text in (told.split("\n\n")[0], told))
+            assert " ".join(shown.split()) in (first, whole), child.name
             found += 1
     assert found >= 25

@@ -116,12 +116,10 @@ class TracedPlan:
             self.traced = trace(root, forward, given, named)
         except ValueError as error:
             self.reason = str(error)
-            modules = visible(root)
-            self._state = State(modules, Outside(modules))
-            return
-        modules = visible(root, self.traced.opaque)
+        modules = visible(root, self.traced.opaque if self.traced else ())
         self._state = State(modules, Outside(modules))
-        self._prepare(self.traced.nodes)
+        if self.traced:
+            self._prepare(self.traced.nodes)
 
     def _prepare(self, nodes: Sequence[fx.Node]) -> None:
         nodes = _without_dead(nodes)
