@@ -75,6 +75,8 @@ def trace(root: nn.Module, forward: Any, args: Sequence[Any], kwargs: dict[str, 
         try:
             with _LOCK, _functions_are_calls(tracer):
                 nodes = list(tracer.trace(root).nodes)
+            if _random_state() != numbers:
+                raise TraceError("it draws random numbers")
         except Exception as error:
             state.put_back()
             outside.put_back()
@@ -306,8 +308,8 @@ class _Tracer(fx.Tracer):
             raise TraceError(_CHANGES_OUTSIDE)
         count, stack = len(self.graph.nodes), dict(self.module_stack)
         through = len(self.through)
+        numbers = _random_state()
         try:
-            numbers = _random_state()
             y = super().call_module(m, forward, args, kwargs)
             if _random_state() != numbers:
                 raise TraceError("it draws random numbers")
@@ -317,6 +319,7 @@ class _Tracer(fx.Tracer):
             return y
         except Exception as error:
             self.opaque[m] = _reason(error)
+        _set_random_state(numbers)  # what the call has drawn is none of the caller's
         del self.through[through:]
         self.module_stack.clear()
         self.module_stack.update(stack)
