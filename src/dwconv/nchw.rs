@@ -65,23 +65,24 @@ impl<T: Element> Correlation<'_, T> {
             (0..channels).map(|c| self.bias.map_or(T::Wide::default(), |bias| bias[c].widen())).collect();
         let conv = PlaneConv::planned(self.algorithm, &self.vertical, &self.horizontal, kernel);
         let taps = kernel * kernel;
-        scratch::with(channels * taps, |weights: &mut [T::Wide]| {
-            for (c, weights) in weights.chunks_exact_mut(taps).enumerate() {
-                for (weight, tap) in weights.iter_mut().zip(conv.order().iter().flatten()) {
-                    *weight = self.weight[self.shape.weight_index(c, *tap)].widen();
+        parallel_for(self.threads, parts * tiles, |task| {
+            let (range, images) = (part(channels, tiles, task % tiles), part(count, parts, task / tiles));
+            scratch::with(range.len() * taps, |weights: &mut [T::Wide]| {
+                for (c, weights) in range.clone().zip(weights.chunks_exact_mut(taps)) {
+                    for (weight, tap) in weights.iter_mut().zip(conv.order().iter().flatten()) {
+                        *weight = self.weight[self.shape.weight_index(c, *tap)].widen();
+                    }
                 }
-            }
-            parallel_for(self.threads, parts * tiles, |task| {
-                let (range, images) = (part(channels, tiles, task % tiles), part(count, parts, task / tiles));
-                with_wide(self.isa, self.x, [channels, pixels], range, images.clone(), |channel, x, step| {
+                with_wide(self.isa, self.x, [channels, pixels], range.clone(), images.clone(), |channel, x, step| {
                     let first = (images.start * channels + channel.start) * out_pixels;
+                    let own = (channel.start - range.start) * taps..(channel.end - range.start) * taps;
                     // SAFETY: planes of the output, which no other task writes.
                     unsafe {
                         conv.run(
                             self.isa,
                             x,
                             [(images.len(), step), (channel.len(), pixels)],
-                            &weights[channel.start * taps..channel.end * taps],
+                            &weights[own],
                             &bias[channel],
                             (self.y.at(first), [channels * out_pixels, out_pixels], size),
                         );
