@@ -162,6 +162,9 @@ def _chain(
     return result
 
 
+_SIZES_KEPT = 8
+
+
 class _Fused:
     """Runs a segment, whose weights are packed once for each size of images."""
 
@@ -174,6 +177,7 @@ class _Fused:
             for name in ("moving_mean", "moving_variance")
             for norm in norms
         )
+        # Of the sizes seen last: packed weights take some three times the memory of those given.
         self._programs: dict[tuple[int, int], tuple[FrozenProgram, tuple[int, ...]]] = {}
 
     def __call__(self, x: Values) -> Values:
@@ -182,7 +186,10 @@ class _Fused:
         size = x.shape[1], x.shape[2]
         program = self._programs.get(size)
         if program is None:  # threads that come here together make the same
-            program = self._programs[size] = self._program(size)
+            program = self._program(size)
+            if len(self._programs) >= _SIZES_KEPT:
+                self._programs.pop(next(iter(self._programs)), None)
+            self._programs[size] = program
         if not len(x):
             return np.empty((0, *program[1]), np.float32)
         y: Values = program[0].infer(x, "NHWC")

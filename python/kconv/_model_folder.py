@@ -213,6 +213,8 @@ def _config_of(value: Any) -> ModelConfig:
     outputs = graph[graph.output].shape[-1]
     if outputs != len(names):
         raise ValueError(f"it has {len(names)} label_names, the network has {outputs} outputs")
+    if (count := value.get("num_classes", outputs)) != outputs:
+        raise ValueError(f"its num_classes is {count!r}, the network has {outputs} outputs")
     if graph.input_shape[-1] != config.image.channels:
         raise ValueError(
             f"its images have {config.image.channels} channels, the network reads "

@@ -96,6 +96,7 @@ class FrozenNetwork:
         self._weights = dict(weights)
         graph = inference_graph(graph)
         self._input, self._output = graph.layers[0].name, graph.output
+        self._gives_probabilities = getattr(graph[graph.output], "kind", None) == "softmax"
         self._steps = compile_graph(graph, self._weights)
         self._finished = _last_uses(self._steps, self._output)
 
@@ -116,6 +117,11 @@ class FrozenNetwork:
     def class_names(self) -> tuple[str, ...]:
         """One name for each output."""
         return self._config.class_names
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether it ends in a softmax, so that its outputs are probabilities of the classes."""
+        return self._gives_probabilities
 
     @property
     def graph(self) -> models.Graph:
@@ -186,13 +192,16 @@ class FrozenNetwork:
             files, a list of these.
 
         Raises:
-            ValueError: a file is no image that can be read, or ``top`` is below 1.
+            ValueError: a file is no image that can be read, ``top`` is below 1 or is given to a
+                network that ends in no softmax, or an output is not finite.
             OSError: a file cannot be opened.
             ImportError: Pillow is not installed.
             TypeError: a path is none; arrays are for calls of the network itself.
         """
-        if top is not None and top < 1:
-            raise ValueError(f"top={top} must be at least 1")
+        if top is not None:
+            if top < 1:
+                raise ValueError(f"top={top} must be at least 1")
+            self.expect_probabilities()
         single = isinstance(path, str | os.PathLike)
         paths = [path] if isinstance(path, str | os.PathLike) else list(path)
         for one in paths:
@@ -234,9 +243,38 @@ class FrozenNetwork:
 
         Returns:
             (label, probability) pairs.
+
+        Raises:
+            ValueError: these are no numbers for each class, or not finite.
         """
+        if probabilities.shape != (len(self.class_names),):
+            raise ValueError(
+                f"the network gives {probabilities.shape} of an image, not a number for each class"
+            )
+        self.expect_finite(probabilities)
         order = np.argsort(-probabilities, kind="stable")[:top]
         return [(self.class_names[i], float(probabilities[i])) for i in order]
+
+    def expect_probabilities(self) -> None:
+        """See that the outputs are probabilities.
+
+        Raises:
+            ValueError: the network ends in no softmax.
+        """
+        if not self.gives_probabilities:
+            raise ValueError("the network ends in no softmax, so that it gives no probabilities")
+
+    def expect_finite(self, outputs: NDArray[np.float32]) -> None:
+        """See that outputs are numbers.
+
+        Args:
+            outputs: of images, which are finite.
+
+        Raises:
+            ValueError: some are NaN or infinite, as where training has diverged.
+        """
+        if not np.isfinite(outputs).all():
+            raise ValueError("the network's outputs are not finite, as its weights have diverged")
 
     def read_image(self, data: bytes, name: object = "the image") -> NDArray[np.uint8]:
         """Decode an image file, and resize it as in training.

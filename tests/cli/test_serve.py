@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -162,6 +164,34 @@ def test_file_of_another_model_is_refused(
     errors = error_of(capsys, "predict", str(tmp_path), "a.png")
     assert "model.safetensors is damaged, or another model's: its" in errors
     assert errors.count("\n") == 1
+
+
+def test_what_gives_no_probabilities_is_refused(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = kconv.load(run)
+    layers = net.graph.layers
+    logits = models.Graph(
+        "logits", (*layers[:-1], dataclasses.replace(layers[-1], activation=None)), layers[-1].name
+    )
+    config = dataclasses.replace(net.config, network=logits)
+    FrozenNetwork(config, net.weights).save(folder := tmp_path / "logits")
+    for arguments in (["predict", str(folder), str(pictures)], ["evaluate", str(folder)]):
+        assert "ends in no softmax" in error_of(capsys, *arguments)
+    weights = {key: array * np.nan for key, array in net.weights.items()}
+    FrozenNetwork(net.config, weights).save(folder := tmp_path / "diverged")
+    options = ["--test-images", "10"]
+    for arguments in (["predict", str(folder), str(pictures)], ["evaluate", str(folder), *options]):
+        assert "outputs are not finite" in error_of(capsys, *arguments, "--json")
+
+
+def test_names_that_the_output_lacks_are_escaped(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.new("L", (8, 8)).save(tmp_path / name)
+    assert cli.main(["predict", str(run), str(tmp_path)]) == 0
+    assert r"caf\udce9.png: " in capsys.readouterr().out
 
 
 def test_evaluate_counts_as_by_hand(

@@ -135,7 +135,23 @@ def test_without_softmax_come_the_logits() -> None:
     x = images(2, 16, 13, 3)
     with torch.no_grad():
         expected = model(torch.tensor(x).permute(0, 3, 1, 2)).numpy()
-    np.testing.assert_allclose(kconv.torch.freeze(model, softmax=False)(x), expected, atol=1e-5)
+    frozen = kconv.torch.freeze(model, softmax=False)
+    np.testing.assert_allclose(frozen(x), expected, atol=1e-5)
+    assert not frozen.gives_probabilities
+    with pytest.raises(ValueError, match="ends in no softmax, so that it gives no probabilities"):
+        frozen.predict("a.png", top=2)
+    assert kconv.torch.freeze(model).gives_probabilities
+
+
+def test_few_of_many_sizes_are_kept() -> None:
+    """Each has packed weights of its own."""
+    frozen = kconv.torch.freeze(network())
+    first = frozen(images(1, 16, 13, 3))
+    for width in range(14, 30):
+        frozen(images(1, 16, width, 3))
+    kept = [len(getattr(step._function, "_programs", ())) for step in frozen._steps]
+    assert max(kept) == 8, kept
+    np.testing.assert_array_equal(frozen(images(1, 16, 13, 3)), first)
 
 
 def test_what_cannot_be_frozen_is_named() -> None:
@@ -148,6 +164,18 @@ def test_what_cannot_be_frozen_is_named() -> None:
         kconv.torch.freeze(model, interpolation="cubic")
     with pytest.raises(ValueError, match=r"scale=.*not one number for each"):
         kconv.torch.freeze(model, scale=(1, 2))
+    hook = model.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="keffnet_s cannot be frozen: it has hooks"):
+        kconv.torch.freeze(model)
+    hook.remove()
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match="cannot be frozen: it has a forward of its own"):
+        kconv.torch.freeze(model)
+    del model.forward
+    model.__class__ = type("Other", (type(model),), {"forward": lambda self, x: x})
+    with pytest.raises(ValueError, match="cannot be frozen: its class has a forward of its own"):
+        kconv.torch.freeze(model)
+    model.__class__ = kconv.torch.Network
     model.k_probs.register_forward_hook(lambda module, inputs, output: 2 * output)
     with pytest.raises(ValueError, match="module 'k_probs', a Linear, cannot be frozen"):
         kconv.torch.freeze(model)
@@ -300,6 +328,7 @@ def with_layer(number: int, **fields: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda config: [config], '"model_type": "kconv"'),
         (changed(label_names=["a"]), "1 label_names, the network has 3 outputs"),
         (changed(label_names=[1, 2, 3]), "label_names are no list of texts"),
+        (changed(num_classes=2), "its num_classes is 2, the network has 3 outputs"),
         (changed(metrics={"a": "b"}), "metrics are no numbers"),
         (changed(image={}), "its image has not exactly"),
         (changed(graph=None), "the graph has no list of layers"),

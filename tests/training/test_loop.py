@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import kconv
 from kconv import augment, datasets, models, training
 from kconv._files import remove_leftovers, replacing
+from kconv.runtime import FrozenNetwork
 from kconv.training import Config, _loop, _start, run
 
 TINY = Config(
@@ -673,4 +674,19 @@ def test_teacher_of_other_images_is_refused(
     config, output, _ = finished
     other = dataclasses.replace(config, image_size=10, teacher=str(output))
     with pytest.raises(ValueError, match=r"takes images of 8x8x1, the data's are 10x10x1"):
+        training.train(other, tmp_path / "run", log=quiet)
+
+
+def test_teacher_without_probabilities_is_refused(
+    finished: tuple[Config, Path, training.Result], tmp_path: Path
+) -> None:
+    config, output, _ = finished
+    net = kconv.load(output)
+    layers = net.graph.layers
+    last = dataclasses.replace(layers[-1], activation=None)
+    graph = models.Graph("logits", (*layers[:-1], last), last.name)
+    changed = dataclasses.replace(net.config, network=graph)
+    FrozenNetwork(changed, net.weights).save(tmp_path / "logits")
+    other = dataclasses.replace(config, teacher=str(tmp_path / "logits"))
+    with pytest.raises(ValueError, match="logits' ends in no softmax"):
         training.train(other, tmp_path / "run", log=quiet)

@@ -16,6 +16,7 @@ import kconv
 from kconv import datasets
 from kconv._machine import processor
 from kconv._memory import peak_memory
+from kconv._show import show
 from kconv.datasets.files import is_archive, open_files
 from kconv.evaluation import confusion_matrix, report_of
 from kconv.runtime import FrozenNetwork, load
@@ -92,6 +93,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.top < 1:
         raise ValueError(f"--top {options.top} must be at least 1")
     net = load(options.network, threads=options.threads)
+    net.expect_probabilities()
     done = failed = 0
     progress = _Progress()
     for files in _some(_files(options.images)):
@@ -125,7 +127,7 @@ def _show(name: str, ranked: list[tuple[str, float]], as_json: bool, *, first: b
         record = json.dumps({"image": name, "predictions": labels})
         print(("[\n  " if first else ",\n  ") + record, end="")
     else:
-        print(f"{name}: {', '.join(f'{label} {p:.1%}' for label, p in ranked)}")
+        show(f"{name}: {', '.join(f'{label} {p:.1%}' for label, p in ranked)}")
 
 
 def _files(given: Iterable[str]) -> Iterator[_File]:
@@ -185,6 +187,7 @@ class _Progress:
 
 def _evaluate(options: argparse.Namespace) -> int:
     net = load(options.network, threads=options.threads)
+    net.expect_probabilities()
     config = net.config
     source = options.dataset or config.dataset
     if source is None:
@@ -207,14 +210,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     if sorted(data.class_names) != sorted(config.class_names):
         odd = sorted(set(data.class_names) ^ set(config.class_names))
         raise ValueError(f"{source} has other classes than the network: {', '.join(odd[:5])} ...")
-    numbers = np.array([config.class_names.index(name) for name in data.class_names])
-    labels = numbers[data.y_test]
+    labels = data.y_test
+    if data.class_names != config.class_names:
+        labels = np.array([config.class_names.index(name) for name in data.class_names])[labels]
     start = time.perf_counter()
     outputs = [
         net(data.x_test[first : first + _AT_ONCE]) for first in range(0, len(labels), _AT_ONCE)
     ]
     seconds = time.perf_counter() - start
     probabilities = np.concatenate(outputs)
+    net.expect_finite(probabilities)
     found = probabilities.argmax(axis=1)
     of_truth = np.maximum(probabilities[np.arange(len(labels)), labels], 1e-7)
     confusion = confusion_matrix(labels, found, len(config.class_names))

@@ -150,9 +150,7 @@ INPUT = "images"
 
 def output_name(net: FrozenNetwork) -> str:
     """The name of the output."""
-    layer = net.graph[net.graph.output]
-    ends = getattr(layer, "kind", None) == "softmax" or getattr(layer, "activation", None)
-    return "probabilities" if ends else "features"
+    return "probabilities" if net.gives_probabilities else "features"
 
 
 def _check(net: FrozenNetwork, run: Run, by: str) -> str:

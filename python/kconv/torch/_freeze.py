@@ -69,8 +69,9 @@ def freeze(
         The network, which :meth:`~kconv.runtime.FrozenNetwork.save` writes.
 
     Raises:
-        ValueError: a module or a call is none that can be frozen, a fused model's forward cannot be
-            followed or has several inputs or outputs, or an option does not fit.
+        ValueError: a module or a call is none that can be frozen, the model has hooks or a forward
+            of its own, a fused model's forward cannot be followed or has several inputs or outputs,
+            or an option does not fit.
         TypeError: the model is none of kconv's, and has not been fused, or an option is of another
             type.
     """
@@ -106,8 +107,13 @@ Layers = tuple[graph.Graph, Mapping[str, Any]]
 
 
 def _layers_of_network(model: Network) -> Layers:
-    plan = model._current_plan()
     name = getattr(model, "_name", "") or type(model).__name__
+    reason = is_opaque(model)
+    if type(model).forward is not Network.forward:
+        reason = "its class has a forward of its own"
+    if reason:
+        raise ValueError(f"the {name} cannot be frozen: {reason}")
+    plan = model._current_plan()
     start = plan.graph.layers[0]
     return _layers_of(name, start, plan.calls, plan.graph.output, plan.graph.layers)
 

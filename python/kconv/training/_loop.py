@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +19,7 @@ from kconv._creating import fill_network
 from kconv._files import replacing
 from kconv._memory import peak_memory
 from kconv._published import find_network
+from kconv._show import show
 from kconv.datasets import Labels, StreamedImages
 from kconv.evaluation import confusion_matrix, report_of
 from kconv.training import _start
@@ -96,12 +96,6 @@ class Trainer(Protocol):
 
     def state_shapes(self, stored: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
         """The shapes that a state must have."""
-
-
-def show(line: str) -> None:
-    """Print a line at once, also into a pipe; what its encoding lacks is escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _quiet(line: str) -> None:

@@ -210,11 +210,13 @@ class Teacher:
         data: what it has to know.
 
     Raises:
-        ValueError: it is of other images or classes.
+        ValueError: it is of other images or classes, or ends in no softmax.
     """
 
     def __init__(self, folder: str, data: Dataset) -> None:
         self._network = load(folder)
+        if not self._network.gives_probabilities:
+            raise ValueError(f"teacher={folder!r} ends in no softmax, and gives no probabilities")
         config = self._network.config
         image = config.image
         if (image.height, image.width, image.channels) != data.image_shape:
