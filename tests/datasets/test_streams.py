@@ -144,7 +144,7 @@ def test_shards_of_webdataset(tmp_path: Path) -> None:
     expected = Image.open(io.BytesIO(png(9))).resize((5, 5), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(data.x_train[9], np.asarray(expected))
 
-    with pytest.raises(ValueError, match="the labels go up to 2, and there are 2 class names"):
+    with pytest.raises(ValueError, match="the labels go from 0 to 2, and there are 2 class names"):
         datasets.load_shards(pattern, pattern, image_size=5, class_names="ab")
     (tmp_path / "train-01.tar").unlink()
     with pytest.raises(ValueError, match=r"the shard .*train-01\.tar is missing, of 3"):
@@ -152,6 +152,11 @@ def test_shards_of_webdataset(tmp_path: Path) -> None:
     shard(tmp_path / "none.tar", range(2), label=False)
     with pytest.raises(ValueError, match=r"000\.png has no \.cls file"):
         open_shards(tmp_path / "none.tar", 5)
+    with tarfile.open(tmp_path / "two.tar", "w") as tar:
+        for name in ("0.png", "0.mask.png", "0.CLS"):
+            add(tar, name, b"1" if name.endswith("CLS") else png(0))
+    with pytest.raises(ValueError, match=r"0\.png and 0\.mask\.png are of one sample"):
+        open_shards(tmp_path / "two.tar", 5)
 
 
 class Pairs:
@@ -235,6 +240,66 @@ def test_hugging_face(tmp_path: Path) -> None:
     np.testing.assert_array_equal(images[3], np.asarray(Image.open(io.BytesIO(png(3)))))
 
 
+PIXELS = np.random.default_rng(5).integers(0, 256, (5, 6, 3), np.uint8)
+
+
+class Others(Pairs):
+    classes = ("bird", "dog")
+
+
+def test_pictures_of_an_object_are_as_those_of_files() -> None:
+    """Pillow would clip grey values of 16 bits; and the first picture decides of all."""
+    grey = PIXELS[..., 0]
+    deep, shallow = Image.fromarray(grey.astype(np.uint16) * 257), Image.fromarray(grey)
+    data = datasets.from_objects(
+        {
+            "test": [(Image.new("RGB", (6, 5)), 0), (PIXELS[:4], 0)],
+            "train": [(deep, 0), (shallow, 1)],
+        }
+    )
+    assert data.x_train.shape == (2, 5, 6, 1)
+    assert data.x_test.shape == (2, 5, 6, 1)
+    np.testing.assert_array_equal(data.x_train[0], grey[..., None])
+    np.testing.assert_array_equal(data.x_train[1], grey[..., None])
+    with pytest.raises(ValueError, match="mode 'RGB', where the first one is grey"):
+        data.x_test[0]
+    colour = datasets.from_objects({"train": [(PIXELS, 0)], "test": [(deep, 0), (PIXELS[:4], 0)]})
+    np.testing.assert_array_equal(colour.x_test[0], np.stack([grey] * 3, axis=-1))
+    with pytest.raises(ValueError, match="it is 4x6, others 5x6"):
+        colour.x_test[1]
+
+
+def test_labels_are_those_of_the_items() -> None:
+    """Which a transform of images and labels together may change, as torchvision's data have it."""
+    joint = Pairs(2)
+    joint.transforms = len  # type: ignore[attr-defined]
+    joint.targets = [7, 7]
+    joint.__class__ = type("Joint", (Pairs,), {"__getitem__": lambda self, n: (PIXELS, 1 - n)})
+    data = datasets.from_objects({"train": joint, "test": joint})
+    assert data.y_train.tolist() == [1, 0]
+    column = Pairs(3)
+    column.targets = np.array([[1], [0], [1]])  # type: ignore[assignment]
+    assert datasets.from_objects({"train": column, "test": column}).y_train.tolist() == [1, 0, 1]
+    column.targets = np.array([[1, 0], [0, 1], [1, 0]])  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"the labels are int64 of shape \(3, 2\)"):
+        datasets.from_objects({"train": column, "test": column})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, "image_size=0 must be at least 1"),
+        ({"interpolation": "bicubic"}, "unknown interpolation 'bicubic'"),
+    ],
+)
+def test_resizing_is_checked(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    shard(path := tmp_path / "a.tar", range(2))
+    with pytest.raises(ValueError, match=message):
+        datasets.from_objects({"train": Pairs(2), "test": Pairs(2)}, **options)
+    with pytest.raises(ValueError, match=message):
+        datasets.load_shards(path, path, **{"image_size": 4, **options})
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -244,7 +309,11 @@ def test_hugging_face(tmp_path: Path) -> None:
         ({"train": [], "test": Pairs(2)}, "have no items"),
         ({"train": [{"x": 1}], "test": Pairs(2)}, "an item of the data is a dict, expected"),
         ({"train": [(np.zeros((2, 2)), 0)], "test": Pairs(2)}, "an image is float64 of shape"),
-        ({"train": [(np.zeros((2, 2), "u1"), -1)] * 2, "test": Pairs(2)}, "the labels go up to"),
+        ({"train": [(np.zeros((2, 2), "u1"), -1)] * 2, "test": Pairs(2)}, "labels go from -1 to 1"),
+        ({"train": [(PIXELS, 0.5)], "test": Pairs(2)}, "nor its label: 'float' object"),
+        ({"train": [(PIXELS.transpose(2, 0, 1), 0)], "test": Pairs(2)}, r"shape \(3, 5, 6\)"),
+        ({"train": Pairs(2), "test": Others(2)}, "'test' has other classes .*: bird, cat"),
+        ({"train": Pairs(2), "val": Pairs(2), "valid": Pairs(2)}, "of which two are one"),
     ],
 )
 def test_objects_that_are_no_data(data: dict[str, Any], message: str) -> None:

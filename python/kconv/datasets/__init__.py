@@ -156,17 +156,10 @@ def load(
         >>> load("fashion_mnist_mini", image_size=32, train_images=50).x_train.shape
         (50, 32, 32, 1)
     """
-    for option, value in (
-        ("image_size", image_size),
-        ("train_images", train_images),
-        ("test_images", test_images),
-    ):
+    for option, value in (("train_images", train_images), ("test_images", test_images)):
         if value is not None and value < 1:
             raise ValueError(f"{option}={value} must be at least 1")
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(
-            f"unknown interpolation {interpolation!r}: known are {', '.join(INTERPOLATIONS)}"
-        )
+    _check_resizing(image_size, interpolation)
     limits = (train_images, test_images)
     folder = None if data_dir is None else Path(data_dir)
     path = Path(source)
@@ -219,6 +212,15 @@ def load(
             progress=progress,
         )
     return _dataset(str(source), listing.class_names, arrays)
+
+
+def _check_resizing(image_size: int | None, interpolation: str) -> None:
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size={image_size} must be at least 1")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"unknown interpolation {interpolation!r}: known are {', '.join(INTERPOLATIONS)}"
+        )
 
 
 def _streamed(
@@ -283,6 +285,7 @@ def load_shards(
     Raises:
         ValueError: A file is missing or damaged, or a label has no name.
     """
+    _check_resizing(image_size, interpolation)
     parts = [open_shards(part, image_size, interpolation) for part in (train, test)]
     parts += [open_shards(val, image_size, interpolation)] if val is not None else []
     return _named("shards", class_names, parts)
@@ -310,7 +313,8 @@ def from_objects(
         parts: "train" with "test" or "validation" or both, each with a length and items, which are
             (image, label) or dictionaries with "image" and "label". ``datasets.load_dataset(...)``
             is such a mapping.
-        image_size: Resize every image to this height and width; None keeps the first one's.
+        image_size: Resize every image to this height and width; None keeps those of the first one
+            for training, whose being grey or not decides it for all, too.
         interpolation: One of ``INTERPOLATIONS``.
         class_names: One name for each label; by default the object's own, or the labels.
 
@@ -321,13 +325,26 @@ def from_objects(
         TypeError: A part is no such object.
         ValueError: A part is missing or empty, or a label has no name.
     """
+    _check_resizing(image_size, interpolation)
     found: dict[str, tuple[ObjectImages, Labels]] = {}
-    for name, items in parts.items():
-        if name != "train" and name not in PARTS:
+    known: tuple[str, ...] | None = None
+    like = None
+    for name, items in sorted(parts.items(), key=lambda part: part[0] != "train"):
+        if name not in PARTS:
             raise ValueError(f"the data have a part {name!r}; known are {', '.join(PARTS)}")
-        images = ObjectImages(items, image_size, interpolation)
+        if PARTS[name] in found:
+            raise ValueError(f"the data have the parts {', '.join(parts)}, of which two are one")
+        images = ObjectImages(items, image_size, interpolation, like)
+        like = like or images
         found[PARTS[name]] = images, images.labels()
-        class_names = class_names or images.class_names()
+        if class_names is None and (theirs := images.class_names()) is not None:
+            known = known or theirs
+            if theirs != known:
+                odd = sorted({*theirs} ^ {*known}) or theirs
+                raise ValueError(
+                    f"the part {name!r} has other classes than those before, or in another order: "
+                    f"{', '.join(odd[:5])} ..."
+                )
     if "train" not in found or len(found) < 2:
         raise ValueError(
             f"the data have the parts {', '.join(parts) or 'none'}; expected 'train' with 'test' "
@@ -335,7 +352,9 @@ def from_objects(
         )
     val = found.get("val")
     test = found.get("test", val)
-    return _named("objects", class_names, [part for part in (found["train"], test, val) if part])
+    return _named(
+        "objects", class_names or known, [part for part in (found["train"], test, val) if part]
+    )
 
 
 def _named(
@@ -345,9 +364,10 @@ def _named(
     most = max(int(labels.max()) for _, labels in parts)
     if class_names is None:
         class_names = [str(label) for label in range(most + 1)]
-    if most >= len(class_names) or min(int(labels.min()) for _, labels in parts) < 0:
+    least = min(int(labels.min()) for _, labels in parts)
+    if most >= len(class_names) or least < 0:
         raise ValueError(
-            f"the labels go up to {most}, and there are {len(class_names)} class names"
+            f"the labels go from {least} to {most}, and there are {len(class_names)} class names"
         )
     arrays = [value for part in parts for value in part]
     return Dataset(name, tuple(class_names), *arrays)  # type: ignore[arg-type]

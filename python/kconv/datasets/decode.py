@@ -100,13 +100,22 @@ def decode(data: bytes) -> Image.Image:
     picture.load()
     with suppress(Exception):  # damaged EXIF data are no reason to lose the picture
         ImageOps.exif_transpose(picture, in_place=True)
+    return eight_bits(picture).convert("RGB")
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """A picture whose conversion to "L" or "RGB" neither clips values nor warns.
+
+    Raises:
+        ValueError: Its values' range is unknown.
+    """
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         # Of these, Pillow does not turn over those whose white is 0.
         turned = picture.format == "TIFF" and picture.getexif().get(_PHOTOMETRIC) == 0
-        picture = library.fromarray(_to_bytes(np.asarray(picture), turned))
-    elif picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # else Pillow warns
-    return picture.convert("RGB")
+        return pillow().fromarray(_to_bytes(np.asarray(picture), turned))
+    if picture.mode == "P" and "transparency" in picture.info:
+        return picture.convert("RGBA")  # else Pillow warns
+    return picture
 
 
 def _to_bytes(values: NDArray[Any], turned: bool) -> NDArray[np.uint8]:

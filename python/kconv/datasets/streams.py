@@ -6,6 +6,7 @@ of each is where it lies: some 50 bytes.
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kconv.datasets.decode import decode, pillow, resize
+from kconv.datasets.decode import decode, eight_bits, pillow, resize
 from kconv.datasets.files import MAX_FILE_BYTES, Files, damage, open_files
 from kconv.datasets.images import Images, Labels, is_image
 
@@ -196,7 +197,8 @@ def open_shards(
         The images, and their labels, (N,) int64.
 
     Raises:
-        ValueError: A shard is missing, cannot be read, or has an image without a label.
+        ValueError: A shard is missing, cannot be read, or has an image without a label, or two of
+            one sample.
     """
     patterns = [pattern] if isinstance(pattern, str | os.PathLike) else list(pattern)
     paths = [path for one in patterns for path in shard_paths(one)]
@@ -208,8 +210,14 @@ def open_shards(
             raise ValueError(f"the shard {path} is missing, of {len(paths)} from {paths[0]} on")
         with open_files(path) as files:
             images = [name for name in files.names if is_image(name)]
-            keys = {_key(name): name for name in files.names if name.endswith(".cls")}
+            keys = {_key(name): name for name in files.names if name.lower().endswith(".cls")}
+            samples: dict[str, str] = {}
             for name in images:
+                if (other := samples.setdefault(_key(name), name)) != name:
+                    raise ValueError(
+                        f"{path}: {other} and {name} are of one sample, as they are named alike up "
+                        "to the first dot; expected one image of each"
+                    )
                 if _key(name) not in keys:
                     raise ValueError(f"{path}: {name} has no .cls file beside it")
             extents = np.empty((len(images), 3), np.int64)
@@ -221,7 +229,7 @@ def open_shards(
         names += images
         where.append(extents)
     if not names:
-        raise ValueError(f"{patterns[0]} has no images")
+        raise ValueError(f"{pattern} has no images")
     streamed = StreamedFiles(paths, _as_bytes(names), np.concatenate(where), size, interpolation)
     return streamed, np.array(labels, np.int64)
 
@@ -246,13 +254,16 @@ class ObjectImages(StreamedImages):
         items: the object.
         size: height and width to resize to; None keeps that of the first image.
         interpolation: how.
+        like: images whose size and channels these are to have.
 
     Raises:
         TypeError: it has no length or no items, or an item is none of these.
         ValueError: there are no items.
     """
 
-    def __init__(self, items: Any, size: int | None, interpolation: str) -> None:
+    def __init__(
+        self, items: Any, size: int | None, interpolation: str, like: ObjectImages | None = None
+    ) -> None:
         if not hasattr(items, "__len__") or not hasattr(items, "__getitem__"):
             raise TypeError(
                 f"the data are a {type(items).__name__}, which has no items by number; expected "
@@ -262,9 +273,12 @@ class ObjectImages(StreamedImages):
             raise ValueError(f"the data, a {type(items).__name__}, have no items")
         self.items, self.interpolation = items, interpolation
         self.image_key, self.label_key, first = _first_readable(items)
-        self.mode = "L" if first.mode in ("L", "1") else "RGB"
         height, width = (size, size) if size else (first.height, first.width)
-        self.shape = (len(items), height, width, 1 if self.mode == "L" else 3)
+        channels = 1 if first.mode in ("L", "1") else 3
+        if like is not None:
+            height, width, channels = like.shape[1:]
+        self.mode = "L" if channels == 1 else "RGB"
+        self.shape = (len(items), height, width, channels)
 
     def pixels(self, number: int) -> Images:
         """One image, (H, W, C).
@@ -273,7 +287,13 @@ class ObjectImages(StreamedImages):
             ValueError: it cannot be read.
         """
         with damage(f"image {number:,} cannot be read"):
-            picture = _picture(self.items[number][self.image_key]).convert(self.mode)
+            picture = _picture(self.items[number][self.image_key])
+            if self.mode == "L" and picture.mode not in ("L", "1", "LA", "La"):
+                raise ValueError(
+                    f"it has the mode {picture.mode!r}, where the first one is grey: convert all "
+                    'to "RGB" or to "L"'
+                )
+            picture = picture.convert(self.mode)
             _, height, width, channels = self.shape
             if picture.size != (width, height):
                 if height != width:
@@ -285,19 +305,21 @@ class ObjectImages(StreamedImages):
 
     def labels(self) -> Labels:
         """(N,) int64: of a list that the object has, else of every item."""
-        changed = getattr(self.items, "target_transform", None) is not None
+        # As torchvision's have them: a transform of labels, or of images and labels together.
+        own = {name: getattr(self.items, name, None) for name in _TRANSFORMS}
+        changed = own["target_transform"] or (own["transforms"] and not own["transform"])
         for name in () if changed else ("targets", "labels", "_labels"):
             found = getattr(self.items, name, None)
             if found is not None and len(found) == len(self.items):
-                return np.asarray(found, np.int64)
+                return _whole_numbers(found)
         if isinstance(self.label_key, str):
             column = self.items[self.label_key] if hasattr(self.items, "features") else None
             if column is not None:
-                return np.asarray(column, np.int64)
+                return _whole_numbers(column)
         labels = np.empty(len(self.items), np.int64)
         for number in range(len(labels)):
             with damage(f"image {number:,} cannot be read, nor its label"):
-                labels[number] = int(self.items[number][self.label_key])
+                labels[number] = operator.index(self.items[number][self.label_key])
         return labels
 
     def class_names(self) -> tuple[str, ...] | None:
@@ -307,6 +329,21 @@ class ObjectImages(StreamedImages):
         if names is None and isinstance(features, Mapping):
             names = getattr(features.get(self.label_key), "names", None)
         return None if names is None else tuple(map(str, names))
+
+
+_TRANSFORMS = ("target_transform", "transforms", "transform")
+
+
+def _whole_numbers(values: Any) -> Labels:
+    """(N,) int64 of a column of labels."""
+    labels = np.asarray(values)
+    if labels.shape == (len(labels), 1):
+        labels = labels[:, 0]
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ValueError(
+            f"the labels are {labels.dtype} of shape {labels.shape}, expected a whole number each"
+        )
+    return labels.astype(np.int64)
 
 
 def _first_readable(items: Any) -> tuple[Any, Any, Any]:
@@ -337,12 +374,15 @@ def _keys(item: Any) -> tuple[Any, Any]:
     )
 
 
+_CHANNELS = ((1,), (3,), (4,))
+
+
 def _picture(image: Any) -> Any:
     library = pillow()
     if isinstance(image, library.Image):
-        return image
+        return eight_bits(image)
     pixels = np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.shape[2:] in _CHANNELS):
         raise ValueError(
             f"an image is {pixels.dtype} of shape {pixels.shape}, expected a picture of Pillow's "
             "or bytes (H, W) or (H, W, C)"
