@@ -156,7 +156,7 @@ def test_functions(name):
 
 ACTIVATIONS = (
     *(nn.LeakyReLU(0.3, inplace=True), nn.ELU(0.7), nn.GELU(), nn.GELU("tanh"), nn.Mish()),
-    *(nn.Hardtanh(-0.4, 1.5), nn.PReLU(6)),
+    *(nn.Hardtanh(-0.4, 1.5), nn.PReLU(6), nn.PReLU()),
 )
 
 
@@ -182,6 +182,15 @@ def test_derivatives_at_the_ends(act):
         one(image).cos().sum().backward()
         results.append((image.grad, [p.grad for p in one.parameters()]))
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "prelu", "sigmoid"])
+def test_norms_with_an_activation(act):
+    layers = pytest.importorskip("timm").layers
+    for options in [{}, {"num_parameters": 6}] if act == "prelu" else [{}]:
+        norm = layers.BatchNormAct2d(6, act_layer=act, act_kwargs=options)
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        assert_fused(norm, layers.create_act_layer(act), nn.Conv2d(6, 6, 3, groups=6))
 
 
 def test_layer_scale():

@@ -159,7 +159,7 @@ def _layers_of(
     modules: dict[str, Any] = {}
     for call in calls:
         for layer in _frozen(call, [layers[name] for name in call.inputs], call.name in plain):
-            layers[layer.name], modules[layer.name] = layer, call.owner
+            layers[layer.name], modules[layer.name] = layer, call.owner_of(layer)
     kept = tuple(layer for layer in layers.values() if not isinstance(layer, Derived))
     if output not in {layer.name for layer in kept}:
         raise ValueError(f"the {name} cannot be frozen: its output is no layer's")

@@ -414,9 +414,12 @@ def activation(
 
 def _prelu(module: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
     weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 1 or not _is_image(inputs[0], len(weight)):
+    if weight is None or weight.dim() != 1:
         return None
-    return graph.PReLU(**common, shape=(*inputs[0].shape[:2], len(weight)))
+    channels = inputs[0].shape[-1] if len(weight) == 1 else len(weight)  # one slope is for all
+    if not _is_image(inputs[0], channels):
+        return None
+    return graph.PReLU(**common, shape=(*inputs[0].shape[:2], channels))
 
 
 def _layer_scale(module: Any, common: Common, inputs: Inputs) -> graph.Layer | None:
@@ -645,21 +648,8 @@ for _cls, _attributes in {
     PaddedConv2d: "",
     InterleavedPointwiseConv2d: f"{_GEOMETRY} interleave",
 }.items():
-    _kind(
-        _cls,
-        _convolution,
-        _attributes,
-        "_conv_forward",
-        read=_read_padded,
-        parametrized=True,
-    )
-_kind(
-    nn.BatchNorm2d,
-    _batch_norm,
-    "eps track_running_stats",
-    "_check_input_dim",
-    parametrized=True,
-)
+    _kind(_cls, _convolution, _attributes, "_conv_forward", read=_read_padded, parametrized=True)
+_kind(nn.BatchNorm2d, _batch_norm, "eps track_running_stats", "_check_input_dim", parametrized=True)
 for _row in ACTIVATIONS.values():
     _cls = getattr(nn, _row.torch_module)
     if _row.code is not None:
@@ -689,6 +679,10 @@ _kind(nn.Dropout2d, _dropout, "p training")
 
 _NORM = "eps track_running_stats"
 _NAMED: dict[str, tuple[Lifter, str, bool]] = {
+    "timm.layers.activations.GELU": (_activation("gelu"), "", False),
+    "timm.layers.activations.GELUTanh": (_activation("gelu_tanh"), "", False),
+    "timm.layers.activations.PReLU": (_prelu, "", True),
+    "timm.layers.activations.Sigmoid": (_activation("sigmoid"), "inplace", False),
     "timm.layers.conv2d_same.Conv2dSame": (_convolution, _GEOMETRY, True),
     "timm.layers.drop.DropPath": (_drop_connect, "drop_prob scale_by_keep", False),
     "timm.layers.layer_scale.LayerScale2d": (_layer_scale, "inplace", False),

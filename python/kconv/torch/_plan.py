@@ -55,6 +55,12 @@ class Call:
         """What has the weights and the state of the layers."""
         return self.borrowed or self.module
 
+    def owner_of(self, layer: graph.Layer) -> Any:
+        """What has the weights of one of the layers: of a norm that activates, too, its PReLU."""
+        if self.module is not None and isinstance(layer, graph.PReLU):
+            return self.module._modules.get("act", self.module)
+        return self.owner
+
 
 @dataclass
 class Part:
@@ -331,7 +337,7 @@ def _fuse(
         for lifted_layer in reversed(lifted[call.name]):
             layer = layers[lifted_layer.name]
             if layer.name in read and not isinstance(layer, Derived):
-                own.append((layer, call.owner))
+                own.append((layer, call.owner_of(layer)))
                 read.update(layer.inputs)
     own.reverse()
     chain, channels = tuple(layer for layer, _ in own), layers[source].channels

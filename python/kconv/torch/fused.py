@@ -97,6 +97,9 @@ class FusedSegment:
         self._owners = [_holder(modules[layer], name) for layer, name in self._parameters]
         norms = {layer.name for layer in segment.layers if isinstance(layer, BatchNorm)}
         self._kernels = sum(layer not in norms for layer, _ in self._parameters)
+        slopes = {x.name: x.channels for x in segment.layers if isinstance(x, PReLU)}
+        places = ((i, slopes.get(layer, 0)) for i, (layer, _) in enumerate(self._parameters))
+        self._slopes = [(i, channels) for i, channels in places if channels]
         self._passes_input = _passes_input(segment)
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -142,6 +145,8 @@ class FusedSegment:
             return None
         dtype, x = x.dtype, x.to(torch.bfloat16) if narrow else x
         masks = _masks(self._drops, x)
+        for i, channels in self._slopes:  # one may stand for all channels
+            parameters[i] = parameters[i].expand(channels).contiguous()
         if not profiler_enabled():
             y = self._run(program, x, parameters, masks, statistics, training)
         else:
