@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -199,6 +200,8 @@ def _in_a_process(side: str, call: list[str], threads: int) -> dict[str, Any]:
     )
     if result.returncode:
         why = reason(result.stderr)
+        if result.returncode < 0:
+            why = f"it was ended by {signal.Signals(-result.returncode).name}"
         if side.startswith("kconv") and not why.startswith(("ModuleNotFoundError", "ImportError")):
             raise SystemExit(f"{side} failed:\n{result.stderr[-2000:]}")
         raise MissingError(why)
@@ -313,7 +316,7 @@ def _ncnn(file: Path, x: Array, threads: int) -> Callable[[], Any]:
     from kconv.export._ncnn import opened
 
     network = opened(file, threads)
-    inputs = [ncnn.Mat(image) for image in x]  # of memory that x keeps
+    inputs = [ncnn.Mat(image).clone() for image in x]  # a Mat borrows memory without a reference
 
     def infer() -> Array:
         outputs = []
