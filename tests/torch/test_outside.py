@@ -203,6 +203,37 @@ class Asking(Block):
         return x.tensors if hasattr(x, "tensors") else 2 * x
 
 
+class Sized(Block):
+    """Asks what sizes are, as code does that is compiled, too."""
+
+    def after(self, x):
+        height, width = x.size()[-2:]
+        assert not torch.is_tensor(height)
+        assert isinstance(x.shape, tuple)
+        rounded = height / 2
+        rounded = rounded.ceil() if isinstance(rounded, torch.Tensor) else rounded // 1
+        y = F.pad(x, (0, width % 2, 0, 1 if isinstance(rounded, float) else 0))
+        assert not isinstance(y.chunk(2, 1), torch.Tensor)
+        return y + 1 if isinstance(y.chunk(2, 1)[0], torch.Tensor) else y
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        print(end="")
+        return x, 2 * x
+
+
+class Several(Block):
+    """Calls what may return several tensors, as far as the code shows."""
+
+    def setup(self):
+        self.pair = Pair()
+
+    def after(self, x):
+        y = self.pair(x)
+        return y[1] if isinstance(y, tuple) else y
+
+
 class Clamping(Block):
     """Changes weights on the way."""
 
@@ -239,7 +270,7 @@ class Numbered(Block):
 
 BLOCKS = (
     *(WithoutGradients, Inference, Reversed, Checkpointed, Scripted, Typed, Asking, Clamping),
-    *(Aliased, Twice, Numbered),
+    *(Aliased, Twice, Numbered, Sized, Several),
 )
 
 

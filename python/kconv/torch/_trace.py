@@ -29,6 +29,7 @@ from torch.jit import ScriptFunction
 from kconv.torch._lift import is_known
 from kconv.torch._outside import GENERATORS, Outside, frozen, members, refill
 from kconv.torch._private import len_function_stack
+from kconv.torch._proxy import Proxy
 
 __all__ = ["HOOKED", "Placeholder", "State", "Trace", "is_opaque", "modes", "trace", "visible"]
 
@@ -203,28 +204,6 @@ def _reason(error: Exception) -> str:
     return f"its forward cannot be traced: {text or type(error).__name__}"
 
 
-class _Proxy(fx.Proxy):
-    """A tensor that is not there yet; code that asks whether it is one is told so."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return Tensor
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_is_param":  # which isinstance(x, nn.Parameter) asks
-            return False
-        if not hasattr(Tensor, name):
-            if self.node.op == "placeholder":
-                raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-            raise TraceError(f"it asks a value for an attribute {name!r}")
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node"):
-            raise TraceError(f"it sets the attribute {name!r} of a tensor")
-        object.__setattr__(self, name, value)
-
-
 class _Tracer(fx.Tracer):
     """See the module; ``through`` and ``opaque`` are as in :class:`Trace`."""
 
@@ -282,7 +261,7 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Of a class of our own."""
-        made = _Proxy(node, self)
+        made = Proxy(node, self)
         self._proxies.append(weakref.ref(made))
         return made
 
@@ -335,7 +314,7 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """What goes into a call."""
-        if type(a) is _Proxy:
+        if type(a) is Proxy:
             return a.node
         if isinstance(a, Tensor):
             if id(a) in self._names:

@@ -77,14 +77,15 @@ def _key(args: Sequence[Any], kwargs: dict[str, Any]) -> Key | None:
     """What is the same in calls that a plan stands for."""
     names = [*range(len(args)), *kwargs]
     values = [*args, *kwargs.values()]
-    if not all(isinstance(value, _ARGUMENTS) for value in values):
+    if not all(isinstance(v, _CONSTANTS) or type(v) in _TENSORS for v in values):
         return None
     kinds = tuple(_ANY if isinstance(v, Tensor | Placeholder) else (type(v), v) for v in values)
     return (*modes(), *names, kinds)
 
 
 _ANY = "tensor"
-_ARGUMENTS = (Tensor, bool, int, float, str, type(None), Placeholder)
+_TENSORS = Tensor, nn.Parameter, Placeholder  # of subclasses a forward may ask which they are
+_CONSTANTS = bool, int, float, str, type(None)
 
 
 class TracedPlan:
