@@ -122,6 +122,32 @@ def test_other_formats_compute_the_same(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, marks=[pytest.mark.slow] * (form in ("keras", "mnn")))
+        for form in export.FORMATS
+    ],
+)
+def test_networks_of_any_size(form: str, tmp_path: Path) -> None:
+    """A target takes them at any size, or refuses them."""
+    if form in NEEDS:
+        pytest.importorskip(NEEDS[form])
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    net = kconv.torch.freeze(kconv.torch.fuse(model))
+    path = tmp_path / export.default_name(form)
+    if form in ("torch", "ncnn", "litert", "executorch"):
+        with pytest.raises(ValueError, match="needs a network of one image size"):
+            export.export(net, path, form)
+        assert not list(tmp_path.iterdir())
+        return
+    export.export(net, path, form)
+    run, _ = sys.modules[f"kconv.export._{form}"].runner(net, path)
+    x = np.random.default_rng(0).standard_normal((2, 9, 14, 3), np.float32)
+    y = run(x)
+    np.testing.assert_allclose(y if form == "keras" else y.transpose(0, 2, 3, 1), net(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("pool", "activation"),
     [
         (nn.MaxPool2d(3, 2, 1), nn.LeakyReLU(0.3)),
@@ -173,16 +199,6 @@ def test_interleaves_that_ncnn_lacks(tmp_path: Path) -> None:
     _, net = pair("branches")
     with pytest.raises(ValueError, match="the step divides, not 20 by 3"):
         export.export(net, tmp_path / "a.ncnn.param", "ncnn")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("form", ["ncnn", "litert"])
-def test_networks_of_any_size(form: str, tmp_path: Path) -> None:
-    pytest.importorskip(NEEDS[form])
-    model = kconv.torch.build(models.create("keffnet_s", classes=3, input_shape=(None, None, 3)))
-    net = kconv.torch.freeze(model)
-    with pytest.raises(ValueError, match="needs a network of one image size"):
-        export.export(net, tmp_path / export.default_name(form), form)
     assert not list(tmp_path.iterdir())
 
 

@@ -15,10 +15,11 @@ executorch     ``.pte``, with XNNPACK         torch, executorch
 
 The input is called ``images``, (N, channels, H, W) float32 (Keras's (N, H, W, channels)), scaled as
 ``config.json`` says; the output ``probabilities``, (N, classes), or ``features`` where the network
-does not end in a softmax. N may be any number, but for ncnn and LiteRT, which take one image at a
-time and have names of their own, and for ExecuTorch, which takes up to ``MOST_IMAGES``. An
-interleave of channels is a Gather (index_select) with a constant index, and for ncnn, which has
-none, its ShuffleChannel.
+does not end in a softmax, (N, numbers) or maps of the input's layout. N may be any number, but for
+ncnn and LiteRT, which take one image at a time and have names of their own, and for ExecuTorch,
+which takes up to ``MOST_IMAGES``. A network of any image size needs ONNX, OpenVINO, MNN or Keras;
+the others refuse it. An interleave of channels is a Gather (index_select) with a constant index,
+and for ncnn, which has none, its ShuffleChannel.
 
 Example:
     >>> import kconv
@@ -122,7 +123,7 @@ def export(net: FrozenNetwork, path: str | os.PathLike[str], form: str) -> Expor
     before = {one: one.stat().st_mtime_ns for one in path.parent.glob("*")}
     written: list[Path] = module.write(net, path)
     try:
-        checked = _check(net, *module.runner(net, path))
+        checked = _check(net, *module.runner(net, path), "NHWC" if form == "keras" else "NCHW")
     except BaseException:
         for one in written:  # what is wrong stays nowhere
             if before.get(one) != one.stat().st_mtime_ns:
@@ -130,15 +131,18 @@ def export(net: FrozenNetwork, path: str | os.PathLike[str], form: str) -> Expor
         raise
     image, most = net.config.image, MOST_IMAGES.get(form)
     size: tuple[object, ...] = (image.channels, image.height or "H", image.width or "W")
+    result: tuple[object, ...] = (len(net.class_names),)
+    if len(net.graph[net.graph.output].shape) == 3:  # maps of features
+        result += ("output height", "output width")
     if form == "keras":
-        size = (*size[1:], size[0])
+        size, result = (*size[1:], size[0]), (*result[1:], result[0])
     batch = () if form == "ncnn" else (1,) if most == 1 else ("N",)
     limit = f", N <= {most}" if most and most > 1 else ""
     inputs, outputs = (
         f"{name} ({', '.join(map(str, (*batch, *shape)))}) float32{limit}"
         for name, shape in zip(
             _ENDS.get(form, (INPUT, output_name(net))),
-            (size, (len(net.class_names),)),
+            (size, result),
             strict=True,
         )
     )
@@ -153,8 +157,11 @@ def output_name(net: FrozenNetwork) -> str:
     return "probabilities" if net.gives_probabilities else "features"
 
 
-def _check(net: FrozenNetwork, run: Run, by: str) -> str:
-    """Compare outputs; those of several images, as some targets forget that there may be some."""
+def _check(net: FrozenNetwork, run: Run, by: str, layout: str) -> str:
+    """Compare outputs; those of several images, as some targets forget that there may be some.
+
+    Maps of features are in the target's layout.
+    """
     height, width = usual_size(net)
     rng = np.random.default_rng(0)
     shape = (_CHECKED_IMAGES, height, width, net.config.image.channels)
@@ -164,6 +171,8 @@ def _check(net: FrozenNetwork, run: Run, by: str) -> str:
     largest = 0.0
     for batch in (images[:1], images):
         ours, theirs = net(batch), np.asarray(run(batch))
+        if ours.ndim == 4 and layout == "NCHW":
+            ours = ours.transpose(0, 3, 1, 2)
         if theirs.shape != ours.shape:
             raise ValueError(f"{by} gives outputs of shape {theirs.shape}, kconv {ours.shape}")
         difference = float(np.abs(theirs - ours).max())

@@ -10,7 +10,7 @@ import numpy as np
 from kconv._files import replacing
 from kconv._model_folder import expected_weights
 from kconv._require import require
-from kconv.export import Run, usual_size
+from kconv.export import Run, fixed_size
 from kconv.export._layers import plain_graph, renamed
 from kconv.models import graph
 from kconv.runtime import FrozenNetwork
@@ -47,9 +47,12 @@ def exported_program(net: FrozenNetwork, *, most: int | None = None) -> Any:
     Args:
         net: the network.
         most: how many images a call may have; None for any number.
+
+    Raises:
+        ValueError: the network takes images of several sizes, of which a program knows one.
     """
     torch = require("torch", "torch", "exporting to PyTorch")
-    example = torch.zeros(2, net.config.image.channels, *usual_size(net))
+    example = torch.zeros(2, net.config.image.channels, *fixed_size(net, "torch.export"))
     sizes = {0: torch.export.Dim("N", max=most)}
     return torch.export.export(module_of(net), (example,), dynamic_shapes=(sizes,))
 
