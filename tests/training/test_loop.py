@@ -690,3 +690,10 @@ def test_teacher_without_probabilities_is_refused(
     other = dataclasses.replace(config, teacher=str(tmp_path / "logits"))
     with pytest.raises(ValueError, match="logits' ends in no softmax"):
         training.train(other, tmp_path / "run", log=quiet)
+
+
+def test_diverged_training_ends_in_one_line(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, framework="torch", lr=1e30, optimizer="sgd", epochs=3)
+    with pytest.raises(FloatingPointError, match=r"loss of epoch 1 is nan: the training has div"):
+        training.train(config, tmp_path, log=quiet)
+    assert not (tmp_path / "config.json").exists()

@@ -123,7 +123,8 @@ def export(net: FrozenNetwork, path: str | os.PathLike[str], form: str) -> Expor
     before = {one: one.stat().st_mtime_ns for one in path.parent.glob("*")}
     written: list[Path] = module.write(net, path)
     try:
-        checked = _check(net, *module.runner(net, path), "NHWC" if form == "keras" else "NCHW")
+        run, by = module.runner(net, path)
+        checked = _check(net, run, by, "NHWC" if form == "keras" else "NCHW")
     except BaseException:
         for one in written:  # what is wrong stays nowhere
             if before.get(one) != one.stat().st_mtime_ns:

@@ -33,6 +33,7 @@ from kconv.training.run import (
     Epoch,
     Progress,
     Result,
+    check_data,
     checkpoint_of,
     held,
     progress_of,
@@ -142,6 +143,7 @@ def train(
         OSError: A file cannot be read or written.
         ImportError: A package that the run will need is not installed.
         RuntimeError: Another process of the run has ended.
+        FloatingPointError: The loss of an epoch is not finite.
     """
     if not isinstance(config, Config):
         raise TypeError(f"config is a {type(config).__name__}, expected a kconv.training.Config")
@@ -203,6 +205,8 @@ class _Run:
                 find_network(name, config.model)  # or there is an error before images are read
         self.data = _start.load_data(config, data, ranks, self.log)
         _check_same(_start.described(self.data), ranks, "data")
+        if checkpoint:
+            check_data(checkpoint[0], _start.described(self.data))
         check_loader(self.data.x_train, workers=config.workers, framework=_start.loads(config))
         self.spec = config.spec(self.data)
         self._split()
@@ -325,12 +329,14 @@ class _Run:
         epoch = len(self.progress.history)
         order = np.random.default_rng([config.seed, epoch]).permutation(self.training)
         loss, accuracy, speed, rate = self._train_epoch(order, epoch)
+        _expect_finite("loss", loss, epoch, config)
         trainer.share_statistics()
         images, labels, index = self.validation
         with trainer.averaged():
             if self.recalibrates:
                 self._recalibrate(order[: max(RECALIBRATION_IMAGES, config.batch_size)])
             val_loss, val_accuracy, _ = self._evaluate(images, labels, index, "validation")
+            _expect_finite("val_loss", val_loss, epoch, config)
             history = self.progress.history
             best = min((done.val_loss for done in history), default=np.inf)
             done = Epoch(epoch + 1, rate, loss, accuracy, val_loss, val_accuracy, speed)
@@ -523,7 +529,8 @@ class _Run:
 
     def _save(self, done: Progress) -> None:
         if not self.ranks.rank:
-            save_checkpoint(self.output / CHECKPOINT, self.config, self.trainer.state(), done)
+            path, told = self.output / CHECKPOINT, _start.described(self.data)
+            save_checkpoint(path, self.config, self.trainer.state(), done, told)
 
     def _save_within(self, steps: int, sums: NDArray[np.float64], begin: float) -> None:
         """Write a checkpoint within an epoch, from which any number of processes goes on."""
@@ -608,6 +615,15 @@ def _make_trainer(config: Config, spec: models.Spec, ranks: Ranks | None = None)
     from kconv.training._keras import KerasTrainer
 
     return KerasTrainer(spec, config)
+
+
+def _expect_finite(name: str, loss: float, epoch: int, config: Config) -> None:
+    """See that there is something to go on with; every process sees the same."""
+    if not np.isfinite(loss):
+        advice = "lower lr" if config.clip_grad_norm else "lower lr, or give clip_grad_norm"
+        raise FloatingPointError(
+            f"the {name} of epoch {epoch + 1} is {loss}: the training has diverged ({advice})"
+        )
 
 
 def _expect_images(batch: Batch) -> None:

@@ -164,13 +164,17 @@ def _torch_loader(batches: Batches, start: int, workers: int) -> Iterable[Batch]
     with torch.random.fork_rng(devices=[]):
         reader = iter(loader)
     for batch in reader:
-        if isinstance(batch, ValueError):
+        if isinstance(batch, _TOLD):
             raise batch
         yield batch
 
 
 def _same(item: Any) -> Any:
     return item
+
+
+_TOLD = (ValueError, TypeError)
+"""What reading and transforms raise, in one sentence."""
 
 
 class _Caught:
@@ -182,10 +186,10 @@ class _Caught:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> Batch | ValueError:
+    def __getitem__(self, number: int) -> Batch | ValueError | TypeError:
         try:
             batch: Batch = self.batches[number]
-        except ValueError as error:
+        except _TOLD as error:
             return error
         return batch
 
@@ -196,7 +200,7 @@ def _grain_loader(batches: Batches, start: int, workers: int) -> Iterable[Batch]
     for batch in data.to_iter_dataset(
         grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
     ):
-        if isinstance(batch, ValueError):
+        if isinstance(batch, _TOLD):
             raise batch
         yield batch
 

@@ -223,10 +223,14 @@ class Progress:
 
 
 def save_checkpoint(
-    path: Path, config: Config, state: Mapping[str, NDArray[Any]], progress: Progress
+    path: Path,
+    config: Config,
+    state: Mapping[str, NDArray[Any]],
+    progress: Progress,
+    data: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint, whole or not at all."""
-    meta = {"config": dataclasses.asdict(config), **dataclasses.asdict(progress)}
+    """Write a checkpoint, whole or not at all; ``data`` tells the data set from others."""
+    meta = {"config": dataclasses.asdict(config), "data": data, **dataclasses.asdict(progress)}
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, meta=np.array(json.dumps(meta)), **state)
     with replacing(path) as temporary:
@@ -270,6 +274,22 @@ def checkpoint_of(path: Path, config: Config) -> tuple[dict[str, Any], dict[str,
                 f"{option}={wanted.get(option)!r}"
             )
     return meta, state
+
+
+def check_data(meta: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """See that a run goes on with the data that it had.
+
+    Raises:
+        ValueError: they are others.
+    """
+    found = json.loads(json.dumps(data))
+    told = meta.get("data")  # older ones do not tell
+    for name, value in told.items() if isinstance(told, dict) else ():
+        if found.get(name) != value:
+            raise ValueError(
+                f"the run had data whose {name} was {value}, and these have {found.get(name)}: "
+                "it goes on with the same data alone, which may be those given as data="
+            )
 
 
 def progress_of(meta: Mapping[str, Any]) -> Progress:
