@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from kconv import models
-from kconv.training import Config
+from kconv import datasets, models
+from kconv.training import Config, _loop
 from kconv.training._torch import TorchTrainer
 from kconv.training.ranks import Ranks
 
@@ -61,6 +63,28 @@ def test_accumulated_gradients_make_one_clipped_update() -> None:
     for name, parameter in trainer.model.named_parameters():
         change = before[name] - parameter.detach()
         torch.testing.assert_close(change, 0.1 * expected[name] * 0.01 / norm, rtol=1e-2, atol=1e-7)
+
+
+def test_last_accumulation_is_divided_by_its_own_batches(tmp_path: Path) -> None:
+    run = _loop._Run(
+        Config(batch_size=4, gradient_accumulation=3, framework="torch"), tmp_path, Ranks(), print
+    )
+    run.data = datasets.load("fashion_mnist_mini", image_size=8, train_images=20, test_images=10)
+    run.weights = run.teacher = None
+    told: list[tuple[float, bool]] = []
+
+    class Trainer:
+        def train_step(self, *batch: Any, scale: float, update: bool, seed: int) -> Any:
+            told.append((scale, update))
+            return 0.0, 0.0
+
+    run.trainer = Trainer()  # type: ignore[assignment]
+    batches = run._batches(run.data.x_train, np.arange(20))
+    for step_number in range(len(batches)):
+        run._step(batches, step_number, batches[step_number], 0.1, 0)
+    third, half = 1 / 3, 1 / 2
+    expected = [(third, False), (third, False), (third, True), (half, False), (half, True)]
+    assert told == expected
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop"])

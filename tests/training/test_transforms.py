@@ -128,3 +128,5 @@ def test_mixtures_share_out_the_classes(kind: str) -> None:
     np.testing.assert_array_equal(again[1], shares)
     with pytest.raises(ValueError, match="gives images"):
         changed_batch(lambda x, y: (x[:1], y), images, targets, labels, 3)
+    with pytest.raises(TypeError, match="batches gives a ndarray, expected images and labels"):
+        changed_batch(lambda x, y: x, images, targets, labels, 3)

@@ -168,6 +168,14 @@ def _unexpected(value: Any) -> str:
     return f"the transform of images gives {kind}, expected bytes (uint8) as it is given"
 
 
+def _pair(output: Any) -> Any:
+    if not isinstance(output, tuple | list) or len(output) != 2:
+        raise TypeError(
+            f"the transform of batches gives a {type(output).__name__}, expected images and labels"
+        )
+    return output
+
+
 def changed_batch(
     transform: Callable[..., Any],
     images: NDArray[np.float32],
@@ -188,15 +196,15 @@ def changed_batch(
         (N, H, W, C), and (N, classes): shares of each class.
 
     Raises:
+        TypeError: the transform gives something else.
         ValueError: the shapes have changed.
     """
     with _seeded(transform, seed % 2**31) as library:
         if library == "torchvision":
             import torch
 
-            mixed, shares = transform(
-                torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
-            )
+            given = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
+            mixed, shares = _pair(transform(*given))
             if shares.ndim == 1:
                 shares = torch.nn.functional.one_hot(shares, targets.shape[1])
             found, new = mixed.permute(0, 2, 3, 1).numpy(), shares.numpy()
@@ -206,7 +214,7 @@ def changed_batch(
             output = transform({"images": images, "labels": targets}, training=True)
             found, new = (keras.ops.convert_to_numpy(output[key]) for key in ("images", "labels"))
         else:
-            found, new = transform(images, targets)
+            found, new = _pair(transform(images, targets))
     if found.shape != images.shape or new.shape != targets.shape:
         raise ValueError(
             f"the transform of batches gives images {found.shape} and shares {new.shape}, expected "
