@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import types
 
 import numpy as np
@@ -208,12 +209,12 @@ class Sized(Block):
 
     def after(self, x):
         height, width = x.size()[-2:]
+        x = F.interpolate(x[:, :, ::2], x.shape[-2:])
         assert not torch.is_tensor(height)
         assert isinstance(x.shape, tuple)
         rounded = height / 2
         rounded = rounded.ceil() if isinstance(rounded, torch.Tensor) else rounded // 1
         y = F.pad(x, (0, width % 2, 0, 1 if isinstance(rounded, float) else 0))
-        assert not isinstance(y.chunk(2, 1), torch.Tensor)
         return y + 1 if isinstance(y.chunk(2, 1)[0], torch.Tensor) else y
 
 
@@ -232,6 +233,22 @@ class Several(Block):
     def after(self, x):
         y = self.pair(x)
         return y[1] if isinstance(y, tuple) else y
+
+
+class Popping(nn.Module):
+    def forward(self, xs):
+        print(end="")
+        return xs.pop() + xs.pop()
+
+
+class Listing(Block):
+    """Passes a list to what changes it."""
+
+    def setup(self):
+        self.popping = Popping()
+
+    def after(self, x):
+        return self.popping([x, 2 * x])
 
 
 class Clamping(Block):
@@ -270,13 +287,18 @@ class Numbered(Block):
 
 BLOCKS = (
     *(WithoutGradients, Inference, Reversed, Checkpointed, Scripted, Typed, Asking, Clamping),
-    *(Aliased, Twice, Numbered, Sized, Several),
+    *(Aliased, Twice, Numbered, Sized, Several, Listing),
 )
 
 
 @pytest.mark.parametrize("cls", BLOCKS)
 def test_what_a_trace_does_not_show(cls):
     assert_alike(cls)
+
+
+def test_sizes_are_followed():
+    kept = report(fuse(nn.Sequential(Sized(), Block()).double())).kept
+    assert not any("cannot be" in reason for reason in kept.values()), kept
 
 
 def test_a_decorated_forward():
@@ -305,7 +327,16 @@ def test_what_forwards_change_outside():
 def test_what_is_given_back_keeps_its_class():
     class Named(Block):
         def forward(self, x):
-            return collections.OrderedDict(out=super().forward(x))
+            y = super().forward(x)
+            inner = collections.OrderedDict(x=x, y=y)
+            return collections.OrderedDict(out=y, several=[inner])
 
-    model = fuse(Named())
-    assert type(model(images().float())) is collections.OrderedDict
+    plain = Named().eval()
+    expected = plain(images().float())
+    model = fuse(copy.deepcopy(plain))
+    assert list(report(model).changed) == ["conv"]
+    found = model(images().float())
+    assert type(found) is type(found["several"][0]) is collections.OrderedDict
+    assert type(found["several"]) is list
+    torch.testing.assert_close(found, expected)
+    assert found["several"][0]["y"] is found["out"]

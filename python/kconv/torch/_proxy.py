@@ -34,7 +34,7 @@ class Proxy(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        return _told(_class_of(self.node))
+        return _told(_class_of(self.node), Tensor)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_is_param":  # which isinstance(x, nn.Parameter) asks
@@ -57,14 +57,14 @@ class _Attribute(Attribute):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        return _told(_class_of_attribute(self.attr))
+        return _told(_class_of_attribute(self.attr), Attribute)
 
 
-def _told(cls: type | None) -> type:
-    """What is told who wants a class: PyTorch's own code, which handles proxies, a tensor's."""
+def _told(cls: type | None, for_torch: type) -> type:
+    """What is told who wants a class; PyTorch's own code, which handles proxies, ``for_torch``."""
     asks = str(sys._getframe(2).f_globals.get("__name__"))
     if asks.startswith("torch."):
-        return Tensor
+        return for_torch
     if cls is None:
         raise TraceError("it asks which class a value has that may be of several")
     return cls

@@ -15,6 +15,7 @@ import sys
 import threading
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -200,7 +201,7 @@ def _set_random_state(state: tuple[Any, ...]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0].rstrip(".")
+    text = str(error).strip().split("\n")[0].partition(". ")[0].rstrip(".")
     return f"its forward cannot be traced: {text or type(error).__name__}"
 
 
@@ -314,7 +315,7 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """What goes into a call."""
-        if type(a) is Proxy:
+        if issubclass(type(a), fx.Proxy):
             return a.node
         if isinstance(a, Tensor):
             if id(a) in self._names:
@@ -322,6 +323,9 @@ class _Tracer(fx.Tracer):
             raise TraceError("it uses a tensor that is neither parameter nor buffer")
         if isinstance(a, nn.Module):
             raise TraceError("it passes a module to a function")
+        if type(a) is OrderedDict:  # which torch.fx would make a dict of
+            pairs = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (pairs,), {})
         of_its_own = isinstance(a, list | tuple | dict) and type(a) not in _CONTAINERS
         if of_its_own and not hasattr(a, "_fields"):  # as namedtuples have
             raise TraceError(f"it passes on a {type(a).__name__}")

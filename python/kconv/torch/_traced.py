@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import operator
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -163,9 +164,7 @@ class TracedPlan:
         values: Values = dict(zip(self.sources, tensors, strict=True))
         del tensors, args, kwargs
         run_parts(self.parts, self._root, values)
-        if isinstance(self._output, fx.Node):
-            return values[self._output.name]
-        return _plain(fx.map_arg(self._output, lambda node: values[node.name]))
+        return _filled(self._output, values)
 
 
 def why_not(call: Call, layer: Layer) -> str:
@@ -187,14 +186,19 @@ def _placeholder(value: Any) -> Any:
     return Placeholder() if isinstance(value, Tensor) else value
 
 
-def _plain(value: Any) -> Any:
-    """Lists and dictionaries of torch.fx as Python's own."""
+def _filled(value: Any, values: Values) -> Any:
+    """A structure of torch.fx as one of Python's own, with the values of its nodes."""
+    if isinstance(value, fx.Node):
+        return values[value.name]
     if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if type(value) is tuple:
-        return tuple(_plain(item) for item in value)
+        return [_filled(item, values) for item in value]
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        items = (_filled(item, values) for item in value)
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _filled(item, values) for name, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_filled(item, values) for item in (value.start, value.stop, value.step)))
     return value
 
 
@@ -262,11 +266,11 @@ def _call(node: fx.Node, modules: dict[str, nn.Module]) -> Call:
 
 _ABOUT = (
     *(builtins.getattr, operator.getitem, operator.eq, operator.floordiv, torch._assert),
-    *("size", "dim", "numel", "__len__"),
+    *("size", "dim", "numel", "__len__", OrderedDict),
 )
 """Functions that are no layers."""
 
-_PURE = "torch", "_operator", "builtins", "math"
+_PURE = "torch", "_operator", "builtins", "collections", "math"
 """Modules whose functions leave their arguments as they are, unless their names say else."""
 
 
@@ -309,7 +313,6 @@ def _runner(node: fx.Node, target: Any) -> Any:
         return lambda root, values: target(*(values[name] for name in names))
 
     def run(root: nn.Module, values: Values) -> Any:
-        tensors: Any = fx.map_arg((args, kwargs), lambda other: values[other.name])
-        return target(*tensors[0], **tensors[1])
+        return target(*_filled(args, values), **_filled(kwargs, values))
 
     return run
