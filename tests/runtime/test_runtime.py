@@ -613,3 +613,6 @@ def test_a_fused_model_of_keras() -> None:
     frozen = kconv.keras.freeze(kconv.keras.fuse(model), class_names=NAMES)
     np.testing.assert_allclose(frozen(x), expected, atol=1e-6)
     assert (frozen.config.image.height, frozen.config.image.width) == (9, 7)
+    model.layers[-1].quantize("int8")
+    with pytest.raises(ValueError, match=r"layer 'dense\w*', a Dense, cannot be frozen as it is"):
+        kconv.keras.freeze(model)

@@ -124,7 +124,9 @@ def _lift(
         return graph.Activation(**common, kind="softmax")
     if kind is layers.Dense and len(shape) == 1:
         softmax = own.activation is activations.softmax
-        if (not softmax and own.activation is not activations.linear) or own.lora_enabled:
+        if not softmax and own.activation is not activations.linear:
+            return None
+        if own.lora_enabled or getattr(own, "quantization_mode", None):
             return None
         return graph.Dense(
             **common,
