@@ -164,6 +164,17 @@ def squeeze_excite(x):
     return layers.Multiply()([y, x])
 
 
+def dense_gates(x):
+    """Squeeze-excites by dense layers, of vectors and of single pixels."""
+    for keepdims in (False, True):
+        y = layers.GlobalAveragePooling2D(keepdims=keepdims)(x)
+        y = layers.Dense(3, activation="mish")(y)
+        y = layers.Dense(8, activation="sigmoid", use_bias=keepdims)(y)
+        y = layers.Reshape((1, 1, 8))(y)
+        x = layers.Activation("linear")(layers.Multiply()([x, y]))
+    return layers.Conv2D(8, 1)(x)
+
+
 def hard_swish(x):
     y = layers.Conv2D(8, 1)(x)
     y = layers.Multiply()([y, layers.ReLU(6.0)(3.0 + y) / 6.0])
@@ -218,6 +229,7 @@ def unknown_branch(x):
 TAILS = {  # chains, and what is outside but for the last layer
     separable: (1, []),
     squeeze_excite: (1, []),
+    dense_gates: (1, []),
     hard_swish: (1, []),
     windows: (1, []),
     branches: (1, []),

@@ -94,6 +94,14 @@ def freeze(
 
 def _known(layer: graph.Layer, calls: CallGraph) -> graph.Layer:
     """A layer of a class that can be frozen."""
+    if isinstance(layer, graph.Conv) and len(layer.shape) == 1:  # of vectors
+        return graph.Dense(
+            name=layer.name,
+            inputs=layer.inputs,
+            shape=layer.shape,
+            units=layer.filters,
+            in_features=layer.in_channels,
+        )
     if type(layer) is not graph.Layer:
         return layer
     own = calls.operations[layer.name]
@@ -151,6 +159,7 @@ def _weights_of(found: graph.Graph, calls: CallGraph) -> dict[tuple[str, str], A
             arrays[layer, weight] = np.zeros(shape, np.float32)
             continue
         values = np.asarray(keras.ops.convert_to_numpy(variable)).astype(np.float32)
+        values = values.reshape(shape)  # a dense layer's kernel may be a convolution's here
         kind = _CLASSES.get(type(found[layer])) or keras_class(own)
         arrays[layer, weight] = np.array(layout(kind, weight, shape).to_torch(values), order="C")
     return arrays

@@ -183,6 +183,22 @@ def _separable(read: Read, call: Call) -> Made:
     return depthwise, *(pointwise if isinstance(pointwise, tuple) else (pointwise,))
 
 
+def _dense(read: Read, call: Call) -> Made:
+    """Of vectors or single pixels, as in a squeeze-excite: a pointwise convolution."""
+    if getattr(read, "lora_enabled", False):
+        raise KeptError("it has LoRA weights")
+    shape = call.shapes[0]
+    pixel = len(shape) == 4 and shape[1:3] == (1, 1) and call.data_format == "channels_last"
+    if len(shape) != 2 and not pixel:
+        raise KeptError(f"its input has the shape {shape}")
+    channels = shape[-1]
+    kernel = tuple(read._kernel.shape)
+    if kernel != (channels, read.units):
+        raise KeptError(f"its kernel has the shape {kernel}")
+    options = {"filters": read.units, "in_channels": channels, "use_bias": read.use_bias}
+    return _activated(graph.Conv(**call.common, padding="valid", **options), read.activation)
+
+
 def _conv_kernel(read: Read) -> tuple[int, ...]:
     """The shape of a convolution's kernel."""
     _check_convolution(read)
@@ -218,6 +234,7 @@ _FUNCTIONS: dict[Any, tuple[ActivationName, tuple[float, ...]]] = {
     activations.leaky_relu: ("leaky_relu", (0.2,)),
     activations.elu: ("elu", (1.0,)),
     activations.gelu: ("gelu", ()),
+    activations.mish: ("mish", ()),
 }
 """Those of users' models, too: names and parameters, which are Keras's defaults."""
 
@@ -240,6 +257,8 @@ def _norm(read: Read, call: Call) -> Made:
 
 
 def _activation(read: Read, call: Call) -> Made:
+    if read.activation is activations.linear:
+        return graph.Identity(**call.common)
     return _activation_of(read.activation, call.common)
 
 
@@ -307,6 +326,8 @@ def _max_pool(read: Read, call: Call) -> Made:
 
 
 def _reshape(read: Read, call: Call) -> Made:
+    if read.target_shape == call.shapes[0][1:]:
+        return graph.Identity(**call.common)
     pixel = [1, 1, 1]
     pixel[call.axis - 1] = call.shape[-1] or -1
     vector = len(call.shapes[0]) == 2 and call.shapes[0][1] == call.shape[-1]
@@ -387,6 +408,7 @@ _DEPTHWISE = (
 )
 _CONV = (*_DEPTHWISE[:-1], "groups", "filters", "lora_enabled", "convolution_op")
 _SEPARABLE = (*_DEPTHWISE, "filters")
+_DENSE = ("units", "use_bias", "activation", "lora_enabled")
 _NORM = ("axis", "epsilon", "momentum", "center", "scale", "renorm", "synchronized")
 _POOL = ("pool_size", "strides", "padding", "data_format")
 # The graph's names of weights, and the layers' attributes.
@@ -418,6 +440,7 @@ _KINDS = {
     PointwiseConv2D: _Kind(_conv, (*_CONV, "interleave"), _KERNEL),
     layers.DepthwiseConv2D: _Kind(_depthwise, _DEPTHWISE, _DEPTHWISE_KERNEL),
     DepthwiseConv2D: _Kind(_depthwise, _DEPTHWISE, _DEPTHWISE_KERNEL),
+    layers.Dense: _Kind(_dense, _DENSE, _KERNEL),
     layers.SeparableConv2D: _Kind(_separable, _SEPARABLE, _TWO_KERNELS),
     layers.BatchNormalization: _Kind(_norm, _NORM, _STATISTICS),
     layers.Activation: _Kind(_activation, ("activation",)),
@@ -538,6 +561,8 @@ def lift(values: list[Any], call: Call) -> Lifted:
             for name in layer.weights()
         }
         shapes = {(x.name, name): shape for x in made for name, shape in x.weights().items()}
+        if kind is layers.Dense:  # whose kernel has no axes of a window
+            shapes = {key: shape[-2:] for key, shape in shapes.items()}
         for key, variable in variables.items():
             found = keras.backend.standardize_dtype(variable.dtype)
             if tuple(variable.shape) != shapes[key] or found != stored:

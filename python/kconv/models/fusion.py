@@ -207,8 +207,8 @@ def _partition(
             layer.name,
             layer.inputs,
             fusable=is_fusable(layer, readers[layer.name]),
-            ends=not isinstance(layer, ZeroPad),  # which belongs to the convolution after it
-            is_convolution=isinstance(layer, Conv | DepthwiseConv),
+            ends=may_end(layer),
+            is_convolution=isinstance(layer, Conv | DepthwiseConv) and len(layer.shape) == 3,
             mode=layer.name in frozen if isinstance(layer, BatchNorm) else None,
         )
         for layer in graph.layers
@@ -269,6 +269,16 @@ def is_fusable(layer: Layer, readers: Sequence[Layer] = ()) -> bool:
             return True
         case _:
             return False
+
+
+def may_end(layer: Layer) -> bool:
+    """Whether a segment's output may be that of a layer: an image, or means of images.
+
+    What is computed from vectors is better left to the framework, unless it is a gate, and a
+    padding belongs to the convolution after it.
+    """
+    of_means = isinstance(layer, GlobalPool | Flatten)
+    return not isinstance(layer, ZeroPad) and (len(layer.shape) == 3 or of_means)
 
 
 _MAX_KERNEL = 64

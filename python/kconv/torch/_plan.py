@@ -11,7 +11,7 @@ from torch import nn
 
 from kconv.models import graph
 from kconv.models.chains import Node, find_chains
-from kconv.models.fusion import Segment, is_fusable
+from kconv.models.fusion import Segment, is_fusable, may_end
 from kconv.torch._lift import UNKNOWN, Derived, Watch, is_chain, is_in_place, lift
 from kconv.torch._parameters import Borrowed, Parameter
 from kconv.torch.fused import FusedSegment, trains
@@ -184,7 +184,7 @@ def _nodes(
                 fusable=bool(own)
                 and all(isinstance(x, Derived) or is_fusable(x, readers[x.name]) for x in own)
                 and not (by_mode and any(map(_loses, own))),
-                ends=bool(own) and _may_end(own[-1]),
+                ends=bool(own) and not isinstance(own[-1], Derived) and may_end(own[-1]),
                 is_convolution=any(map(_wins if by_mode else _convolves, own)),
                 mode=trains(call.owner) if norms and by_mode else None,
                 writes=_written(call, memory) if call.writes else (),
@@ -310,18 +310,6 @@ def _tensors(call: Call) -> list[Any]:
 
 def _image(layer: graph.Layer) -> bool:
     return len(layer.shape) == 3
-
-
-def _may_end(layer: graph.Layer) -> bool:
-    """Whether a chain's output may be that of a layer: an image, or means of images.
-
-    What is computed from vectors is better left to the framework, unless it is a gate.
-    """
-    if isinstance(layer, Derived | graph.ZeroPad):
-        return False
-    if _image(layer):
-        return True
-    return isinstance(layer, graph.GlobalPool | graph.Flatten) and len(layer.shape) == 1
 
 
 def _fuse(
