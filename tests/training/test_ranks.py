@@ -227,7 +227,7 @@ def test_lost_process_is_one_line_and_a_whole_checkpoint(lost: int, tmp_path: Pa
     left = processes[1 - lost]
     _, errors = left.communicate(timeout=30)
     assert time.monotonic() - begin < 30
-    assert left.returncode == 1
+    assert left.returncode == 1, errors
     lines = [line for line in errors.splitlines() if line.startswith("kconv: error")]
     assert len(lines) == 1, errors
     assert f"process {1 - lost} of 2 has lost another one" in lines[0]

@@ -13,6 +13,7 @@ import kconv
 from kconv._names import did_you_mean
 from kconv.cli import _explain, _export, _info, _serve, _train
 from kconv.cli._signals import interrupted, terminable
+from kconv.training.ranks import PeerError
 
 KERAS_BACKENDS = ("jax", "torch", "tensorflow")
 """Named like their packages, the ones to prefer first."""
@@ -47,6 +48,12 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _fail(error, 2)
+    except PeerError as error:
+        _fail(error, 1)
+        # What is left of a broken connection is not taken down: that has aborted a process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     except (RuntimeError, MemoryError, ArithmeticError) as error:
         return _fail(error, 1)
 
