@@ -13,7 +13,6 @@ import kconv
 from kconv._names import did_you_mean
 from kconv.cli import _explain, _export, _info, _serve, _train
 from kconv.cli._signals import interrupted, terminable
-from kconv.training.ranks import PeerError
 
 KERAS_BACKENDS = ("jax", "torch", "tensorflow")
 """Named like their packages, the ones to prefer first."""
@@ -48,12 +47,6 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _fail(error, 2)
-    except PeerError as error:
-        _fail(error, 1)
-        # What is left of a broken connection is not taken down: that has aborted a process.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
     except (RuntimeError, MemoryError, ArithmeticError) as error:
         return _fail(error, 1)
 
@@ -63,6 +56,12 @@ def _fail(error: Exception, status: int) -> int:
     if isinstance(error, MemoryError):
         message = f"not enough memory: {message}"
     print(f"kconv: error: {message}", file=sys.stderr)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
+        # One of several processes: what is left of its connections is not taken down, which has
+        # aborted processes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 
