@@ -12,7 +12,7 @@ from kconv.models import graph
 from kconv.runtime import FrozenNetwork
 from kconv.weights._entries import Array
 
-__all__ = ["frozen"]
+__all__ = ["dense_of", "frozen"]
 
 
 def frozen(
@@ -61,3 +61,14 @@ def _numbers(name: str, value: Any) -> float | tuple[float, ...]:
     if value is None or numbers is None or numbers.ndim > 1:
         raise TypeError(f"{name}={value!r}, expected a number, or one for each channel")
     return float(numbers) if numbers.ndim == 0 else tuple(numbers.tolist())
+
+
+def dense_of(layer: graph.Conv) -> graph.Dense:
+    """What a convolution of vectors is in a frozen network."""
+    return graph.Dense(
+        name=layer.name,
+        inputs=layer.inputs,
+        shape=layer.shape,
+        units=layer.filters,
+        in_features=layer.in_channels,
+    )

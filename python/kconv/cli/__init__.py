@@ -13,6 +13,7 @@ import kconv
 from kconv._names import did_you_mean
 from kconv.cli import _explain, _export, _info, _serve, _train
 from kconv.cli._signals import interrupted, terminable
+from kconv.training.ranks import is_one_of_several
 
 KERAS_BACKENDS = ("jax", "torch", "tensorflow")
 """Named like their packages, the ones to prefer first."""
@@ -56,9 +57,8 @@ def _fail(error: Exception, status: int) -> int:
     if isinstance(error, MemoryError):
         message = f"not enough memory: {message}"
     print(f"kconv: error: {message}", file=sys.stderr)
-    if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
-        # One of several processes: what is left of its connections is not taken down, which has
-        # aborted processes.
+    if is_one_of_several():
+        # What is left of its connections is not taken down, which has aborted processes.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import activations, layers
 
-from kconv._freezing import frozen
+from kconv._freezing import dense_of, frozen
 from kconv._model_folder import expected_weights
 from kconv.keras._clone import functional, is_functional
 from kconv.keras._graph import CallGraph, call_graph
@@ -95,13 +95,7 @@ def freeze(
 def _known(layer: graph.Layer, calls: CallGraph) -> graph.Layer:
     """A layer of a class that can be frozen."""
     if isinstance(layer, graph.Conv) and len(layer.shape) == 1:  # of vectors
-        return graph.Dense(
-            name=layer.name,
-            inputs=layer.inputs,
-            shape=layer.shape,
-            units=layer.filters,
-            in_features=layer.in_channels,
-        )
+        return dense_of(layer)
     if type(layer) is not graph.Layer:
         return layer
     own = calls.operations[layer.name]

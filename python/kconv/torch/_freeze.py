@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kconv._freezing import frozen
+from kconv._freezing import dense_of, frozen
 from kconv._model_folder import expected_weights
 from kconv.models import graph
 from kconv.runtime import FrozenNetwork
@@ -187,13 +187,7 @@ def _settled(layer: graph.Layer, source: graph.Layer) -> graph.Layer:
     if not isinstance(layer, graph.Conv):
         return layer
     if len(layer.shape) == 1:  # of vectors
-        return graph.Dense(
-            name=layer.name,
-            inputs=layer.inputs,
-            shape=layer.shape,
-            units=layer.filters,
-            in_features=layer.in_channels,
-        )
+        return dense_of(layer)
     if layer.is_pointwise and source.shape[:2] == (1, 1):
         return replace(layer, shape=(1, 1, layer.filters))
     return layer

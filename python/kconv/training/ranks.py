@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kconv._kconv import available_cpus
 
-__all__ = ["PeerError", "Ranks", "joined"]
+__all__ = ["PeerError", "Ranks", "is_one_of_several", "joined"]
 
 
 class PeerError(RuntimeError):
@@ -136,6 +136,11 @@ def agree(store: Any, rank: int, size: int) -> str:
     return word
 
 
+def is_one_of_several() -> bool:
+    """Whether ``torchrun`` or Ray has started this process with others."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+
+
 @contextmanager
 def joined(framework: str) -> Iterator[Ranks]:
     """Connect to the other processes that ``torchrun`` or Ray has started, if there are any.
@@ -150,10 +155,10 @@ def joined(framework: str) -> Iterator[Ranks]:
         ValueError: The framework trains in one process only.
         PeerError: Another process has ended.
     """
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world == "1" or "RANK" not in os.environ:
+    if not is_one_of_several():
         yield Ranks()
         return
+    world = os.environ["WORLD_SIZE"]
     if framework != "torch":
         raise ValueError(
             f"framework={framework!r} trains in one process; in WORLD_SIZE={world} of them only "
