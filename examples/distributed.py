@@ -12,6 +12,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later, it would keep the process group for good
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -22,7 +23,7 @@ from kconv import augment, datasets
 
 
 def main() -> None:
-    """Train; the first process prints."""
+    """Train in this process, one of several."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="keffnet_s")
     parser.add_argument("--train-images", type=int, default=2000)
@@ -30,6 +31,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     options = parser.parse_args()
     dist.init_process_group("gloo")
+    train(options)  # where what holds the process group ends
+    dist.destroy_process_group()
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train; the first process prints."""
     threads = max(1, len(os.sched_getaffinity(0)) // dist.get_world_size())
     torch.set_num_threads(threads)
     kconv.set_num_threads(threads)
@@ -54,7 +61,6 @@ def main() -> None:
             optimizer.step()
         if dist.get_rank() == 0:
             print(f"epoch {epoch + 1}: {dist.get_world_size()} processes, loss {loss:.3f}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

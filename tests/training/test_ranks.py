@@ -212,6 +212,28 @@ def test_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     assert all(np.isfinite(epoch["val_loss"]) for epoch in meta["history"])
 
 
+LEFT = """
+import sys
+from pathlib import Path
+import kconv.cli
+status = kconv.cli.main(sys.argv[1:])
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+print("threads", *names)
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+def test_no_thread_of_the_connections_is_left(tmp_path: Path) -> None:
+    """One that is there when the interpreter ends aborts the process now and then."""
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("no list of threads here")
+    for status, shown, errors in both("-c", LEFT, "train", *TINY, "--output", str(tmp_path / "a")):
+        assert status == 0, errors
+        assert shown.splitlines()[-1].startswith("threads ")
+        assert "gloo" not in shown.splitlines()[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_lost_process_is_one_line_and_a_whole_checkpoint(lost: int, tmp_path: Path) -> None:

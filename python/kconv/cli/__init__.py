@@ -34,13 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if importlib.util.find_spec(backend):
             os.environ.setdefault("KERAS_BACKEND", backend)
     with terminable():
-        return _run(options)
+        status = _run(options)
+    if status and is_one_of_several():
+        # The connections to the others are still there, whose threads abort a process when its
+        # interpreter ends beside them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _run(options: argparse.Namespace) -> int:
     try:
         status: int = options.run(options)
         return status
+    except SystemExit as stop:  # another process says why
+        return int(stop.code or 0)
     except KeyboardInterrupt as stop:
         return interrupted(stop)
     except BrokenPipeError:  # `kconv models | head`
@@ -57,11 +66,6 @@ def _fail(error: Exception, status: int) -> int:
     if isinstance(error, MemoryError):
         message = f"not enough memory: {message}"
     print(f"kconv: error: {message}", file=sys.stderr)
-    if is_one_of_several():
-        # What is left of its connections is not taken down, which has aborted processes.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
     return status
 
 

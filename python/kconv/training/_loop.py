@@ -151,13 +151,18 @@ def train(
         _check_same(dataclasses.asdict(config), ranks, "options")
         given = None if output is None else Path(output)
         folder: Path = ranks.first_of(given or (None if ranks.rank else reserve(config)))
+
+        def run() -> Result:
+            """Train with what holds the connections in reach of this function alone."""
+            one = _Run(config, folder, ranks, _quiet if ranks.rank else log)
+            one.transform, one.batch_transform = transform, batch_transform
+            one.callbacks = [] if ranks.rank else list(callbacks)
+            return one.train(resume, data)
+
         # The first alone writes, into a folder that the others need not even see.
         with nullcontext() if ranks.rank else held(folder):
-            run = _Run(config, folder, ranks, _quiet if ranks.rank else log)
-            run.transform, run.batch_transform = transform, batch_transform
-            run.callbacks = [] if ranks.rank else list(callbacks)
             try:
-                return run.train(resume, data)
+                return run()
             finally:
                 release_memory()
 

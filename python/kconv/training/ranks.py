@@ -6,6 +6,7 @@ by the first, which alone writes files.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import uuid
@@ -57,6 +58,10 @@ class TorchRanks(Ranks):
     def __init__(self) -> None:
         import torch
         import torch.distributed as dist
+
+        # Whose functions have the process group of the time of its import as their default, so that
+        # it would never end, nor would its threads, which abort a process whose interpreter ends.
+        import torch.distributed.nn.functional
         from torch.distributed.rendezvous import rendezvous
 
         self._torch, self._dist = torch, dist
@@ -93,6 +98,7 @@ class TorchRanks(Ranks):
         """End the connections that were made here, once nobody needs them any more."""
         if self._connects:
             self._dist.destroy_process_group()
+            gc.collect()  # what shares gradients holds them too
 
 
 def agree(store: Any, rank: int, size: int) -> str:
