@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,29 @@ def test_unreadable_images_are_left_out(
     assert "small.png has 1x1 pixels, too few" in errors[1]
     assert "missing.png" in errors[2]
     assert len(errors) == 3
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_one_unreadable_file_hides_no_others(
+    run: Path, pictures: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a folder or archive: a link that leads nowhere, or damaged bytes within."""
+    files = sorted(pictures.rglob("*.png"))
+    where = pictures
+    if form == "folder":
+        (pictures / "0.png").symlink_to("nowhere")
+    else:
+        where = pictures / "all.zip"
+        with zipfile.ZipFile(where, "w") as archive:
+            archive.writestr("0.png", b"0123456789")
+            for path in files:
+                archive.write(path, path.name)
+        where.write_bytes(where.read_bytes().replace(b"0123456789", b"0123456798"))
+    assert cli.main(["predict", str(run), str(where)]) == 0
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == len(files)
+    (error,) = output.err.splitlines()
+    assert "0.png cannot be read" in error
 
 
 @pytest.mark.parametrize(

@@ -92,15 +92,17 @@ def test_compressed_archive_cannot_be_streamed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [None, 6])
 def test_bad_images_are_left_out(size: int | None, tmp_path: Path) -> None:
+    """Those that are no images, and files that cannot be read: here a link that leads nowhere."""
     for number in range(8):
         (folder := tmp_path / f"data/{'ab'[number % 2]}").mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.png").write_bytes(b"none" if number == 7 else png(number))
-    with pytest.raises(ValueError, match=r"b/7\.png is not a readable image"):
+        (folder / f"{number}.png").write_bytes(b"none" if number in (0, 7) else png(number))
+    (tmp_path / "data/a/00.png").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"a/00\.png cannot be read: No such file"):
         datasets.load(tmp_path / "data", image_size=size)
     unread: dict[str, str] = {}
     data = datasets.load(tmp_path / "data", image_size=size, unread=unread)
-    assert list(unread) == ["b/7.png"]
-    assert len(data.x_train) + len(data.x_test) == 7
+    assert sorted(unread) == ["a/0.png", "a/00.png", "b/7.png"]
+    assert len(data.x_train) + len(data.x_test) == 6
     assert len(data.x_train) == len(data.y_train)
     assert data.x_train.reshape(len(data.x_train), -1).any(axis=1).all()
     if size is None:
@@ -108,8 +110,16 @@ def test_bad_images_are_left_out(size: int | None, tmp_path: Path) -> None:
     streamed = datasets.load(tmp_path / "data", image_size=6, stream=True)
     parts = [streamed.x_train, streamed.x_test]
     failed = [part.read(np.arange(len(part)))[1] for part in parts]
-    (message,) = [text for part in failed for text in part.values()]
-    assert "b/7.png is not a readable image" in message
+    messages = sorted(text for part in failed for text in part.values())
+    assert [text.split()[1] for text in messages] == ["a/0.png", "a/00.png", "b/7.png"]
+
+
+def test_nothing_but_bad_images_is_an_error(tmp_path: Path) -> None:
+    for name in ("a/0.png", "a/1.png", "b/2.png", "b/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"none of 4 images can be read, the first as .*a/0\.png"):
+        datasets.load(tmp_path, image_size=6, unread={})
 
 
 def test_truncated_archive_names_the_image(tmp_path: Path) -> None:
@@ -177,10 +187,10 @@ class Pairs:
 
 
 def test_objects_of_other_libraries() -> None:
-    pairs = Pairs(6)
+    pairs = Pairs(1000)
     rows = [{"img": np.full((6, 6), n, np.uint8), "label": n % 2} for n in range(4)]
     data = datasets.from_objects({"train": pairs, "validation": Pairs(2)}, image_size=6)
-    assert pairs.reads <= 2  # its shape and keys are seen at the first
+    assert pairs.reads < 100  # its shape and keys are seen at the first, its labels at some
     assert data.class_names == ("cat", "dog")
     assert data.x_test is data.x_val
     expected = Image.open(io.BytesIO(png(4))).resize((6, 6), Image.Resampling.BILINEAR)
@@ -285,6 +295,44 @@ def test_labels_are_those_of_the_items() -> None:
         datasets.from_objects({"train": column, "test": column})
 
 
+class Halves(Pairs):
+    """Which gives other labels than its parent's list has, as users' own classes do."""
+
+    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
+        return super().__getitem__(number)[0], int(number > len(self) // 2)
+
+
+class Quadruples(Pairs):
+    """Whose list is of more than the label, as that of torchvision's ``QMNIST``."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.labels = np.stack([self.targets, [7] * count], axis=1)
+        del self.targets
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
+        return Image.open(io.BytesIO(png(number))), int(self.labels[number, 0])
+
+
+@pytest.mark.parametrize("kind", [Halves, Quadruples])
+def test_lists_of_other_labels_do_not_count(kind: type[Pairs]) -> None:
+    items = kind(9)
+    data = datasets.from_objects({"train": items, "test": Pairs(2)}, image_size=6)
+    assert data.y_train.tolist() == [items[number][1] for number in range(9)]
+
+
+def test_parts_of_a_data_set_know_its_classes() -> None:
+    """As PyTorch's ``random_split`` makes them."""
+    torch_data = pytest.importorskip("torch.utils.data")
+    train, test = torch_data.random_split(Pairs(8), [6, 2])
+    data = datasets.from_objects({"train": train, "test": torch_data.Subset(test, [1])})
+    assert data.class_names == ("cat", "dog")
+    assert data.y_train.tolist() == [train[number][1] for number in range(6)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -306,6 +354,8 @@ def test_resizing_is_checked(options: dict[str, Any], message: str, tmp_path: Pa
         ({"train": Pairs(2)}, "have the parts train; expected 'train' with 'test'"),
         ({"train": Pairs(2), "tset": Pairs(2)}, "have a part 'tset'; known are train, test"),
         ({"train": iter([]), "test": Pairs(2)}, "has no items by number"),
+        ([Pairs(2), Pairs(2)], "the data are a list, expected a mapping with 'train' and 'test'"),
+        ({"train": [(None, 0)], "test": Pairs(2)}, "an image is a NoneType, expected a picture"),
         ({"train": [], "test": Pairs(2)}, "have no items"),
         ({"train": [{"x": 1}], "test": Pairs(2)}, "an item of the data is a dict, expected"),
         ({"train": [(np.zeros((2, 2)), 0)], "test": Pairs(2)}, "an image is float64 of shape"),
@@ -316,6 +366,6 @@ def test_resizing_is_checked(options: dict[str, Any], message: str, tmp_path: Pa
         ({"train": Pairs(2), "val": Pairs(2), "valid": Pairs(2)}, "of which two are one"),
     ],
 )
-def test_objects_that_are_no_data(data: dict[str, Any], message: str) -> None:
+def test_objects_that_are_no_data(data: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         datasets.from_objects(data)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kconv.training import Callback, Config, Epoch, Result, TensorBoard, callbacks
+from kconv.training import Callback, Config, Epoch, Result, TensorBoard, callbacks, train
 
 HISTORY = [Epoch(n, 0.1, 2.0 / n, 0.5, 1.5, 0.25, 100.0) for n in (1, 2)]
 
@@ -36,6 +36,31 @@ def test_tensorboard_gets_each_figure(tmp_path: Path) -> None:
     assert ("loss", 1, 2.0) in found
     assert ("loss", 2, 1.0) in found
     assert ("test_accuracy", 2, 0.75) in found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"callbacks": [print]}, "the callback <built-in .*> lacks on_train_begin; expected a"),
+        ({"callbacks": [Callback(), None]}, "the callback None lacks on_train_begin"),
+        ({"callbacks": [Callback]}, "the callback <class .*> is a class, not an object of it"),
+        ({"transform": "flip"}, "transform is a str, which cannot be called"),
+        ({"batch_transform": [print]}, "batch_transform is a list, which cannot be called"),
+    ],
+)
+def test_what_is_no_callback_is_refused_before_a_run(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        train(Config(), tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_callbacks_need_the_methods_alone() -> None:
+    class Duck:
+        on_train_begin = on_step_end = on_epoch_end = on_train_end = print
+
+    assert callbacks.checked([duck := Duck()]) == [duck]
 
 
 def tracker(name: str, **libraries: Any) -> Callback:

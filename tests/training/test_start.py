@@ -30,9 +30,15 @@ def load(data: Any, **options: Any) -> datasets.Dataset:
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        (PAIRS, {"train_images": 4}, "train_images=4 is for config.dataset"),
-        (ARRAYS, {"test_images": 4}, "test_images=4 is for config.dataset"),
-        (ARRAYS, {"data_dir": "x"}, "data_dir='x' is for config.dataset"),
+        (PAIRS, {"train_images": 4}, "train_images=4 is of no use beside data="),
+        (ARRAYS, {"test_images": 4}, "test_images=4 is of no use beside data="),
+        (ARRAYS, {"data_dir": "x"}, "data_dir='x' is of no use beside data="),
+        (ARRAYS, {"dataset": "cifar10"}, "dataset='cifar10' is of no use beside data="),
+        (
+            dataclasses.replace(STREAMED, x_train=datasets.from_objects(PAIRS).x_train),
+            {"interpolation": "nearest"},
+            "interpolation='nearest': the data's images are resized by 'bilinear'",
+        ),
         (ARRAYS, {"image_size": 8}, "image_size=8: the data's images are 6x6x1"),
         (ARRAYS, {"stream": True}, "stream=True: the data's images are arrays in memory"),
         (STREAMED, {"stream": False}, "stream=False: the data's images are read as"),
@@ -57,6 +63,8 @@ def test_given_data_are_as_told() -> None:
     assert load(ARRAYS, image_size=6, stream=False) is ARRAYS
     assert load(STREAMED, stream=True) is STREAMED
     assert load(PAIRS, image_size=5, stream=True).image_shape == (5, 5, 1)
+    nearest: Any = load(PAIRS, image_size=5, interpolation="nearest").x_train
+    assert nearest.interpolation == "nearest"
 
 
 def test_processes_see_that_their_data_differ() -> None:

@@ -141,8 +141,11 @@ def _files(given: Iterable[str]) -> Iterator[_File]:
             if path.is_dir() or (path.is_file() and is_archive(path.name)):
                 with open_files(path) as files:
                     wanted = set(filter(_is_image, files.names))
-                    for name, data in files.read(wanted):
+                    unread: dict[str, str] = {}
+                    for name, data in files.read(wanted, unread):
                         yield str(path / name), data
+                    for name, wrong in unread.items():
+                        yield str(path / name), ValueError(wrong)
             else:
                 if path.exists() and not path.is_file():
                     raise ValueError(f"{path} is neither a file nor a folder")

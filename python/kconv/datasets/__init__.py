@@ -322,10 +322,14 @@ def from_objects(
         The :class:`Dataset`.
 
     Raises:
-        TypeError: A part is no such object.
+        TypeError: The parts are no mapping, or one is no such object.
         ValueError: A part is missing or empty, or a label has no name.
     """
     _check_resizing(image_size, interpolation)
+    if not isinstance(parts, Mapping):
+        raise TypeError(
+            f"the data are a {type(parts).__name__}, expected a mapping with 'train' and 'test'"
+        )
     found: dict[str, tuple[ObjectImages, Labels]] = {}
     known: tuple[str, ...] | None = None
     like = None

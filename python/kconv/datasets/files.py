@@ -44,8 +44,19 @@ class Files(Protocol):
     folders: list[str]
     """The folders, also those with no files; archives need not name all that have some."""
 
-    def read(self, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
-        """Names and contents of the wanted files, in the order that is quickest to read."""
+    def read(
+        self, wanted: set[str], unread: dict[str, str] | None = None
+    ) -> Iterator[tuple[str, bytes]]:
+        """Names and contents of the wanted files, in the order that is quickest to read.
+
+        Args:
+            wanted: their names.
+            unread: takes what is wrong with files that cannot be read, by their names, which are
+                then left out; without it the first one is an error.
+
+        Raises:
+            ValueError: one cannot be read.
+        """
 
     def extents(self, names: Sequence[str]) -> list[tuple[int, int]]:
         """Of files of an archive, each one's first byte in it and size.
@@ -141,15 +152,24 @@ class _Folder:
                 elif _may_be_file(entry):
                     self.names.append(name)
 
-    def read(self, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
+    def read(
+        self, wanted: set[str], unread: dict[str, str] | None = None
+    ) -> Iterator[tuple[str, bytes]]:
         for name in sorted(wanted.intersection(self.names)):
-            path = self.root / name
             try:
-                _check_size(path, name, path.stat().st_size)
-                data = path.read_bytes()
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+                data = self._content(name)
+            except ValueError as error:
+                _leave_out([name], error, unread)
+                continue
             yield name, data
+
+    def _content(self, name: str) -> bytes:
+        path = self.root / name
+        try:
+            _check_size(path, name, path.stat().st_size)
+            return path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
     def extents(self, names: Sequence[str]) -> list[tuple[int, int]]:
         raise ValueError(f"{self.root} is a folder, whose files are read by themselves")
@@ -237,7 +257,9 @@ class _Archive(ABC):
             else:
                 self._broken[name] = target
 
-    def read(self, wanted: set[str]) -> Iterator[tuple[str, bytes]]:
+    def read(
+        self, wanted: set[str], unread: dict[str, str] | None = None
+    ) -> Iterator[tuple[str, bytes]]:
         for name in sorted(wanted.intersection(self._broken)):
             self._check_link(name)
         by_start: dict[int, list[str]] = {}
@@ -248,9 +270,13 @@ class _Archive(ABC):
             for start in sorted(by_start):
                 names = sorted(by_start[start])
                 member = self._members[names[0]]
-                _check_size(self.path, names[0], member.size)
-                with damage(f"{self.path}: {names[0]} cannot be read"):
-                    data = self._content(member)
+                try:
+                    _check_size(self.path, names[0], member.size)
+                    with damage(f"{self.path}: {names[0]} cannot be read"):
+                        data = self._content(member)
+                except ValueError as error:
+                    _leave_out(names, error, unread)
+                    continue
                 for name in names:
                     yield name, data
         finally:
@@ -279,6 +305,13 @@ class _Archive(ABC):
 
     def __exit__(self, *error: object) -> None:
         self._close()
+
+
+def _leave_out(names: Sequence[str], error: ValueError, unread: dict[str, str] | None) -> None:
+    """Note what is wrong with files, or raise it where nobody takes it."""
+    if unread is None:
+        raise error
+    unread |= dict.fromkeys(names, str(error))
 
 
 def _check_size(path: Path, name: str, size: int) -> None:

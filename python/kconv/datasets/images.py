@@ -317,7 +317,7 @@ def read_images(
     names = [name for part, _ in parts for name in part]
     images = decode_all(
         path,
-        files.read(set(names)),
+        files.read(set(names), unread),
         names,
         size=size,
         interpolation=interpolation,
@@ -375,8 +375,9 @@ def decode_all(
         names: The order in which they are wanted; one or more.
         size: Height and width to resize to; None keeps theirs, which must be all the same.
         interpolation: One of ``INTERPOLATIONS``.
-        unread: Takes what is wrong with files that are no images, whose pixels are then anything;
-            without it the first one is an error.
+        unread: Takes what is wrong with files that are no images, whose pixels are then anything,
+            and has what is wrong with those that are not among ``contents``; without it the first
+            one is an error.
         progress: Makes a progress bar of that many images, as tqdm does.
 
     Returns:
@@ -393,6 +394,17 @@ def decode_all(
         with damage(f"{path}: {name} is not a readable image"):
             picture = decode(data)
         return np.asarray(picture if size is None else resize(picture, size, interpolation))
+
+    def first_shape(items: list[tuple[str, bytes]]) -> tuple[int, ...]:
+        if size is not None:
+            return size, size, 3
+        for name, data in items[:-1]:
+            try:
+                return decoded(name, data).shape
+            except ValueError:
+                if unread is None:
+                    raise
+        return decoded(*items[-1]).shape
 
     def fill(images: Images, items: list[tuple[str, bytes]]) -> None:
         for name, data in items:
@@ -421,7 +433,7 @@ def decode_all(
         warnings.simplefilter("ignore", library.DecompressionBombWarning)  # as that is an error
         for some in _gathered(contents):
             if images is None:  # the first alone tells whether all fit
-                shape = (size, size, 3) if size is not None else decoded(*some[0]).shape
+                shape = first_shape(some)
                 check_memory(path, len(names), shape)
                 images = np.empty((len(names), *shape), np.uint8)
             found = [name for name, _ in some]
@@ -433,6 +445,10 @@ def decode_all(
             for task, _ in zip(tasks, pool.map(partial(fill, images), tasks), strict=True):
                 if bar is not None:
                     bar.update(len(task))
+    missing.difference_update(unread or ())
+    if images is None and unread:
+        first = next(iter(unread.values()))
+        raise ValueError(f"none of {len(names):,} images can be read, the first as {first}")
     if images is None or missing:
         raise ValueError(f"{path} has fewer images than it declares")
     return images

@@ -310,7 +310,7 @@ class ObjectImages(StreamedImages):
         changed = own["target_transform"] or (own["transforms"] and not own["transform"])
         for name in () if changed else ("targets", "labels", "_labels"):
             found = getattr(self.items, name, None)
-            if found is not None and len(found) == len(self.items):
+            if found is not None and len(found) == len(self.items) and self._gives(found):
                 return _whole_numbers(found)
         if isinstance(self.label_key, str):
             column = self.items[self.label_key] if hasattr(self.items, "features") else None
@@ -322,16 +322,37 @@ class ObjectImages(StreamedImages):
                 labels[number] = operator.index(self.items[number][self.label_key])
         return labels
 
+    def _gives(self, own: Any) -> bool:
+        """Whether the items' labels are those of a list, by some of them.
+
+        They are others in a class that changes its parent's items, or where the list is of
+        something else.
+        """
+        values = np.asarray(own)
+        for number in np.unique(np.linspace(0, len(values) - 1, _COMPARED, dtype=np.intp)):
+            try:
+                label = self.items[int(number)][self.label_key]
+            except OSError:  # of a damaged file
+                continue
+            if not np.array_equal(label, values[number]):
+                return False
+        return True
+
     def class_names(self) -> tuple[str, ...] | None:
-        """Where the object knows them."""
-        features = getattr(self.items, "features", None)
-        names = getattr(self.items, "classes", None)
+        """Where the object knows them, or what it is a part of, as PyTorch's ``Subset``."""
+        whole = self.items
+        while not hasattr(whole, "classes") and hasattr(whole, "dataset"):
+            whole = whole.dataset
+        features = getattr(whole, "features", None)
+        names = getattr(whole, "classes", None)
         if names is None and isinstance(features, Mapping):
             names = getattr(features.get(self.label_key), "names", None)
         return None if names is None else tuple(map(str, names))
 
 
 _TRANSFORMS = ("target_transform", "transforms", "transform")
+_COMPARED = 64
+"""Labels in a list that are compared with their items', which takes a second of large images."""
 
 
 def _whole_numbers(values: Any) -> Labels:
@@ -382,6 +403,10 @@ def _picture(image: Any) -> Any:
     if isinstance(image, library.Image):
         return eight_bits(image)
     pixels = np.asarray(image)
+    if pixels.dtype == object:
+        raise ValueError(
+            f"an image is a {type(image).__name__}, expected a picture of Pillow's or bytes"
+        )
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.shape[2:] in _CHANNELS):
         raise ValueError(
             f"an image is {pixels.dtype} of shape {pixels.shape}, expected a picture of Pillow's "

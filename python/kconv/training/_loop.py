@@ -24,7 +24,7 @@ from kconv.datasets import Labels, StreamedImages
 from kconv.evaluation import confusion_matrix, report_of
 from kconv.training import _start
 from kconv.training.batches import Batch, Batches, check_loader, progress, read_ahead
-from kconv.training.callbacks import Callback, TensorBoard
+from kconv.training.callbacks import Callback, TensorBoard, checked
 from kconv.training.config import SHORT_RUN_STEPS, Config
 from kconv.training.ranks import Ranks, joined
 from kconv.training.run import (
@@ -139,7 +139,7 @@ def train(
         ValueError: An option or the data make no sense, the checkpoint is another model's, the
             folder holds a run already or is in use by another process, or the processes have
             different options.
-        TypeError: The data, a transform or ``config`` are of another kind.
+        TypeError: The data, a transform, a callback or ``config`` are of another kind.
         OSError: A file cannot be read or written.
         ImportError: A package that the run will need is not installed.
         RuntimeError: Another process of the run has ended.
@@ -147,6 +147,10 @@ def train(
     """
     if not isinstance(config, Config):
         raise TypeError(f"config is a {type(config).__name__}, expected a kconv.training.Config")
+    callbacks = checked(callbacks)
+    for name, change in (("transform", transform), ("batch_transform", batch_transform)):
+        if change is not None and not callable(change):
+            raise TypeError(f"{name} is a {type(change).__name__}, which cannot be called")
     with joined(config.framework) as ranks:
         _check_same(dataclasses.asdict(config), ranks, "options")
         given = None if output is None else Path(output)
@@ -156,7 +160,7 @@ def train(
             """Train with what holds the connections in reach of this function alone."""
             one = _Run(config, folder, ranks, _quiet if ranks.rank else log)
             one.transform, one.batch_transform = transform, batch_transform
-            one.callbacks = [] if ranks.rank else list(callbacks)
+            one.callbacks = [] if ranks.rank else callbacks
             return one.train(resume, data)
 
         # The first alone writes, into a folder that the others need not even see.

@@ -73,10 +73,15 @@ def load_data(config: Config, data: Any, ranks: Ranks, log: Callable[[str], None
 
 def _given_data(config: Config, data: Any) -> Dataset:
     """The caller's data, with the options that are for them; others would have no effect."""
-    for name in ("data_dir", "train_images", "test_images"):
-        if (value := getattr(config, name)) is not None:
-            raise ValueError(f"{name}={value!r} is for config.dataset, and there are data= instead")
+    for name in ("dataset", "data_dir", "train_images", "test_images"):
+        if (value := getattr(config, name)) != getattr(Config, name):
+            raise ValueError(
+                f"{name}={value!r} is of no use beside data=, which are what is trained on"
+            )
     size, how = config.image_size, config.interpolation
+    known = getattr(getattr(data, "x_train", None), "interpolation", how)
+    if how not in (known, Config.interpolation):
+        raise ValueError(f"interpolation={how!r}: the data's images are resized by {known!r}")
     if isinstance(data, Dataset):
         found, streamed = data, isinstance(data.x_train, StreamedImages)
         if size is not None and (size, size) != found.image_shape[:2]:

@@ -36,13 +36,14 @@ MLflow, with ``import mlflow``::
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from kconv._require import require
 from kconv.training.config import Config
 from kconv.training.run import Epoch, Result
 
-__all__ = ["Callback", "TensorBoard"]
+__all__ = ["Callback", "TensorBoard", "checked"]
 
 
 class Callback:
@@ -62,6 +63,29 @@ class Callback:
 
     def on_train_end(self, result: Result) -> None:
         """After the test of the best state."""
+
+
+def checked(callbacks: Iterable[Callback]) -> list[Callback]:
+    """See that callbacks are some before a run begins.
+
+    Args:
+        callbacks: objects with the methods of :class:`Callback`, of this class or not.
+
+    Returns:
+        Them.
+
+    Raises:
+        TypeError: one lacks a method, or is a class.
+    """
+    methods = [name for name in vars(Callback) if name.startswith("on_")]
+    for one in (found := list(callbacks)):
+        lacks = [name for name in methods if not callable(getattr(one, name, None))]
+        if isinstance(one, type) or lacks:
+            why = (
+                "is a class, not an object of it" if isinstance(one, type) else f"lacks {lacks[0]}"
+            )
+            raise TypeError(f"the callback {one!r} {why}; expected a kconv.training.Callback")
+    return found
 
 
 class TensorBoard(Callback):
