@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import collections
 import copy
+import pickle
 import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from kconv.torch import fuse, report
+from kconv.torch import fuse, report, restore
+from kconv.torch.layers import DropConnect
 
 FLAGS = {"scale": 1.0}
 SCALE = 1.0
@@ -47,9 +49,11 @@ def images():
 
 def outcome(model):
     model.zero_grad()
+    torch.manual_seed(2)
     y = model(images())
     y.square().sum().backward()
-    return y.detach(), {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return y.detach(), gradients, {name: x.clone() for name, x in model.named_buffers()}
 
 
 def assert_alike(cls, change=None):
@@ -181,6 +185,49 @@ class Checkpointed(Block):
         return self.dw(checkpoint(self.first, x, use_reentrant=True))
 
 
+class Partly(Block):
+    """What has a chain runs where its module's forward cannot be followed."""
+
+    def setup(self):
+        self.inner = Block()
+
+
+class InnerWithoutGradients(Partly):
+    def after(self, x):
+        with torch.no_grad():
+            y = self.inner(x)
+        return x + y
+
+
+class InnerCheckpointed(Partly):
+    """Moving statistics move once more in the backward pass."""
+
+    def after(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+class InTwoPlaces(Partly):
+    def setup(self):
+        super().setup()
+        self.ones = nn.ModuleList([self.inner, nn.Sequential(self.inner, Block())])
+
+    def after(self, x):
+        x = x if x.sum() > 0 else 2 * x
+        return self.ones[1](self.ones[0](self.inner(x)))
+
+
+class Drawing(Block):
+    """The random numbers of a chain, and of what stands between its calls."""
+
+    def setup(self):
+        self.drop, self.dropout = DropConnect(0.5), nn.Dropout(0.5)
+
+    def after(self, x):
+        y = self.bn(self.dw(x))
+        x = self.dropout(x.sin())
+        return self.dw(x) + self.drop(y)
+
+
 @torch.jit.script
 def doubled(x: torch.Tensor):
     return 2 * x
@@ -287,7 +334,8 @@ class Numbered(Block):
 
 BLOCKS = (
     *(WithoutGradients, Inference, Reversed, Checkpointed, Scripted, Typed, Asking, Clamping),
-    *(Aliased, Twice, Numbered, Sized, Several, Listing),
+    *(Aliased, Twice, Numbered, Sized, Several, Listing, Drawing),
+    *(InnerWithoutGradients, InnerCheckpointed, InTwoPlaces),
 )
 
 
@@ -306,6 +354,25 @@ def test_a_decorated_forward():
     model = nn.Sequential(Block(), Frozen(), Block()).double()
     plain = outcome(model.eval())
     torch.testing.assert_close(outcome(fuse(model.eval())), plain)
+
+
+def test_graphs_of_torch_fx_change():
+    torch.manual_seed(0)
+    plain = fx.symbolic_trace(nn.Sequential(Block(), Block()).double())
+    model = fuse(copy.deepcopy(plain))
+    assert len(report(model).changed) == 1
+    models = [plain, model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for name in (None, "1.dw", "1.conv"):
+        for one in models if name else ():
+            node = next(node for node in one.graph.nodes if str(node.target) == name)
+            node.replace_all_uses_with(node.args[0])
+            one.graph.erase_node(node)
+            one.recompile()
+        theirs, *ours = map(outcome, models)
+        for one in ours:
+            torch.testing.assert_close(one, theirs)
+    assert report(fuse(models[2])).changed
+    torch.testing.assert_close(outcome(restore(model)), outcome(plain))
 
 
 def test_what_forwards_change_outside():

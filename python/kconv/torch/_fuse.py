@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from kconv._report import Report
 from kconv.torch._conversion import set_report, unwrapped
@@ -97,6 +100,8 @@ def traced(module: nn.Module) -> TracedPlan:
 
 def _fuse(module: nn.Module, name: str, changed: dict[str, str], kept: dict[str, str]) -> bool:
     """Fuses a module, or those in it; returns whether there is a chain."""
+    if isinstance(module, Fused):  # it is in another one, too
+        return True
     prefix = f"{name}." if name else ""
     children = list(module.named_children())
     if not children:
@@ -122,7 +127,8 @@ def _fuse(module: nn.Module, name: str, changed: dict[str, str], kept: dict[str,
         module.__class__ = _fused_class(cls)
     _describe(plan, prefix, changed, kept)
     names = {child: key for key, child in module.named_modules()}
-    inner = [_fuse(child, prefix + names[child], changed, kept) for child in plan.traced.opaque]
+    outside = list(plan.traced.opaque)  # what is in another one before that
+    inner = [_fuse(child, prefix + names[child], changed, kept) for child in reversed(outside)]
     if has_chain and any(inner):  # modules that are called are of other classes now
         fusion.plan(module, cls.forward, *_arguments(module))
     return has_chain or any(inner)
@@ -184,6 +190,31 @@ class Fused:
         return plain if prepare is None else prepare()
 
 
+@contextmanager
+def _in_own_class(module: Any) -> Iterator[None]:
+    """What torch.fx writes into the class of a module belongs into the module's own."""
+    fused = type(module)
+    module.__class__ = fused.own_class
+    try:
+        yield
+    finally:
+        module.__class__ = fused
+
+
+def _recompile(self: Any) -> Any:
+    with _in_own_class(self):
+        return self.recompile()
+
+
+def _copy_graph_module(self: Any, memo: dict[int, Any]) -> Any:
+    with _in_own_class(self):
+        made: Any = copy.deepcopy(self, memo)
+    cls: Any = type(made)
+    made.__dict__[_KEY] = Fusion()
+    made.__class__ = _fused_class(cls)
+    return made
+
+
 def _new(cls: Any, *args: Any) -> Any:
     fused = _fused_class(cls)
     return fused.__new__(fused, *args)
@@ -208,4 +239,6 @@ def _fused_class(cls: Any) -> Any:
         return plan.run(args, kwargs)
 
     body = {"forward": forward, "own_class": cls, "__module__": cls.__module__}
+    if issubclass(cls, fx.GraphModule):
+        body |= {"recompile": _recompile, "__deepcopy__": _copy_graph_module}
     return type(f"Fused{cls.__name__}", (Fused, cls), body)

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from kconv.models import graph
-from kconv.models.chains import Node, find_chains
+from kconv.models.chains import Chain, Node, find_chains
 from kconv.models.fusion import Segment, is_fusable, may_end
-from kconv.torch._lift import UNKNOWN, Derived, Watch, is_chain, is_in_place, lift
+from kconv.torch._lift import UNKNOWN, Derived, Watch, is_chain, is_in_place, is_known, lift
 from kconv.torch._parameters import Borrowed, Parameter
 from kconv.torch.fused import FusedSegment, trains
 
@@ -132,14 +132,11 @@ def divide(
     lifted, layers = _lift_all(calls, sources, outputs)
     # What only parameters are read for is read first, so that chains can be tried and left alone.
     calls = sorted(calls, key=lambda call: not isinstance(layers.get(call.name), Parameter))
-    nodes = _nodes(calls, sources, lifted, layers, by_mode)
-    # By mode, a single layer is no chain, as it has nothing to be fused with. (The 7x7 of ConvNeXt,
-    # between LayerNorms: inference of convnext_atto takes 1.1 times as long with these fused.)
-    chains = {
-        chain.nodes[0]: chain
-        for chain in find_chains(sources, nodes, outputs, starts=_values(layers))
-        if not by_mode or sum(len(lifted[name]) for name in chain.nodes) > 1
-    }
+    chains = _chains(calls, sources, outputs, lifted, layers, by_mode)
+    while moved := _moved_draws(calls, chains.values(), lifted, by_mode):
+        for call in moved:
+            _leave(call, lifted, layers)
+        chains = _chains(calls, sources, outputs, lifted, layers, by_mode)
     by_name = {call.name: call for call in calls}
     parts: list[Part] = []
     done: set[str] = set()
@@ -154,6 +151,54 @@ def divide(
             parts.append(Part([call], None))
     _set_finished(parts, sources, outputs)
     return parts, layers
+
+
+def _chains(
+    calls: Sequence[Call],
+    sources: Sequence[str],
+    outputs: Sequence[str],
+    lifted: dict[str, tuple[graph.Layer, ...]],
+    layers: dict[str, graph.Layer],
+    by_mode: bool,
+) -> dict[str, Chain]:
+    """The chains by the names of their first calls."""
+    nodes = _nodes(calls, sources, lifted, layers, by_mode)
+    # By mode, a single layer is no chain, as it has nothing to be fused with. (The 7x7 of ConvNeXt,
+    # between LayerNorms: inference of convnext_atto takes 1.1 times as long with these fused.)
+    return {
+        chain.nodes[0]: chain
+        for chain in find_chains(sources, nodes, outputs, starts=_values(layers))
+        if not by_mode or sum(len(lifted[name]) for name in chain.nodes) > 1
+    }
+
+
+def _moved_draws(
+    calls: Sequence[Call],
+    chains: Iterable[Chain],
+    lifted: dict[str, tuple[graph.Layer, ...]],
+    by_mode: bool,
+) -> list[Call]:
+    """The calls that would draw their random numbers in a chain, before others that they follow."""
+    places = {call.name: i for i, call in enumerate(calls)}
+    run = places | {name: places[chain.nodes[0]] for chain in chains for name in chain.nodes}
+    latest, moved = 0, []
+    for call in calls:
+        if _may_draw(call, lifted[call.name], by_mode):
+            if run[call.name] < latest:
+                moved.append(call)
+            latest = max(latest, run[call.name])
+    return moved
+
+
+def _may_draw(call: Call, own: Sequence[graph.Layer], by_mode: bool) -> bool:
+    """Whether a call may draw random numbers; what is not known may."""
+    module = call.module
+    if own:
+        drops = any(isinstance(layer, graph.Dropout) for layer in own)
+        return drops and not (by_mode and module is not None and not module.training)
+    if module is None:
+        return call.is_tensor_function
+    return not is_known(module) or isinstance(module, nn.Dropout | nn.Dropout2d)
 
 
 def _values(layers: dict[str, graph.Layer]) -> set[str]:
@@ -281,8 +326,7 @@ def _lift_all(
             layers[layer.name].shape[-1:] == (None,) and not isinstance(layer, Derived)
             for layer in lifted[call.name]
         ):
-            lifted[call.name] = ()
-            layers[call.name] = graph.Layer(name=call.name, inputs=call.inputs, shape=UNKNOWN)
+            _leave(call, lifted, layers)
     _leave_what_changes(calls, sources, lifted, layers)
     return lifted, layers
 
@@ -299,9 +343,16 @@ def _leave_what_changes(
     parameters = {id(x.tensor) for x in map(layers.get, changed) if isinstance(x, Parameter)}
     for call in calls if parameters else ():
         if lifted[call.name] and not parameters.isdisjoint(map(id, _tensors(call))):
-            lifted[call.name] = ()
-            layer = layers[call.name]
-            layers[call.name] = graph.Layer(name=layer.name, inputs=layer.inputs, shape=layer.shape)
+            _leave(call, lifted, layers)
+
+
+def _leave(
+    call: Call, lifted: dict[str, tuple[graph.Layer, ...]], layers: dict[str, graph.Layer]
+) -> None:
+    """Has a call run by itself; of its layers a plain one is left."""
+    lifted[call.name] = ()
+    shape = layers[call.name].shape
+    layers[call.name] = graph.Layer(name=call.name, inputs=call.inputs, shape=shape)
 
 
 def _tensors(call: Call) -> list[Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any
 
@@ -47,6 +47,7 @@ def fused(
     parameters: Tensor,
     masks: Tensor | None,
     statistics: Tensor | None,
+    update: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs a program.
 
@@ -58,6 +59,8 @@ def fused(
         masks: (masks, N) factors of images, or None for none.
         statistics: (2, channels of all norms) means and variances to normalise with, or None for
             the batch's own.
+        update: is told the statistics that were used. (A checkpoint computes a forward anew until
+            what it had saved is there again, so what follows after may not be.)
 
     Returns:
         The output, like ``x``, and the statistics that were used, variances biased.
@@ -66,7 +69,7 @@ def fused(
     if not need_grad and statistics is not None and masks is None:
         return _infer(program, layout, x, [parameters], [statistics]), statistics
     program = program.with_input_grad(need_grad and x.requires_grad)
-    return _Fused.apply(x, parameters, masks, statistics, program, layout)
+    return _Fused.apply(x, parameters, masks, statistics, program, layout, update)
 
 
 def _infer(
@@ -173,9 +176,8 @@ class FusedSegment:
         else:
             flat = _row(parameters, x)
             rows = None if training else _row(statistics, x).view(2, -1)
-            y, used = fused(program, layout, x, flat, masks, rows)
-            if training:
-                _update_statistics(norms, used, program, len(x))
+            update = partial(_update_statistics, norms, program, len(x)) if training else None
+            y, _ = fused(program, layout, x, flat, masks, rows, update)
         y = y.permute(0, 3, 1, 2) if last else y
         return y if self.segment.keeps_pixels else y.flatten(1)
 
@@ -321,7 +323,7 @@ def _masks(drops: list[Any], x: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def _update_statistics(norms: list[Any], used: Tensor, program: Program, images: int) -> None:
+def _update_statistics(norms: list[Any], program: Program, images: int, used: Tensor) -> None:
     """The moving statistics, as nn.BatchNorm2d updates them."""
     rows = [row.split([norm.channels for norm in program.norms]) for row in used]
     counts = [images * pixels for pixels in program.norm_pixels]
@@ -367,6 +369,7 @@ class _Fused(torch.autograd.Function):
         statistics: Tensor | None,
         program: Program,
         layout: str,
+        update: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, Tensor]:
         given = None if statistics is None else _array(statistics)
         drop = None if masks is None else _array(masks)
@@ -374,6 +377,8 @@ class _Fused(torch.autograd.Function):
             _array(x), _array(parameters), drop, given, layout
         )
         used = _tensor(used)
+        if update is not None:
+            update(used)
         ctx.save_for_backward(parameters, masks, used, _tensor(workspace))
         # The input is read again only for gradients of gradients, so it may change until then.
         ctx.x, ctx.version = x, None if x.is_inference() else x._version
@@ -399,7 +404,7 @@ class _Fused(torch.autograd.Function):
                 y = layerwise(ctx.program, ctx.layout, wide, parameters, masks, given).to(x.dtype)
             grads = iter(torch.autograd.grad(y, wanted, grad_output, create_graph=True))
             both = [next(grads) if t.requires_grad else None for t in (x, parameters)]
-            return *both, None, None, None, None
+            return *both, None, None, None, None, None
         grad_parameters, grad_x = _backward(
             grad_output,
             parameters,
@@ -411,7 +416,7 @@ class _Fused(torch.autograd.Function):
             ctx.layout,
         )
         input_grad = ctx.needs_input_grad[0]
-        return grad_x if input_grad else None, grad_parameters, None, None, None, None
+        return grad_x if input_grad else None, grad_parameters, None, None, None, None, None
 
 
 @torch.library.custom_op("kconv::fused_backward", mutates_args=())
