@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -239,6 +240,17 @@ def test_evaluate_counts_as_by_hand(
             Image.new("RGB", (8, 8)).save(tmp_path / label / f"{number}.png")
     message = error_of(capsys, "evaluate", str(run), "--dataset", str(tmp_path))
     assert "has images of 3 channels, the network reads 1" in message
+
+
+def test_evaluate_of_a_network_whose_data_came_from_python(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, run := tmp_path / "run")
+    text = (run / "config.json").read_text("utf-8")
+    (run / "config.json").write_text(text.replace('"fashion_mnist_mini"', '"objects"'), "utf-8")
+    message = error_of(capsys, "evaluate", str(run))
+    assert "--dataset: the network was trained on 'objects', which is neither" in message
+    assert "unknown data set ''" in error_of(capsys, "evaluate", str(run), "--dataset", "")
 
 
 def test_bench_times_calls(

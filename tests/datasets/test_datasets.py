@@ -7,9 +7,12 @@ import io
 import os
 import pickle
 import struct
+import sys
 import tarfile
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -368,3 +371,23 @@ def test_cifar10_archive_of_images() -> None:
     assert data.x_train.shape == (200, 32, 32, 3)
     assert np.bincount(data.y_train).tolist() == [20] * 10
     assert np.bincount(data.y_test).tolist() == [5] * 10
+
+
+def test_downloads_do_not_write_among_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which may be JSON, for other programs."""
+
+    def load_data() -> Any:
+        print("Downloading data from ...")
+        part = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28), np.array([3, 9])
+        return part, part
+
+    keras: Any = types.ModuleType("keras")
+    keras.datasets = types.SimpleNamespace(mnist=types.SimpleNamespace(load_data=load_data))
+    keras.config = types.SimpleNamespace(image_data_format=lambda: "channels_last")
+    monkeypatch.setitem(sys.modules, "keras", keras)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    data = datasets.load("mnist")
+    assert data.y_test.tolist() == [3, 9]
+    assert capsys.readouterr() == ("", "Downloading data from ...\n")

@@ -192,9 +192,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     net = load(options.network, threads=options.threads)
     net.expect_probabilities()
     config = net.config
-    source = options.dataset or config.dataset
+    source = config.dataset if options.dataset is None else options.dataset
     if source is None:
         raise ValueError("--dataset: the network does not say what it was trained on")
+    if options.dataset is None and source not in datasets.names() and not Path(source).exists():
+        raise ValueError(
+            f"--dataset: the network was trained on {source!r}, which is neither a data set's name "
+            "nor at that path"
+        )
     if config.image.height != config.image.width:
         raise ValueError(f"the network reads images of {config.image.height}x{config.image.width}")
     data = datasets.load(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -149,7 +151,8 @@ def _downloaded(name: str) -> Arrays:
             "or give data_dir, a folder with the original files"
         ) from None
     try:
-        parts = getattr(keras.datasets, name).load_data()
+        with redirect_stdout(sys.stderr):  # of which it says something on the other stream
+            parts = getattr(keras.datasets, name).load_data()
     except Exception as error:  # a failed download is a bare Exception
         raise ValueError(f"Keras could not download {name}: {error}") from error
     channels_first = keras.config.image_data_format() == "channels_first"
