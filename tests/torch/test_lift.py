@@ -141,12 +141,69 @@ class Forked(nn.Module):
         return torch.cos(self.one(x).relu()) * self.other(x).relu()
 
 
+class Squeezed(nn.Module):
+    """The mean of each channel, in the spellings that go round."""
+
+    def __init__(self, spelling):
+        super().__init__()
+        self.spelling, self.gate = spelling, nn.Conv2d(6, 6, 1)
+
+    def mean(self, x):
+        n, c, h, w = x.shape
+        match self.spelling:
+            case 0:
+                return F.avg_pool2d(x, x.size()[2:])
+            case 1:
+                return F.avg_pool2d(x, kernel_size=(h, w))
+            case 2:
+                return x.mean(2, keepdim=True).mean(-1, keepdim=True)
+            case 3:
+                return torch.mean(torch.mean(x, 3, True), 2, True)
+            case 4:
+                return x.mean(3).mean(2)[:, :, None, None]
+            case 5:
+                return x.mean(dim=-2).mean(dim=-1).view(n, c, 1, 1)
+            case 6:
+                return x.flatten(2).mean(-1).unsqueeze(-1).unsqueeze(-1)
+            case 7:
+                return x.view(n, c, -1).mean(dim=2).view(n, c, 1, 1)
+
+    def forward(self, x):
+        return x * self.gate(self.mean(x)).sigmoid()
+
+
+class Halves(nn.Module):
+    """Means that are not those of whole channels, or of other images."""
+
+    def forward(self, x):
+        y = F.max_pool2d(x, 2)
+        rows, columns = x.mean(3), x.mean(2, keepdim=True)
+        whole = F.avg_pool2d(x[:, :, : y.shape[2], : y.shape[3]], y.shape[2:])
+        row = x.flatten(2).mean(1) + x.flatten(2)[:, :, :1].mean((1, 2), keepdim=True)[:, 0]
+        parts = rows.mean(1), rows.mean(2, keepdim=True), columns.mean(1), columns.mean(2), whole
+        return torch.cat([row, *(part.flatten(1) for part in parts)], 1)
+
+
 BLOCKS = {
     "branches": Branches,
     **{f"hard swish {i}": (lambda i=i: HardSwish(i)) for i in range(6)},
     "borrowing": Borrowing,
     "windows": Windows,
 }
+
+
+@pytest.mark.parametrize("spelling", range(8))
+def test_squeezes(spelling):
+    assert_fused(Squeezed(spelling))
+
+
+def test_other_means():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 6, 1, groups=3), nn.ReLU(), Halves()).double()
+    x = torch.randn(2, 3, 7, 8, dtype=torch.float64)
+    model = fuse(copy.deepcopy(plain))
+    assert report(model).changed
+    torch.testing.assert_close(outcome(model, x), outcome(plain, x))
 
 
 @pytest.mark.parametrize("name", BLOCKS)

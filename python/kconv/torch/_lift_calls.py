@@ -186,10 +186,26 @@ def _is_number(value: Any, number: float) -> bool:
 
 @_calls(torch.mean, "mean")
 def _mean(name: str, x: Layer, dim: Any, keepdim: bool = False) -> Layer | None:
+    if type(dim) is int:
+        return _mean_over(name, x, dim, keepdim)
     dims = {d % 4 for d in dim} if isinstance(dim, list | tuple) else {dim}
     if dims != {2, 3} or len(dim) != 2 or not _is_image(x):
         return None
     return _global_pool(name, x, keepdim)
+
+
+def _mean_over(name: str, x: Layer, dim: int, keepdim: bool) -> Layer | None:
+    """Over rows or columns, after the other or for the first time, or over pixels in a row."""
+    if not isinstance(x, Derived):
+        axis = dim % 4 if -4 <= dim < 4 else 0
+        if axis not in (2, 3) or not _is_image(x):
+            return None
+        return replace(_derived(name, x, "mean", axis, int(keepdim)), is_new=True)
+    if x.kind == "mean" and x.numbers[1]:
+        last = keepdim and dim in (5 - x.numbers[0], 1 - x.numbers[0])
+    else:
+        last = x.kind in ("mean", "row") and not keepdim and dim in (2, -1)
+    return _global_pool(name, x, keepdim) if last else None
 
 
 @_calls(F.adaptive_avg_pool2d)
@@ -200,7 +216,8 @@ def _adaptive_mean(name: str, x: Layer, output_size: Any) -> Layer | None:
 
 def _global_pool(name: str, x: Layer, keepdims: bool) -> Layer:
     shape = (1, 1, x.shape[-1]) if keepdims else x.shape[-1:]
-    return graph.GlobalPool(name=name, inputs=(x.name,), shape=shape, keepdims=keepdims)
+    source = x.source if isinstance(x, Derived) else x.name
+    return graph.GlobalPool(name=name, inputs=(source,), shape=shape, keepdims=keepdims)
 
 
 @_calls(F.avg_pool2d)
@@ -216,8 +233,19 @@ def _average_pool(
 ) -> Layer | None:
     if divisor_override is not None:
         return None
+    if _is_all(kernel_size, x):
+        return _global_pool(name, x, True) if stride is None and padding == 0 else None
     window = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
     return _pool("avg", name, x, window, ceil_mode=ceil_mode, count_include_pad=count_include_pad)
+
+
+def _is_all(size: Any, x: Any) -> bool:
+    """Whether a size is that of all rows and columns of an image."""
+    if not _is_image(x):
+        return False
+    if isinstance(size, Derived):
+        return size.kind == "all" and size.source == x.name
+    return isinstance(size, list | tuple) and list(map(_number, size)) == _pixels(x.name)
 
 
 @_calls(F.max_pool2d, torch.max_pool2d)
@@ -428,6 +456,8 @@ def _item(name: str, x: Layer, index: Any) -> Layer | None:
             )
         if x.kind == "sizes" and index in (0, 1, 2, 3):
             return _one_size(name, x, index)
+        if x.kind == "sizes" and index in (slice(2, None), slice(-2, None)):
+            return _derived(name, x, "all")
         return None
     if not _is_value(x) or not isinstance(index, tuple):
         return None
@@ -478,6 +508,8 @@ def _split(name: str, x: Layer, split_size: Any, dim: int = 0) -> Layer | None:
 
 @_calls(torch.flatten, "flatten")
 def _flatten(name: str, x: Layer, start_dim: int = 0, end_dim: int = -1) -> Layer | None:
+    if start_dim == 2 and end_dim in (-1, 3) and _is_image(x):
+        return _derived(name, x, "row")
     if (start_dim, end_dim) not in ((1, -1), (1, 3)) or not _is_value(x):
         return None
     if x.shape[:2] != (1, 1) or len(x.shape) != 3:
@@ -510,6 +542,8 @@ def _view(name: str, x: Layer, *sizes: Any) -> Layer | None:
     if one and rest in ([channels, 1, 1], [-1, 1, 1]):
         kind = graph.Reshape if len(x.shape) == 1 else graph.Identity
         return kind(name=name, inputs=(x.name,), shape=(1, 1, channels))
+    if known[0] == "batch" and len(x.shape) == 3 and rest == [channels, -1]:
+        return _derived(name, x, "row")
     if known[0] == "batch" and len(x.shape) == 3 and rest[2:] == _pixels(x.name):
         groups, each = rest[:2]  # (N, groups, channels of each, H, W)
         divides = isinstance(groups, int) and groups > 0 and channels % groups == 0
