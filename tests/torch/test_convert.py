@@ -196,6 +196,13 @@ def test_what_is_no_module_is_refused(convert):
         convert(nn.Conv2d)
 
 
+def test_what_is_no_tensor_is_pytorchs_to_refuse():
+    (layer,) = accelerate(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)))
+    for x in (None, [1.0], (torch.ones(1, 4, 3, 3),), torch.ones(1, 4, 3, 3).numpy()):
+        with pytest.raises(TypeError, match="conv2d"):
+            layer(x)
+
+
 def test_to_native():
     model = build(create("keffnet_s", ktype="D6v3_16ch", classes=5, input_shape=(32, 32, 3))).eval()
     native = to_native(model)

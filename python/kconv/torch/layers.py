@@ -58,6 +58,9 @@ class _KernelConv2d(nn.Conv2d):
             self.__class__ = InterleavedPointwiseConv2d  # type: ignore[assignment]
 
 
+_TENSORS = Tensor, fx.Proxy
+
+
 class AcceleratedConv2d(_KernelConv2d):
     """What :func:`kconv.torch.accelerate` makes of an ``nn.Conv2d``.
 
@@ -76,6 +79,7 @@ class AcceleratedConv2d(_KernelConv2d):
     def _conv_forward(self, x: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
         if (
             self.padding_mode == "zeros"
+            and isinstance(x, _TENSORS)
             and not (type(x) is fx.Proxy and _is_quantizing(x))
             and not (is_compiling() and _is_exporting())
         ):
