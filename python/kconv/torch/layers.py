@@ -58,7 +58,7 @@ class _KernelConv2d(nn.Conv2d):
             self.__class__ = InterleavedPointwiseConv2d  # type: ignore[assignment]
 
 
-_TENSORS = Tensor, fx.Proxy
+_TENSORS: Any = Tensor, fx.Proxy
 
 
 class AcceleratedConv2d(_KernelConv2d):
