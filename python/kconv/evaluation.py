@@ -36,7 +36,7 @@ def confusion_matrix(labels: Labels, found: Labels, classes: int) -> NDArray[np.
 
 
 def classification_report(labels: Labels, found: Labels, class_names: Iterable[str]) -> str:
-    """Precision, recall and F1 of every class, as a table.
+    """Precision, recall and F1 of every class, as a table; the mean is of classes with images.
 
     Example:
         >>> truth, found = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
@@ -71,7 +71,7 @@ def report_of(confusion: NDArray[np.int64], class_names: Iterable[str]) -> str:
     lines = [f"{'class':{width}} precision  recall      F1  images"]
     for name, row, count in zip(
         [*names, "mean"],
-        [*table, table.mean(axis=0)],
+        [*table, table[images > 0].mean(axis=0)],
         [*images, images.sum()],
         strict=True,
     ):

@@ -460,6 +460,7 @@ def test_keras_and_pytorch_freeze_to_the_same() -> None:
     y = keras.layers.Conv2D(6, 3, padding="same", activation=None)(inputs)
     y = keras.layers.MaxPooling2D(3, 2, "same")(keras.layers.ReLU()(y))
     y = keras.layers.AveragePooling2D(2, 1, "same")(y)
+    y = keras.layers.GaussianNoise(1.0)(keras.layers.SpatialDropout2D(0.5)(y))
     y = keras.layers.Dropout(0.5)(keras.layers.GlobalMaxPooling2D()(y))
     own = keras.Model(inputs, keras.layers.Dense(5, use_bias=False)(y))
     x = images(2, 9, 9, 4)
@@ -492,7 +493,10 @@ class Mobile(torch.nn.Module):
         super().__init__()
         nn = torch.nn
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU6(inplace=True)
+            nn.Conv2d(3, 6, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU6(inplace=True),
+            nn.Dropout2d(0.5),
         )
         self.depthwise, self.norm = nn.Conv2d(6, 6, 3, 1, 1, groups=6), nn.BatchNorm2d(6)
         self.gate, self.project = Gate(6), nn.Conv2d(6, 6, 1)

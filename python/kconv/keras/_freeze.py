@@ -116,7 +116,7 @@ def _lift(
     if len(before) != 1 or getattr(own, "data_format", data_format) != data_format:
         return None
     kind, shape = type(own), before[0]
-    if kind is layers.Dropout:
+    if kind in _NOTHING_IN_INFERENCE:
         return graph.Dropout(**common, rate=0.0)
     if kind is layers.Flatten:
         return graph.Flatten(**common) if shape[:2] == (1, 1) or len(shape) == 1 else None
@@ -139,6 +139,15 @@ def _lift(
     if kind is layers.GlobalMaxPooling2D:
         return graph.GlobalPool(**common, kind="max", keepdims=own.keepdims)
     return None
+
+
+_NOTHING_IN_INFERENCE = (
+    layers.Dropout,
+    layers.SpatialDropout2D,
+    layers.AlphaDropout,
+    layers.GaussianDropout,
+    layers.GaussianNoise,
+)
 
 
 def _weights_of(found: graph.Graph, calls: CallGraph) -> dict[tuple[str, str], Array]:

@@ -214,7 +214,7 @@ def _lift(
     kind = type(module)
     if isinstance(module, NativeInterleaveChannels) and kind is NativeInterleaveChannels:
         return graph.Interleave(**common, shape=shape, step=module.step)
-    if kind is nn.Dropout:
+    if kind in _NOTHING_IN_EVALUATION:
         return graph.Dropout(**common, shape=shape, rate=0.0)
     if kind is nn.Softmax and isinstance(module, nn.Softmax) and module.dim in (1, -1):
         return graph.Activation(**common, shape=shape, kind="softmax") if len(shape) == 1 else None
@@ -229,6 +229,9 @@ def _lift(
         pixel = (1, 1, shape[-1]) if keeps else (shape[-1],)
         return graph.GlobalPool(**common, shape=pixel, kind="max", keepdims=keeps)
     return None
+
+
+_NOTHING_IN_EVALUATION = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def _pool(
