@@ -198,7 +198,7 @@ def _may_draw(call: Call, own: Sequence[graph.Layer], by_mode: bool) -> bool:
         return drops and not (by_mode and module is not None and not module.training)
     if module is None:
         return call.is_tensor_function
-    return not is_known(module) or isinstance(module, nn.Dropout | nn.Dropout2d)
+    return not is_known(module) or isinstance(module, _DROPOUTS)
 
 
 def _values(layers: dict[str, graph.Layer]) -> set[str]:
@@ -462,7 +462,7 @@ class Plan:
             in_place = is_in_place(module)
             run = _by_name(owner, key, inputs)
             # A dropout is nothing in evaluation, but one plan serves both modes.
-            by_mode = isinstance(module, nn.Dropout | nn.Dropout2d)
+            by_mode = isinstance(module, _DROPOUTS)
             lifter = not_lifted if by_mode else _lifted(module, name)
             self.calls.append(Call(name, inputs, run, module, lifter, in_place, in_place))
             return
@@ -524,6 +524,8 @@ def not_lifted(inputs: Sequence[graph.Layer]) -> tuple[graph.Layer, ...]:
 def _lifted(module: nn.Module | None, name: str) -> Any:
     return lambda inputs: lift(module, name, inputs)
 
+
+_DROPOUTS = nn.Dropout | nn.Dropout2d
 
 _SAME_MEMORY = (
     graph.CopyChannels

@@ -37,7 +37,7 @@ class Proxy(fx.Proxy):
         return _told(_class_of(self.node), Tensor)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_is_param", "_is_buffer"):  # which isinstance(x, nn.Parameter) asks
+        if name in ("_is_param", "_is_buffer"):  # nn.Parameter and nn.Buffer ask it
             return False
         cls = _class_of(self.node) or Tensor
         if not hasattr(cls, name):
